@@ -1,0 +1,69 @@
+"""Containers of a state dict: what counts as one, and how to build another of the same type."""
+
+from __future__ import annotations
+
+import copy
+from collections import UserDict, defaultdict
+from collections.abc import Iterable, Mapping, MutableMapping
+from typing import Any
+
+import torch
+
+Path = tuple[Any, ...]
+
+
+def is_container(value: Any) -> bool:
+    """Whether a walk goes into ``value``. A ``torch.Size`` is a value, not a container."""
+    return isinstance(value, (Mapping, list, tuple)) and not isinstance(value, torch.Size)
+
+
+def path_name(path: Iterable[Any]) -> str:
+    """A path as people write it: its items joined by dots."""
+    return ".".join(str(item) for item in path) or "<root>"
+
+
+def empty_like_mapping(like: Mapping[Any, Any]) -> MutableMapping[Any, Any]:
+    """An empty mapping of the type of ``like``, attributes such as ``_metadata`` included.
+
+    A type that cannot be made without knowing its constructor, for example a read-only view,
+    becomes a dict.
+    """
+    kind = type(like)
+    if kind is dict:
+        return {}
+    if isinstance(like, UserDict):
+        fresh: Any = UserDict.__new__(kind)
+        fresh.__dict__.update({k: _own(v) for k, v in vars(like).items() if k != "data"})
+        fresh.__dict__["data"] = {}
+        return fresh
+    if not isinstance(like, dict):
+        return {}
+    fresh = kind.__new__(kind)
+    if isinstance(like, defaultdict):
+        fresh.default_factory = like.default_factory
+    if hasattr(like, "__dict__"):
+        fresh.__dict__.update({k: _own(v) for k, v in vars(like).items()})
+    return fresh
+
+
+def sequence_of(kind: type[Any], items: list[Any]) -> Any:
+    """A sequence of type ``kind`` that holds ``items``."""
+    if kind is list:
+        return items
+    if kind is tuple:
+        return tuple(items)
+    if issubclass(kind, list):
+        fresh = kind.__new__(kind)
+        fresh.extend(items)
+        return fresh
+    if hasattr(kind, "_make"):
+        return kind._make(items)
+    try:
+        return kind(items)
+    except TypeError:
+        # A tuple type with a constructor of its own, or torch.Size of something else than ints.
+        return tuple(items)
+
+
+def _own(value: Any) -> Any:
+    return copy.deepcopy(value) if isinstance(value, Mapping) else value

@@ -1,0 +1,252 @@
+"""Which elements of a global tensor each shard holds.
+
+Everything here is arithmetic on sizes: no tensor data, no process group, no communication. A
+shard is described per tensor dimension by *runs*, half-open intervals of global indices in the
+order in which the shard stores them. A plain ``Shard`` yields one run, a ``_StridedShard`` one
+per split, and a dimension that is not sharded the whole interval.
+
+An element range of a shard (row-major, as bytes travel) is cut into rectangles by
+:func:`rectangles`, and a rectangle of a shard into rectangles of the global tensor by
+:meth:`Block.regions`. Together they let a byte stream be cut anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.distributed.tensor.placement_types import (
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    _StridedShard,
+)
+
+Run = tuple[int, int]
+Runs = tuple[Run, ...]
+Region = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One application of sharding: ``splits`` pieces, each chunked over the mesh dimension."""
+
+    tensor_dim: int
+    mesh_dim: int
+    splits: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """One shard: the runs of global indices that it holds, per tensor dimension."""
+
+    runs: tuple[Runs, ...]
+    shape: tuple[int, ...]
+    numel: int
+
+    @property
+    def starts(self) -> tuple[int, ...] | None:
+        """The global offset where the shard is one rectangle, else None."""
+        if all(len(runs) == 1 for runs in self.runs):
+            return tuple(runs[0][0] for runs in self.runs)
+        return None
+
+    def regions(self, box: Sequence[Run]) -> Iterator[tuple[Region, Region]]:
+        """Pairs (region of the global tensor, region of ``box``) that cover ``box``."""
+        per_dim = [_overlaps(runs, lo, hi) for runs, (lo, hi) in zip(self.runs, box, strict=True)]
+        for choice in _product(per_dim):
+            yield tuple(pair[0] for pair in choice), tuple(pair[1] for pair in choice)
+
+
+def make_block(runs: Sequence[Runs]) -> Block:
+    """A block from its runs."""
+    shape = tuple(_length(dim_runs) for dim_runs in runs)
+    return Block(tuple(runs), shape, math.prod(shape))
+
+
+def box_block(offsets: Sequence[int], sizes: Sequence[int]) -> Block:
+    """The block of one rectangle of the global tensor."""
+    return make_block([((o, o + s),) for o, s in zip(offsets, sizes, strict=True)])
+
+
+@lru_cache(maxsize=4096)
+def full_block(shape: tuple[int, ...]) -> Block:
+    """The block that is the whole tensor."""
+    return box_block((0,) * len(shape), shape)
+
+
+def cuts_of(spec: DTensorSpec) -> tuple[Cut, ...]:
+    """The shardings of ``spec`` in the order in which they apply.
+
+    Raises:
+        ValueError: a placement of unknown kind.
+    """
+    ndim = len(spec.shape)
+    found: list[Cut] = []
+    for mesh_dim, placement in enumerate(spec.placements):
+        if isinstance(placement, _StridedShard):
+            splits = int(placement.split_factor)
+            found.append(Cut(placement.dim % max(ndim, 1), mesh_dim, splits))
+        elif isinstance(placement, Shard):
+            found.append(Cut(placement.dim % max(ndim, 1), mesh_dim, 1))
+        elif not isinstance(placement, (Replicate, Partial)):
+            raise ValueError(f"placement {placement} of unknown kind {type(placement).__name__}")
+    order = getattr(spec, "shard_order", None)
+    strided = any(cut.splits != 1 for cut in found)
+    if order is None or strided:
+        return tuple(found)
+    # The spec may have the mesh dimensions of one tensor dimension apply in another order.
+    rank_of = {
+        (int(entry.tensor_dim), int(mesh_dim)): place
+        for entry in order
+        for place, mesh_dim in enumerate(entry.mesh_dims)
+    }
+    return tuple(
+        sorted(found, key=lambda cut: rank_of.get((cut.tensor_dim, cut.mesh_dim), cut.mesh_dim))
+    )
+
+
+@lru_cache(maxsize=16384)
+def block_at(
+    shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    cuts: tuple[Cut, ...],
+    coordinate: tuple[int, ...],
+) -> Block:
+    """The shard that the mesh coordinate holds of a tensor of ``shape``."""
+    runs: list[Runs] = [((0, size),) for size in shape]
+    for cut in cuts:
+        parts, index = mesh_shape[cut.mesh_dim], coordinate[cut.mesh_dim]
+        held = runs[cut.tensor_dim]
+        kept: list[Run] = []
+        for start, stop in _chunks(_length(held), cut.splits):
+            lo, hi = _chunks(stop - start, parts)[index]
+            kept.extend(_take(held, start + lo, start + hi))
+        runs[cut.tensor_dim] = tuple(kept) or ((0, 0),)
+    return make_block([_merged(dim_runs) for dim_runs in runs])
+
+
+def spec_block(spec: DTensorSpec, coordinate: Sequence[int]) -> Block:
+    """The shard that ``spec`` gives to the mesh coordinate."""
+    return block_at(
+        tuple(spec.shape), tuple(spec.mesh.shape), cuts_of(spec), tuple(map(int, coordinate))
+    )
+
+
+def my_coordinate(mesh: DeviceMesh) -> tuple[int, ...] | None:
+    """This rank's coordinate on ``mesh``, None where the rank is no part of it."""
+    coordinate = mesh.get_coordinate()
+    return None if coordinate is None else tuple(int(c) for c in coordinate)
+
+
+def local_shape(spec: DTensorSpec) -> tuple[int, ...]:
+    """The shape of this rank's local tensor; ``(0,)`` on a rank outside the mesh."""
+    coordinate = my_coordinate(spec.mesh)
+    return (0,) if coordinate is None else spec_block(spec, coordinate).shape
+
+
+def mesh_ranks(mesh: DeviceMesh) -> tuple[int, ...]:
+    """The global ranks of ``mesh``, row-major."""
+    return tuple(int(rank) for rank in mesh.mesh.flatten().tolist())
+
+
+def partial_dims(placements: Sequence[Placement]) -> dict[int, str]:
+    """Mesh dimension -> reduction, for the dimensions with a pending reduction.
+
+    Raises:
+        ValueError: a partial placement whose reduction needs more than the values.
+    """
+    found: dict[int, str] = {}
+    for mesh_dim, placement in enumerate(placements):
+        if isinstance(placement, Partial):
+            if type(placement) is not Partial:
+                raise ValueError(f"placement {placement} cannot be reduced from its values alone")
+            found[mesh_dim] = str(placement.reduce_op)
+    return found
+
+
+def rectangles(
+    shape: Sequence[int], start: int, stop: int
+) -> Iterator[tuple[tuple[Run, ...], int, int]]:
+    """Cut the row-major element range [start, stop) of ``shape`` into rectangles.
+
+    Yields (box, first element, element count) in element order; at most ``2 * ndim - 1`` of them.
+    """
+    if start >= stop:
+        return
+    if not shape:
+        yield (), 0, 1
+        return
+    if start == 0 and stop == math.prod(shape):
+        yield tuple((0, size) for size in shape), 0, stop
+        return
+    row = math.prod(shape[1:])
+    first, last = start // row, stop // row
+    if first == last:
+        for box, at, count in rectangles(shape[1:], start - first * row, stop - first * row):
+            yield ((first, first + 1), *box), first * row + at, count
+        return
+    if start % row:
+        for box, at, count in rectangles(shape[1:], start - first * row, row):
+            yield ((first, first + 1), *box), first * row + at, count
+        first += 1
+    if first < last:
+        body = tuple((0, size) for size in shape[1:])
+        yield ((first, last), *body), first * row, (last - first) * row
+    if stop % row:
+        for box, at, count in rectangles(shape[1:], 0, stop - last * row):
+            yield ((last, last + 1), *box), last * row + at, count
+
+
+def _length(runs: Sequence[Run]) -> int:
+    return sum(stop - start for start, stop in runs)
+
+
+def _chunks(size: int, parts: int) -> list[Run]:
+    step = -(-size // parts)
+    return [(min(i * step, size), min((i + 1) * step, size)) for i in range(parts)]
+
+
+def _take(runs: Sequence[Run], lo: int, hi: int) -> list[Run]:
+    """The global runs behind the positions [lo, hi) of a shard dimension."""
+    return [(g.start, g.stop) for g, _ in _overlaps(runs, lo, hi) if g.start < g.stop]
+
+
+def _merged(runs: Sequence[Run]) -> Runs:
+    merged: list[Run] = []
+    for start, stop in runs:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        elif start < stop or len(runs) == 1:
+            merged.append((start, stop))
+    return tuple(merged) or ((0, 0),)
+
+
+def _overlaps(runs: Sequence[Run], lo: int, hi: int) -> list[tuple[slice, slice]]:
+    """(global interval, interval relative to ``lo``) pairs for positions [lo, hi) of ``runs``."""
+    found: list[tuple[slice, slice]] = []
+    at = 0
+    for start, stop in runs:
+        begin, end = max(lo, at), min(hi, at + stop - start)
+        if begin < end:
+            found.append(
+                (slice(start + begin - at, start + end - at), slice(begin - lo, end - lo))
+            )
+        at += stop - start
+    return found
+
+
+def _product(
+    per_dim: Sequence[Sequence[tuple[slice, slice]]],
+) -> Iterator[tuple[tuple[slice, slice], ...]]:
+    if not per_dim:
+        yield ()
+        return
+    for head in per_dim[0]:
+        for tail in _product(per_dim[1:]):
+            yield (head, *tail)

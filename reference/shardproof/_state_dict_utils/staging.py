@@ -1,0 +1,142 @@
+"""CPU buffers with the structure of a state dict, for staging a checkpoint.
+
+Nothing is copied and nothing communicates: the buffers are allocated, pinned or shared as asked.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
+
+from shardproof._state_dict_utils.containers import Path
+from shardproof._state_dict_utils.tensors import (
+    CPU,
+    allocate_like,
+    bit_dtype,
+    is_ordinary,
+    local_of,
+    settled,
+    tie_key,
+    with_local,
+    with_shards,
+)
+from shardproof._state_dict_utils.traverse import copy_leaf_value, map_leaves
+
+# cudaHostRegisterPortable: pinned for every context of the process.
+_PORTABLE = 1
+
+
+@torch.no_grad()
+def _create_cpu_state_dict(
+    state_dict: dict[str, Any], pin_memory: bool = False, share_memory: bool = False
+) -> dict[str, Any]:
+    """Allocate CPU tensors with the structure of a state dict.
+
+    Args:
+        state_dict: nested containers of tensors of any kind, shape, dtype and device.
+        pin_memory: put the tensors into page-locked memory.
+        share_memory: put them into memory that other processes can map. With ``pin_memory`` the
+            shared memory is registered with the accelerator, which is slow: for tensors that live
+            long.
+
+    Returns:
+        The same containers around new tensors with unspecified contents: same kinds, shapes,
+        dtypes, ties and, for dense tensors, strides. They are plain buffers that do not require
+        grad, whatever the originals are. A DTensor keeps mesh and placements, a ShardedTensor its
+        sharding and process group. Tensors without elements are never pinned. Leaves that are no
+        tensors are copied.
+
+    Raises:
+        RuntimeError: pinning is asked for and no accelerator can pin (pytorch#189991), or the
+            accelerator cannot register shared memory. Raised before anything is allocated.
+
+    No collective runs.
+    """
+    if pin_memory:
+        _require_pinning(share_memory)
+    fill = partial(_buffer_like, pin_memory=pin_memory, share_memory=share_memory)
+    made: dict[Hashable, torch.Tensor] = {}
+
+    def allocate(path: Path, value: Any, _: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return copy_leaf_value(value)
+        key = tie_key(value)
+        if key not in made:
+            made[key] = _allocate_leaf(value, fill)
+        return made[key]
+
+    result: dict[str, Any] = map_leaves(state_dict, allocate)
+    return result
+
+
+def _allocate_leaf(
+    value: torch.Tensor, fill: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    if isinstance(value, ShardedTensor):
+        return with_shards(value, fill, CPU)
+    if isinstance(value, DTensor):
+        return with_local(value, fill(local_of(value)))
+    return fill(value)
+
+
+def _buffer_like(
+    tensor: torch.Tensor, *, pin_memory: bool, share_memory: bool
+) -> torch.Tensor:
+    tensor = settled(tensor)
+    pinnable = pin_memory and tensor.numel() > 0
+    if not is_ordinary(tensor):
+        return torch.empty_like(tensor.detach(), device=CPU)
+    if share_memory:
+        buffer = allocate_like(tensor, CPU)
+        with warnings.catch_warnings():
+            # Sharing goes through a storage class that announces its own removal.
+            warnings.simplefilter("ignore")
+            buffer.share_memory_()  # type: ignore[no-untyped-call]
+        if pinnable:
+            _register(buffer)
+        return buffer
+    if pinnable:
+        like = allocate_like(tensor, "meta")
+        return torch.empty_strided(
+            like.size(), like.stride(), dtype=bit_dtype(tensor.dtype), pin_memory=True
+        ).view(tensor.dtype)
+    return allocate_like(tensor, CPU)
+
+
+def _require_pinning(share_memory: bool) -> None:
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or not torch.accelerator.is_available():
+        raise RuntimeError(
+            "pin_memory=True needs an accelerator that can page-lock memory, and none is available"
+        )
+    if share_memory and _host_registration() is None:
+        raise RuntimeError(
+            "pin_memory=True with share_memory=True needs an accelerator runtime that registers "
+            f"existing memory; {accelerator.type} has none"
+        )
+
+
+def _host_registration() -> Any:
+    accelerator = torch.accelerator.current_accelerator()
+    module = None if accelerator is None else torch.get_device_module(accelerator.type)
+    runtime = getattr(module, "cudart", None)
+    return None if runtime is None else runtime()
+
+
+def _register(buffer: torch.Tensor) -> None:
+    runtime, address = _host_registration(), buffer.data_ptr()
+    status = int(runtime.cudaHostRegister(address, buffer.untyped_storage().nbytes(), _PORTABLE))
+    if status != 0:
+        raise RuntimeError(
+            f"registering {buffer.untyped_storage().nbytes()} bytes of shared memory failed with "
+            f"status {status}; it may stem from an earlier asynchronous operation"
+        )
+    # At exit the runtime may be gone already, and the process gives the memory back anyway.
+    weakref.finalize(buffer, runtime.cudaHostUnregister, address).atexit = False

@@ -1,0 +1,264 @@
+"""What the walks need to know about a tensor: its kind, its ties, its bits, and how to rebuild it.
+
+Values are moved as integers of the same width (:func:`bits`): then every dtype travels, NaN
+payloads included, also where torch has no kernels for it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed._shard.sharded_tensor.shard import Shard as TensorShard
+from torch.distributed.tensor import DTensor
+
+CPU = torch.device("cpu")
+
+_INTEGER_OF_WIDTH = {
+    1: torch.uint8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+    16: torch.complex128,
+}
+
+
+def kind_of(value: Any) -> str:
+    """``ShardedTensor``, ``DTensor``, ``Tensor`` or the name of another type."""
+    if isinstance(value, ShardedTensor):
+        return "ShardedTensor"
+    if isinstance(value, DTensor):
+        return "DTensor"
+    if isinstance(value, torch.Tensor):
+        return "Tensor"
+    return type(value).__name__
+
+
+def settled(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, waited for if a collective is still writing it."""
+    return tensor.wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor
+
+
+def local_of(tensor: DTensor) -> torch.Tensor:
+    """The finished local tensor of a DTensor, detached, over the same storage."""
+    return settled(tensor._local_tensor).detach()
+
+
+def is_ordinary(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is a strided tensor with memory of its own kind, no wrapper."""
+    return (
+        tensor.layout is torch.strided
+        and not hasattr(type(tensor), "__tensor_flatten__")
+        and not isinstance(tensor, (DTensor, ShardedTensor, AsyncCollectiveTensor))
+        and not tensor.is_quantized
+    )
+
+
+def bit_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that carries the bits of ``dtype``."""
+    return _INTEGER_OF_WIDTH[dtype.itemsize]
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits of ``tensor`` as integers: a view, unless a lazy conj or neg has to be resolved."""
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    return plain.view(bit_dtype(plain.dtype))
+
+
+def allocate(
+    shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """An uninitialised contiguous tensor. Goes through the bits: some dtypes warn when made."""
+    return torch.empty(shape, dtype=bit_dtype(dtype), device=device).view(dtype)
+
+
+def allocate_like(
+    tensor: torch.Tensor, device: torch.device | str, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """An uninitialised tensor with the shape and, where dense, the strides of ``tensor``."""
+    dtype = tensor.dtype if dtype is None else dtype
+    if not is_ordinary(tensor):
+        return torch.empty_like(tensor.detach(), device=device, dtype=dtype)
+    ghost = torch.empty_strided(tensor.size(), tensor.stride(), dtype=torch.uint8, device="meta")
+    like = torch.empty_like(ghost)
+    fresh = torch.empty_strided(
+        like.size(), like.stride(), dtype=bit_dtype(dtype), device=device
+    )
+    return fresh.view(dtype)
+
+
+def put(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> None:
+    """Write the values of ``source`` into ``target``; bit for bit where the dtypes agree."""
+    direct = (
+        target.dtype == source.dtype
+        and is_ordinary(target)
+        and is_ordinary(source)
+        and not (target.is_conj() or target.is_neg())
+    )
+    with torch.no_grad():
+        if direct:
+            target.detach().view(bit_dtype(target.dtype)).copy_(
+                bits(source), non_blocking=non_blocking
+            )
+        else:
+            target.detach().copy_(source.detach(), non_blocking=non_blocking)
+
+
+def fresh_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The values of a plain tensor in new memory on ``device``, detached, strides kept."""
+    tensor = settled(tensor)
+    with torch.no_grad():
+        if not is_ordinary(tensor) or tensor.is_meta:
+            return tensor.detach().to(device, copy=True)
+        return bits(tensor).to(device, copy=True).view(tensor.dtype)
+
+
+def unwritable(tensor: Any) -> str | None:
+    """Why ``tensor`` cannot take values: two of its elements share memory. None where it can."""
+    if isinstance(tensor, ShardedTensor):
+        return next(filter(None, (unwritable(s.tensor) for s in tensor.local_shards())), None)
+    if isinstance(tensor, DTensor):
+        tensor = tensor._local_tensor
+    if not isinstance(tensor, torch.Tensor) or not is_ordinary(tensor):
+        return None
+    if any(n > 1 and step == 0 for n, step in zip(tensor.size(), tensor.stride(), strict=True)):
+        return "expected memory of its own for each element, got an expanded tensor"
+    return None
+
+
+def dress_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Give ``tensor`` the ``requires_grad`` and the Parameter-ness of ``like``."""
+    if isinstance(like, nn.Parameter):
+        return nn.Parameter(tensor, requires_grad=like.requires_grad)
+    return tensor.requires_grad_(like.requires_grad)
+
+
+def geometry(tensor: torch.Tensor) -> Hashable:
+    """A key that two tensors share if and only if they are the same view of the same memory.
+
+    Valid while both are alive.
+    """
+    if not is_ordinary(tensor):
+        return id(tensor)
+    return (
+        tensor.untyped_storage()._cdata,
+        tensor.storage_offset(),
+        tuple(tensor.size()),
+        tensor.stride(),
+        tensor.dtype,
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+
+
+def tie_key(tensor: torch.Tensor) -> Hashable:
+    """A key that tied tensors share: the same object, or the same view of the same memory."""
+    if isinstance(tensor, ShardedTensor):
+        return id(tensor)
+    if isinstance(tensor, DTensor):
+        spec = tensor._spec
+        return ("DTensor", geometry(tensor._local_tensor), spec.placements, tuple(spec.shape))
+    return geometry(tensor)
+
+
+def dressed_tie_key(tensor: torch.Tensor) -> Hashable:
+    """As :func:`tie_key`, but a Parameter and a detached view of it are told apart."""
+    return tie_key(tensor), type(tensor), tensor.requires_grad
+
+
+def with_local(like: DTensor, local: torch.Tensor, dtype: torch.dtype | None = None) -> DTensor:
+    """The DTensor of ``like``'s spec around another local tensor. No collective runs."""
+    spec = like._spec
+    meta = spec.tensor_meta
+    if dtype is not None and meta is not None and meta.dtype != dtype:
+        spec = copy.copy(spec)
+        spec.tensor_meta = meta._replace(dtype=dtype)
+        spec._hash = None
+    make: Callable[..., DTensor] = DTensor
+    return make(local, spec, requires_grad=False)
+
+
+def with_shards(
+    like: ShardedTensor,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    device: torch.device,
+    requires_grad: bool = False,
+) -> ShardedTensor:
+    """The ShardedTensor of ``like``'s sharding around changed shards. No collective runs."""
+    metadata = copy.deepcopy(like.metadata())
+    sharding = copy.deepcopy(like.sharding_spec())
+    placements = [shard.placement for shard in metadata.shards_metadata]
+    placements += getattr(sharding, "placements", [])
+    placements += [shard.placement for shard in getattr(sharding, "shards", [])]
+    for placement in placements:
+        if placement is not None:
+            placement._device = device
+    properties = metadata.tensor_properties
+    properties.requires_grad = requires_grad
+    fresh: ShardedTensor = ShardedTensor.__new__(
+        ShardedTensor,
+        sharding,
+        metadata.size,
+        dtype=properties.dtype,
+        layout=properties.layout,
+        pin_memory=False,
+        requires_grad=requires_grad,
+    )
+    fresh._prepare_init(process_group=like._process_group, init_rrefs=False)
+    fresh._metadata = metadata
+    for shard in like.local_shards():
+        shard_metadata = copy.deepcopy(shard.metadata)
+        if shard_metadata.placement is not None:
+            shard_metadata.placement._device = device
+        fresh._local_shards.append(TensorShard(change(shard.tensor), shard_metadata))
+    return fresh
+
+
+def difference(ours: Any, theirs: Any) -> str | None:
+    """Why values cannot be copied between the two leaves, None where they can."""
+    if kind_of(ours) != kind_of(theirs):
+        if not isinstance(ours, torch.Tensor) and not isinstance(theirs, torch.Tensor):
+            return None
+        return f"expected a {kind_of(ours)}, got {kind_of(theirs)}"
+    if not isinstance(ours, torch.Tensor):
+        return None
+    if ours.size() != theirs.size():
+        return f"expected shape {tuple(ours.size())}, got {tuple(theirs.size())}"
+    if ours.dtype != theirs.dtype:
+        return f"expected dtype {ours.dtype}, got {theirs.dtype}"
+    if isinstance(ours, DTensor):
+        if tuple(ours.placements) != tuple(theirs.placements):
+            return f"expected placements {ours.placements}, got {theirs.placements}"
+        if ours.device_mesh != theirs.device_mesh:
+            return f"expected mesh {ours.device_mesh}, got {theirs.device_mesh}"
+        mine, other = ours._local_tensor.size(), theirs._local_tensor.size()
+        if mine != other:
+            return f"expected local shape {tuple(mine)}, got {tuple(other)}"
+    if isinstance(ours, ShardedTensor):
+        held, given = _shard_boxes(ours), _shard_boxes(theirs)
+        if held != given:
+            return f"expected shards (offsets, sizes) {held}, got {given}"
+    return None
+
+
+def copy_leaf(target: Any, source: Any, non_blocking: bool = False) -> None:
+    """Write a tensor leaf into another that :func:`difference` found equal to it."""
+    if isinstance(target, DTensor):
+        put(settled(target._local_tensor), settled(source._local_tensor), non_blocking)
+    elif isinstance(target, ShardedTensor):
+        for ours, theirs in zip(target.local_shards(), source.local_shards(), strict=True):
+            put(ours.tensor, settled(theirs.tensor), non_blocking)
+    else:
+        put(target, settled(source), non_blocking)
+
+
+def _shard_boxes(tensor: ShardedTensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    return [
+        (tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes))
+        for shard in tensor.local_shards()
+    ]

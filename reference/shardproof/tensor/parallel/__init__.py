@@ -1,0 +1,1 @@
+"""The twin of ``torch.distributed.tensor.parallel``."""

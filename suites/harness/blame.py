@@ -1,0 +1,150 @@
+"""From the ranks' records to one verdict that names the rank and the cause.
+
+The root is the first failure that no other rank can have caused; what other ranks suffered from it
+(a lost peer, a collective that nobody joined, silence in a collective) is a victim's, whatever
+its time stamp. In order of evidence: what a rank did itself (raised, died, left something
+behind), then a rank that never answered though no collective holds it, then collectives that ran
+into their clock.
+"""
+
+from __future__ import annotations
+
+from harness.verdicts import Fate, Judgement, RankRecord, Verdict, cut
+
+_OWN_DOING = {Fate.RAISED, Fate.BROKEN, Fate.DIED, Fate.LEAKED}
+_VERDICTS = {
+    Fate.RAISED: Verdict.FAIL,
+    Fate.LEAKED: Verdict.FAIL,
+    Fate.BROKEN: Verdict.ERROR,
+    Fate.DIED: Verdict.CRASH,
+    Fate.SILENT: Verdict.TIMEOUT,
+    Fate.COLLECTIVE_TIMEOUT: Verdict.TIMEOUT,
+    Fate.PEER_LOST: Verdict.FAIL,
+}
+_TEXT_LIMIT = 12_000
+
+
+def judge(records: list[RankRecord], size: int) -> Judgement:
+    """The verdict on one check from what is known of each of its ranks."""
+    if len(records) != size:
+        return Judgement(
+            Verdict.ERROR, f"{len(records)} of {size} ranks are accounted for", ranks=records
+        )
+    bad = [r for r in records if r.fate is not Fate.PASSED]
+    seconds = max(r.seconds for r in records)
+    if not bad:
+        return Judgement(Verdict.PASS, ranks=records, seconds=seconds)
+    ordered = _by_blame(bad)
+    root = ordered[0]
+    alike = [r for r in ordered if (r.fate, r.message) == (root.fate, root.message)]
+    victims = [r for r in ordered if r is not root and _is_victim(r, root)]
+    message = f"{_who(alike)}: {_cause(root, ordered, records)}"
+    return Judgement(
+        _VERDICTS[root.fate],
+        cut(message, 2000),
+        _explain(root, alike, victims, ordered, records),
+        records,
+        seconds,
+    )
+
+
+def not_started(records: list[RankRecord]) -> Judgement:
+    """The verdict on a check whose world did not come up: the environment's, not the subject's."""
+    bad = _by_blame([r for r in records if r.fate is not Fate.PASSED])
+    root = bad[0]
+    message = f"the world did not start: rank {root.rank}: {root.message or 'never became ready'}"
+    return Judgement(
+        Verdict.ERROR, cut(message, 2000), _explain(root, [root], bad[1:], bad, records), records
+    )
+
+
+def _by_blame(bad: list[RankRecord]) -> list[RankRecord]:
+    def key(record: RankRecord) -> tuple[int, float, int]:
+        if record.fate in _OWN_DOING:
+            order = 0
+        elif record.fate is Fate.SILENT and not record.waiting_in:
+            order = 1
+        elif record.fate is Fate.SILENT:
+            order = 3
+        elif record.fate is Fate.COLLECTIVE_TIMEOUT:
+            order = 2
+        else:
+            order = 4
+        return order, record.at, record.rank
+
+    return sorted(bad, key=key)
+
+
+def _is_victim(record: RankRecord, root: RankRecord) -> bool:
+    if record.fate is Fate.PEER_LOST:
+        return True
+    if root.fate in _OWN_DOING or (root.fate is Fate.SILENT and not root.waiting_in):
+        return record.fate in {Fate.COLLECTIVE_TIMEOUT, Fate.SILENT} and bool(record.waiting_in)
+    return False
+
+
+def _who(records: list[RankRecord]) -> str:
+    numbers = sorted(r.rank for r in records)
+    if len(numbers) == 1:
+        return f"rank {numbers[0]}"
+    return "ranks " + ", ".join(map(str, numbers))
+
+
+def _cause(root: RankRecord, bad: list[RankRecord], records: list[RankRecord]) -> str:
+    """One line on the root; where collectives ran into their clock, why they could not end."""
+    message = root.message.partition("\n")[0]
+    waiting = {r.rank: r.waiting_in for r in bad if r.waiting_in}
+    held = root.fate in {Fate.COLLECTIVE_TIMEOUT, Fate.SILENT} and root.waiting_in
+    if not held:
+        return message
+    if len(set(waiting.values())) > 1:
+        places = ", ".join(f"rank {r} is in {w}" for r, w in sorted(waiting.items()))
+        return f"the ranks disagree on which collective comes next: {places}"
+    finished = [r for r in records if r.fate is Fate.PASSED]
+    if finished:
+        verb = "has" if len(finished) == 1 else "have"
+        return (
+            f"waited in {root.waiting_in}, which {_who(finished)} {verb} passed by "
+            f"({message})"
+        )
+    return f"waited in {root.waiting_in} ({message})"
+
+
+def _explain(
+    root: RankRecord,
+    alike: list[RankRecord],
+    victims: list[RankRecord],
+    ordered: list[RankRecord],
+    records: list[RankRecord],
+) -> str:
+    """The text under the check's name: the first failure whole, a line for each other rank."""
+    lines = [f"=== {_who(alike)}: {root.fate} (first failure, in phase {root.phase}) ==="]
+    # The last dump shows where a silent rank stood; a traceback reads from its beginning.
+    lines.append(cut(root.details.rstrip() or root.message, _TEXT_LIMIT))
+    for name, body in root.extra.get("sections", []):
+        lines += [f"--- {name}, rank {root.rank} ---", cut(body.rstrip(), 4000)]
+    if root.output_tail:
+        lines += [f"--- output, rank {root.rank} ---", root.output_tail.rstrip()]
+    for record in ordered:
+        if record in alike:
+            continue
+        role = "victim" if record in victims else "also"
+        first = cut(record.message.partition("\n")[0], 300)
+        place = f", in {record.waiting_in}" if record.waiting_in else ""
+        lines.append(f"rank {record.rank}: {role}, {record.fate}{place}: {first}")
+        if record.fate is Fate.SILENT and record.details:
+            lines.append(cut(_main_thread(record.details), 3000))
+        elif role == "also" and record.details:
+            lines.append(cut(record.details.rstrip(), 3000))
+    passed = [r for r in records if r.fate is Fate.PASSED]
+    if passed:
+        lines.append(f"{_who(passed)}: passed")
+    logs = [r.log for r in ordered if r.log]
+    if logs:
+        lines.append("logs: " + ", ".join(logs))
+    return "\n".join(lines)
+
+
+def _main_thread(dump: str) -> str:
+    head, mark, tail = dump.rpartition("Current thread")
+    return (mark + tail).rstrip() if mark else head.rstrip() or tail.rstrip()

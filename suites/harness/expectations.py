@@ -1,0 +1,177 @@
+"""Known failures of a subject, as data: suites/expectations/<subject>.toml.
+
+    [[expect]]
+    check = "suites/conformance/…/test_gather.py::TestGather::test_dtype[*]"
+    verdict = "fail"                       # or a list; default fail
+    when = ["torch>=2.11", "world>2", "backend==gloo"]   # all must hold; default: always
+    reason = "one sentence"
+    link = "https://github.com/pytorch/pytorch/issues/1"  # where there is one
+
+`*` stands for any text; nothing else is special. All is strict: an entry that matches no collected
+check, an entry without a reason, a check that passes against its entry, or that fails with another
+verdict than the entry's, are errors. A subject without a file passes everything.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import Version
+
+from harness.verdicts import Verdict
+
+_EXPECTABLE = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.TIMEOUT, Verdict.CRASH})
+_CONDITION = re.compile(r"(torch|world|backend|device)\s*(==|!=|>=|<=|>|<)\s*(\S+)")
+
+
+@dataclass
+class Entry:
+    """One known failure."""
+
+    check: str
+    verdicts: frozenset[Verdict]
+    when: tuple[str, ...]
+    reason: str
+    link: str
+    matched: bool = False
+    pattern: re.Pattern[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pattern = re.compile(".*".join(map(re.escape, self.check.split("*"))))
+
+    @property
+    def file(self) -> str:
+        return self.check.partition("::")[0]
+
+    def as_json(self) -> dict[str, str]:
+        return {"reason": self.reason, "link": self.link, "pattern": self.check}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What conditions may ask for."""
+
+    torch: str
+    backend: str
+    device: str
+
+
+class Expectations:
+    """The entries of one subject."""
+
+    def __init__(self, path: Path, facts: Facts) -> None:
+        self.path = path
+        self._facts = facts
+        self.entries = _read(path) if path.exists() else []
+
+    def match(self, nodeid: str, world: int | None) -> Entry | None:
+        """The entry for a check, under this run's conditions."""
+        for entry in self.entries:
+            if entry.pattern.fullmatch(nodeid):
+                entry.matched = True
+                if all(self._holds(condition, world) for condition in entry.when):
+                    return entry
+        return None
+
+    def unmatched(self, nodeids: Iterable[str], covered: Iterable[Path], root: Path) -> list[Entry]:
+        """Entries that match no check, though their file lies in what was collected."""
+        ids = list(nodeids)
+        roots = [p.resolve() for p in covered]
+        return [
+            e for e in self.entries
+            if any((root / e.file).resolve().is_relative_to(p) for p in roots)
+            and not any(e.pattern.fullmatch(n) for n in ids)
+        ]
+
+    def _holds(self, condition: str, world: int | None) -> bool:
+        found = _CONDITION.fullmatch(condition)
+        assert found, condition
+        name, operator, value = found.groups()
+        if name == "torch":
+            return Version(self._facts.torch).base_version in SpecifierSet(operator + value)
+        if name == "world":
+            return world is not None and str(world) in SpecifierSet(operator + value)
+        return (getattr(self._facts, name) == value) == (operator == "==")
+
+
+def _read(path: Path) -> list[Entry]:
+    try:
+        data = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise pytest.UsageError(f"{path}: {error}") from error
+    if unknown := set(data) - {"expect"}:
+        raise pytest.UsageError(f"{path}: expected [[expect]] tables, found {sorted(unknown)}")
+    return [_entry(path, number, raw) for number, raw in enumerate(data.get("expect", []), 1)]
+
+
+def _entry(path: Path, number: int, raw: dict[str, Any]) -> Entry:
+    where = f"{path}, entry {number} ({raw.get('check', 'without check')})"
+    if unknown := set(raw) - {"check", "verdict", "when", "reason", "link"}:
+        raise pytest.UsageError(f"{where}: has no use for {', '.join(sorted(unknown))}")
+    if not raw.get("check"):
+        raise pytest.UsageError(f"{where}: needs a check, the id or a pattern of ids")
+    if not str(raw.get("reason", "")).strip():
+        raise pytest.UsageError(f"{where}: needs a reason, one sentence")
+    verdicts = raw.get("verdict", "fail")
+    verdicts = [verdicts] if isinstance(verdicts, str) else verdicts
+    if not verdicts or not set(verdicts) <= set(map(str, _EXPECTABLE)):
+        raise pytest.UsageError(
+            f"{where}: verdict {verdicts}: expected some of {', '.join(sorted(_EXPECTABLE))}"
+        )
+    when = raw.get("when", [])
+    when = [when] if isinstance(when, str) else when
+    for condition in when:
+        found = _CONDITION.fullmatch(condition)
+        if not found or (found[1] in {"backend", "device"} and found[2] not in {"==", "!="}):
+            raise pytest.UsageError(
+                f"{where}: condition {condition!r}: expected for example torch>=2.11, world>2, "
+                "backend==nccl, device==cpu"
+            )
+        if found[1] in {"torch", "world"}:
+            try:
+                SpecifierSet(found[2] + found[3])
+            except InvalidSpecifier as error:
+                raise pytest.UsageError(f"{where}: condition {condition!r}: {error}") from error
+    return Entry(
+        raw["check"], frozenset(map(Verdict, verdicts)), tuple(when), raw["reason"],
+        raw.get("link", ""),
+    )
+
+
+def append(path: Path, failed: list[tuple[str, Verdict, str]], collected: Iterable[str]) -> int:
+    """Write entries, reasons left empty, for failed checks: (id, verdict, message).
+
+    Where all parameters of a function failed in the same way, one pattern stands for them.
+    """
+    of_function: dict[str, set[str]] = defaultdict(set)
+    for nodeid in collected:
+        of_function[nodeid.partition("[")[0]].add(nodeid)
+    grouped: dict[tuple[str, Verdict], list[tuple[str, str]]] = defaultdict(list)
+    for nodeid, verdict, message in failed:
+        grouped[nodeid.partition("[")[0], verdict].append((nodeid, message))
+    lines: list[str] = []
+    for (function, verdict), members in sorted(grouped.items()):
+        whole = len(members) > 1 and {n for n, _ in members} == of_function[function]
+        for nodeid, message in [(f"{function}[*]", members[0][1])] if whole else members:
+            lines += [
+                "",
+                "[[expect]]",
+                f"check = {json.dumps(nodeid)}",
+                *([] if verdict is Verdict.FAIL else [f"verdict = {json.dumps(str(verdict))}"]),
+                'reason = ""',
+                "# " + " ".join(message.split())[:160],
+            ]
+    if lines:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write("\n".join(lines).lstrip("\n" if not path.stat().st_size else "") + "\n")
+    return lines.count("[[expect]]")

@@ -1,0 +1,105 @@
+"""What a check is given on each rank: world, rank, device, mesh, subject, judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from harness import rank as rank_side
+from harness.options import Settings
+from harness.subjects import Subject
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
+
+SETTINGS = pytest.StashKey[Settings]()
+
+
+@dataclass(frozen=True)
+class World:
+    """The world that the check runs in, as one of its ranks sees it."""
+
+    size: int
+    rank: int
+    backend: str
+    device: torch.device
+    seed: int
+    shared: Path
+    """A folder that all ranks of this world share; it goes with the world."""
+
+
+def _seat() -> rank_side.Rank:
+    if rank_side.current is None:
+        raise pytest.UsageError("this fixture exists on ranks only: mark the check with world()")
+    return rank_side.current
+
+
+@pytest.fixture
+def world() -> World:
+    """Size, backend, device and shared folder of the world that the check runs in."""
+    here = _seat()
+    shared = Path(here.seat.folder) / "shared"
+    shared.mkdir(exist_ok=True)
+    return World(
+        here.spec.size, here.rank, here.spec.backend, here.device, here.seat.seed, shared
+    )
+
+
+@pytest.fixture
+def rank() -> int:
+    """This rank's number in the default group."""
+    return _seat().rank
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The device for this rank's tensors."""
+    return _seat().device
+
+
+@pytest.fixture
+def mesh() -> Callable[..., DeviceMesh]:
+    """Makes a device mesh: `mesh(2, 2)` over all ranks, `mesh(2, ranks=[1, 3])` over some.
+
+    Every rank of the world must call it, with the same arguments; a rank outside gets the mesh,
+    too, and no coordinate in it. Dimension names are `names`, or dp, tp for two dimensions, and
+    rep, dp, tp for three.
+    """
+    here = _seat()
+
+    def make(
+        *shape: int, ranks: Sequence[int] | None = None, names: Sequence[str] | None = None
+    ) -> DeviceMesh:
+        import torch
+        from torch.distributed.device_mesh import DeviceMesh
+
+        default = {1: ("x",), 2: ("dp", "tp"), 3: ("rep", "dp", "tp")}
+        members = tuple(ranks) if ranks is not None else tuple(range(here.spec.size))
+        called = tuple(names) if names is not None else default[len(shape)]
+        key = (shape, members, called)
+        if key not in here.meshes:
+            table = torch.tensor(members, dtype=torch.int).reshape(shape)
+            here.meshes[key] = DeviceMesh(here.spec.device, table, mesh_dim_names=called)
+        return here.meshes[key]
+
+    return make
+
+
+@pytest.fixture
+def subject(request: pytest.FixtureRequest) -> Subject:
+    """The implementation under test; see `harness.subjects.Subject`."""
+    return Subject(request.config.stash[SETTINGS].subject)
+
+
+@pytest.fixture
+def judged(request: pytest.FixtureRequest, subject: Subject) -> Any:
+    """The function of the subject that the check's class judges."""
+    mark = request.node.get_closest_marker("judges")
+    if mark is None:
+        raise pytest.UsageError(f"{request.node.nodeid}: needs the class mark judges(name)")
+    return subject.function(mark.args[0])

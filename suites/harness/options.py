@@ -1,0 +1,217 @@
+"""The command line of a run, checked once, before anything starts.
+
+A wrong value is a `pytest.UsageError`: one line that names the value and what was expected, exit 2.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+DEFAULT_SUBJECT = "torch.distributed"
+DEFAULT_WORLD_SIZE = 4
+
+COLLECTIVE_LIMIT = 10.0
+CHECK_LIMIT = 30.0
+SESSION_LIMIT = 3600.0
+START_LIMIT = {"fork": 30.0, "spawn": 120.0}
+GRACE = 2.0
+"""Seconds that ranks have to answer once one of them has failed."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every part of the harness may ask of the run."""
+
+    subject: str
+    subject_file: str
+    subject_version: str
+    backend: str
+    device: str
+    world_size: int | None
+    """As asked for on the command line: the largest world of the run; None sets no bound."""
+    start_method: str
+    order: str
+    seed: int
+    collective_limit: float
+    check_limit: float
+    session_limit: float
+    run_dir: Path
+    expectations: Path
+    update_expectations: bool
+
+    @property
+    def flexible_size(self) -> int:
+        """The size of worlds whose mark names none."""
+        return self.world_size or DEFAULT_WORLD_SIZE
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """The options of the group `worlds and verdicts`, for --help."""
+    group = parser.getgroup("shardproof", "worlds and verdicts")
+    add = group.addoption
+    add("--subject", metavar="ROOT", default=DEFAULT_SUBJECT,
+        help="import root of the implementation to judge (default: %(default)s)")
+    add("--backend", metavar="NAME", help="process-group backend (default: the device's own)")
+    add("--device", metavar="TYPE", default="cpu",
+        help="device type that checks put their tensors on (default: %(default)s)")
+    add("--world-size", metavar="N", type=int,
+        help="largest world to start; checks that need a larger one are reported as "
+        f"precondition, checks of any size take N ranks (default: no bound, {DEFAULT_WORLD_SIZE})")
+    add("--start-method", choices=("fork", "spawn"), default="fork",
+        help="how ranks start: forked from this process, or as new interpreters "
+        "(default: %(default)s)")
+    add("--order", metavar="ORDER", default="normal",
+        help="normal, reverse or random:SEED (default: %(default)s)")
+    add("--seed", metavar="N", default="0",
+        help="seed of generated data, a number or 'random' (default: %(default)s)")
+    add("--collective-limit", metavar="S", type=float, default=COLLECTIVE_LIMIT,
+        help="seconds for one collective (default: %(default)s)")
+    add("--check-limit", metavar="S", type=float, default=CHECK_LIMIT,
+        help="seconds for one check (default: %(default)s)")
+    add("--session-limit", metavar="S", type=float, default=SESSION_LIMIT,
+        help="seconds for the whole run (default: %(default)s)")
+    add("--run-dir", metavar="DIR", help="folder for the results (default: out/<date>-<pid>)")
+    add("--expectations", metavar="DIR",
+        help="folder of <subject>.toml files (default: suites/expectations)")
+    add("--update-expectations", action="store_true",
+        help="write an entry, its reason left empty, for each check that failed unexpectedly")
+
+
+def read_settings(config: pytest.Config) -> Settings:
+    """The run's settings; raises UsageError for the first value that cannot hold."""
+    # Ask the driver's management library, not the runtime: the parent must hold no CUDA context.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    option = config.option
+    file, version = _subject(option.subject)
+    device = _device(option.device)
+    backend = _backend(option.backend, device)
+    _world_size(option.world_size, backend, device)
+    order, seed = _order(option.order), _seed(option.seed)
+    clocks = (option.collective_limit, option.check_limit, option.session_limit)
+    if not 0 < clocks[0] < clocks[1] < clocks[2]:
+        raise pytest.UsageError(
+            "the clocks must be positive and grow: --collective-limit {} < --check-limit {} "
+            "< --session-limit {}".format(*clocks)
+        )
+    run_dir = option.run_dir or config.rootpath / "out" / (
+        time.strftime("%Y%m%d-%H%M%S") + f"-{os.getpid()}"
+    )
+    expectations = option.expectations or config.rootpath / "suites" / "expectations"
+    return Settings(
+        subject=option.subject,
+        subject_file=file,
+        subject_version=version,
+        backend=backend,
+        device=device,
+        world_size=option.world_size,
+        start_method=option.start_method,
+        order=order,
+        seed=seed,
+        collective_limit=clocks[0],
+        check_limit=clocks[1],
+        session_limit=clocks[2],
+        run_dir=Path(run_dir).absolute(),
+        expectations=Path(expectations).absolute(),
+        update_expectations=option.update_expectations,
+    )
+
+
+def _subject(root: str) -> tuple[str, str]:
+    if not all(part.isidentifier() for part in root.split(".")):
+        raise pytest.UsageError(
+            f"--subject {root!r} is not an import root: expected a dotted name such as my.fork"
+        )
+    try:
+        module = importlib.import_module(root)
+    except Exception as error:
+        raise pytest.UsageError(
+            f"--subject {root}: cannot be imported ({type(error).__name__}: {error}). "
+            "Install it into .venv, or put its folder on PYTHONPATH"
+        ) from error
+    version = getattr(module, "__version__", None)
+    if version is None:
+        top = importlib.import_module(root.partition(".")[0])
+        version = getattr(top, "__version__", "unknown")
+    return str(getattr(module, "__file__", None) or "namespace"), str(version)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "cpu":
+        return name
+    try:
+        kind = torch.device(name)
+    except RuntimeError as error:
+        raise pytest.UsageError(f"--device {name!r} is not a device type that torch knows") from error
+    if kind.index is not None:
+        raise pytest.UsageError(f"--device {name}: give a type such as {kind.type}, not one device")
+    module = getattr(torch, kind.type, None)
+    if module is None or not getattr(module, "is_available", lambda: False)():
+        raise pytest.UsageError(
+            f"--device {name}: torch {torch.__version__} sees no such device here"
+        )
+    return name
+
+
+def _backend(name: str | None, device: str) -> str:
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        raise pytest.UsageError("this torch is built without torch.distributed: nothing to judge")
+    chosen = name or str(dist.get_default_backend_for_device(device))
+    if not dist.is_backend_available(chosen):
+        known = [b for b in dist.Backend.backend_list if dist.is_backend_available(b)]
+        raise pytest.UsageError(
+            f"--backend {chosen}: this torch build lacks it; it has {', '.join(sorted(known))}"
+        )
+    return chosen
+
+
+def _world_size(size: int | None, backend: str, device: str) -> None:
+    if size is None:
+        return
+    if size < 1:
+        raise pytest.UsageError(f"--world-size {size}: expected a number from 1 up")
+    available = device_count(device)
+    if backend == "nccl" and size > available:
+        raise pytest.UsageError(
+            f"--world-size {size}: NCCL needs a GPU a rank, and this machine has {available}"
+        )
+
+
+def device_count(device: str) -> int:
+    """Devices of a type on this machine, without making a context on any of them."""
+    import torch
+
+    return 1 if device == "cpu" else int(getattr(torch, device).device_count())
+
+
+def _order(text: str) -> str:
+    if text not in {"normal", "reverse"} and not re.fullmatch(r"random:\d+", text):
+        raise pytest.UsageError(f"--order {text!r}: expected normal, reverse or random:SEED")
+    return text
+
+
+def _seed(text: str) -> int:
+    if text == "random":
+        return random.SystemRandom().randrange(2**32)
+    if not text.isdecimal():
+        raise pytest.UsageError(f"--seed {text!r}: expected a number or 'random'")
+    return int(text)
+
+
+def arrange(items: list[pytest.Item], order: str) -> None:
+    """Put the items into the order asked for, in place."""
+    if order == "reverse":
+        items.reverse()
+    elif order.startswith("random:"):
+        random.Random(int(order.partition(":")[2])).shuffle(items)

@@ -1,0 +1,363 @@
+"""The pytest plugin: runs marked items as checks on ranks, everything else as pytest does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from harness import blame, options, processes, requirements, results, spawned, warm
+from harness.expectations import Entry, Expectations, Facts, append
+from harness.fixtures import SETTINGS, device, judged, mesh, rank, subject, world
+from harness.options import Settings
+from harness.requirements import WorldSpec
+from harness.verdicts import UNEXPECTED, Judgement, Verdict
+from harness.world import World
+
+__all__ = ["device", "judged", "mesh", "rank", "subject", "world"]
+
+_STATUS = {
+    Verdict.FAIL: ("failed", "F", "FAIL"),
+    Verdict.ERROR: ("failed", "E", "ERROR"),
+    Verdict.TIMEOUT: ("failed", "T", "TIMEOUT"),
+    Verdict.CRASH: ("failed", "C", "CRASH"),
+    Verdict.XPASS: ("failed", "X", "XPASS"),
+    Verdict.PRECONDITION: ("precondition", "p", "PRECONDITION"),
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    options.add_options(parser)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    for mark in requirements.MARKS:
+        config.addinivalue_line("markers", mark)
+    if config.option.help or getattr(config.option, "markers", False):
+        return
+    warm.limit_threads()
+    config.stash[SETTINGS] = settings = options.read_settings(config)
+    if spawned.seat is None and not config.option.collectonly:
+        settings.run_dir.mkdir(parents=True, exist_ok=True)
+        config.option.xmlpath = config.option.xmlpath or str(settings.run_dir / "junit.xml")
+        config.pluginmanager.register(Run(config, settings), "shardproof-run")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    requirements.parametrize_world(metafunc)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    settings = config.stash.get(SETTINGS, None)
+    if settings is None:
+        return ""
+    import torch
+
+    return (
+        f"subject: {settings.subject} {settings.subject_version}; torch {torch.__version__}, "
+        f"{settings.backend} on {settings.device}, start method {settings.start_method}, "
+        f"order {settings.order}, seed {settings.seed}"
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    settings = config.stash[SETTINGS]
+    for item in items:
+        if requirements.is_check(item):
+            requirements.spec_of(item, settings)  # a mark that contradicts itself stops here
+            item.add_marker(pytest.mark.timeout(0))  # its clocks are the harness's
+    options.arrange(items, settings.order)
+
+
+class Run:
+    """One session: its checks, their verdicts, and what it leaves."""
+
+    def __init__(self, config: pytest.Config, settings: Settings) -> None:
+        self._config = config
+        self._settings = settings
+        self._started = time.time()
+        self._deadline = time.monotonic() + settings.session_limit
+        self._checks: list[dict[str, Any]] = []
+        self._plain: dict[str, Judgement] = {}
+        self._items: dict[str, pytest.Item] = {}
+        self._collected: list[str] = []
+        self._kept: tuple[object, World] | None = None
+        self._stopped = ""
+        self._notes: list[str] = []
+        import torch
+
+        self._expectations = Expectations(
+            settings.expectations / f"{settings.subject}.toml",
+            Facts(str(torch.__version__), settings.backend, settings.device),
+        )
+
+    # --- collection ---------------------------------------------------------------------------
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> Iterator[None]:
+        self._collected = [item.nodeid for item in items]
+        return (yield)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._items = {item.nodeid: item for item in session.items}
+        if self._config.option.collectonly:
+            return
+        narrowed = any("::" in str(a) for a in self._config.args) or self._config.getoption("lf")
+        if not narrowed and not session.testsfailed:
+            covered = [self._config.rootpath / a for a in self._config.args]
+            lost = self._expectations.unmatched(self._collected, covered, self._config.rootpath)
+            if lost:
+                raise pytest.UsageError(
+                    f"{self._expectations.path}: entries that match no check: "
+                    + ", ".join(e.check for e in lost)
+                )
+        processes.adopt_orphans()
+        signal.signal(signal.SIGTERM, _terminate)
+        if any(map(requirements.is_check, session.items)) and self._settings.start_method == "fork":
+            warm.warm_up()
+
+    # --- running ------------------------------------------------------------------------------
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> bool | None:
+        spec = requirements.spec_of(item, self._settings) if requirements.is_check(item) else None
+        reason = requirements.unmet(item, spec, self._settings)
+        if not reason and spec is None:
+            return None
+        if time.monotonic() > self._deadline:
+            self._stop(item.session)
+            return True
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        began = time.time()
+        if reason or spec is None:
+            judgement = Judgement(Verdict.PRECONDITION, reason)
+        else:
+            judgement = self._judge(item, nextitem, spec)
+        self._report(item, judgement, began)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def _stop(self, session: pytest.Session) -> None:
+        self._stopped = f"the session's limit of {self._settings.session_limit:g} s is over"
+        session.shouldstop = self._stopped
+
+    def _judge(
+        self, item: pytest.Item, nextitem: pytest.Item | None, spec: WorldSpec
+    ) -> Judgement:
+        began = time.monotonic()
+        world = self._world_for(item, spec)
+        keep = spec.reuse and nextitem is not None and self._key(nextitem) == self._key(item)
+        ended = False
+        try:
+            if isinstance(world, Judgement):
+                return world
+            if world.usable:
+                records = world.run(item, keep)
+                world.save_logs(self._log_folder(item), self._settings.run_dir)
+                judgement = blame.judge(records, spec.size)
+            else:
+                world.save_logs(self._log_folder(item), self._settings.run_dir)
+                judgement = blame.not_started([m.record for m in world.members])
+            if keep and world.usable:
+                self._kept = (self._key(item), world)
+                ended = True
+            else:
+                ended = True
+                strays = world.end()
+                if strays and judgement.verdict is Verdict.PASS:
+                    judgement.verdict = Verdict.FAIL
+                    judgement.message = "left behind by the world: " + "; ".join(strays)
+                    judgement.text = judgement.message
+            judgement.seconds = time.monotonic() - began
+            return judgement
+        finally:
+            if not ended and isinstance(world, World):
+                world.end()
+
+    def _key(self, item: pytest.Item) -> object:
+        if not requirements.is_check(item):
+            return None
+        parent = getattr(item, "cls", None) or item.nodeid
+        return (requirements.spec_of(item, self._settings), parent)
+
+    def _world_for(self, item: pytest.Item, spec: WorldSpec) -> World | Judgement:
+        """A world that is ready for the item: kept from the check before, or a fresh one."""
+        if self._kept is not None:
+            key, world = self._kept
+            self._kept = None
+            if key == self._key(item) and world.usable:
+                for member in world.members:
+                    member.next_check()
+                return world
+            world.end()
+        if self._settings.start_method == "fork" and (reason := warm.unfit()):
+            return Judgement(Verdict.ERROR, reason, reason)
+        world = World(spec, self._settings, self._config, self._items.__getitem__)
+        try:
+            world.start()
+        except BaseException:
+            world.end()
+            raise
+        return world
+
+    def _log_folder(self, item: pytest.Item) -> Any:
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in item.nodeid)
+        return self._settings.run_dir / "logs" / name[-180:]
+
+    # --- reporting ----------------------------------------------------------------------------
+
+    def _report(self, item: pytest.Item, judgement: Judgement, began: float) -> None:
+        entry = self._settle(item, judgement)
+        self._note(item, judgement, entry)
+        report = _test_report(item, judgement, entry, began)
+        phases = [_phase(item, "setup", began), report, _phase(item, "teardown", time.time())]
+        for phase in phases:
+            item.ihook.pytest_runtest_logreport(report=phase)
+
+    def _settle(self, item: pytest.Item, judgement: Judgement) -> Entry | None:
+        """Hold the verdict against the subject's expectation, where there is one."""
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        spec_size = params.get(requirements.SIZE_PARAMETER, self._settings.flexible_size)
+        entry = self._expectations.match(item.nodeid, spec_size)
+        if entry is None or judgement.verdict is Verdict.PRECONDITION:
+            return None
+        if judgement.verdict in entry.verdicts:
+            judgement.verdict = Verdict.XFAIL
+        elif judgement.verdict is Verdict.PASS:
+            judgement.verdict = Verdict.XPASS
+            judgement.message = f"passes, though expected to fail: {entry.reason}"
+            judgement.text = (
+                f"{judgement.message}\nIf the defect is mended, take the entry {entry.check!r} "
+                f"out of {self._expectations.path.name}"
+            )
+        else:
+            expected = ", ".join(sorted(entry.verdicts))
+            judgement.text += f"\nexpected to {expected}: {entry.reason}"
+        return entry
+
+    def _note(self, item: pytest.Item, judgement: Judgement, entry: Entry | None) -> None:
+        self._checks.append(
+            results.check(item, judgement, self._settings, entry.as_json() if entry else None)
+        )
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Gather the phases of plain items into one verdict each."""
+        if hasattr(report, "verdict") or requirements.is_check(self._items[report.nodeid]):
+            return
+        item = self._items[report.nodeid]
+        judgement = self._plain.setdefault(report.nodeid, Judgement(Verdict.PASS))
+        judgement.seconds += report.duration
+        if report.failed and judgement.verdict is Verdict.PASS:
+            judgement.verdict = Verdict.FAIL if report.when == "call" else Verdict.ERROR
+            crash = getattr(report.longrepr, "reprcrash", None)
+            judgement.message = crash.message if crash else report.longreprtext[:2000]
+        elif report.skipped and judgement.verdict is Verdict.PASS:
+            judgement.verdict = Verdict.PRECONDITION
+            judgement.message = str(report.longrepr)
+        if report.when == "teardown":
+            self._note(item, self._plain.pop(report.nodeid), None)
+
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
+        return _STATUS.get(getattr(report, "verdict", Verdict.PASS))
+
+    # --- the end ------------------------------------------------------------------------------
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(
+        self, session: pytest.Session, exitstatus: int | pytest.ExitCode
+    ) -> Iterator[None]:
+        if self._kept is not None:
+            self._kept[1].end()
+            self._kept = None
+        session.exitstatus = self._exit_code(session, int(exitstatus))
+        if session.items:
+            self._leave_results(session)
+        yield
+
+    def _exit_code(self, session: pytest.Session, status: int) -> int:
+        if status in {pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED}:
+            return status
+        verdicts = {c["verdict"] for c in self._checks}
+        unexpected = verdicts & UNEXPECTED
+        missing = len(session.items) - len(self._checks)
+        asked_to_stop = bool(session.shouldfail) and bool(unexpected)
+        if missing and not asked_to_stop:
+            self._notes.append(
+                f"{missing} of {len(session.items)} selected checks did not run"
+                + (f": {self._stopped}" if self._stopped else "")
+            )
+            return 3
+        if status in {pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.INTERRUPTED}:
+            return 3 if not asked_to_stop else 1
+        if Verdict.ERROR in verdicts:
+            return 3
+        return 1 if unexpected or status else 0
+
+    def _leave_results(self, session: pytest.Session) -> None:
+        run = results.environment(self._settings, self._config.rootpath)
+        run |= {"selected": len(session.items), "exit": int(session.exitstatus)}
+        path = results.write(self._settings, run, self._checks, self._started, time.time())
+        self._notes.append(f"results: {os.path.relpath(path, self._config.invocation_params.dir)}")
+        if self._settings.update_expectations:
+            failed = [
+                (c["id"], Verdict(c["verdict"]), c["message"]) for c in self._checks
+                if Verdict(c["verdict"]) in UNEXPECTED - {Verdict.XPASS} and c["expected"] is None
+            ]
+            count = append(self._expectations.path, failed, self._collected)
+            self._notes.append(
+                f"{count} entries written to {self._expectations.path.name}: state the reason of each"
+            )
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        reasons: dict[str, int] = {}
+        for check in self._checks:
+            if check["verdict"] == Verdict.PRECONDITION:
+                reasons[check["message"]] = reasons.get(check["message"], 0) + 1
+        for reason, count in sorted(reasons.items()):
+            terminalreporter.write_line(f"precondition, {count} not run: {reason}", yellow=True)
+        for note in self._notes:
+            terminalreporter.write_line(note)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(f"signal {number}")
+
+
+def _phase(item: pytest.Item, when: Any, at: float) -> pytest.TestReport:
+    return pytest.TestReport(
+        nodeid=item.nodeid, location=item.location, keywords={}, outcome="passed", longrepr=None,
+        when=when, duration=0.0, start=at, stop=at,
+    )
+
+
+def _test_report(
+    item: pytest.Item, judgement: Judgement, entry: Entry | None, began: float
+) -> pytest.TestReport:
+    """What pytest's own reporters (terminal, junit.xml, --lf, -x) are told of a check."""
+    verdict = judgement.verdict
+    outcome: Any = "passed"
+    longrepr: Any = None
+    if verdict in UNEXPECTED:
+        outcome = "failed"
+        longrepr = f"{judgement.message}\n{judgement.text}" if judgement.text else judgement.message
+    elif verdict in {Verdict.XFAIL, Verdict.PRECONDITION}:
+        outcome = "skipped"
+        path, line, _ = item.location
+        longrepr = (path, (line or 0) + 1, judgement.message)
+    report = pytest.TestReport(
+        nodeid=item.nodeid, location=item.location, keywords={}, outcome=outcome,
+        longrepr=longrepr, when="call", duration=judgement.seconds, start=began, stop=time.time(),
+    )
+    if verdict is Verdict.XFAIL:
+        report.wasxfail = entry.reason if entry else ""  # type: ignore[attr-defined]
+    report.verdict = verdict  # type: ignore[attr-defined]
+    return report

@@ -1,0 +1,102 @@
+"""What Linux tells of processes, and how to end them: /proc, process groups, sub-reaping."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+
+
+def adopt_orphans() -> None:
+    """Make orphaned descendants children of this process, so that none can hide from it."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(parent: int) -> None:
+    """End this process when its parent ends, however the parent ends."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # the parent went before the request was in place
+        os._exit(1)
+
+
+def _stat(pid: int) -> tuple[str, int, int] | None:
+    """(state, parent, process group) of a process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    state, ppid, pgrp = text.rpartition(")")[2].split()[:3]
+    return state, int(ppid), int(pgrp)
+
+
+def state(pid: int) -> str:
+    """One letter: R running, S sleeping, D disk, T stopped, Z zombie; empty when gone."""
+    found = _stat(pid)
+    return found[0] if found else ""
+
+
+def _all_pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def children(parent: int) -> list[int]:
+    """Direct children of a process, zombies included."""
+    return [p for p in _all_pids() if (found := _stat(p)) and found[1] == parent]
+
+
+def group_members(pgid: int) -> list[int]:
+    """Living processes of a process group."""
+    return [p for p in _all_pids() if (s := _stat(p)) and s[2] == pgid and s[0] != "Z"]
+
+
+def command(pid: int) -> str:
+    """The command line of a process, for messages."""
+    try:
+        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return "?"
+    return raw.replace(b"\0", b" ").decode(errors="replace").strip()[:120] or "?"
+
+
+def thread_count() -> int:
+    """Native threads of this process, whoever started them."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def signal_quietly(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a process that may be gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def reap(known: frozenset[int]) -> list[tuple[int, str]]:
+    """End and reap children of this process that are not `known`.
+
+    Adopted orphans come in waves: ending one may hand its own children to this process.
+    Returns (pid, command) of those that were still alive.
+    """
+    alive: list[tuple[int, str]] = []
+    deadline = time.monotonic() + 5
+    while strangers := [p for p in children(os.getpid()) if p not in known]:
+        for pid in strangers:
+            if state(pid) not in {"Z", ""}:
+                alive.append((pid, command(pid)))
+                signal_quietly(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"children that cannot be ended: {strangers}")
+    return alive

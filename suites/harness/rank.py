@@ -1,0 +1,346 @@
+"""The rank's side of a world: make the process group, run checks as told, say what happened.
+
+A rank says each phase as it enters it, answers once per check, then waits for the parent's word.
+Only when every rank has passed does the parent let them close the process group; after a failure
+nobody enters a collective again, and the parent ends the world.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import gc
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from _pytest.capture import CaptureManager
+from _pytest.runner import runtestprotocol
+
+from harness import processes, stacks
+from harness.channel import RankEnd
+from harness.leaks import Snapshot, watch_segments
+from harness.requirements import WorldSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a rank sits: all that differs between the ranks of a world, and what they share."""
+
+    spec: WorldSpec
+    rank: int
+    group: int
+    """Process group to join, 0 to lead it."""
+    parent: int
+    folder: str
+    """Folder of the world: the store, and a folder for each rank."""
+    seed: int
+
+    @property
+    def home(self) -> Path:
+        return Path(self.folder) / f"rank{self.rank}"
+
+    @property
+    def log(self) -> Path:
+        return self.home / "output.log"
+
+    @property
+    def stack(self) -> Path:
+        return self.home / "stack.txt"
+
+    @property
+    def tmp(self) -> Path:
+        return self.home / "tmp"
+
+
+current: Rank | None = None
+"""The rank that this process is; None in the parent."""
+
+
+def occupy(seat: Seat, sock: socket.socket, find: Callable[[str], pytest.Item]) -> None:
+    """Be a rank until the parent says end; never returns into the parent's code."""
+    code = 1
+    try:
+        code = Rank(seat, RankEnd(sock), find).serve()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+_stack_file: Any = None
+
+
+def settle(seat: Seat) -> None:
+    """Make this process a rank: group, signals, output, variables."""
+    global _stack_file
+    processes.die_with_parent(seat.parent)
+    # Ctrl-C reaches the parent, which ends the world in order; TERM ends a rank at once.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    seat.tmp.mkdir(parents=True, exist_ok=True)
+    log = os.open(seat.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    sys.stdout = open(1, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
+    # Kept open for the life of the process: the handlers write into its descriptor.
+    _stack_file = open(seat.stack, "w")  # noqa: SIM115
+    faulthandler.enable(_stack_file, all_threads=True)
+    faulthandler.register(signal.SIGUSR1, _stack_file, all_threads=True, chain=False)
+    _join_group(seat.group)
+    size = str(seat.spec.size)
+    os.environ.update(
+        RANK=str(seat.rank),
+        LOCAL_RANK=str(seat.rank),
+        WORLD_SIZE=size,
+        LOCAL_WORLD_SIZE=size,
+        TMPDIR=str(seat.tmp),
+    )
+    tempfile.tempdir = None
+    watch_segments()
+
+
+def _join_group(group: int) -> None:
+    """Join the world's process group; a spawned leader may not have made it yet."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            os.setpgid(0, group)
+            return
+        except PermissionError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def leave_the_parent(config: pytest.Config) -> None:
+    """Take the parent's reporting out of a forked rank: it would write into the parent's files."""
+    for name in ("terminalreporter", "junitxml", "lfplugin", "nfplugin", "stepwiseplugin",
+                 "shardproof-run", "timeout"):
+        if (plugin := config.pluginmanager.get_plugin(name)) is not None:
+            config.pluginmanager.unregister(plugin)
+    # capsys and its kin need a capture manager; this one captures nothing by itself.
+    manager = config.pluginmanager.get_plugin("capturemanager")
+    if manager is not None:
+        config.pluginmanager.unregister(manager)
+        quiet = CaptureManager("no")
+        config.pluginmanager.register(quiet, "capturemanager")
+        quiet.start_global_capturing()
+
+
+class Rank:
+    """One rank of a world, in its own process."""
+
+    def __init__(self, seat: Seat, channel: RankEnd, find: Callable[[str], pytest.Item]) -> None:
+        global current
+        self.seat = seat
+        self.spec = seat.spec
+        self.rank = seat.rank
+        self._channel = channel
+        self._find = find
+        self.meshes: dict[Any, Any] = {}
+        current = self
+
+    @property
+    def device(self) -> torch.device:
+        import torch
+
+        if self.spec.device == "cpu":
+            return torch.device("cpu")
+        return torch.device(self.spec.device, self.rank % getattr(torch, self.spec.device).device_count())
+
+    def _seed(self) -> None:
+        import numpy as np
+        import torch
+
+        random.seed(self.seat.seed)
+        np.random.seed(self.seat.seed % 2**32)
+        torch.manual_seed(self.seat.seed)
+
+    def _join(self) -> None:
+        """Enter the process group; one store per world, in a file, so that no port is needed."""
+        import torch
+        import torch.distributed as dist
+        from torch.distributed import distributed_c10d
+
+        timeout = datetime.timedelta(seconds=self.spec.collective)
+        # The clock of collectives holds for groups that a check or its subject makes, too.
+        for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+            if hasattr(distributed_c10d, name):
+                setattr(distributed_c10d, name, timeout)
+        if self.spec.device != "cpu":
+            torch.accelerator.set_device_index(self.device.index)
+        store = dist.FileStore(str(Path(self.seat.folder) / "store"), self.spec.size)
+        store.set_timeout(timeout)
+        dist.init_process_group(
+            self.spec.backend, store=store, rank=self.rank, world_size=self.spec.size,
+            timeout=timeout,
+        )
+
+    def serve(self) -> int:
+        """Run what the parent names until it says end; the process's exit code."""
+        import torch.distributed as dist
+
+        try:
+            self._join()
+        except BaseException as error:
+            self._channel.send("broken", message=_one_line(error), details=traceback.format_exc())
+            return 1
+        self._channel.send("ready", pid=os.getpid())
+        while (order := self._channel.receive()) is not None and order["kind"] == "run":
+            item = self._find(order["id"])
+            snapshot = Snapshot(self.seat.tmp)
+            self._seed()
+            self._channel.send("answer", **self._run(item))
+            if (word := self._channel.receive()) is None:
+                return 1
+            if word["kind"] == "leave":
+                return 0
+            if not word["keep"]:
+                self.meshes.clear()
+                dist.destroy_process_group()
+                gc.collect()  # groups that only a cycle keeps hold pipes of their transport
+            self._channel.send("leaks", leaks=snapshot.leaks())
+            if not word["keep"]:
+                break
+        return 0
+
+    def _run(self, item: pytest.Item) -> dict[str, Any]:
+        """Set up, call and tear down the item as pytest does, on this rank."""
+        watcher = _Watcher(self._channel)
+        item.config.pluginmanager.register(watcher, "shardproof-rank")
+        started = time.monotonic()
+        try:
+            with _own_pytest_folder(item.config, self.seat.home):
+                reports = runtestprotocol(item, log=False, nextitem=None)
+        except BaseException as error:  # Exit and KeyboardInterrupt pass through pytest
+            return {
+                "outcome": "raised",
+                "failed_at": time.monotonic(),
+                "message": f"{type(error).__name__} ended the check: {_one_line(error)}",
+                "details": traceback.format_exc(),
+                "kind_of_error": "error",
+                "seconds": time.monotonic() - started,
+            }
+        finally:
+            item.config.pluginmanager.unregister(watcher)
+        return _answer(reports, watcher, time.monotonic() - started)
+
+
+class _Watcher:
+    """Notes on the rank when each phase began, and when and of what it first failed."""
+
+    def __init__(self, channel: RankEnd) -> None:
+        self._channel = channel
+        self.failed_at = 0.0
+        self.kind = "error"
+        self.waiting_in = ""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Iterator[None]:
+        if call.excinfo is not None and not self.failed_at:
+            self.failed_at = time.monotonic()
+            self.kind = _kind_of_error(call.excinfo.value)
+            self.waiting_in = stacks.collective_of_traceback(call.excinfo.tb)
+        return (yield)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self) -> None:
+        self._channel.send("phase", phase="setup")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_call(self) -> None:
+        self._channel.send("phase", phase="call")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_teardown(self) -> None:
+        self._channel.send("phase", phase="teardown")
+
+
+def _answer(
+    reports: list[pytest.TestReport], watcher: _Watcher, seconds: float
+) -> dict[str, Any]:
+    answer: dict[str, Any] = {"outcome": "passed", "seconds": seconds}
+    bad = next((r for r in reports if r.outcome != "passed"), None)
+    if bad is None:
+        if [r.when for r in reports] == ["setup", "call", "teardown"]:
+            return answer
+        return answer | {
+            "outcome": "broken",
+            "failed_at": time.monotonic(),
+            "message": f"pytest reported {[r.when for r in reports]} instead of all three phases",
+        }
+    if bad.outcome == "skipped":
+        return answer | {
+            "outcome": "broken",
+            "failed_at": watcher.failed_at,
+            "message": "skipped itself on a rank; state what the check needs in its marks",
+            "details": str(bad.longrepr),
+        }
+    crash = getattr(bad.longrepr, "reprcrash", None)
+    return answer | {
+        "outcome": "raised" if bad.when == "call" else "broken",
+        "phase": bad.when,
+        "failed_at": watcher.failed_at,
+        "message": crash.message if crash else bad.longreprtext.strip().rpartition("\n")[2],
+        "details": bad.longreprtext,
+        "kind_of_error": watcher.kind,
+        "waiting_in": watcher.waiting_in,
+        "sections": [list(s) for s in bad.sections],
+    }
+
+
+def _kind_of_error(error: BaseException) -> str:
+    """Whether the error is another rank's doing: a lost peer, or a collective nobody joined."""
+    import torch.distributed as dist
+
+    seen: BaseException | None = error
+    while seen is not None:
+        text = str(seen)
+        if isinstance(seen, dist.DistError) or (
+            isinstance(seen, RuntimeError)
+            and any(s in text for s in ("gloo/", "ProcessGroup", "NCCL", "[c10d]"))
+        ):
+            if any(s in text for s in ("Timed out", "timed out", "Timeout", "timeout")):
+                return "collective timeout"
+            if any(s in text for s in ("closed by peer", "reset by peer", "Broken pipe",
+                                       "remote process exited", "Connection refused")):
+                return "peer lost"
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+    return "error"
+
+
+@contextlib.contextmanager
+def _own_pytest_folder(config: pytest.Config, home: Path) -> Iterator[None]:
+    """tmp_path of each rank in the rank's own folder, which goes with the world."""
+    factory = getattr(config, "_tmp_path_factory", None)
+    if factory is not None:
+        base = home / "pytest"
+        base.mkdir(exist_ok=True)
+        factory._basetemp = base
+    yield
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -1,0 +1,130 @@
+"""What a check asks for in its marks, and whether this run can give it.
+
+Decided in the parent, before any rank starts: a rank may never skip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from harness import subjects
+from harness.options import Settings, device_count
+
+SIZE_PARAMETER = "_world_size"
+
+MARKS = (
+    "world(*sizes, backend=None, collective=None, limit=None, reuse=False): run the body on every "
+    "rank of a fresh world of each size (none: the run's size). backend: needs this one; "
+    "collective, limit: seconds, instead of --collective-limit and --check-limit; reuse: share "
+    "the world with the checks of the same class that follow",
+    "needs(*features): features of the machine or of torch, see harness.requirements.FEATURES",
+    "judges(name): the function of the subject that a class of checks judges, module.function",
+    "law(name): the law of the contract that a check holds the function to",
+)
+
+
+@dataclass(frozen=True)
+class WorldSpec:
+    """One world, as a check asks for it."""
+
+    size: int
+    backend: str
+    device: str
+    collective: float
+    limit: float
+    reuse: bool
+
+
+def _accelerator() -> str:
+    import torch
+
+    return "" if torch.accelerator.is_available() else "an accelerator"
+
+
+def _no_accelerator() -> str:
+    return "" if _accelerator() else "a machine without an accelerator"
+
+
+FEATURES: dict[str, Callable[[], str]] = {
+    "accelerator": _accelerator,
+    "no accelerator": _no_accelerator,
+}
+"""Name to a probe that says in words what is missing, or nothing."""
+
+
+def is_check(item: pytest.Item) -> bool:
+    """Whether the item's body runs on the ranks of a world."""
+    return item.get_closest_marker("world") is not None
+
+
+def parametrize_world(metafunc: pytest.Metafunc) -> None:
+    """Make one item of each world size that the mark names; the id shows it as w4."""
+    mark = metafunc.definition.get_closest_marker("world")
+    if mark is None or not mark.args:
+        return
+    if not all(isinstance(n, int) and n > 0 for n in mark.args):
+        raise pytest.UsageError(
+            f"{metafunc.definition.nodeid}: world{mark.args}: sizes are whole numbers from 1 up"
+        )
+    metafunc.fixturenames.append(SIZE_PARAMETER)
+    metafunc.parametrize(SIZE_PARAMETER, mark.args, ids=[f"w{n}" for n in mark.args])
+
+
+def spec_of(item: pytest.Item, settings: Settings) -> WorldSpec:
+    """The world that a check asks for; UsageError when its marks contradict the house."""
+    mark = item.get_closest_marker("world")
+    assert mark is not None
+    known = {"backend", "collective", "limit", "reuse"}
+    if unknown := set(mark.kwargs) - known:
+        raise pytest.UsageError(
+            f"{item.nodeid}: world() has no {', '.join(sorted(unknown))}; it takes "
+            + ", ".join(sorted(known))
+        )
+    for name in ("skip", "skipif", "xfail"):
+        if item.get_closest_marker(name):
+            raise pytest.UsageError(
+                f"{item.nodeid}: a check takes no {name} mark: state what it needs with "
+                "needs(), and known failures in suites/expectations"
+            )
+    params: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+    spec = WorldSpec(
+        size=params.get(SIZE_PARAMETER, settings.flexible_size),
+        backend=mark.kwargs.get("backend") or settings.backend,
+        device=settings.device,
+        collective=mark.kwargs.get("collective") or settings.collective_limit,
+        limit=mark.kwargs.get("limit") or settings.check_limit,
+        reuse=bool(mark.kwargs.get("reuse", False)),
+    )
+    if not 0 < spec.collective < spec.limit < settings.session_limit:
+        raise pytest.UsageError(
+            f"{item.nodeid}: the clocks must grow: collective {spec.collective} s < check "
+            f"{spec.limit} s < session {settings.session_limit} s"
+        )
+    return spec
+
+
+def unmet(item: pytest.Item, spec: WorldSpec | None, settings: Settings) -> str:
+    """What this run cannot give the item, in words; empty when it can run."""
+    if spec is not None:
+        if settings.world_size is not None and spec.size > settings.world_size:
+            return f"needs a world of {spec.size}; --world-size is {settings.world_size}"
+        if spec.backend != settings.backend:
+            return f"needs backend {spec.backend}; this run has {settings.backend}"
+        if settings.backend == "nccl" and spec.size > device_count(settings.device):
+            return f"needs {spec.size} GPUs; this machine has {device_count(settings.device)}"
+    for mark in item.iter_markers("needs"):
+        for name in mark.args:
+            if name not in FEATURES:
+                raise pytest.UsageError(
+                    f"{item.nodeid}: needs({name!r}): expected one of {', '.join(FEATURES)}"
+                )
+            if missing := FEATURES[name]():
+                return f"needs {missing}"
+    judged = item.get_closest_marker("judges")
+    if judged is not None:
+        return subjects.missing(settings.subject, judged.args[0])
+    return ""

@@ -1,0 +1,145 @@
+"""results.json: what a run leaves for machines; its schema is `report/results.schema.json`."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.options import Settings
+from harness.verdicts import Judgement, Verdict
+
+SCHEMA_VERSION = 1
+
+
+def environment(settings: Settings, root: Path) -> dict[str, Any]:
+    """What the run ran with: enough to tell why another run may differ."""
+    import torch
+
+    return {
+        "schema": SCHEMA_VERSION,
+        "subject": settings.subject,
+        "subject_version": settings.subject_version,
+        "subject_file": _relative(settings.subject_file, root),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "nccl": _nccl(),
+        "driver": _driver(),
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "backend": settings.backend,
+        "device": settings.device,
+        "world": settings.world_size,
+        "start_method": settings.start_method,
+        "order": settings.order,
+        "seed": settings.seed,
+        "limits": {
+            "collective": settings.collective_limit,
+            "check": settings.check_limit,
+            "session": settings.session_limit,
+        },
+        "commit": _commit(root),
+        "command": command(settings, []),
+    }
+
+
+def command(settings: Settings, more: list[str]) -> str:
+    """The command that repeats this run, or with a node id one check of it."""
+    words = shlex.split(os.environ.get("SHARDPROOF_COMMAND", "python -m pytest"))
+    words += ["--subject", settings.subject]
+    if settings.device != "cpu":
+        words += ["--device", settings.device]
+    if settings.backend != "gloo":
+        words += ["--backend", settings.backend]
+    if settings.world_size is not None:
+        words += ["--world-size", str(settings.world_size)]
+    if settings.start_method != "fork":
+        words += ["--start-method", settings.start_method]
+    if settings.seed:
+        words += ["--seed", str(settings.seed)]
+    return shlex.join(words + more)
+
+
+def check(
+    item: pytest.Item, judgement: Judgement, settings: Settings, expected: dict[str, str] | None
+) -> dict[str, Any]:
+    """One check for results.json."""
+    judged, law = (item.get_closest_marker(name) for name in ("judges", "law"))
+    module, _, function = (judged.args[0] if judged else "").rpartition(".")
+    clause = (getattr(getattr(item, "function", None), "__doc__", None) or "").strip()
+    return {
+        "id": item.nodeid,
+        "module": module,
+        "function": function,
+        "law": law.args[0] if law else "",
+        "clause": " ".join(clause.split()),
+        "verdict": str(judgement.verdict),
+        "seconds": round(judgement.seconds, 4),
+        "message": judgement.message,
+        "world": getattr(item, "callspec", None) and item.callspec.params.get("_world_size"),  # type: ignore[attr-defined]
+        "ranks": [r.as_json() for r in judgement.ranks],
+        "expected": expected,
+        "command": command(settings, [item.nodeid]),
+    }
+
+
+def write(
+    settings: Settings, run: dict[str, Any], checks: list[dict[str, Any]], started: float, ended: float
+) -> Path:
+    """Write results.json, and point out/latest at the run."""
+    run |= {
+        "start": _time(started),
+        "end": _time(ended),
+        "counts": {v.value: sum(c["verdict"] == v for c in checks) for v in Verdict},
+    }
+    path = settings.run_dir / "results.json"
+    path.write_text(json.dumps({"run": run, "checks": checks}, indent=1) + "\n")
+    latest = settings.run_dir.parent / "latest"
+    # Two sessions may end at once: the link is replaced in one step.
+    step = settings.run_dir.parent / f".latest-{os.getpid()}"
+    step.unlink(missing_ok=True)
+    step.symlink_to(settings.run_dir.name)
+    step.replace(latest)
+    return path
+
+
+def _time(stamp: float) -> str:
+    return datetime.datetime.fromtimestamp(stamp, datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def _relative(file: str, root: Path) -> str:
+    path = Path(file)
+    return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
+
+
+def _commit(root: Path) -> str:
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],  # noqa: S607
+            cwd=root, capture_output=True, text=True, timeout=10, check=False,
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip()
+
+
+def _nccl() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def _driver() -> str | None:
+    path = Path("/proc/driver/nvidia/version")
+    return path.read_text().partition("\n")[0] if path.exists() else None

@@ -1,0 +1,80 @@
+"""Python stacks of ranks that do not answer, and the collective that a stack waits in."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+from harness import processes
+
+_COLLECTIVE_FILES = ("distributed_c10d.py", "_functional_collectives.py", "distributed/nn/functional.py")
+_NOT_COLLECTIVES = frozenset({"wrapper", "_maybe_wrap_tensor", "__call__", "_object_to_tensor"})
+_FAULTHANDLER_FRAME = re.compile(r'^  File "([^"]+)", line \d+ in (\S+)', re.MULTILINE)
+
+
+def collective_of(frames: Iterable[tuple[str, str]]) -> str:
+    """The first collective in (file, function) frames, outermost frame first; empty if none."""
+    for file, function in frames:
+        if file.endswith(_COLLECTIVE_FILES) and function not in _NOT_COLLECTIVES:
+            return function
+    return ""
+
+
+def collective_of_traceback(trace: TracebackType | None) -> str:
+    """The collective that an exception came out of."""
+    frames = []
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        frames.append((code.co_filename, code.co_name))
+        trace = trace.tb_next
+    return collective_of(frames)
+
+
+def collective_of_dump(dump: str) -> str:
+    """The collective that the main thread of a faulthandler dump is in."""
+    main = dump.rpartition("Current thread")[2] if "Current thread" in dump else dump
+    return collective_of(reversed(_FAULTHANDLER_FRAME.findall(main)))
+
+
+def without_harness(dump: str) -> str:
+    """The dump without the frames of pytest and the harness below a check's own."""
+    kept: list[str] = []
+    skipping = False
+    for line in dump.splitlines():
+        if not line.startswith("  File "):
+            skipping = False
+        elif "in pytest_pyfunc_call" in line or "/harness/rank.py" in line:
+            skipping = True
+        if not skipping:
+            kept.append(line)
+    return "\n".join(kept).strip()
+
+
+def ask(targets: dict[int, Path], patience: float = 1.0) -> dict[int, tuple[str, str]]:
+    """Have processes write their stacks: pid and file in, pid to (state letter, dump) out.
+
+    The dump is made by a C signal handler, so it comes also from a rank that sleeps in a
+    collective or holds the interpreter lock in C. A stopped rank is let run for it.
+    """
+    states = {pid: processes.state(pid) for pid in targets}
+    for pid in targets:
+        processes.signal_quietly(pid, signal.SIGUSR1)
+        if states[pid] == "T":
+            processes.signal_quietly(pid, signal.SIGCONT)
+    deadline = time.monotonic() + patience
+    dumps: dict[int, str] = {}
+    while len(dumps) < len(targets) and time.monotonic() < deadline:
+        for pid, path in targets.items():
+            text = path.read_text(errors="replace") if path.exists() else ""
+            # Threads are dumped first, the one that the signal met last; wait for its frames.
+            if pid not in dumps and "Current thread" in text and text.endswith("\n"):
+                dumps[pid] = text
+        time.sleep(0.01)
+    for pid, path in targets.items():
+        if pid not in dumps:
+            dumps[pid] = path.read_text(errors="replace") if path.exists() else ""
+    return {pid: (states[pid], without_harness(dumps[pid])) for pid in targets}

@@ -1,0 +1,66 @@
+"""The warm parent: everything that ranks would import is imported once, before the first fork.
+
+A fork copies one thread only, and a CUDA context not at all; so the parent has one thread and no
+context, and this is asserted before every start. Importing torch again on each rank costs seconds
+a check; a fork from here costs tens of milliseconds.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import threading
+
+from harness import processes
+
+MODULES = (
+    "torch.distributed.tensor",
+    "torch.distributed.tensor.parallel",
+    "torch.distributed.device_mesh",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed._shard.sharded_tensor",
+    "torch.distributed.tensor.debug",
+    "torch.distributed._composable.replicate",
+    "torch.testing",
+    "torch._dynamo",  # imported lazily by DTensor and FSDP
+    "torch.fx.experimental.symbolic_shapes",
+    "sympy",
+    "numpy",
+)
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def limit_threads() -> None:
+    """Keep numeric libraries from starting threads; must come before they are imported."""
+    for name in THREAD_VARIABLES:
+        os.environ[name] = "1"
+
+
+def warm_up() -> None:
+    """Import what ranks will need, and settle the heap so that forks share its pages."""
+    import torch
+
+    for name in MODULES:
+        importlib.import_module(name)
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+
+
+def unfit() -> str:
+    """Why ranks cannot be forked from this process now, or an empty text."""
+    import torch
+
+    if (count := processes.thread_count()) != 1:
+        names = ", ".join(t.name for t in threading.enumerate())
+        return (
+            f"the parent has {count} threads (Python's own: {names}), and a fork copies only one: "
+            "find who started them, or use --start-method spawn"
+        )
+    if torch.cuda.is_initialized():
+        return "the parent holds a CUDA context, which no fork survives: use --start-method spawn"
+    return ""
