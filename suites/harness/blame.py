@@ -36,7 +36,7 @@ def judge(records: list[RankRecord], size: int) -> Judgement:
         return Judgement(Verdict.PASS, ranks=records, seconds=seconds)
     ordered = _by_blame(bad)
     root = ordered[0]
-    alike = [r for r in ordered if (r.fate, r.message) == (root.fate, root.message)]
+    alike = [r for r in ordered if _same_cause(r, root)]
     victims = [r for r in ordered if r is not root and _is_victim(r, root)]
     message = f"{_who(alike)}: {_cause(root, ordered, records)}"
     return Judgement(
@@ -61,18 +61,24 @@ def not_started(records: list[RankRecord]) -> Judgement:
 def _by_blame(bad: list[RankRecord]) -> list[RankRecord]:
     def key(record: RankRecord) -> tuple[int, float, int]:
         if record.fate in _OWN_DOING:
-            order = 0
+            order = 0 if record.fate is not Fate.BROKEN else 1
         elif record.fate is Fate.SILENT and not record.waiting_in:
-            order = 1
-        elif record.fate is Fate.SILENT:
-            order = 3
-        elif record.fate is Fate.COLLECTIVE_TIMEOUT:
             order = 2
-        else:
+        elif record.fate is Fate.COLLECTIVE_TIMEOUT:
+            order = 3
+        elif record.fate is Fate.SILENT:
             order = 4
+        else:
+            order = 5
         return order, record.at, record.rank
 
     return sorted(bad, key=key)
+
+
+def _same_cause(record: RankRecord, root: RankRecord) -> bool:
+    """Whether two ranks failed alike; only first lines count, for reprs hold addresses."""
+    first = [r.message.partition("\n")[0] for r in (record, root)]
+    return record.fate == root.fate and first[0] == first[1]
 
 
 def _is_victim(record: RankRecord, root: RankRecord) -> bool:

@@ -109,6 +109,7 @@ class Snapshot:
         pid = str(os.getpid())
         for name in sorted(set(os.listdir(_SHM)) - self.segments):
             if name in _created_segments or pid in name.replace("-", "_").split("_"):
+                (_SHM / name).unlink(missing_ok=True)  # it would outlive the machine's next runs
                 yield f"shared-memory segment /dev/shm/{name}"
 
     def _files(self) -> Iterator[str]:

@@ -109,7 +109,9 @@ class Run:
         self._items = {item.nodeid: item for item in session.items}
         if self._config.option.collectonly:
             return
-        narrowed = any("::" in str(a) for a in self._config.args) or self._config.getoption("lf")
+        narrowed = any("::" in str(a) for a in self._config.args) or self._config.getoption(
+            "lf", False
+        )
         if not narrowed and not session.testsfailed:
             covered = [self._config.rootpath / a for a in self._config.args]
             lost = self._expectations.unmatched(self._collected, covered, self._config.rootpath)
@@ -279,7 +281,7 @@ class Run:
             self._kept[1].end()
             self._kept = None
         session.exitstatus = self._exit_code(session, int(exitstatus))
-        if session.items:
+        if session.items and session.exitstatus != pytest.ExitCode.USAGE_ERROR:
             self._leave_results(session)
         yield
 

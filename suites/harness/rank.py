@@ -317,7 +317,7 @@ def _kind_of_error(error: BaseException) -> str:
 
     seen: BaseException | None = error
     while seen is not None:
-        text = str(seen)
+        text = _text(seen)
         if isinstance(seen, dist.DistError) or (
             isinstance(seen, RuntimeError)
             and any(s in text for s in ("gloo/", "ProcessGroup", "NCCL", "[c10d]"))
@@ -342,5 +342,13 @@ def _own_pytest_folder(config: pytest.Config, home: Path) -> Iterator[None]:
     yield
 
 
+def _text(error: BaseException) -> str:
+    """The exception's text; an exception that cannot be shown must not hide that it was raised."""
+    try:
+        return str(error)
+    except Exception as trouble:
+        return f"(its text cannot be had: {type(trouble).__name__})"
+
+
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
+    return f"{type(error).__name__}: {_text(error)}".partition("\n")[0]

@@ -1,0 +1,61 @@
+"""What all ranks say of one call, exchanged through files: no collective, so nothing can hang.
+
+A call that must fail on every rank alike is made with `attempt`, and its outcomes compared with
+`everywhere`, which also names a rank that never came back from the call.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def attempt(call: Callable[[], Any]) -> BaseException | None:
+    """The exception that the call raised, or None."""
+    try:
+        call()
+    except Exception as error:
+        return error
+    return None
+
+
+def exchange(world: Any, value: Any, name: str = "outcome", patience: float = 3.0) -> list[Any]:
+    """Each rank's value (JSON), in rank order; an AssertionError names ranks that gave none."""
+    folder: Path = world.shared
+    step = folder / f".{name}.{world.rank}"
+    step.write_text(json.dumps(value))
+    step.rename(folder / f"{name}.{world.rank}")
+    deadline = time.monotonic() + patience
+    while True:
+        missing = [r for r in range(world.size) if not (folder / f"{name}.{r}").exists()]
+        if not missing:
+            break
+        if time.monotonic() > deadline:
+            raise AssertionError(
+                f"no answer from rank {', '.join(map(str, missing))} within {patience:g} s: it hangs "
+                f"in the call, while this rank got {value!r}"
+            )
+        time.sleep(0.002)
+    return [json.loads((folder / f"{name}.{r}").read_text()) for r in range(world.size)]
+
+
+def assert_raises_everywhere(
+    world: Any, call: Callable[[], Any], *mentions: str, name: str = "outcome"
+) -> None:
+    """Every rank gets the same exception type, and its message holds each of `mentions`."""
+    error = attempt(call)
+    said = None if error is None else [type(error).__name__, str(error)]
+    told = exchange(world, said, name)
+    types = [t and t[0] for t in told]
+    assert None not in types, f"no error on rank {types.index(None)}; by rank: {types}"
+    assert len(set(types)) == 1, f"the ranks raise different errors: {types}"
+    for mention in mentions:
+        for rank, (kind, text) in enumerate(told):
+            assert mention in text, f"rank {rank}: {kind} does not name {mention!r}: {text}"
+    if isinstance(error, (AttributeError, AssertionError)) and not mentions:
+        pytest.fail(f"an accident, not an answer: {error!r}")

@@ -1,0 +1,64 @@
+"""Comparison to the bit, and fingerprints that show what a call has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.tensor import DTensor
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's elements as bytes, in logical order."""
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return plain.reshape(-1).view(torch.uint8)
+
+
+def assert_same(got: Any, expected: torch.Tensor, what: str = "result") -> None:
+    """`got` is a plain tensor with the expected shape, dtype and bits."""
+    assert isinstance(got, torch.Tensor), f"{what}: expected a tensor, got {type(got).__name__}"
+    assert not isinstance(got, DTensor), f"{what}: expected a plain tensor, got a DTensor"
+    assert got.dtype == expected.dtype, f"{what}: dtype {got.dtype}, expected {expected.dtype}"
+    assert got.shape == expected.shape, (
+        f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    )
+    assert not got.is_meta, f"{what}: still on meta"
+    if not torch.equal(bits(got), bits(expected)):
+        raise AssertionError(f"{what}: values differ\n  got      {got}\n  expected {expected}")
+
+
+def shares_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors lie in one storage."""
+    return local(a).untyped_storage().data_ptr() == local(b).untyped_storage().data_ptr() != 0
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """A DTensor's local tensor, without autograd; any other tensor itself."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def fingerprint(value: Any) -> Any:
+    """All that a caller may notice of a value: types, keys and their order, identity, bits, flags.
+
+    Equal before and after a call: the call changed nothing that it was given.
+    """
+    if isinstance(value, ShardedTensor):
+        return (id(value), [fingerprint(s.tensor) for s in value.local_shards()])
+    if isinstance(value, DTensor):
+        return (id(value), value.placements, fingerprint(value._local_tensor), value.requires_grad)
+    if isinstance(value, torch.Tensor):
+        content = None if value.is_meta else bytes(bits(value).tolist())
+        return (
+            id(value), type(value), value.dtype, value.shape, value.stride(), value.requires_grad,
+            value.device, content, None if value.grad is None else fingerprint(value.grad),
+        )
+    if isinstance(value, Mapping):
+        extra = fingerprint(getattr(value, "_metadata", None))
+        return (id(value), type(value), [(k, fingerprint(v)) for k, v in value.items()], extra)
+    if isinstance(value, (list, tuple)):
+        return (id(value), type(value), [fingerprint(v) for v in value])
+    if isinstance(value, (set, frozenset)):
+        return (type(value), value)
+    return (id(value), type(value), repr(value))

@@ -1,0 +1,117 @@
+"""Containers that a state dict may be nested in, and pairs of leaves that must not be mixed up."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, UserDict, defaultdict
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from conformance.kit.data import numbers
+from conformance.kit.layouts import R, S, dtensor, rows, sharded_tensor
+from conformance.kit.nested import Pair, with_metadata
+
+
+class Settings(dict[Any, Any]):
+    """A dict with an attribute, as configuration classes are."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.source = "file"
+
+
+class Tags(list[Any]):
+    """A list type of somebody's own."""
+
+
+CONTAINERS: dict[str, Callable[[Any, Any], Any]] = {
+    "dict": lambda a, b: {"x": a, "y": b},
+    "OrderedDict": lambda a, b: OrderedDict([("y", a), ("x", b)]),
+    "OrderedDict with _metadata": lambda a, b: with_metadata(("x", a), ("y", b), version=2),
+    "int keys": lambda a, b: {0: a, 1: b},
+    "bool keys": lambda a, b: {True: a, False: b},
+    "tuple keys": lambda a, b: {("x", 0): a, ("x", 1): b},
+    "None as key": lambda a, b: {None: a, "x": b},
+    "int and str keys": lambda a, b: {1: a, "1": b},
+    "dotted keys": lambda a, b: {"x.y": a, "x": {"y": b}},
+    "dotted keys and a list": lambda a, b: {"x.0": a, "x": [b]},
+    "defaultdict": lambda a, b: defaultdict(list, {"x": a, "y": b}),
+    "dict subclass": lambda a, b: Settings(x=a, y=b),
+    "UserDict": lambda a, b: UserDict({"x": a, "y": b}),
+    "list": lambda a, b: [a, b],
+    "list subclass": lambda a, b: Tags([a, b]),
+    "tuple": lambda a, b: (a, b),
+    "namedtuple": lambda a, b: Pair(a, b),
+    "list of lists": lambda a, b: [[a], [[b]]],
+    "list ending in None": lambda a, b: [a, b, None, None],
+    "tuple of dicts": lambda a, b: ({"x": a}, {"x": b}),
+    "empty dict": lambda a, b: {"x": {}, "y": [a, {}, b]},
+    "empty list": lambda a, b: {"x": [], "y": [a, [], b, []]},
+    "empty tuple": lambda a, b: {"x": (), "y": (a, (), b, ())},
+    "empty OrderedDict with _metadata": lambda a, b: [a, b, with_metadata(version=3)],
+    "empty in empty": lambda a, b: [a, b, {"x": [{}], "y": ([],)}],
+}
+"""Name to a function that puts two leaves into that container."""
+
+READ_ONLY: dict[str, Callable[[Any, Any], Any]] = {
+    "mappingproxy": lambda a, b: MappingProxyType({"x": a, "y": b}),
+}
+"""Containers that nothing can be added to once they are made."""
+
+
+def _dt(mesh: DeviceMesh, *shape: int, dtype: torch.dtype = torch.float32, at: Any = None) -> Any:
+    return dtensor(numbers(*shape, dtype=dtype), mesh, [S(0) if at is None else at])
+
+
+def _st(*counts: int, dtype: torch.dtype = torch.float32, columns: int = 2) -> Any:
+    full = numbers(sum(counts), columns, dtype=dtype)
+    return sharded_tensor(full, rows(full.shape, counts, [0] * len(counts)))
+
+
+KINDS: dict[str, Callable[[DeviceMesh], tuple[Any, Any]]] = {
+    "one element for four": lambda mesh: (numbers(1), numbers(4)),
+    "four elements for one": lambda mesh: (numbers(4), numbers(1)),
+    "a row for a matrix": lambda mesh: (numbers(3), numbers(2, 3)),
+    "0-dim for one element": lambda mesh: (numbers(), numbers(1)),
+    "one element for 0-dim": lambda mesh: (numbers(1), numbers()),
+    "transposed": lambda mesh: (numbers(2, 3), numbers(3, 2)),
+    "float for int": lambda mesh: (numbers(4), numbers(4, dtype=torch.int64)),
+    "int for float": lambda mesh: (numbers(4, dtype=torch.int64), numbers(4)),
+    "float for bfloat16": lambda mesh: (numbers(4), numbers(4, dtype=torch.bfloat16)),
+    "complex for float": lambda mesh: (numbers(4, dtype=torch.complex64), numbers(4)),
+    "tensor for None": lambda mesh: (numbers(4), None),
+    "tensor for number": lambda mesh: (numbers(), 0.0),
+    "number for tensor": lambda mesh: (0.0, numbers()),
+    "None for tensor": lambda mesh: (None, numbers(4)),
+    "tensor for dict": lambda mesh: (numbers(4), {"x": numbers(4)}),
+    "dict for tensor": lambda mesh: ({"x": numbers(4)}, numbers(4)),
+    "dict for list": lambda mesh: ({0: numbers(4)}, [numbers(4)]),
+    "list for dict": lambda mesh: ([numbers(4)], {0: numbers(4)}),
+    "list for tensor": lambda mesh: ([numbers(4)], numbers(1, 4)),
+    "dict for None": lambda mesh: ({"x": numbers(4)}, None),
+    "list for None": lambda mesh: ([numbers(4)], None),
+    "two for three": lambda mesh: ([numbers(4)] * 2, [numbers(4)] * 3),
+    "three for two": lambda mesh: ([numbers(4)] * 3, [numbers(4)] * 2),
+    "DTensor for tensor": lambda mesh: (_dt(mesh, 4), numbers(4)),
+    "tensor for DTensor": lambda mesh: (numbers(4), _dt(mesh, 4)),
+    "DTensor of another shape": lambda mesh: (_dt(mesh, 1), _dt(mesh, 4)),
+    "DTensor of another dtype": lambda mesh: (_dt(mesh, 4), _dt(mesh, 4, dtype=torch.int64)),
+    "ShardedTensor for tensor": lambda mesh: (_st(4), numbers(4, 2)),
+    "tensor for ShardedTensor": lambda mesh: (numbers(4, 2), _st(4)),
+    "DTensor for ShardedTensor": lambda mesh: (_dt(mesh, 4, 2), _st(4)),
+    "ShardedTensor for DTensor": lambda mesh: (_st(4), _dt(mesh, 4, 2)),
+    "ShardedTensor of another shape": lambda mesh: (_st(4, columns=1), _st(4)),
+    "ShardedTensor of another dtype": lambda mesh: (_st(4), _st(4, dtype=torch.int64)),
+}
+"""Name to (leaf, the companion's leaf) whose kinds, shapes or dtypes disagree; on a mesh of one rank."""
+
+PLACEMENTS: dict[str, Callable[[DeviceMesh], tuple[Any, Any]]] = {
+    "DTensor of other placements": lambda mesh: (_dt(mesh, 4), _dt(mesh, 4, at=R)),
+    "DTensor sharded on another dim": lambda mesh: (_dt(mesh, 4, 4), _dt(mesh, 4, 4, at=S(1))),
+    "ShardedTensor in other shards": lambda mesh: (_st(2, 2), _st(4)),
+    "ShardedTensor in uneven shards": lambda mesh: (_st(1, 3), _st(3, 1)),
+}
+"""The same for leaves whose placements alone disagree."""

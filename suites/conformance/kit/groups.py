@@ -1,0 +1,19 @@
+"""Groups that are not the whole world: some of the ranks, or all of them in another order."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+
+def group(*ranks: int) -> dist.ProcessGroup:
+    """A group of these global ranks, numbered in the order given; all ranks of the world call it.
+
+    A rank outside gets torch's mark for that and must not use it.
+    """
+    if list(ranks) == sorted(ranks):
+        made = dist.new_group(list(ranks))
+    else:
+        # DeviceMesh and new_group sort by default; only this makes number and global rank differ.
+        made = dist.new_group(list(ranks), sort_ranks=False)
+    assert made is not None
+    return made

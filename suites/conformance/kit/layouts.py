@@ -1,0 +1,134 @@
+"""Where the elements of a global tensor lie: DTensors and ShardedTensors made without a collective.
+
+The oracle is torch.chunk: `part` cuts what a rank holds out of the whole tensor, and a check
+compares with that. Nothing is distributed by the code under test.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharded_tensor import Shard as LocalShard
+from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardedTensorMetadata
+from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+R = Replicate()
+
+
+def S(dim: int) -> Shard:  # noqa: N802 -- the field writes S(0)
+    return Shard(dim)
+
+
+def SS(dim: int, factor: int) -> _StridedShard:  # noqa: N802
+    return _StridedShard(dim, split_factor=factor)
+
+
+ONE_D: list[list[Placement]] = [[R], [S(0)], [S(1)]]
+TWO_D: list[list[Placement]] = [
+    [R, R], [S(0), R], [R, S(0)], [S(0), S(0)], [S(0), S(1)], [S(1), S(0)], [S(1), S(1)],
+    [R, S(1)], [SS(0, 2), S(0)], [SS(1, 2), S(1)],
+]
+"""Placements over a 2x2 mesh; [SS(0, 2), S(0)] is what FSDP over TP makes of a row-sharded weight."""
+THREE_D: list[list[Placement]] = [
+    [R, S(0), S(1)], [R, SS(0, 2), S(0)], [S(0), R, S(1)], [S(0), S(0), S(0)], [R, R, S(0)],
+]
+
+
+def placement_id(placements: Sequence[Placement]) -> str:
+    """Placements for a check's id: S0-R, SS0x2-S0."""
+    def one(p: Placement) -> str:
+        if isinstance(p, _StridedShard):
+            return f"SS{p.dim}x{p.split_factor}"
+        return f"S{p.dim}" if isinstance(p, Shard) else "R" if isinstance(p, Replicate) else "P"
+
+    return "-".join(map(one, placements))
+
+
+def _pieces(tensor: torch.Tensor, count: int, dim: int) -> list[torch.Tensor]:
+    """torch.chunk, filled up with empty pieces."""
+    found = list(torch.chunk(tensor, count, dim))
+    empty = tensor.narrow(dim, tensor.shape[dim], 0)
+    return found + [empty] * (count - len(found))
+
+
+def part(
+    full: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement],
+    coordinate: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """What the rank at `coordinate` (default: this rank) holds of `full`."""
+    place = coordinate if coordinate is not None else mesh.get_coordinate()
+    assert place is not None, "this rank is not in the mesh"
+    for size, at, placement in zip(mesh.shape, place, placements, strict=True):
+        if isinstance(placement, _StridedShard):
+            groups = _pieces(full, placement.split_factor, placement.dim)
+            full = torch.cat([_pieces(g, size, placement.dim)[at] for g in groups], placement.dim)
+        elif isinstance(placement, Shard):
+            full = _pieces(full, size, placement.dim)[at]
+    return full
+
+
+def dtensor(
+    full: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], *,
+    local: torch.Tensor | None = None,
+) -> DTensor:
+    """A DTensor that holds `full`; no collective runs. `local` replaces this rank's part."""
+    if local is None:
+        inside = mesh.get_coordinate() is not None
+        local = part(full, mesh, placements).clone() if inside else full.new_empty(0)
+    return DTensor.from_local(
+        local, mesh, list(placements), run_check=False,
+        shape=full.shape, stride=full.new_empty(full.shape, device="meta").stride(),
+    )
+
+
+def sharded_tensor(
+    full: torch.Tensor,
+    boxes: Sequence[tuple[Sequence[int], Sequence[int], int]],
+    group: dist.ProcessGroup | None = None,
+) -> ShardedTensor:
+    """A ShardedTensor that holds `full` in boxes of (offsets, sizes, owner); no collective runs.
+
+    `owner` is the rank in `group`'s numbering; a shard's placement states the global rank, as
+    torch's own constructors have it.
+    """
+    me = dist.get_rank(group)
+    kind = full.device.type
+    device = kind if kind == "cpu" else f"{kind}:{full.device.index}"
+
+    def seat(owner: int) -> int:
+        return owner if group is None else dist.get_global_rank(group, owner)
+
+    metadata = [ShardMetadata(list(o), list(s), f"rank:{seat(r)}/{device}") for o, s, r in boxes]
+    mine = []
+    for meta, (offsets, sizes, owner) in zip(metadata, boxes, strict=True):
+        if owner == me:
+            slices = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
+            mine.append(LocalShard(full[slices].clone(), meta))
+    properties = TensorProperties(dtype=full.dtype)
+    with warnings.catch_warnings():
+        # torch warns of every new ShardedTensor that the class will go.
+        warnings.simplefilter("ignore", FutureWarning)
+        return ShardedTensor._init_from_local_shards_and_global_metadata(
+            mine,
+            ShardedTensorMetadata(metadata, full.size(), properties),
+            process_group=group,
+        )
+
+
+def rows(size: Sequence[int], counts: Sequence[int], owners: Sequence[int] | None = None, dim: int = 0) -> list[tuple[list[int], list[int], int]]:
+    """Boxes of `counts` slices along `dim`, one after the other, owned by ranks in that order."""
+    boxes, start = [], 0
+    for index, count in enumerate(counts):
+        offsets, sizes = [0] * len(size), list(size)
+        offsets[dim], sizes[dim] = start, count
+        boxes.append((offsets, sizes, owners[index] if owners else index))
+        start += count
+    assert start == size[dim], f"{counts} do not add up to {size[dim]}"
+    return boxes

@@ -1,0 +1,79 @@
+"""Wrong usage: a clear line that names the value and what was expected, exit 2, nothing started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from faults.conftest import Session
+
+Suite = Callable[..., Path]
+ONE = "import pytest\n@pytest.mark.world(2)\ndef test_it(rank): pass\n"
+
+WRONG = [
+    (["--subject", "no.such.fork"], "--subject no.such.fork: cannot be imported"),
+    (["--subject", "not a name"], "--subject 'not a name' is not an import root"),
+    (["--backend", "nccl"], "--backend nccl: this torch build lacks it; it has "),
+    (["--backend", "smoke"], "--backend smoke: this torch build lacks it; it has "),
+    (["--device", "cuda"], "--device cuda: torch "),
+    (["--device", "toaster"], "--device 'toaster' is not a device type that torch knows"),
+    (["--world-size", "0"], "--world-size 0: expected a number from 1 up"),
+    (["--order", "sideways"], "--order 'sideways': expected normal, reverse or random:SEED"),
+    (["--seed", "x"], "--seed 'x': expected a number or 'random'"),
+    (["--collective-limit", "9", "--check-limit", "5"], "the clocks must be positive and grow"),
+    (["-k", "nothing_like_this"], "1 deselected"),
+    (["no_such_file.py"], "file or directory not found: no_such_file.py"),
+    (["--no-such-option"], "unrecognized arguments: --no-such-option"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(a) for a, _ in WRONG])
+def test_a_wrong_argument_is_named_at_once(
+    suite: Suite, arguments: list[str], message: str
+) -> None:
+    if "nccl" in arguments:
+        dist = pytest.importorskip("torch.distributed")
+        if dist.is_nccl_available():
+            arguments, message = [*arguments, "--world-size", "99"], "--world-size 99: NCCL needs"
+    outcome = Session(suite(ONE), *arguments).finish(timeout=30)
+    assert message in outcome.output
+    assert outcome.exit == 2
+    assert "Traceback" not in outcome.output
+    assert not (outcome.run_dir / "results.json").exists()
+
+
+MARKS = [
+    ("world(0)", "sizes are whole numbers from 1 up"),
+    ("world(2, colective=3)", "world() has no colective; it takes backend, collective"),
+    ("world(2, collective=50)", "the clocks must grow: collective 50 s < check 30.0 s"),
+]
+
+
+@pytest.mark.parametrize(("mark", "message"), MARKS, ids=[m for m, _ in MARKS])
+def test_a_wrong_mark_is_named_at_once(suite: Suite, mark: str, message: str) -> None:
+    source = f"import pytest\n@pytest.mark.{mark}\ndef test_it(rank): pass\n"
+    outcome = Session(suite(source)).finish(timeout=30)
+    assert message in outcome.output
+    assert "test_it" in outcome.output
+    assert outcome.exit in {2, 3}
+
+
+@pytest.mark.parametrize("mark", ["skip(reason='x')", "xfail(reason='x')"])
+def test_a_check_takes_no_mark_that_hides_it(suite: Suite, mark: str) -> None:
+    source = ONE.replace("@pytest.mark.world", f"@pytest.mark.{mark}\n@pytest.mark.world")
+    outcome = Session(suite(source)).finish(timeout=30)
+    assert f"a check takes no {mark.partition('(')[0]} mark" in outcome.output
+    assert outcome.exit == 2
+
+
+def test_a_smaller_world_leaves_larger_checks_as_preconditions(suite: Suite) -> None:
+    source = (
+        "import pytest\n@pytest.mark.world(2, 3)\ndef test_it(rank): pass\n"
+        "@pytest.mark.world()\ndef test_any(world): assert world.size == 2\n"
+    )
+    outcome = Session(suite(source), "--world-size", "2").finish()
+    assert sorted(outcome.verdicts().values()) == ["pass", "pass", "precondition"]
+    assert "precondition, 1 not run: needs a world of 3; --world-size is 2" in outcome.output
+    assert outcome.exit == 0
