@@ -61,14 +61,30 @@ class Session:
         self._output = (folder / f"output-{self._mark[:8]}.txt").open("w+")
         self.process = subprocess.Popen(
             [
-                sys.executable, "-m", "harness", "-p", "harness.plugin",
-                f"--rootdir={folder}", "--run-dir", str(self.run_dir), "-q", "-W", "error",
-                "--expectations", str(folder / "expectations"),
+                sys.executable,
+                "-m",
+                "harness",
+                "-p",
+                "harness.plugin",
+                f"--rootdir={folder}",
+                "--run-dir",
+                str(self.run_dir),
+                "-q",
+                "-W",
+                "error",
+                "--expectations",
+                str(folder / "expectations"),
                 *arguments,
             ],
-            cwd=folder, stdin=subprocess.DEVNULL, stdout=self._output, stderr=subprocess.STDOUT,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
             env={
-                **os.environ, _MARK: self._mark, "PYTHONPATH": str(SUITES), **(env or {}),
+                **os.environ,
+                _MARK: self._mark,
+                "PYTHONPATH": str(SUITES),
+                **(env or {}),
             },
         )
 
@@ -114,7 +130,7 @@ def _marked(mark: str) -> Iterator[tuple[int, str]]:
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a folder with a small suite: `suite("source of test_it.py")` or `suite(case="name")`."""
+    """Makes a folder with a small suite: `suite("its source")`, or `suite(case="its file")`."""
 
     def make(source: str = "", case: str = "") -> Path:
         target = tmp_path / "test_it.py"

@@ -68,9 +68,9 @@ def test_another_failure_than_the_expected_is_not_expected(judge: Judge) -> None
 
 def test_conditions_choose_the_runs_that_an_entry_is_for(judge: Judge) -> None:
     here = '["torch>=2.11", "torch<3", "backend==gloo", "device==cpu", "world>1"]'
-    outcome = judge(KNOWN.replace('reason', f"when = {here}\nreason"))
+    outcome = judge(KNOWN.replace("reason", f"when = {here}\nreason"))
     assert outcome.exit == 0, outcome.output
-    elsewhere = judge(KNOWN.replace('reason', 'when = "world>2"\nreason'))
+    elsewhere = judge(KNOWN.replace("reason", 'when = "world>2"\nreason'))
     assert elsewhere.exit == 1
     assert "xfail" not in elsewhere.verdicts().values()
 

@@ -55,12 +55,17 @@ LEAKED = [
 ]
 
 
-@pytest.fixture(scope="module")
+# For the whole session: in random order the tests of this file do not follow each other.
+@pytest.fixture(scope="session")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder = tmp_path_factory.mktemp("rank_faults")
     shutil.copy(CASES / "rank_faults.py", folder / "test_it.py")
     return Session(
-        folder, "--collective-limit", str(COLLECTIVE), "--check-limit", str(LIMIT),
+        folder,
+        "--collective-limit",
+        str(COLLECTIVE),
+        "--check-limit",
+        str(LIMIT),
         env={"SHARDPROOF_FAULTS_SHM": str(folder / "segment")},
     ).finish(timeout=110)
 

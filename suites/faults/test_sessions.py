@@ -114,7 +114,9 @@ def test_a_run_is_narrowed_as_pytest_users_expect(suite: Suite) -> None:
     assert named.exit == 1
     again = Session(folder, "--lf").finish()
     assert again.verdicts() == {"test_it.py::test_fails[w2]": "fail"}
-    one = Session(folder, "test_it.py::test_sum[w2-2]", "--junit-xml", str(folder / "j.xml")).finish()
+    one = Session(
+        folder, "test_it.py::test_sum[w2-2]", "--junit-xml", str(folder / "j.xml")
+    ).finish()
     assert one.verdicts() == {"test_it.py::test_sum[w2-2]": "pass"}
     assert one.exit == 0
     assert 'tests="1"' in (folder / "j.xml").read_text()
@@ -124,7 +126,10 @@ def test_the_command_of_a_check_repeats_it(suite: Suite) -> None:
     folder = suite(MIXED)
     outcome = Session(folder, "-k", "size", "--seed", "5").finish()
     command = outcome.check(r"test_size\[w3\]")["command"]
-    assert command == "python -m pytest --subject torch.distributed --seed 5 'test_it.py::test_size[w3]'"
+    assert (
+        command
+        == "python -m pytest --subject torch.distributed --seed 5 'test_it.py::test_size[w3]'"
+    )
     assert (outcome.run_dir / "junit.xml").exists()
 
 
@@ -177,7 +182,8 @@ def test_a_world_is_shared_only_where_asked_and_never_after_a_failure(suite: Sui
         "    @pytest.mark.parametrize('n', range(5))\n"
         "    def test_it(self, world, rank, n):\n"
         "        dist.barrier()\n"
-        "        with open(os.environ['PIDS'], 'a') as file: file.write(f'{n} {rank} {os.getpid()}\\n')\n"
+        "        with open(os.environ['PIDS'], 'a') as file:\n"
+        "            file.write(f'{n} {rank} {os.getpid()}\\n')\n"
         "        assert not (n == 2 and rank == 1)\n"
     )
     outcome = Session(folder, env={"PIDS": str(folder / "pids")}).finish()

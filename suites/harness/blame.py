@@ -109,10 +109,7 @@ def _cause(root: RankRecord, bad: list[RankRecord], records: list[RankRecord]) -
     finished = [r for r in records if r.fate is Fate.PASSED]
     if finished:
         verb = "has" if len(finished) == 1 else "have"
-        return (
-            f"waited in {root.waiting_in}, which {_who(finished)} {verb} passed by "
-            f"({message})"
-        )
+        return f"waited in {root.waiting_in}, which {_who(finished)} {verb} passed by ({message})"
     return f"waited in {root.waiting_in} ({message})"
 
 

@@ -87,7 +87,8 @@ class Expectations:
         ids = list(nodeids)
         roots = [p.resolve() for p in covered]
         return [
-            e for e in self.entries
+            e
+            for e in self.entries
             if any((root / e.file).resolve().is_relative_to(p) for p in roots)
             and not any(e.pattern.fullmatch(n) for n in ids)
         ]
@@ -142,7 +143,10 @@ def _entry(path: Path, number: int, raw: dict[str, Any]) -> Entry:
             except InvalidSpecifier as error:
                 raise pytest.UsageError(f"{where}: condition {condition!r}: {error}") from error
     return Entry(
-        raw["check"], frozenset(map(Verdict, verdicts)), tuple(when), raw["reason"],
+        raw["check"],
+        frozenset(map(Verdict, verdicts)),
+        tuple(when),
+        raw["reason"],
         raw.get("link", ""),
     )
 

@@ -45,9 +45,7 @@ def world() -> World:
     here = _seat()
     shared = Path(here.seat.folder) / "shared"
     shared.mkdir(exist_ok=True)
-    return World(
-        here.spec.size, here.rank, here.spec.backend, here.device, here.seat.seed, shared
-    )
+    return World(here.spec.size, here.rank, here.spec.backend, here.device, here.seat.seed, shared)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from typing import Any
 
 from harness import processes
 
-_SHM = Path("/dev/shm")  # noqa: S108 -- looked at, not written
+_SHM = Path("/dev/shm")
 _OWN_VARIABLES = frozenset({"PYTEST_CURRENT_TEST"})
 
 _WATCHED = re.compile(r"^tfd:\s*(\d+)", re.MULTILINE)
@@ -37,12 +37,12 @@ def watch_segments() -> None:
     _watching = True
 
     def audit(event: str, args: tuple[Any, ...]) -> None:
-        if event == "open" and isinstance(args[0], str) and args[0].startswith("/dev/shm/"):  # noqa: S108
-            _created_segments.add(args[0].removeprefix("/dev/shm/"))  # noqa: S108
+        if event == "open" and isinstance(args[0], str) and args[0].startswith("/dev/shm/"):
+            _created_segments.add(args[0].removeprefix("/dev/shm/"))
 
     sys.addaudithook(audit)
     # CPython raises no audit event for shm_open.
-    import _posixshmem
+    import _posixshmem  # type: ignore[import-not-found]
 
     original = _posixshmem.shm_open
 

@@ -57,32 +57,77 @@ def add_options(parser: pytest.Parser) -> None:
     """The options of the group `worlds and verdicts`, for --help."""
     group = parser.getgroup("shardproof", "worlds and verdicts")
     add = group.addoption
-    add("--subject", metavar="ROOT", default=DEFAULT_SUBJECT,
-        help="import root of the implementation to judge (default: %(default)s)")
+    add(
+        "--subject",
+        metavar="ROOT",
+        default=DEFAULT_SUBJECT,
+        help="import root of the implementation to judge (default: %(default)s)",
+    )
     add("--backend", metavar="NAME", help="process-group backend (default: the device's own)")
-    add("--device", metavar="TYPE", default="cpu",
-        help="device type that checks put their tensors on (default: %(default)s)")
-    add("--world-size", metavar="N", type=int,
+    add(
+        "--device",
+        metavar="TYPE",
+        default="cpu",
+        help="device type that checks put their tensors on (default: %(default)s)",
+    )
+    add(
+        "--world-size",
+        metavar="N",
+        type=int,
         help="largest world to start; checks that need a larger one are reported as "
-        f"precondition, checks of any size take N ranks (default: no bound, {DEFAULT_WORLD_SIZE})")
-    add("--start-method", choices=("fork", "spawn"), default="fork",
+        f"precondition, checks of any size take N ranks (default: no bound, {DEFAULT_WORLD_SIZE})",
+    )
+    add(
+        "--start-method",
+        choices=("fork", "spawn"),
+        default="fork",
         help="how ranks start: forked from this process, or as new interpreters "
-        "(default: %(default)s)")
-    add("--order", metavar="ORDER", default="normal",
-        help="normal, reverse or random:SEED (default: %(default)s)")
-    add("--seed", metavar="N", default="0",
-        help="seed of generated data, a number or 'random' (default: %(default)s)")
-    add("--collective-limit", metavar="S", type=float, default=COLLECTIVE_LIMIT,
-        help="seconds for one collective (default: %(default)s)")
-    add("--check-limit", metavar="S", type=float, default=CHECK_LIMIT,
-        help="seconds for one check (default: %(default)s)")
-    add("--session-limit", metavar="S", type=float, default=SESSION_LIMIT,
-        help="seconds for the whole run (default: %(default)s)")
+        "(default: %(default)s)",
+    )
+    add(
+        "--order",
+        metavar="ORDER",
+        default="normal",
+        help="normal, reverse or random:SEED (default: %(default)s)",
+    )
+    add(
+        "--seed",
+        metavar="N",
+        default="0",
+        help="seed of generated data, a number or 'random' (default: %(default)s)",
+    )
+    add(
+        "--collective-limit",
+        metavar="S",
+        type=float,
+        default=COLLECTIVE_LIMIT,
+        help="seconds for one collective (default: %(default)s)",
+    )
+    add(
+        "--check-limit",
+        metavar="S",
+        type=float,
+        default=CHECK_LIMIT,
+        help="seconds for one check (default: %(default)s)",
+    )
+    add(
+        "--session-limit",
+        metavar="S",
+        type=float,
+        default=SESSION_LIMIT,
+        help="seconds for the whole run (default: %(default)s)",
+    )
     add("--run-dir", metavar="DIR", help="folder for the results (default: out/<date>-<pid>)")
-    add("--expectations", metavar="DIR",
-        help="folder of <subject>.toml files (default: suites/expectations)")
-    add("--update-expectations", action="store_true",
-        help="write an entry, its reason left empty, for each check that failed unexpectedly")
+    add(
+        "--expectations",
+        metavar="DIR",
+        help="folder of <subject>.toml files (default: suites/expectations)",
+    )
+    add(
+        "--update-expectations",
+        action="store_true",
+        help="write an entry, its reason left empty, for each check that failed unexpectedly",
+    )
 
 
 def read_settings(config: pytest.Config) -> Settings:
@@ -151,7 +196,9 @@ def _device(name: str) -> str:
     try:
         kind = torch.device(name)
     except RuntimeError as error:
-        raise pytest.UsageError(f"--device {name!r} is not a device type that torch knows") from error
+        raise pytest.UsageError(
+            f"--device {name!r} is not a device type that torch knows"
+        ) from error
     if kind.index is not None:
         raise pytest.UsageError(f"--device {name}: give a type such as {kind.type}, not one device")
     module = getattr(torch, kind.type, None)

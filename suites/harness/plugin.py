@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -152,9 +154,7 @@ class Run:
         self._stopped = f"the session's limit of {self._settings.session_limit:g} s is over"
         session.shouldstop = self._stopped
 
-    def _judge(
-        self, item: pytest.Item, nextitem: pytest.Item | None, spec: WorldSpec
-    ) -> Judgement:
+    def _judge(self, item: pytest.Item, nextitem: pytest.Item | None, spec: WorldSpec) -> Judgement:
         began = time.monotonic()
         world = self._world_for(item, spec)
         keep = spec.reuse and nextitem is not None and self._key(nextitem) == self._key(item)
@@ -211,9 +211,12 @@ class Run:
             raise
         return world
 
-    def _log_folder(self, item: pytest.Item) -> Any:
-        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in item.nodeid)
-        return self._settings.run_dir / "logs" / name[-180:]
+    def _log_folder(self, item: pytest.Item) -> Path:
+        # The file's name and what follows, and a mark, for two folders may hold files of one name.
+        name = item.nodeid.rpartition(".py::")[0].rpartition("/")[2] + "." + item.name
+        plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+        mark = hashlib.sha256(item.nodeid.encode()).hexdigest()[:8]
+        return self._settings.run_dir / "logs" / f"{plain[:120]}.{mark}"
 
     # --- reporting ----------------------------------------------------------------------------
 
@@ -311,12 +314,13 @@ class Run:
         self._notes.append(f"results: {os.path.relpath(path, self._config.invocation_params.dir)}")
         if self._settings.update_expectations:
             failed = [
-                (c["id"], Verdict(c["verdict"]), c["message"]) for c in self._checks
+                (c["id"], Verdict(c["verdict"]), c["message"])
+                for c in self._checks
                 if Verdict(c["verdict"]) in UNEXPECTED - {Verdict.XPASS} and c["expected"] is None
             ]
             count = append(self._expectations.path, failed, self._collected)
             self._notes.append(
-                f"{count} entries written to {self._expectations.path.name}: state the reason of each"
+                f"{count} entries written to {self._expectations.path.name}: state each one's reason"
             )
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
@@ -336,8 +340,15 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _phase(item: pytest.Item, when: Any, at: float) -> pytest.TestReport:
     return pytest.TestReport(
-        nodeid=item.nodeid, location=item.location, keywords={}, outcome="passed", longrepr=None,
-        when=when, duration=0.0, start=at, stop=at,
+        nodeid=item.nodeid,
+        location=item.location,
+        keywords={},
+        outcome="passed",
+        longrepr=None,
+        when=when,
+        duration=0.0,
+        start=at,
+        stop=at,
     )
 
 
@@ -356,10 +367,17 @@ def _test_report(
         path, line, _ = item.location
         longrepr = (path, (line or 0) + 1, judgement.message)
     report = pytest.TestReport(
-        nodeid=item.nodeid, location=item.location, keywords={}, outcome=outcome,
-        longrepr=longrepr, when="call", duration=judgement.seconds, start=began, stop=time.time(),
+        nodeid=item.nodeid,
+        location=item.location,
+        keywords={},
+        outcome=outcome,
+        longrepr=longrepr,
+        when="call",
+        duration=judgement.seconds,
+        start=began,
+        stop=time.time(),
     )
     if verdict is Verdict.XFAIL:
-        report.wasxfail = entry.reason if entry else ""  # type: ignore[attr-defined]
+        report.wasxfail = entry.reason if entry else ""
     report.verdict = verdict  # type: ignore[attr-defined]
     return report

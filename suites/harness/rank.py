@@ -134,8 +134,15 @@ def _join_group(group: int) -> None:
 
 def leave_the_parent(config: pytest.Config) -> None:
     """Take the parent's reporting out of a forked rank: it would write into the parent's files."""
-    for name in ("terminalreporter", "junitxml", "lfplugin", "nfplugin", "stepwiseplugin",
-                 "shardproof-run", "timeout"):
+    for name in (
+        "terminalreporter",
+        "junitxml",
+        "lfplugin",
+        "nfplugin",
+        "stepwiseplugin",
+        "shardproof-run",
+        "timeout",
+    ):
         if (plugin := config.pluginmanager.get_plugin(name)) is not None:
             config.pluginmanager.unregister(plugin)
     # capsys and its kin need a capture manager; this one captures nothing by itself.
@@ -166,7 +173,9 @@ class Rank:
 
         if self.spec.device == "cpu":
             return torch.device("cpu")
-        return torch.device(self.spec.device, self.rank % getattr(torch, self.spec.device).device_count())
+        return torch.device(
+            self.spec.device, self.rank % getattr(torch, self.spec.device).device_count()
+        )
 
     def _seed(self) -> None:
         import numpy as np
@@ -189,10 +198,15 @@ class Rank:
                 setattr(distributed_c10d, name, timeout)
         if self.spec.device != "cpu":
             torch.accelerator.set_device_index(self.device.index)
-        store = dist.FileStore(str(Path(self.seat.folder) / "store"), self.spec.size)
+        store = torch.distributed.FileStore(  # type: ignore[attr-defined]
+            str(Path(self.seat.folder) / "store"), self.spec.size
+        )
         store.set_timeout(timeout)
         dist.init_process_group(
-            self.spec.backend, store=store, rank=self.rank, world_size=self.spec.size,
+            self.spec.backend,
+            store=store,
+            rank=self.rank,
+            world_size=self.spec.size,
             timeout=timeout,
         )
 
@@ -229,6 +243,8 @@ class Rank:
         watcher = _Watcher(self._channel)
         item.config.pluginmanager.register(watcher, "shardproof-rank")
         started = time.monotonic()
+        # What the parent had set up for other tests is the parent's to tear down.
+        item.session._setupstate.stack.clear()
         try:
             with _own_pytest_folder(item.config, self.seat.home):
                 reports = runtestprotocol(item, log=False, nextitem=None)
@@ -278,9 +294,7 @@ class _Watcher:
         self._channel.send("phase", phase="teardown")
 
 
-def _answer(
-    reports: list[pytest.TestReport], watcher: _Watcher, seconds: float
-) -> dict[str, Any]:
+def _answer(reports: list[pytest.TestReport], watcher: _Watcher, seconds: float) -> dict[str, Any]:
     answer: dict[str, Any] = {"outcome": "passed", "seconds": seconds}
     bad = next((r for r in reports if r.outcome != "passed"), None)
     if bad is None:
@@ -324,8 +338,16 @@ def _kind_of_error(error: BaseException) -> str:
         ):
             if any(s in text for s in ("Timed out", "timed out", "Timeout", "timeout")):
                 return "collective timeout"
-            if any(s in text for s in ("closed by peer", "reset by peer", "Broken pipe",
-                                       "remote process exited", "Connection refused")):
+            if any(
+                s in text
+                for s in (
+                    "closed by peer",
+                    "reset by peer",
+                    "Broken pipe",
+                    "remote process exited",
+                    "Connection refused",
+                )
+            ):
                 return "peer lost"
         seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
     return "error"

@@ -17,10 +17,12 @@ from harness.options import Settings, device_count
 SIZE_PARAMETER = "_world_size"
 
 MARKS = (
-    "world(*sizes, backend=None, collective=None, limit=None, reuse=False): run the body on every "
-    "rank of a fresh world of each size (none: the run's size). backend: needs this one; "
-    "collective, limit: seconds, instead of --collective-limit and --check-limit; reuse: share "
-    "the world with the checks of the same class that follow",
+    (
+        "world(*sizes, backend=None, collective=None, limit=None, reuse=False): run the body on every "
+        "rank of a fresh world of each size (none: the run's size). backend: needs this one; "
+        "collective, limit: seconds, instead of --collective-limit and --check-limit; reuse: share "
+        "the world with the checks of the same class that follow"
+    ),
     "needs(*features): features of the machine or of torch, see harness.requirements.FEATURES",
     "judges(name): the function of the subject that a class of checks judges, module.function",
     "law(name): the law of the contract that a check holds the function to",

@@ -93,7 +93,11 @@ def check(
 
 
 def write(
-    settings: Settings, run: dict[str, Any], checks: list[dict[str, Any]], started: float, ended: float
+    settings: Settings,
+    run: dict[str, Any],
+    checks: list[dict[str, Any]],
+    started: float,
+    ended: float,
 ) -> Path:
     """Write results.json, and point out/latest at the run."""
     run |= {
@@ -124,8 +128,12 @@ def _relative(file: str, root: Path) -> str:
 def _commit(root: Path) -> str:
     try:
         found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],  # noqa: S607
-            cwd=root, capture_output=True, text=True, timeout=10, check=False,
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
         )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return ""

@@ -11,7 +11,11 @@ from types import TracebackType
 
 from harness import processes
 
-_COLLECTIVE_FILES = ("distributed_c10d.py", "_functional_collectives.py", "distributed/nn/functional.py")
+_COLLECTIVE_FILES = (
+    "distributed_c10d.py",
+    "_functional_collectives.py",
+    "distributed/nn/functional.py",
+)
 _NOT_COLLECTIVES = frozenset({"wrapper", "_maybe_wrap_tensor", "__call__", "_object_to_tensor"})
 _FAULTHANDLER_FRAME = re.compile(r'^  File "([^"]+)", line \d+ in (\S+)', re.MULTILINE)
 

@@ -20,9 +20,7 @@ class Verdict(enum.StrEnum):
     XPASS = "xpass"
 
 
-UNEXPECTED = frozenset(
-    {Verdict.FAIL, Verdict.ERROR, Verdict.TIMEOUT, Verdict.CRASH, Verdict.XPASS}
-)
+UNEXPECTED = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.TIMEOUT, Verdict.CRASH, Verdict.XPASS})
 
 
 class Fate(enum.StrEnum):

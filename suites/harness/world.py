@@ -127,7 +127,8 @@ class Member:
 
 def _death(exitcode: int, member: Member) -> str:
     when = {
-        "start": "before it was ready", "parked": "after its body had passed",
+        "start": "before it was ready",
+        "parked": "after its body had passed",
     }.get(member.record.phase, f"in {member.record.phase}, without an answer")
     if exitcode < 0:
         try:
@@ -156,7 +157,7 @@ class World:
         self._find = find
         self._folder = Path(tempfile.mkdtemp(prefix="shardproof-"))
         self._known = frozenset(processes.children(os.getpid()))
-        self._segments = frozenset(os.listdir("/dev/shm"))  # noqa: S108
+        self._segments = frozenset(os.listdir("/dev/shm"))
         self._group = 0
 
     def start(self) -> None:
@@ -164,7 +165,7 @@ class World:
         import torch.multiprocessing
 
         method = self.settings.start_method
-        context = torch.multiprocessing.get_context(method)
+        context: Any = torch.multiprocessing.get_context(method)
         for number in range(self.spec.size):
             ours, theirs = pair()
             seat = rank.Seat(
@@ -237,7 +238,7 @@ class World:
             member.record.output_tail = _read(member.seat.log)[-4000:]
 
     def _until(self, done: Callable[[], bool], limit: float, *, hasten: bool = True) -> None:
-        """Watch all ranks until done; `hasten`: or one has failed and the others had their grace."""
+        """Watch all ranks until done or, to `hasten`, until the grace after a failure is over."""
         deadline = time.monotonic() + limit
         failing = False
         while True:

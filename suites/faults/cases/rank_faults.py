@@ -92,12 +92,12 @@ def test_leaves_by_sys_exit_0(rank: int) -> None:
 
 
 def test_raises_what_cannot_be_shown(rank: int) -> None:
-    class Sly(Exception):
+    class SlyError(Exception):
         def __str__(self) -> str:
             raise RuntimeError("no text for you")
 
     if rank == 1:
-        raise Sly
+        raise SlyError
 
 
 def test_ends_pytest(rank: int) -> None:
@@ -225,7 +225,7 @@ def test_leaks_shared_memory(rank: int) -> None:
     if rank == 1:
         block = multiprocessing.shared_memory.SharedMemory(create=True, size=64)
         # The tracker would take the segment away with the process, which is not the check's merit.
-        multiprocessing.resource_tracker.unregister(block._name, "shared_memory")
+        multiprocessing.resource_tracker.unregister(f"/{block.name}", "shared_memory")
         Path(os.environ["SHARDPROOF_FAULTS_SHM"]).write_text(block.name)
         block.close()
 

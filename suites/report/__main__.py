@@ -1,0 +1,38 @@
+"""Show a run: `python -m report [--known] [FOLDER | results.json]`, by default out/latest."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from report.read import BadResultsError, read
+from report.terminal import Screen, show, show_known
+
+
+def main() -> int:
+    """Print the report; 3 when there are no readable results."""
+    parser = argparse.ArgumentParser(prog="python -m report", description=__doc__)
+    parser.add_argument("run", nargs="?", type=Path, default=Path("out/latest"))
+    parser.add_argument(
+        "--known", action="store_true", help="list known failures with their reasons"
+    )
+    parser.add_argument("--brief", action="store_true", help="leave the single failures out")
+    options = parser.parse_args()
+    try:
+        data = read(options.run)
+    except BadResultsError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 3
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    screen = Screen(sys.stdout, colour)
+    folder = options.run if options.run.is_dir() else options.run.parent
+    if options.known:
+        show_known(data, screen)
+    show(data, os.path.relpath(folder), screen, failures=not options.brief)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

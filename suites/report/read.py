@@ -1,0 +1,37 @@
+"""Reading results.json: the schema is checked, so that every reader may rely on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+SCHEMA = Path(__file__).parent / "results.schema.json"
+
+
+class BadResultsError(Exception):
+    """A results.json that is missing, not JSON, or not of the schema; the text says which."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The results of a run, from its folder or its results.json.
+
+    Raises BadResultsError, naming the file and the first place that does not fit.
+    """
+    file = path / "results.json" if path.is_dir() else path
+    try:
+        data = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise BadResultsError(f"{file}: there is no such file") from None
+    except ValueError as error:
+        raise BadResultsError(f"{file}: not JSON ({error})") from None
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
+    misfit = jsonschema.exceptions.best_match(validator.iter_errors(data))
+    if misfit is not None:
+        raise BadResultsError(f"{file}: at {misfit.json_path}: {misfit.message[:300]}")
+    found = {v: sum(c["verdict"] == v for c in data["checks"]) for v in data["run"]["counts"]}
+    if found != data["run"]["counts"]:
+        raise BadResultsError(f"{file}: counts {data['run']['counts']} do not add up: {found}")
+    return data

@@ -1,0 +1,145 @@
+"""A run on a terminal: the matrix, unexpected verdicts with their ranks, where the results are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, TextIO
+
+from report.matrix import LAWS, Cell, Rows, matrix
+
+UNEXPECTED = ("fail", "error", "timeout", "crash", "xpass")
+_COLOURS = {
+    "unexpected": "1;31",
+    "expected": "33",
+    "holds": "32",
+    "absent": "36",
+    "empty": "2",
+    "title": "1",
+}
+_COLUMN = 11
+_LINES = 30
+
+
+class Screen:
+    """Lines to a stream, coloured where the stream is a terminal."""
+
+    def __init__(self, stream: TextIO, colour: bool) -> None:
+        self._stream, self._colour = stream, colour
+
+    def line(self, text: str = "") -> None:
+        self._stream.write(text + "\n")
+
+    def paint(self, text: str, state: str) -> str:
+        return f"\x1b[{_COLOURS[state]}m{text}\x1b[0m" if self._colour else text
+
+
+def show(data: dict[str, Any], folder: str, screen: Screen, *, failures: bool = True) -> None:
+    """The whole report of one run."""
+    if failures:
+        _show_unexpected(data["checks"], folder, screen)
+    found = matrix(data["checks"])
+    if found:
+        _show_matrix(found, screen)
+    _show_end(data, folder, screen)
+
+
+def _show_matrix(found: dict[str, Rows], screen: Screen) -> None:
+    width = max(len(function) for rows in found.values() for function in rows) + 2
+    # A run may hold checks of laws that the contract does not name; they are shown, too.
+    extra = sorted(
+        {law for rows in found.values() for cells in rows.values() for law in cells} - set(LAWS)
+    )
+    laws = [*LAWS, *extra]
+    for module, rows in found.items():
+        screen.line()
+        names = "".join(law[:14].rjust(_column(law)) for law in laws)
+        screen.line(screen.paint(module.ljust(width)[:width], "title") + names)
+        for function, cells in rows.items():
+            row = "".join(
+                screen.paint(str(cell).rjust(_column(law)), cell.state)
+                for law in laws
+                for cell in [cells.get(law, Cell())]
+            )
+            screen.line(function.ljust(width) + row)
+    screen.line()
+    screen.line(
+        "✓ n  all n checks hold    x h/n  known failures: h of n hold    "
+        "✗ h/n  unexpected    ? not run    · no check"
+    )
+
+
+def _column(law: str) -> int:
+    return max(_COLUMN, len(law) + 2)
+
+
+def _show_unexpected(checks: list[dict[str, Any]], folder: str, screen: Screen) -> None:
+    bad = [c for c in checks if c["verdict"] in UNEXPECTED]
+    if not bad:
+        return
+    screen.line()
+    screen.line(screen.paint(f"{len(bad)} unexpected", "title"))
+    for check in bad:
+        screen.line()
+        screen.line(screen.paint(f"{check['verdict'].upper()}  {check['id']}", "unexpected"))
+        if check["clause"]:
+            screen.line(f"  clause   {check['clause']}")
+        screen.line(f"  cause    {check['message'].partition(chr(10))[0][:400]}")
+        for rank in check["ranks"]:
+            if rank["fate"] != "passed":
+                where = f" in {rank['waiting_in']}" if rank["waiting_in"] else ""
+                said = rank["message"].partition("\n")[0][:160]
+                screen.line(f"  rank {rank['rank']:<4}{rank['fate']}{where}: {said}")
+        for line in _details(check):
+            screen.line(f"  | {line}")
+        logs = [
+            f"{folder}/{r['log']}" for r in check["ranks"] if r["log"] and r["fate"] != "passed"
+        ]
+        if logs:
+            screen.line(f"  log      {logs[0]}")
+        screen.line(f"  repeat   {check['command']}")
+
+
+def _details(check: dict[str, Any]) -> list[str]:
+    """The traceback or stack of the rank that the cause names, its end where it is long."""
+    for rank in check["ranks"]:
+        named = check["message"].startswith((f"rank {rank['rank']}:", f"ranks {rank['rank']},"))
+        if named and rank["details"]:
+            lines = rank["details"].rstrip().splitlines()
+            cut = [f"[{len(lines) - _LINES} lines more in the log]"] if len(lines) > _LINES else []
+            return cut + [line[:200] for line in lines[-_LINES:]]
+    return []
+
+
+def _show_end(data: dict[str, Any], folder: str, screen: Screen) -> None:
+    run = data["run"]
+    known = Counter(c["expected"]["reason"] for c in data["checks"] if c["verdict"] == "xfail")
+    screen.line()
+    if known:
+        screen.line(
+            f"{known.total()} known failures, {len(known)} reasons; with --known each is listed"
+        )
+    counts = (
+        ", ".join(f"{n} {verdict}" for verdict, n in run["counts"].items() if n) or "nothing ran"
+    )
+    screen.line(
+        f"{run['subject']} {run['subject_version']} (torch {run['torch']}, {run['backend']} on "
+        f"{run['device']}): {counts}"
+    )
+    if run["selected"] != len(data["checks"]):
+        missing = run["selected"] - len(data["checks"])
+        screen.line(screen.paint(f"{missing} selected checks did not run", "unexpected"))
+    screen.line(f"results: {folder}/results.json")
+
+
+def show_known(data: dict[str, Any], screen: Screen) -> None:
+    """Each known failure: its reason once, with its link and the checks it explains."""
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for check in data["checks"]:
+        if check["verdict"] == "xfail":
+            key = (check["expected"]["reason"], check["expected"]["link"])
+            by_reason.setdefault(key, []).append(check["id"])
+    for (reason, link), ids in sorted(by_reason.items(), key=lambda pair: pair[1]):
+        screen.line()
+        screen.line(reason + (f"  {link}" if link else ""))
+        for identity in ids:
+            screen.line(f"  {identity}")
