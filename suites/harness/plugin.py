@@ -320,7 +320,7 @@ class Run:
             ]
             count = append(self._expectations.path, failed, self._collected)
             self._notes.append(
-                f"{count} entries written to {self._expectations.path.name}: state each one's reason"
+                f"{count} entries written to {self._expectations.path.name}: give each a reason"
             )
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:

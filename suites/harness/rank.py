@@ -140,6 +140,8 @@ def leave_the_parent(config: pytest.Config) -> None:
         "lfplugin",
         "nfplugin",
         "stepwiseplugin",
+        "pdbinvoke",
+        "pdbtrace",
         "shardproof-run",
         "timeout",
     ):
@@ -259,7 +261,13 @@ class Rank:
             }
         finally:
             item.config.pluginmanager.unregister(watcher)
-        return _answer(reports, watcher, time.monotonic() - started)
+        used = " ".join(_mesh_name(*key) for key in self.meshes)
+        return _answer(reports, watcher, time.monotonic() - started) | {"mesh": used}
+
+
+def _mesh_name(shape: tuple[int, ...], members: tuple[int, ...], names: tuple[str, ...]) -> str:
+    ranks = "" if members == tuple(range(len(members))) else f"[{','.join(map(str, members))}]"
+    return "x".join(map(str, shape)) + ranks + "(" + ",".join(names) + ")"
 
 
 class _Watcher:

@@ -18,8 +18,8 @@ SIZE_PARAMETER = "_world_size"
 
 MARKS = (
     (
-        "world(*sizes, backend=None, collective=None, limit=None, reuse=False): run the body on every "
-        "rank of a fresh world of each size (none: the run's size). backend: needs this one; "
+        "world(*sizes, backend=None, collective=None, limit=None, reuse=False): run the body on "
+        "every rank of a fresh world of each size (none: the run's size). backend: needs this one; "
         "collective, limit: seconds, instead of --collective-limit and --check-limit; reuse: share "
         "the world with the checks of the same class that follow"
     ),

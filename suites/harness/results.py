@@ -86,6 +86,7 @@ def check(
         "seconds": round(judgement.seconds, 4),
         "message": judgement.message,
         "world": getattr(item, "callspec", None) and item.callspec.params.get("_world_size"),  # type: ignore[attr-defined]
+        "mesh": next((m for r in judgement.ranks if (m := r.extra.get("mesh", ""))), ""),
         "ranks": [r.as_json() for r in judgement.ranks],
         "expected": expected,
         "command": command(settings, [item.nodeid]),

@@ -105,6 +105,7 @@ class Member:
     def _answer(self, frame: Frame) -> None:
         self.answered = True
         self.record.seconds = frame["seconds"]
+        self.record.extra["mesh"] = frame.get("mesh", "")
         if frame["outcome"] == "passed":
             self.record.fate, self.record.phase = Fate.PASSED, "parked"
             self.record.at = frame["at"]

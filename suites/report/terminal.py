@@ -116,7 +116,7 @@ def _show_end(data: dict[str, Any], folder: str, screen: Screen) -> None:
     screen.line()
     if known:
         screen.line(
-            f"{known.total()} known failures, {len(known)} reasons; with --known each is listed"
+            f"{known.total()} known failures for {len(known)} reasons; --known lists each"
         )
     counts = (
         ", ".join(f"{n} {verdict}" for verdict, n in run["counts"].items() if n) or "nothing ran"

@@ -1,0 +1,158 @@
+"""What a check costs: this harness against torch's own two, one machine, one run.
+
+`python suites/benchmarks/world_cost.py` (or ci/world-cost) runs the same trivial case of 4 ranks,
+a 2-D mesh and a gathered DTensor, in interleaved rounds under each harness, and prints the median
+seconds a case and the ratios. Exit 1 when a fresh world costs more than --limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+SUITES = Path(__file__).parents[1]
+
+BODY = """
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+def body():
+    mesh = DeviceMesh("cpu", torch.arange(4).reshape(2, 2), mesh_dim_names=("dp", "tp"))
+    full = torch.arange(16.0).reshape(4, 4)
+    got = distribute_tensor(full, mesh, [Shard(0), Shard(1)]).full_tensor()
+    assert torch.equal(got, full)
+"""
+
+FRESH = """
+import pytest
+from body import body
+
+@pytest.mark.world(4)
+@pytest.mark.parametrize("n", range({cases}))
+def test_case(n):
+    body()
+"""
+
+MULTI_PROCESS = """
+import torch.distributed as dist
+from torch.testing._internal.common_distributed import MultiProcessTestCase
+from body import body
+
+class TestCases(MultiProcessTestCase):
+    world_size = 4
+    def setUp(self):
+        super().setUp()
+        self._spawn_processes()
+    def _case(self):
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(self.file_name, 4), rank=self.rank, world_size=4
+        )
+        body()
+        dist.destroy_process_group()
+
+for n in range({cases}):
+    setattr(TestCases, f"test_case_{{n}}", lambda self: self._case())
+"""
+
+CONTINUOUS = """
+from torch.testing._internal.common_distributed import MultiProcContinuousTest
+from body import body
+
+class TestCases(MultiProcContinuousTest):
+    world_size = 4
+    @classmethod
+    def backend_str(cls):
+        return "gloo"
+    @classmethod
+    def device_type(cls):
+        return "cpu"
+
+for n in range({cases}):
+    setattr(TestCases, f"test_case_{{n}}", lambda self: body())
+"""
+
+HARNESSES = {
+    "shardproof, a fresh world a check": (FRESH, 8),
+    "MultiProcessTestCase, fresh ranks a case": (MULTI_PROCESS, 2),
+    "MultiProcContinuousTest, ranks shared by a class": (CONTINUOUS, 8),
+}
+
+
+def main() -> int:
+    """Measure, print the table, hold the fresh world to its limit."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, metavar="N")
+    parser.add_argument("--limit", type=float, default=0.25, metavar="S")
+    options = parser.parse_args()
+    cases: dict[str, list[float]] = defaultdict(list)
+    totals: dict[str, list[float]] = defaultdict(list)
+    for number in range(options.rounds):
+        for name, (source, count) in HARNESSES.items():
+            print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
+            seconds = measure(source.format(cases=count), fresh=source is FRESH)
+            if len(seconds) != count:
+                print(f"{name}: {len(seconds)} of {count} cases were measured", file=sys.stderr)
+                return 3
+            cases[name] += seconds
+            totals[name].append(sum(seconds) / count)
+    fresh = statistics.median(cases[next(iter(HARNESSES))])
+    print(f"\n{os.cpu_count()} cores, 4 Gloo ranks, {options.rounds} rounds, seconds")
+    print(f"{'':<50}{'median case':>12}{'mean case':>12}{'ratio of means':>16}")
+    base = statistics.median(totals[next(iter(HARNESSES))])
+    for name, seconds in cases.items():
+        mean = statistics.median(totals[name])
+        print(f"{name:<50}{statistics.median(seconds):>12.3f}{mean:>12.3f}{mean / base:>15.1f}x")
+    print("(the first case of a MultiProcContinuousTest class starts its ranks: see the mean)")
+    if fresh > options.limit:
+        print(f"a fresh world costs {fresh:.3f} s, more than {options.limit} s", file=sys.stderr)
+        return 1
+    return 0
+
+
+def measure(source: str, *, fresh: bool) -> list[float]:
+    """Seconds of each case: set-up, call and tear-down, as its harness counts them."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "body.py").write_text(BODY)
+        (folder / "test_it.py").write_text(source)
+        environment = {**os.environ, "PYTHONPATH": f"{folder}:{SUITES}", "OMP_NUM_THREADS": "1"}
+        common = [f"--rootdir={folder}", "-q", "--durations=0", "-vv"]
+        if fresh:
+            command = ["-m", "harness", "-p", "harness.plugin", "--run-dir", str(folder / "run")]
+        else:
+            command = ["-m", "pytest", "-p", "no:timeout"]
+        done = subprocess.run(
+            [sys.executable, *command, *common, "test_it.py"],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        if done.returncode:
+            print(done.stdout[-4000:], done.stderr[-2000:], file=sys.stderr)
+            return []
+        if fresh:
+            data = json.loads((folder / "run" / "results.json").read_text())
+            return [c["seconds"] for c in data["checks"]]
+        # pytest counts the ranks' start with set-up or with the first case.
+        found = re.findall(r"([\d.]+)s (setup|call|teardown)\s+\S*?(test_case_\d+)", done.stdout)
+        sums: dict[str, float] = defaultdict(float)
+        for seconds, _, case in found:
+            sums[case] += float(seconds)
+        return list(sums.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""The report: reads only what fits the schema, and counts in the matrix what the checks say."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from report.matrix import Cell, matrix
+from report.read import BadResultsError, read
+from report.terminal import Screen, show, show_known
+
+RANK = {
+    "rank": 1,
+    "fate": "raised",
+    "phase": "call",
+    "seconds": 0.1,
+    "message": "ValueError: boom",
+    "details": "Traceback: boom",
+    "waiting_in": "",
+    "exitcode": 0,
+    "log": "logs/x/rank-1.log",
+}
+CHECK = {
+    "id": "test_x.py::test_it[w2]",
+    "module": "m",
+    "function": "_f",
+    "law": "values",
+    "clause": "It is so.",
+    "verdict": "fail",
+    "seconds": 0.2,
+    "message": "rank 1: ValueError: boom",
+    "world": 2,
+    "ranks": [RANK],
+    "expected": None,
+    "command": "ci/conformance 'test_x.py::test_it[w2]'",
+}
+VERDICTS = ("pass", "fail", "error", "timeout", "crash", "precondition", "xfail", "xpass")
+
+
+def results(*checks: dict[str, Any], **run: Any) -> dict[str, Any]:
+    counts = {v: sum(c["verdict"] == v for c in checks) for v in VERDICTS}
+    base = {
+        "schema": 1,
+        "subject": "my.fork",
+        "subject_version": "1",
+        "torch": "2.13.0",
+        "backend": "gloo",
+        "device": "cpu",
+        "world": None,
+        "commit": "abc",
+        "seed": 0,
+        "order": "normal",
+        "start": "2026-01-01T00:00:00.000+00:00",
+        "end": "2026-01-01T00:00:01.000+00:00",
+        "counts": counts,
+        "selected": len(checks),
+        "exit": 1,
+        "command": "ci/conformance",
+    }
+    return {"run": base | run, "checks": list(checks)}
+
+
+def check(**changes: Any) -> dict[str, Any]:
+    return copy.deepcopy(CHECK) | changes
+
+
+def text_of(data: dict[str, Any]) -> str:
+    stream = io.StringIO()
+    show(data, "out/run", Screen(stream, colour=False))
+    return stream.getvalue()
+
+
+def test_what_fits_the_schema_is_read(tmp_path: Path) -> None:
+    data = results(check())
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    assert read(tmp_path) == read(tmp_path / "results.json") == data
+
+
+WRONG = [
+    (lambda d: d["run"].pop("seed"), "'seed' is a required property"),
+    (lambda d: d["checks"][0].update(verdict="green"), "'green' is not one of"),
+    (lambda d: d["checks"][0]["ranks"][0].pop("fate"), "'fate' is a required property"),
+    (lambda d: d["run"]["counts"].update(fail=0), "do not add up"),
+    (lambda d: d.pop("checks"), "'checks' is a required property"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), WRONG, ids=[m for _, m in WRONG])
+def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, spoil: Any, message: str) -> None:
+    data = results(check())
+    spoil(data)
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    with pytest.raises(BadResultsError, match=message) as caught:
+        read(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_missing_or_torn_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadResultsError, match="no such file"):
+        read(tmp_path)
+    (tmp_path / "results.json").write_text('{"run": ')
+    with pytest.raises(BadResultsError, match="not JSON"):
+        read(tmp_path)
+
+
+def test_a_cell_shows_its_worst() -> None:
+    cells = {}
+    for name, verdicts in {
+        "holds": ["pass", "pass"],
+        "expected": ["pass", "xfail"],
+        "unexpected": ["xfail", "fail"],
+        "absent": ["precondition"],
+        "empty": [],
+    }.items():
+        cells[name] = Cell()
+        cells[name].verdicts.update(verdicts)
+    assert {name: cell.state for name, cell in cells.items()} == {n: n for n in cells}
+    assert [str(c) for c in cells.values()] == ["✓ 2", "x 1/2", "✗ 0/2", "? 1", "·"]
+
+
+def test_the_matrix_counts_each_check_once() -> None:
+    found = matrix([check(), check(verdict="pass"), check(law="cost"), check(function="")])
+    cells = found["m"]["_f"]
+    assert {law: cell.total for law, cell in cells.items()} == {"values": 2, "cost": 1}
+
+
+def test_a_failure_is_shown_with_its_rank_cause_log_and_command() -> None:
+    text = text_of(results(check(), check(verdict="pass")))
+    for part in (
+        "FAIL  test_x.py::test_it[w2]",
+        "It is so.",
+        "rank 1: ValueError: boom",
+        "Traceback: boom",
+        "out/run/logs/x/rank-1.log",
+        "ci/conformance 'test_x.py::test_it[w2]'",
+        "✗ 1/2",
+        "1 pass, 1 fail",
+        "out/run/results.json",
+    ):
+        assert part in text
+
+
+def test_checks_that_did_not_run_are_counted() -> None:
+    assert "2 selected checks did not run" in text_of(results(check(), selected=3))
+
+
+def test_known_failures_are_listed_by_reason() -> None:
+    expected = {"reason": "a defect", "link": "https://example.org/1", "pattern": "*"}
+    data = results(check(verdict="xfail", expected=expected), check(verdict="pass"))
+    stream = io.StringIO()
+    show_known(data, Screen(stream, colour=False))
+    assert "a defect  https://example.org/1\n  test_x.py::test_it[w2]" in stream.getvalue()
+    assert "x 1/2" in text_of(data)
+    assert "1 known failures for 1 reasons" in text_of(data)
