@@ -1,10 +1,16 @@
 """The twin of ``torch.distributed._state_dict_utils``: state dicts between sharded and whole."""
 
+from shardproof._state_dict_utils.broadcast import (
+    _broadcast_state_dict,
+    _broadcast_tensors,
+    _TensorInfo,
+)
 from shardproof._state_dict_utils.copying import (
     _check_state_dict_similarity,
     _copy_state_dict,
     _offload_state_dict_to_cpu,
 )
+from shardproof._state_dict_utils.distribute import _distribute_state_dict, _distribute_tensors
 from shardproof._state_dict_utils.flatten import (
     CONTAINER_TYPE,
     FLATTEN_MAPPING,
@@ -16,6 +22,7 @@ from shardproof._state_dict_utils.flatten import (
     _traverse_state_dict,
     _unflatten_state_dict,
 )
+from shardproof._state_dict_utils.gather import _all_gather_sharded_tensor, _gather_state_dict
 from shardproof._state_dict_utils.staging import _create_cpu_state_dict
 from shardproof._state_dict_utils.traverse import (
     CompanionMismatch,
@@ -30,10 +37,17 @@ __all__ = [
     "PATH_ITEM",
     "STATE_DICT_TYPE",
     "CompanionMismatch",
+    "_TensorInfo",
+    "_all_gather_sharded_tensor",
+    "_broadcast_state_dict",
+    "_broadcast_tensors",
     "_check_state_dict_similarity",
     "_copy_state_dict",
     "_create_cpu_state_dict",
+    "_distribute_state_dict",
+    "_distribute_tensors",
     "_flatten_state_dict",
+    "_gather_state_dict",
     "_identity_func",
     "_iterate_state_dict",
     "_offload_state_dict_to_cpu",

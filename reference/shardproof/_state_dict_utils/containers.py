@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict, defaultdict
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,15 @@ Path = tuple[Any, ...]
 
 def is_container(value: Any) -> bool:
     """Whether a walk goes into ``value``. A ``torch.Size`` is a value, not a container."""
-    return isinstance(value, (Mapping, list, tuple)) and not isinstance(value, torch.Size)
+    return is_branch(value) and not isinstance(value, torch.Size)
+
+
+def is_branch(value: Any) -> bool:
+    """Whether ``value`` has elements of its own: Mapping, list or tuple, torch.Size included."""
+    if isinstance(value, (dict, list, tuple)):
+        return True
+    # Asking an abstract class is slow, and nearly every leaf is one of these.
+    return not isinstance(value, (torch.Tensor, int, float, str)) and isinstance(value, Mapping)
 
 
 def path_name(path: Iterable[Any]) -> str:
@@ -22,7 +30,14 @@ def path_name(path: Iterable[Any]) -> str:
     return ".".join(str(item) for item in path) or "<root>"
 
 
-def empty_like_mapping(like: Mapping[Any, Any]) -> MutableMapping[Any, Any]:
+def leaf_name(path: Path) -> str:
+    """A name for a leaf that no other leaf of the state dict has: ``key['inner'][0]``."""
+    first, *rest = path or ("<root>",)
+    head = first if isinstance(first, str) else f"[{first!r}]"
+    return head + "".join(f"[{item!r}]" for item in rest)
+
+
+def empty_like_mapping(like: Mapping[Any, Any]) -> Any:
     """An empty mapping of the type of ``like``, attributes such as ``_metadata`` included.
 
     A type that cannot be made without knowing its constructor, for example a read-only view,

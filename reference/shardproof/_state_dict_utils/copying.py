@@ -48,6 +48,7 @@ def _offload_state_dict_to_cpu(
         ValueError: an unsupported leaf under ``type_check``; names its path.
 
     No collective runs.
+
     """
     # Checked on every rank, also where nothing is copied: the ranks have to agree on the error.
     if type_check:
@@ -57,7 +58,7 @@ def _offload_state_dict_to_cpu(
     results: dict[Hashable, Any] = {}
     copied: dict[Hashable, torch.Tensor] = {}
 
-    def snapshot(path: Path, value: Any, _: Any) -> Any:
+    def snapshot(_path: Path, value: Any, _: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return copy_leaf_value(value)
         key = dressed_tie_key(value)
@@ -94,6 +95,7 @@ def _copy_state_dict(
         After either nothing was copied.
 
     No collective runs.
+
     """
     if copy_state_dict is None:
         raise CompanionMismatch("<root>: expected a mapping, the companion has NoneType")
@@ -125,9 +127,10 @@ def _check_state_dict_similarity(
         different type count as the same container, and so do list and tuple.
 
     Reads only, raises nothing on a difference, and runs no collective.
+
     """
 
-    def compare(path: Path, value: Any, other: Any) -> None:
+    def compare(_path: Path, value: Any, other: Any) -> None:
         if is_container(other) or difference(value, other):
             raise CompanionMismatch
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, SupportsIndex, cast
 
 from shardproof._state_dict_utils.containers import (
     empty_like_mapping,
+    is_branch,
     path_name,
     sequence_of,
 )
@@ -43,7 +44,7 @@ class Container:
         if self.example is not None:
             fresh = empty_like_mapping(self.example)
             fresh.update(children)
-            return fresh
+            return MappingProxyType(fresh) if self.kind is MappingProxyType else fresh
         # A tuple has a fixed length, a list ends with its last element, as upstream's does.
         length = max(children, default=-1) + 1
         if issubclass(self.kind, tuple):
@@ -58,6 +59,7 @@ class TypedPath(tuple[PATH_ITEM, ...]):
     Attributes:
         keys: the original key or index at each step.
         through: the container that holds each step.
+
     """
 
     keys: tuple[Any, ...]
@@ -116,6 +118,7 @@ def _traverse_state_dict(
         ValueError: a container holds itself; names its path.
 
     No collective runs.
+
     """
     for items, _, _, value in _leaves(state_dict):
         visitor(items, value)
@@ -124,7 +127,7 @@ def _traverse_state_dict(
 def _flatten_state_dict(
     state_dict: STATE_DICT_TYPE,
 ) -> tuple[STATE_DICT_TYPE, FLATTEN_MAPPING]:
-    """Flatten nested Mapping, list and tuple into one dict with dotted keys.
+    r"""Flatten nested Mapping, list and tuple into one dict with dotted keys.
 
     Args:
         state_dict: the nested dict. Not changed.
@@ -132,14 +135,15 @@ def _flatten_state_dict(
     Returns:
         (flat dict over the same leaves, mapping from flat key to path). Keys are the path's items
         joined by dots. Where two paths would share a key, those whose own keys hold a dot or are
-        no strings are written escaped: a dot as ``\\.``, a key of another type as
-        ``\\type:key``.
+        no strings are written escaped: a dot as ``\.``, a key of another type as
+        ``\type:key``.
 
     Raises:
         ValueError: two paths that even escaping cannot tell apart, or a container that holds
             itself.
 
     No collective runs.
+
     """
     found = list(_leaves(state_dict))
     names = [".".join(map(str, items)) for items, _, _, _ in found]
@@ -154,9 +158,7 @@ def _flatten_state_dict(
     return flattened, mapping
 
 
-def _unflatten_state_dict(
-    state_dict: STATE_DICT_TYPE, mapping: FLATTEN_MAPPING
-) -> STATE_DICT_TYPE:
+def _unflatten_state_dict(state_dict: STATE_DICT_TYPE, mapping: FLATTEN_MAPPING) -> STATE_DICT_TYPE:
     """Undo :func:`_flatten_state_dict`.
 
     Args:
@@ -172,6 +174,7 @@ def _unflatten_state_dict(
         ValueError: one path leads through the leaf of another.
 
     No collective runs.
+
     """
     for name in state_dict:
         if name not in mapping:
@@ -193,28 +196,56 @@ def _set_element(root_dict: STATE_DICT_TYPE, path: OBJ_PATH, value: Any) -> None
 
     A missing container is a dict where a str follows and a list where an int follows; a list is
     extended with None up to the index.
+
+    Raises:
+        IndexError: a negative index that the list does not have.
+        TypeError: the path leads through something that is no dict and no list.
+        After either nothing was changed.
+
     """
     holder: Any = root_dict
-    for item, following in pairwise(path):
-        fresh: Any = {} if isinstance(following, str) else []
-        if isinstance(holder, Mapping):
-            holder = cast(MutableMapping[Any, Any], holder).setdefault(item, fresh)
-            continue
-        _extend(holder, item)
-        if holder[item] is None:
-            holder[item] = fresh
-        holder = holder[item]
+    step = 0
+    while step < len(path) - 1:
+        child = _existing(holder, path[step])
+        if child is None:
+            break
+        holder = child
+        step += 1
+    # What is missing is built apart and attached last: after an error the root is as it was.
+    for item in reversed(path[step + 1 :]):
+        if isinstance(item, str):
+            value = {item: value}
+        elif item < 0:
+            raise IndexError(f"{path_name(path)!r}: no element {item} in a new list")
+        else:
+            value = [*[None] * item, value]
+    item = path[step]
     if isinstance(holder, list):
-        _extend(holder, path[-1])
-    holder[path[-1]] = value
+        if not isinstance(item, int):
+            raise TypeError(f"{path_name(path)!r}: {item!r} cannot index a list")
+        if item < -len(holder):
+            raise IndexError(f"{path_name(path)!r}: no element {item} in a list of {len(holder)}")
+        holder.extend([None] * (item + 1 - len(holder)))
+    elif not isinstance(holder, MutableMapping):
+        raise TypeError(f"{path_name(path)!r} leads through a {type(holder).__name__}")
+    holder[item] = value
 
 
-def _extend(holder: list[Any], index: Any) -> None:
-    holder.extend([None] * (index + 1 - len(holder)))
-
-
-def _is_branch(value: Any) -> bool:
-    return isinstance(value, (Mapping, list, tuple))
+def _existing(holder: Any, item: PATH_ITEM) -> Any:
+    """The container at ``item``, None where one has to be made."""
+    if isinstance(holder, Mapping):
+        if item not in holder:
+            return None
+        child = holder[item]
+    elif isinstance(holder, list) and isinstance(item, int):
+        child = holder[item] if -len(holder) <= item < len(holder) else None
+        if child is None:
+            return None
+    else:
+        return None
+    if not isinstance(child, (MutableMapping, list)):
+        raise TypeError(f"the value at {item!r} is a {type(child).__name__}, no container")
+    return child
 
 
 def _entries(value: Any) -> Iterator[tuple[PATH_ITEM, Any, Any]]:
@@ -240,7 +271,7 @@ def _leaves(
             above.discard(id(holder))
             continue
         item, key, value = step
-        if not _is_branch(value) or len(value) == 0:
+        if not is_branch(value) or len(value) == 0:
             yield (*items, item), (*keys, key), through, value
             continue
         if id(value) in above:
@@ -259,7 +290,7 @@ def _leaves(
 
 def _own_empty(value: Any) -> Any:
     """``value``, or a new one of its type where it is an empty container."""
-    return Container(value).build({}) if _is_branch(value) and len(value) == 0 else value
+    return Container(value).build({}) if is_branch(value) and len(value) == 0 else value
 
 
 def _escaped(key: Any, holder: Container) -> str:
@@ -274,10 +305,8 @@ def _told_apart(
     names: list[str], paths: list[tuple[tuple[Any, ...], tuple[Container, ...]]]
 ) -> list[str]:
     """Escape the names that collide, until none does."""
-    escaped = [
-        ".".join(map(_escaped, keys, through)) for keys, through in paths
-    ]
-    names = list(names)
+    escaped = [".".join(map(_escaped, keys, through)) for keys, through in paths]
+    plain, names = names, list(names)
     while True:
         counts = Counter(names)
         changed = False
@@ -287,8 +316,9 @@ def _told_apart(
                 changed = True
         if changed:
             continue
-        if double := [name for name, count in counts.items() if count > 1]:
-            raise ValueError(f"several entries share the flat key {double[0]!r}")
+        for index, name in enumerate(names):
+            if counts[name] > 1:
+                raise ValueError(f"several entries share the flat key {plain[index]!r}")
         return names
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from torch.distributed.device_mesh import DeviceMesh
@@ -43,11 +43,15 @@ class Cut:
 
 @dataclass(frozen=True)
 class Block:
-    """One shard: the runs of global indices that it holds, per tensor dimension."""
+    """One shard: the runs of global indices that it holds, per tensor dimension.
+
+    ``region`` is the part of the global tensor that it is, where it is one rectangle.
+    """
 
     runs: tuple[Runs, ...]
     shape: tuple[int, ...]
     numel: int
+    region: Region | None = field(compare=False, hash=False)
 
     @property
     def starts(self) -> tuple[int, ...] | None:
@@ -66,7 +70,10 @@ class Block:
 def make_block(runs: Sequence[Runs]) -> Block:
     """A block from its runs."""
     shape = tuple(_length(dim_runs) for dim_runs in runs)
-    return Block(tuple(runs), shape, math.prod(shape))
+    region = None
+    if all(len(dim_runs) == 1 for dim_runs in runs):
+        region = tuple(slice(*dim_runs[0]) for dim_runs in runs)
+    return Block(tuple(runs), shape, math.prod(shape), region)
 
 
 def box_block(offsets: Sequence[int], sizes: Sequence[int]) -> Block:
@@ -85,6 +92,7 @@ def cuts_of(spec: DTensorSpec) -> tuple[Cut, ...]:
 
     Raises:
         ValueError: a placement of unknown kind.
+
     """
     ndim = len(spec.shape)
     found: list[Cut] = []
@@ -160,6 +168,7 @@ def partial_dims(placements: Sequence[Placement]) -> dict[int, str]:
 
     Raises:
         ValueError: a partial placement whose reduction needs more than the values.
+
     """
     found: dict[int, str] = {}
     for mesh_dim, placement in enumerate(placements):
@@ -234,9 +243,7 @@ def _overlaps(runs: Sequence[Run], lo: int, hi: int) -> list[tuple[slice, slice]
     for start, stop in runs:
         begin, end = max(lo, at), min(hi, at + stop - start)
         if begin < end:
-            found.append(
-                (slice(start + begin - at, start + end - at), slice(begin - lo, end - lo))
-            )
+            found.append((slice(start + begin - at, start + end - at), slice(begin - lo, end - lo)))
         at += stop - start
     return found
 

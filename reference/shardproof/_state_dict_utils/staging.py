@@ -58,13 +58,14 @@ def _create_cpu_state_dict(
             accelerator cannot register shared memory. Raised before anything is allocated.
 
     No collective runs.
+
     """
     if pin_memory:
         _require_pinning(share_memory)
     fill = partial(_buffer_like, pin_memory=pin_memory, share_memory=share_memory)
     made: dict[Hashable, torch.Tensor] = {}
 
-    def allocate(path: Path, value: Any, _: Any) -> Any:
+    def allocate(_path: Path, value: Any, _: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return copy_leaf_value(value)
         key = tie_key(value)
@@ -86,9 +87,7 @@ def _allocate_leaf(
     return fill(value)
 
 
-def _buffer_like(
-    tensor: torch.Tensor, *, pin_memory: bool, share_memory: bool
-) -> torch.Tensor:
+def _buffer_like(tensor: torch.Tensor, *, pin_memory: bool, share_memory: bool) -> torch.Tensor:
     tensor = settled(tensor)
     pinnable = pin_memory and tensor.numel() > 0
     if not is_ordinary(tensor):
@@ -98,7 +97,8 @@ def _buffer_like(
         with warnings.catch_warnings():
             # Sharing goes through a storage class that announces its own removal.
             warnings.simplefilter("ignore")
-            buffer.share_memory_()  # type: ignore[no-untyped-call]
+            share: Any = buffer.share_memory_
+            share()
         if pinnable:
             _register(buffer)
         return buffer

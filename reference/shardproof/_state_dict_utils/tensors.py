@@ -7,7 +7,8 @@ payloads included, also where torch has no kernels for it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
+import warnings
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,27 @@ def kind_of(value: Any) -> str:
     return type(value).__name__
 
 
+def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The global shape. A ShardedTensor is asked for its metadata: its own properties warn."""
+    if isinstance(tensor, ShardedTensor):
+        return tuple(tensor.metadata().size)
+    return tuple(tensor.size())
+
+
+def dtype_of(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype; of a ShardedTensor from its metadata."""
+    if isinstance(tensor, ShardedTensor):
+        return tensor.metadata().tensor_properties.dtype
+    return tensor.dtype
+
+
+def requires_grad_of(tensor: torch.Tensor) -> bool:
+    """Whether it requires grad; of a ShardedTensor from its metadata."""
+    if isinstance(tensor, ShardedTensor):
+        return bool(tensor.metadata().tensor_properties.requires_grad)
+    return tensor.requires_grad
+
+
 def settled(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor``, waited for if a collective is still writing it."""
     return tensor.wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor
@@ -52,9 +74,9 @@ def local_of(tensor: DTensor) -> torch.Tensor:
 def is_ordinary(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` is a strided tensor with memory of its own kind, no wrapper."""
     return (
-        tensor.layout is torch.strided
+        not isinstance(tensor, (DTensor, ShardedTensor, AsyncCollectiveTensor))
         and not hasattr(type(tensor), "__tensor_flatten__")
-        and not isinstance(tensor, (DTensor, ShardedTensor, AsyncCollectiveTensor))
+        and tensor.layout is torch.strided
         and not tensor.is_quantized
     )
 
@@ -66,15 +88,37 @@ def bit_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bits of ``tensor`` as integers: a view, unless a lazy conj or neg has to be resolved."""
-    plain = tensor.detach().resolve_conj().resolve_neg()
+    plain = tensor.detach()
+    if plain.is_conj() or plain.is_neg():
+        with warnings.catch_warnings():
+            # torch warns of complex32 whenever it makes one.
+            warnings.simplefilter("ignore")
+            plain = plain.resolve_conj().resolve_neg()
     return plain.view(bit_dtype(plain.dtype))
 
 
 def allocate(
-    shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device | str
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    stride: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """An uninitialised contiguous tensor. Goes through the bits: some dtypes warn when made."""
+    """An uninitialised tensor; ``stride`` is kept where it is dense."""
+    # torch warns of some dtypes when it makes a tensor of them, but not when it views one.
+    if stride is not None and not _is_row_major(shape, stride):
+        ghost = torch.empty_strided(shape, stride, dtype=torch.uint8, device="meta")
+        stride = torch.empty_like(ghost).stride()
+        return torch.empty_strided(shape, stride, dtype=bit_dtype(dtype), device=device).view(dtype)
     return torch.empty(shape, dtype=bit_dtype(dtype), device=device).view(dtype)
+
+
+def _is_row_major(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    step = 1
+    for size, actual in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1 and actual != step:
+            return False
+        step *= max(size, 1)
+    return True
 
 
 def allocate_like(
@@ -84,12 +128,7 @@ def allocate_like(
     dtype = tensor.dtype if dtype is None else dtype
     if not is_ordinary(tensor):
         return torch.empty_like(tensor.detach(), device=device, dtype=dtype)
-    ghost = torch.empty_strided(tensor.size(), tensor.stride(), dtype=torch.uint8, device="meta")
-    like = torch.empty_like(ghost)
-    fresh = torch.empty_strided(
-        like.size(), like.stride(), dtype=bit_dtype(dtype), device=device
-    )
-    return fresh.view(dtype)
+    return allocate(tensor.size(), dtype, device, tensor.stride())
 
 
 def put(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> None:
@@ -168,7 +207,7 @@ def tie_key(tensor: torch.Tensor) -> Hashable:
 
 def dressed_tie_key(tensor: torch.Tensor) -> Hashable:
     """As :func:`tie_key`, but a Parameter and a detached view of it are told apart."""
-    return tie_key(tensor), type(tensor), tensor.requires_grad
+    return tie_key(tensor), type(tensor), requires_grad_of(tensor)
 
 
 def with_local(like: DTensor, local: torch.Tensor, dtype: torch.dtype | None = None) -> DTensor:
@@ -209,7 +248,8 @@ def with_shards(
         pin_memory=False,
         requires_grad=requires_grad,
     )
-    fresh._prepare_init(process_group=like._process_group, init_rrefs=False)
+    prepare: Any = fresh._prepare_init
+    prepare(process_group=like._process_group, init_rrefs=False)
     fresh._metadata = metadata
     for shard in like.local_shards():
         shard_metadata = copy.deepcopy(shard.metadata)
@@ -227,10 +267,10 @@ def difference(ours: Any, theirs: Any) -> str | None:
         return f"expected a {kind_of(ours)}, got {kind_of(theirs)}"
     if not isinstance(ours, torch.Tensor):
         return None
-    if ours.size() != theirs.size():
-        return f"expected shape {tuple(ours.size())}, got {tuple(theirs.size())}"
-    if ours.dtype != theirs.dtype:
-        return f"expected dtype {ours.dtype}, got {theirs.dtype}"
+    if shape_of(ours) != shape_of(theirs):
+        return f"expected shape {shape_of(ours)}, got {shape_of(theirs)}"
+    if dtype_of(ours) != dtype_of(theirs):
+        return f"expected dtype {dtype_of(ours)}, got {dtype_of(theirs)}"
     if isinstance(ours, DTensor):
         if tuple(ours.placements) != tuple(theirs.placements):
             return f"expected placements {ours.placements}, got {theirs.placements}"

@@ -32,6 +32,7 @@ from shardproof._state_dict_utils.tensors import (
     geometry,
     kind_of,
     local_of,
+    requires_grad_of,
     tie_key,
     unwritable,
     with_local,
@@ -51,7 +52,7 @@ _IMMUTABLE_TORCH = (torch.dtype, torch.device, torch.Size, torch.layout, torch.m
 _MUTABLE = (io.BytesIO, set, bytearray)
 
 
-class CompanionMismatch(Exception):
+class CompanionMismatch(Exception):  # noqa: N818  (upstream's name)
     """The companion of a state dict has another structure, kind, shape, dtype or placement.
 
     The message names the path of the leaf and what was expected there.
@@ -60,36 +61,54 @@ class CompanionMismatch(Exception):
 
 def _identity_func(
     obj: torch.Tensor,
-    pg: dist.ProcessGroup | None,
-    device: torch.device | None,
-    companion_obj: Any,
+    pg: dist.ProcessGroup | None,  # noqa: ARG001
+    device: torch.device | None,  # noqa: ARG001
+    companion_obj: Any,  # noqa: ARG001
 ) -> torch.Tensor:
     """Return ``obj``: the per-kind function of a walk that changes no tensor."""
     return obj
 
 
-def map_leaves(value: Any, leaf: LeafFunction, companion: Any = ABSENT) -> Any:
+def map_leaves(
+    value: Any,
+    leaf: LeafFunction,
+    companion: Any = ABSENT,
+    refuse: Callable[[Exception], None] | None = None,
+) -> Any:
     """Rebuild ``value`` with ``leaf(path, leaf_value, companion_value)`` in place of each leaf.
 
     Args:
         value: nested containers, or a single leaf.
         leaf: called once per leaf, in the order of the walk.
         companion: walked in parallel. ``ABSENT`` where there is none.
+        refuse: told of a container that holds itself, instead of an exception.
 
     Raises:
         CompanionMismatch: the containers of ``companion`` differ.
         ValueError: a container holds itself.
+
     """
-    return _visit(value, companion, (), set(), leaf)
+    return _visit(value, companion, (), set(), leaf, refuse)
 
 
-def _visit(value: Any, companion: Any, path: Path, above: set[int], leaf: LeafFunction) -> Any:
+def _visit(
+    value: Any,
+    companion: Any,
+    path: Path,
+    above: set[int],
+    leaf: LeafFunction,
+    refuse: Callable[[Exception], None] | None,
+) -> Any:
     # One frame per level, no comprehensions: deep nesting must not meet the recursion limit.
     mapping = isinstance(value, Mapping)
     if not mapping and not is_container(value):
         return leaf(path, value, companion)
     if id(value) in above:
-        raise ValueError(f"the container at {path_name(path)!r} holds itself")
+        error = ValueError(f"the container at {path_name(path)!r} holds itself")
+        if refuse is None:
+            raise error
+        refuse(error)
+        return None
     above.add(id(value))
     _require_same_container(value, companion, path)
     paired = companion is not ABSENT
@@ -98,12 +117,12 @@ def _visit(value: Any, companion: Any, path: Path, above: set[int], leaf: LeafFu
         result = empty_like_mapping(value)
         for key, item in value.items():
             other = companion[key] if paired else ABSENT
-            result[key] = _visit(item, other, (*path, key), above, leaf)
+            result[key] = _visit(item, other, (*path, key), above, leaf, refuse)
     else:
         items = []
         for index, item in enumerate(value):
             other = companion[index] if paired else ABSENT
-            items.append(_visit(item, other, (*path, index), above, leaf))
+            items.append(_visit(item, other, (*path, index), above, leaf, refuse))
         result = sequence_of(type(value), items)
     above.discard(id(value))
     return result
@@ -141,6 +160,7 @@ def check_leaf_type(path: Path, value: Any) -> None:
 
     Raises:
         ValueError: names the path and the type.
+
     """
     if isinstance(value, (torch.Tensor, *_IMMUTABLE, *_IMMUTABLE_TORCH, *_MUTABLE)):
         return
@@ -175,7 +195,7 @@ def cpu_snapshot(tensor: torch.Tensor, shared: dict[Hashable, torch.Tensor]) -> 
         return shared[key].detach()
 
     if isinstance(tensor, ShardedTensor):
-        return with_shards(tensor, plain, CPU, tensor.requires_grad)
+        return with_shards(tensor, plain, CPU, requires_grad_of(tensor))
     if isinstance(tensor, DTensor):
         return dress_like(with_local(tensor, plain(local_of(tensor))), tensor)
     return dress_like(plain(tensor), tensor)
@@ -221,15 +241,14 @@ def _iterate_state_dict(
         CompanionMismatch: structure, kind, shape, dtype or placements differ; nothing was copied.
 
     No collective runs but those of the functions.
+
     """
     companion = ABSENT if companion_obj is None else companion_obj
 
     def check(path: Path, value: Any, other: Any) -> None:
         if type_check:
             check_leaf_type(path, value)
-        if other is not ABSENT and (
-            is_tensor(value) != is_tensor(other) or is_container(other)
-        ):
+        if other is not ABSENT and (is_tensor(value) != is_tensor(other) or is_container(other)):
             raise CompanionMismatch(
                 f"{path_name(path)}: expected a {kind_of(value)}, the companion has "
                 f"{kind_of(other)}"
@@ -249,7 +268,7 @@ def _iterate_state_dict(
         key = (
             tie_key(value),
             type(value),
-            value.requires_grad,
+            requires_grad_of(value),
             None if other is ABSENT else id(other),
         )
         if key not in results:

@@ -43,6 +43,7 @@ class Domain:
         shape: the mesh shape; ``(size,)`` for a group.
         groups: the group of each dimension, None where the dimension has one member.
         device: where the bytes have to be for these groups.
+
     """
 
     members: tuple[int, ...]
@@ -204,6 +205,7 @@ class Stream:
     Args:
         parcels: in :func:`stream_order`.
         participants: how many streams there are.
+
     """
 
     def __init__(self, parcels: Sequence[Parcel], participants: int) -> None:
@@ -227,7 +229,9 @@ class Stream:
                 while (head := pending[i]) is not None and head[0] == number:
                     pieces[i].append(head[1])
                     pending[i] = next(walk, None)
-            yield min(self.width, self.longest - number * self.width), pieces
+            left = min(self.width, self.longest - number * self.width)
+            # Rows follow each other in one buffer, and each has to start where any dtype may.
+            yield -(-left // _WIDEST) * _WIDEST, pieces
 
     def _pieces(self, participant: int) -> Iterator[tuple[int, Piece]]:
         at = 0
@@ -257,21 +261,32 @@ def pack(
         torch.cat(parts, out=bucket[: pieces[-1].end])
 
 
+def as_bytes(values: torch.Tensor) -> torch.Tensor:
+    """The elements of an integer tensor as 1-D bytes, row-major; a view where it is contiguous."""
+    flat = values.reshape(-1)
+    if flat.stride(0) != 1:
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
+
+
 def shard_bytes(tensor: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
     """The bytes of the row-major elements [start, stop) of a tensor of any strides."""
     whole = bits(tensor)
     if whole.is_contiguous():
-        return [whole.view(-1)[start:stop].view(torch.uint8)]
+        return [as_bytes(whole.view(-1)[start:stop])]
     return [
-        whole[tuple(slice(lo, hi) for lo, hi in box)].reshape(-1).view(torch.uint8)
+        as_bytes(whole[tuple(slice(lo, hi) for lo, hi in box)])
         for box, _, _ in rectangles(tensor.shape, start, stop)
     ]
 
 
 def block_bytes(full: torch.Tensor, block: Block, start: int, stop: int) -> list[torch.Tensor]:
     """As :func:`shard_bytes`, for the shard ``block`` of the global tensor ``full``."""
-    whole, found = bits(full), []
-    for box, _, count in rectangles(block.shape, start, stop):
+    whole = bits(full)
+    if block.region is not None and stop - start == block.numel:
+        return [as_bytes(whole[block.region])]
+    found: list[torch.Tensor] = []
+    for box, _, _ in rectangles(block.shape, start, stop):
         regions = list(block.regions(box))
         if len(regions) == 1:
             part = whole[regions[0][0]]
@@ -279,23 +294,31 @@ def block_bytes(full: torch.Tensor, block: Block, start: int, stop: int) -> list
             part = torch.empty([hi - lo for lo, hi in box], dtype=whole.dtype, device=whole.device)
             for there, here in regions:
                 part[here] = whole[there]
-        assert part.numel() == count
-        found.append(part.reshape(-1).view(torch.uint8))
+        found.append(as_bytes(part))
     return found
 
 
-def typed(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Bytes as elements of ``dtype``."""
-    return data.view(dtype)
+def broadcast(group: dist.ProcessGroup, data: torch.Tensor) -> None:
+    """Broadcast bytes from the group's first rank. One collective."""
+    if data.numel() and dist.get_world_size(group) > 1:
+        dist.broadcast(data, group=group, group_src=0)
+
+
+def scatter(group: dist.ProcessGroup, into: torch.Tensor, rows: torch.Tensor | None) -> None:
+    """Scatter one row of bytes to each rank from the group's first rank. One collective."""
+    dist.scatter(into, None if rows is None else list(rows), group=group, group_src=0)
 
 
 def deliver(
     data: torch.Tensor,
     block: Block,
     piece: Piece,
-    write: Callable[[tuple[slice, ...], torch.Tensor], None],
+    write: Callable[[tuple[slice, ...], torch.Tensor], object],
 ) -> None:
     """Hand the elements of a piece to ``write(region of the global tensor, values)``."""
+    if block.region is not None and piece.stop - piece.start == block.numel:
+        write(block.region, data.view(block.shape))
+        return
     for box, at, count in rectangles(block.shape, piece.start, piece.stop):
         part = data[at - piece.start : at - piece.start + count]
         part = part.view([hi - lo for lo, hi in box])

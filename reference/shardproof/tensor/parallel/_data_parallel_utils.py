@@ -34,6 +34,7 @@ def sync_grad_hook(grad: Any, *, device_handle: Any = None, compute_stream: Any 
         comes back as the same object.
 
     Local: any rank may call it alone.
+
     """
     if not isinstance(grad, AsyncCollectiveTensor):
         return grad
@@ -55,6 +56,7 @@ def _flatten_tensor(tensor: torch.Tensor) -> tuple[torch.Tensor, DTensorSpec | N
         (pytorch#171523 is of the same family). Any other tensor comes back itself, with None.
 
     Local: no collective runs, and the input is not changed.
+
     """
     if not isinstance(tensor, DTensor):
         return tensor, None
@@ -89,6 +91,7 @@ def _unflatten_tensor(
 
     Local: no collective runs in the forward. The backward communicates only if the gradient
     arrives in other placements than the spec's.
+
     """
     expected = local_shape(spec)
     if spec.mesh.get_coordinate() is not None and tuple(tensor.shape) != expected:
@@ -102,7 +105,8 @@ def _unflatten_tensor(
         # The hook sits on a view that dies with the graph: on `tensor` itself each forward would
         # leave one more hook behind.
         source = tensor.view_as(tensor)
-        source.register_hook(  # type: ignore[no-untyped-call]
+        register: Any = source.register_hook
+        register(
             partial(sync_grad_hook, device_handle=device_handle, compute_stream=compute_stream)
         )
     result = DTensor.from_local(

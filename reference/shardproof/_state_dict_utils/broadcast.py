@@ -1,0 +1,393 @@
+"""One rank's full state dict -> every rank's local state dict, sharded as the targets are.
+
+The source tells what it has, every rank tells what it needs of that, and then bytes travel:
+broadcast where every rank needs a tensor whole, scattered where each needs a part. Only the source
+ever holds a full tensor of a sharded target.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from shardproof._state_dict_utils.agreement import Failure, exchange, first_failure
+from shardproof._state_dict_utils.layout import Block, full_block
+from shardproof._state_dict_utils.targets import Target, plain_full_tensor
+from shardproof._state_dict_utils.tensors import CPU, bits, geometry
+from shardproof._state_dict_utils.wire import (
+    Domain,
+    Parcel,
+    Piece,
+    Stream,
+    as_bytes,
+    block_bytes,
+    broadcast,
+    group_domain,
+    pack,
+    scatter,
+    stream_order,
+)
+
+_LENGTH = struct.Struct("<q")
+
+
+class _TensorInfo(NamedTuple):
+    """What a rank without the data knows of a full tensor."""
+
+    size: torch.Size
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """What the source has for one key.
+
+    Attributes:
+        kind: ``tensor``, ``scalar`` (0-dim, its bytes travel in the offer) or ``value``.
+        root: for a tensor, the first key with the same memory.
+
+    """
+
+    kind: str
+    size: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+    value: Any = None
+    root: Any = None
+
+
+@dataclass
+class _Plan:
+    """What this rank will do with what the source offers."""
+
+    values: dict[Any, Any] = field(default_factory=dict)
+    removed: list[Any] = field(default_factory=list)
+    targets: dict[Any, list[Target]] = field(default_factory=dict)
+    scalars: list[tuple[Target, torch.Tensor]] = field(default_factory=list)
+    winners: dict[Any, Target] = field(default_factory=dict)
+
+    def needs(self) -> dict[Any, list[Block]]:
+        """Root key -> the distinct blocks of it that this rank needs."""
+        return {
+            root: list(dict.fromkeys(t.block for t in targets if t.block is not None))
+            for root, targets in self.targets.items()
+        }
+
+
+@torch.no_grad()
+def _broadcast_state_dict(
+    full_state_dict: dict[str, Any],
+    local_state_dict: dict[str, Any],
+    device: torch.device,
+    pg: dist.ProcessGroup | None = None,
+    strict: bool = False,
+    cpu_offload: bool = False,
+) -> None:
+    """Load the first rank's full state dict into every rank's local one.
+
+    Args:
+        full_state_dict: flat, read on the first rank of the group only (rank 0 in the group's own
+            numbering, pytorch#155680). Full tensors of any dtype and strides, or picklable
+            values. Not changed.
+        local_state_dict: flat; the output. Ranks may hold different keys in any order.
+        device: where new tensors are made.
+        pg: the group; without it the default group.
+        strict: remove local keys that the full state dict lacks.
+        cpu_offload: leave CPU tensors (pytorch#149516).
+
+    After it, for each key that both have: a DTensor with memory is the same object with new
+    values (with ``cpu_offload`` only if its memory is on the CPU, else a new DTensor there); a
+    plain or meta target is replaced by a new tensor or DTensor on ``device`` with the target's
+    dtype, mesh and placements. A 0-dim tensor for a plain target comes out on the CPU, but on
+    ``device`` for a meta one. None stays None where a tensor with dimensions is offered; another
+    value that is no tensor is replaced. Tied targets stay tied: the last key of the full state
+    dict wins. Keys that no rank has never travel.
+
+    Raises, the same on every rank, before anything changes:
+        TypeError: the full state dict has a DTensor or ShardedTensor (pytorch#164843), or a value
+            that cannot be pickled, or a target is a ShardedTensor.
+        ValueError: shapes or dtypes of full tensor and target do not fit.
+
+    All ranks of the group have to call it. Collectives: two broadcasts for the offer, one or two
+    all-gathers to agree, and one broadcast or scatter per bucket.
+
+    """
+    _run(
+        full_state_dict, local_state_dict, None, device, pg, strict=strict, cpu_offload=cpu_offload
+    )
+
+
+@torch.no_grad()
+def _broadcast_tensors(
+    full_state_dict: dict[str, Any],
+    local_state_dict: dict[str, Any],
+    keys: list[str],
+    device: torch.device,
+    pg: dist.ProcessGroup | None = None,
+) -> None:
+    """Load some of the first rank's full tensors into every rank's local state dict.
+
+    Args:
+        full_state_dict: full tensors on the first rank of the group, ``_TensorInfo`` elsewhere.
+            Not changed.
+        local_state_dict: the output; as for :func:`_broadcast_state_dict`. Keys that it lacks and
+            values that are None stay so.
+        keys: the same keys on every rank, in any order.
+        device: where new tensors are made.
+        pg: the group; without it the default group.
+
+    Raises, the same on every rank, before anything changes:
+        KeyError: the full state dict lacks a key on some rank.
+        TypeError, ValueError: as for :func:`_broadcast_state_dict`; also where ``keys``, or what a
+            ``_TensorInfo`` says, differ from the first rank's.
+
+    All ranks of the group have to call it; the collectives are those of
+    :func:`_broadcast_state_dict`.
+
+    """
+    _run(full_state_dict, local_state_dict, list(keys), device, pg)
+
+
+def _run(
+    full: dict[str, Any],
+    local: dict[str, Any],
+    keys: list[str] | None,
+    device: torch.device,
+    pg: dist.ProcessGroup | None,
+    strict: bool = False,
+    cpu_offload: bool = False,
+) -> None:
+    device = torch.device(device)
+    group = pg if pg is not None else dist.distributed_c10d._get_default_group()
+    if dist.get_rank(group) < 0:
+        return
+    domain = group_domain(group, device)
+    source = dist.get_rank(group) == 0
+    offers, failure = _offers(full, keys) if source else ({}, None)
+    offers, refused = _tell(domain, group, offers, failure)
+    plan = _Plan()
+    if refused is None:
+        try:
+            if keys is not None:
+                _check_infos(full, keys, offers, source)
+            plan = _plan(offers, local, device, strict, cpu_offload, whole=keys is not None)
+        except (TypeError, ValueError, KeyError) as error:
+            failure = Failure.of(error)
+    else:
+        raise refused.error()
+    needs = plan.needs()
+    told, _ = exchange(domain, needs, failure, list(needs.items()))
+    if told is not None and (found := first_failure(domain, told)):
+        raise found.error()
+    everyone = [needs for _ in domain.members] if told is None else [n for _, n in told]
+
+    opened = {id(target): target.open() for target in plan.winners.values()}
+    results = {key: opened[id(target)] for key, target in plan.winners.items()}
+    for target, value in plan.scalars:
+        target.take(value)
+    if source:
+        for root, targets in plan.targets.items():
+            for target in targets:
+                target.take(full[root].detach())
+    _transport(domain, group, offers, everyone, full if source else None, plan)
+    local.update(plan.values)
+    local.update(results)
+    for key in plan.removed:
+        del local[key]
+
+
+def _offers(
+    full: dict[str, Any], keys: list[str] | None
+) -> tuple[dict[Any, _Offer], Failure | None]:
+    """What the source has, in the order of its state dict."""
+    offers: dict[Any, _Offer] = {}
+    roots: dict[Hashable, Any] = {}
+    try:
+        for key in full if keys is None else keys:
+            if key not in full:
+                raise KeyError(f"the full state dict lacks {key!r}")
+            value = full[key]
+            if not isinstance(value, torch.Tensor):
+                if keys is not None:
+                    raise TypeError(f"{key!r}: expected a full tensor, got {type(value)}")
+                offers[key] = _Offer("value", value=value)
+                continue
+            plain = plain_full_tensor(key, value)
+            size = tuple(plain.size())
+            if not size and keys is None:
+                raw = bytes(as_bytes(bits(plain).cpu()).tolist())
+                offers[key] = _Offer("scalar", size, plain.dtype, raw)
+                continue
+            root = roots.setdefault(geometry(plain) if plain.numel() else id(plain), key)
+            offers[key] = _Offer("tensor", size, plain.dtype, root=root)
+    except (TypeError, ValueError, KeyError) as error:
+        return {}, Failure.of(error)
+    return offers, None
+
+
+def _tell(
+    domain: Domain,
+    group: dist.ProcessGroup,
+    offers: dict[Any, _Offer],
+    failure: Failure | None,
+) -> tuple[dict[Any, _Offer], Failure | None]:
+    """Send the source's offers, or its error, to all."""
+    if failure is not None:
+        failure = Failure(failure.kind, f"{domain.name(0)}: {failure.message}", True)
+    body = b""
+    if domain.index() == 0:
+        try:
+            body = pickle.dumps((offers, failure))
+        except Exception as error:
+            text = f"{domain.name(0)}: the full state dict cannot be pickled: {error}"
+            body = pickle.dumps(({}, Failure("TypeError", text, True)))
+    head = _as_tensor(_LENGTH.pack(len(body)), domain.device)
+    broadcast(group, head)
+    length = int(_LENGTH.unpack(bytes(head.tolist()))[0])
+    data = _as_tensor(body.ljust(length, b"\0"), domain.device)
+    broadcast(group, data)
+    received = data.cpu().numpy().tobytes()
+    # The peers of a process group run the same program: they are trusted as torch trusts them.
+    told: tuple[dict[Any, _Offer], Failure | None] = pickle.loads(received)  # noqa: S301
+    return told
+
+
+def _as_tensor(data: bytes, device: torch.device) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+
+
+def _check_infos(
+    full: dict[str, Any], keys: list[str], offers: dict[Any, _Offer], source: bool
+) -> None:
+    if set(keys) != set(offers):
+        raise ValueError(f"keys {sorted(keys)}, expected the first rank's {sorted(offers)}")
+    for key in keys if not source else ():
+        if key not in full:
+            raise KeyError(f"the full state dict lacks {key!r}")
+        info, offer = full[key], offers[key]
+        said = (tuple(getattr(info, "size", ())), getattr(info, "dtype", None))
+        if isinstance(info, _TensorInfo) and said != (offer.size, offer.dtype):
+            raise ValueError(f"{key!r}: expected {said}, the first rank has {offer.size}")
+
+
+def _plan(
+    offers: dict[Any, _Offer],
+    local: dict[str, Any],
+    device: torch.device,
+    strict: bool,
+    cpu_offload: bool,
+    whole: bool,
+) -> _Plan:
+    plan = _Plan()
+    last: dict[Hashable, Any] = {}
+    found: dict[Any, Target] = {}
+    for key, offer in offers.items():
+        if key not in local or (local[key] is None and offer.kind == "tensor"):
+            continue
+        if offer.kind == "value":
+            plan.values[key] = offer.value
+            continue
+        assert offer.dtype is not None
+        value = local[key]
+        here = device
+        if offer.kind == "scalar" and not isinstance(value, DTensor):
+            meta = isinstance(value, torch.Tensor) and value.is_meta
+            here = device if meta else CPU
+        target = Target(
+            key, value, offer.size, offer.dtype, here, in_place=True, cpu_offload=cpu_offload
+        )
+        found[key] = target
+        # Tied targets share memory, so only the last one's values could remain: only they travel.
+        last[target.tie()] = key
+    for key, target in found.items():
+        winner = found[last[target.tie()]]
+        plan.winners[key] = winner
+        if winner is not target:
+            continue
+        offer = offers[key]
+        if offer.kind == "tensor":
+            plan.targets.setdefault(offer.root, []).append(target)
+        elif target.block is not None:
+            assert offer.dtype is not None
+            raw = torch.frombuffer(bytearray(offer.value), dtype=torch.uint8)
+            plan.scalars.append((target, raw.view(offer.dtype).view(())))
+    if strict and not whole:
+        plan.removed = [key for key in local if key not in offers]
+    return plan
+
+
+def _transport(
+    domain: Domain,
+    group: dist.ProcessGroup,
+    offers: dict[Any, _Offer],
+    everyone: Sequence[dict[Any, list[Block]]],
+    full: dict[str, Any] | None,
+    plan: _Plan,
+) -> None:
+    """Move the bytes. The source has taken its own part already."""
+    others = everyone[1:]
+    together: list[Parcel] = []
+    apart: list[Parcel] = []
+    roots: dict[str, Any] = {}
+    for number, (key, offer) in enumerate(offers.items()):
+        blocks = [needs.get(key, []) for needs in others]
+        if offer.kind != "tensor" or not any(blocks):
+            continue
+        assert offer.dtype is not None
+        name = f"{number:012d}"
+        roots[name] = key
+        if all(wanted == [full_block(offer.size)] for wanted in blocks):
+            together.append(Parcel(name, offer.dtype, blocks[:1]))
+        else:
+            apart.append(Parcel(name, offer.dtype, [[], *blocks]))
+    me = domain.index()
+    for parcels, scattered in ((stream_order(together), False), (stream_order(apart), True)):
+        tensors = [full[roots[p.name]].detach() if full is not None else None for p in parcels]
+        targets = [plan.targets.get(roots[p.name], []) for p in parcels]
+        participants = len(domain.members) if scattered else 1
+        for width, pieces in Stream(parcels, participants).buckets():
+            rows = None
+            if full is not None or not scattered:
+                rows = torch.empty((participants, width), dtype=torch.uint8, device=domain.device)
+            if full is not None and rows is not None:
+                for taker, row in enumerate(rows):
+                    _fill(row, taker, pieces[taker], parcels, tensors)
+            if scattered:
+                mine = torch.empty(width, dtype=torch.uint8, device=domain.device)
+                scatter(group, mine, rows)
+            else:
+                assert rows is not None
+                mine = rows[0]
+                broadcast(group, mine)
+            if full is None:
+                at = me if scattered else 0
+                for piece in pieces[at]:
+                    block = parcels[piece.parcel].blocks[at][piece.block]
+                    data = mine[piece.at : piece.end]
+                    for target in targets[piece.parcel]:
+                        if target.block == block:
+                            target.write(piece.start, piece.stop, data)
+
+
+def _fill(
+    row: torch.Tensor,
+    taker: int,
+    pieces: Sequence[Piece],
+    parcels: Sequence[Parcel],
+    tensors: Sequence[torch.Tensor | None],
+) -> None:
+    """Write what one participant gets into its row of a bucket."""
+
+    def part(piece: Piece) -> list[torch.Tensor]:
+        tensor = tensors[piece.parcel]
+        assert tensor is not None
+        block = parcels[piece.parcel].blocks[taker][piece.block]
+        return block_bytes(tensor, block, piece.start, piece.stop)
+
+    pack(pieces, part, row)

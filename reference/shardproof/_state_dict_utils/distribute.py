@@ -1,0 +1,120 @@
+"""Full tensors that every rank holds -> each rank's own part. Nothing communicates."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from shardproof._state_dict_utils.targets import Target, plain_full_tensor
+from shardproof._state_dict_utils.tensors import CPU
+
+
+@torch.no_grad()
+def _distribute_state_dict(
+    full_state_dict: dict[str, Any],
+    local_state_dict: dict[str, Any],
+    device: torch.device,
+    pg: dist.ProcessGroup | None = None,  # noqa: ARG001
+) -> None:
+    """Load a full state dict that is on this rank into its local one.
+
+    Args:
+        full_state_dict: flat; full tensors or other values. Not changed.
+        local_state_dict: flat; the output.
+        device: where new tensors are made.
+        pg: accepted for the signature; no group is used.
+
+    After it, for each key that both have: a DTensor target is replaced by a new DTensor on
+    ``device`` with its mesh, placements and dtype, a plain target by a new tensor with its dtype;
+    a 0-dim tensor for a plain target comes out on the CPU. None stays None where a tensor with
+    dimensions is offered. Values that are no tensors are copied. Tied targets stay tied: the last
+    key of the full state dict wins. No key is added.
+
+    Raises, on this rank and before anything changes:
+        TypeError: the full state dict has a DTensor or ShardedTensor, or a target is a
+            ShardedTensor.
+        ValueError: shapes or dtypes of full tensor and target do not fit.
+
+    No collective runs, so a rank whose full state dict is empty keeps what it has and nobody
+    waits (pytorch#157781).
+
+    """
+    device = torch.device(device)
+    values: dict[str, Any] = {}
+    found: dict[str, tuple[Target, torch.Tensor]] = {}
+    last: dict[Hashable, str] = {}
+    for key, value in full_state_dict.items():
+        if key not in local_state_dict:
+            continue
+        held = local_state_dict[key]
+        if not isinstance(value, torch.Tensor):
+            values[key] = copy.deepcopy(value)
+            continue
+        full = plain_full_tensor(key, value)
+        if held is None and full.dim():
+            continue
+        meta = isinstance(held, torch.Tensor) and held.is_meta
+        scalar = not full.dim() and not meta and not isinstance(held, DTensor)
+        target = Target(
+            key, held, tuple(full.size()), full.dtype, CPU if scalar else device, in_place=False
+        )
+        found[key] = target, full
+        last[target.tie()] = key
+    opened: dict[str, Any] = {}
+    for key in last.values():
+        target, full = found[key]
+        opened[key] = target.open()
+        target.take(full)
+    local_state_dict.update(values)
+    for key, (target, _) in found.items():
+        local_state_dict[key] = opened[last[target.tie()]]
+
+
+@torch.no_grad()
+def _distribute_tensors(
+    local_state_dict: dict[str, Any],
+    keys: list[str],
+    device: torch.device,
+    pg: dist.ProcessGroup | None = None,  # noqa: ARG001
+) -> None:
+    """Turn (DTensor, full tensor) pairs into the DTensors with this rank's part.
+
+    Args:
+        local_state_dict: flat; the output. Tensors, None and missing keys stay as they are.
+        keys: the keys to look at.
+        device: where the local tensor of a meta DTensor is made.
+        pg: accepted for the signature; no group is used.
+
+    A DTensor with memory is written in place and stays the same object; a meta one is replaced by
+    a new one with its dtype.
+
+    Raises, on this rank and before anything changes:
+        TypeError, ValueError: as for :func:`_distribute_state_dict`.
+
+    No collective runs.
+
+    """
+    device = torch.device(device)
+    found: dict[str, tuple[Target, torch.Tensor]] = {}
+    last: dict[Hashable, str] = {}
+    for key in keys:
+        pair = local_state_dict.get(key)
+        if pair is None or isinstance(pair, torch.Tensor):
+            continue
+        held, value = pair
+        full = plain_full_tensor(key, value)
+        target = Target(key, held, tuple(full.size()), full.dtype, device, in_place=True)
+        found[key] = target, full
+        last[target.tie()] = key
+    opened: dict[str, Any] = {}
+    for key in last.values():
+        target, full = found[key]
+        opened[key] = target.open()
+        target.take(full)
+    for key, (target, _) in found.items():
+        local_state_dict[key] = opened[last[target.tie()]]
