@@ -37,8 +37,8 @@ def exchange(world: Any, value: Any, name: str = "outcome", patience: float = 3.
             break
         if time.monotonic() > deadline:
             raise AssertionError(
-                f"no answer from rank {', '.join(map(str, missing))} within {patience:g} s: it hangs "
-                f"in the call, while this rank got {value!r}"
+                f"no answer from rank {', '.join(map(str, missing))} within {patience:g} s: "
+                f"it hangs in the call, while this rank got {value!r}"
             )
         time.sleep(0.002)
     return [json.loads((folder / f"{name}.{r}").read_text()) for r in range(world.size)]

@@ -25,7 +25,11 @@ class Collectives(TorchDispatchMode):
         return sum(self.names.values())
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         namespace, _, name = func.name().partition("::")
         result = func(*args, **(kwargs or {}))

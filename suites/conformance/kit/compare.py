@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's elements as bytes, in logical order."""
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return plain.reshape(-1).view(torch.uint8)
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu()
+    # A copy, not contiguous(): one element passes for contiguous whatever its stride.
+    return plain.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 def assert_same(got: Any, expected: torch.Tensor, what: str = "result") -> None:
@@ -51,8 +52,15 @@ def fingerprint(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         content = None if value.is_meta else bytes(bits(value).tolist())
         return (
-            id(value), type(value), value.dtype, value.shape, value.stride(), value.requires_grad,
-            value.device, content, None if value.grad is None else fingerprint(value.grad),
+            id(value),
+            type(value),
+            value.dtype,
+            value.shape,
+            value.stride(),
+            value.requires_grad,
+            value.device,
+            content,
+            None if value.grad is None else fingerprint(value.grad),
         )
     if isinstance(value, Mapping):
         extra = fingerprint(getattr(value, "_metadata", None))

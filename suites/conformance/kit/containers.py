@@ -15,6 +15,11 @@ from conformance.kit.layouts import R, S, dtensor, rows, sharded_tensor
 from conformance.kit.nested import Pair, with_metadata
 
 
+def dashed(name: str) -> str:
+    """A case's name as a check's id."""
+    return name.replace(" ", "-")
+
+
 class Settings(dict[Any, Any]):
     """A dict with an attribute, as configuration classes are."""
 
@@ -115,3 +120,18 @@ PLACEMENTS: dict[str, Callable[[DeviceMesh], tuple[Any, Any]]] = {
     "ShardedTensor in uneven shards": lambda mesh: (_st(1, 3), _st(3, 1)),
 }
 """The same for leaves whose placements alone disagree."""
+
+GROUPS = ["ShardedTensor", "DTensor", "containers", "plain values", "tensors"]
+"""What the cases of KINDS and PLACEMENTS are about."""
+
+
+def group_of(name: str) -> str:
+    """The group of a case, the first that its name speaks of."""
+    words = set(name.split())
+    if "ShardedTensor" in words:
+        return "ShardedTensor"
+    if "DTensor" in words:
+        return "DTensor"
+    if words & {"dict", "list", "two", "three"}:
+        return "containers"
+    return "plain values" if words & {"None", "number"} else "tensors"

@@ -9,18 +9,54 @@ from collections.abc import Callable
 import torch
 
 _NAMES = (
-    "bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64",
-    "float16", "bfloat16", "float32", "float64",
-    "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu",
-    "complex32", "complex64", "complex128",
+    "bool",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+    "complex32",
+    "complex64",
+    "complex128",
 )
 DTYPES: list[torch.dtype] = [getattr(torch, n) for n in _NAMES if hasattr(torch, n)]
 """Every dtype that a tensor in a state dict may have."""
 
-SOME_DTYPES = [torch.float32, torch.bfloat16, torch.int16, torch.uint16, torch.bool, torch.complex64]
+SOME_DTYPES = [
+    torch.float32,
+    torch.bfloat16,
+    torch.int16,
+    torch.uint16,
+    torch.bool,
+    torch.complex64,
+]
 """One of each kind: what Gloo moves and what it refuses, one byte to eight."""
 
-SHAPES: list[tuple[int, ...]] = [(), (1,), (8,), (7,), (3,), (0,), (4, 6), (5, 3), (0, 3), (3, 0), (2, 3, 5)]
+SHAPES: list[tuple[int, ...]] = [
+    (),
+    (1,),
+    (8,),
+    (7,),
+    (3,),
+    (0,),
+    (4, 6),
+    (5, 3),
+    (0, 3),
+    (3, 0),
+    (2, 3, 5),
+]
 """0-dim, one element, even, uneven, fewer elements than ranks, empty; one to three dimensions."""
 
 
@@ -30,7 +66,10 @@ def dtype_id(dtype: torch.dtype) -> str:
 
 
 def numbers(
-    *shape: int, dtype: torch.dtype = torch.float32, salt: int = 0, device: str | torch.device = "cpu"
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    salt: int = 0,
+    device: str | torch.device = "cpu",
 ) -> torch.Tensor:
     """A contiguous tensor of small whole numbers, neighbours different, exact in the dtype.
 

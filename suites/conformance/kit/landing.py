@@ -28,7 +28,7 @@ def target(
     dtype: torch.dtype | None = None,
     meta: bool = False,
 ) -> DTensor:
-    """A DTensor that `full` can land in: of its shape, with other values, or none at all on meta."""
+    """A DTensor that `full` can land in: of its shape, with other values, on meta with none."""
     other = torch.empty(full.shape, dtype=dtype or full.dtype, device="meta")
     return dtensor(other if meta else blank(full, dtype), mesh, placements)
 

@@ -12,9 +12,12 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch.distributed._shard.metadata import ShardMetadata
-from torch.distributed._shard.sharded_tensor import Shard as LocalShard
-from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardedTensorMetadata
-from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed._shard.sharded_tensor.metadata import (
+    ShardedTensorMetadata,
+    TensorProperties,
+)
+from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -32,17 +35,30 @@ def SS(dim: int, factor: int) -> _StridedShard:  # noqa: N802
 
 ONE_D: list[list[Placement]] = [[R], [S(0)], [S(1)]]
 TWO_D: list[list[Placement]] = [
-    [R, R], [S(0), R], [R, S(0)], [S(0), S(0)], [S(0), S(1)], [S(1), S(0)], [S(1), S(1)],
-    [R, S(1)], [SS(0, 2), S(0)], [SS(1, 2), S(1)],
+    [R, R],
+    [S(0), R],
+    [R, S(0)],
+    [S(0), S(0)],
+    [S(0), S(1)],
+    [S(1), S(0)],
+    [S(1), S(1)],
+    [R, S(1)],
+    [SS(0, 2), S(0)],
+    [SS(1, 2), S(1)],
 ]
 """Placements over a 2x2 mesh; [SS(0, 2), S(0)] is what FSDP over TP makes of a row-sharded weight."""
 THREE_D: list[list[Placement]] = [
-    [R, S(0), S(1)], [R, SS(0, 2), S(0)], [S(0), R, S(1)], [S(0), S(0), S(0)], [R, R, S(0)],
+    [R, S(0), S(1)],
+    [R, SS(0, 2), S(0)],
+    [S(0), R, S(1)],
+    [S(0), S(0), S(0)],
+    [R, R, S(0)],
 ]
 
 
 def placement_id(placements: Sequence[Placement]) -> str:
     """Placements for a check's id: S0-R, SS0x2-S0."""
+
     def one(p: Placement) -> str:
         if isinstance(p, _StridedShard):
             return f"SS{p.dim}x{p.split_factor}"
@@ -59,13 +75,15 @@ def _pieces(tensor: torch.Tensor, count: int, dim: int) -> list[torch.Tensor]:
 
 
 def part(
-    full: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement],
+    full: torch.Tensor,
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
     coordinate: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """What the rank at `coordinate` (default: this rank) holds of `full`."""
     place = coordinate if coordinate is not None else mesh.get_coordinate()
     assert place is not None, "this rank is not in the mesh"
-    for size, at, placement in zip(mesh.shape, place, placements, strict=True):
+    for size, at, placement in zip(tuple(mesh.mesh.shape), place, placements, strict=True):
         if isinstance(placement, _StridedShard):
             groups = _pieces(full, placement.split_factor, placement.dim)
             full = torch.cat([_pieces(g, size, placement.dim)[at] for g in groups], placement.dim)
@@ -75,7 +93,10 @@ def part(
 
 
 def dtensor(
-    full: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], *,
+    full: torch.Tensor,
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    *,
     local: torch.Tensor | None = None,
 ) -> DTensor:
     """A DTensor that holds `full`; no collective runs. `local` replaces this rank's part."""
@@ -83,8 +104,12 @@ def dtensor(
         inside = mesh.get_coordinate() is not None
         local = part(full, mesh, placements).clone() if inside else full.new_empty(0)
     return DTensor.from_local(
-        local, mesh, list(placements), run_check=False,
-        shape=full.shape, stride=full.new_empty(full.shape, device="meta").stride(),
+        local,
+        mesh,
+        list(placements),
+        run_check=False,
+        shape=full.shape,
+        stride=full.new_empty(full.shape, device="meta").stride(),
     )
 
 
@@ -122,7 +147,9 @@ def sharded_tensor(
         )
 
 
-def rows(size: Sequence[int], counts: Sequence[int], owners: Sequence[int] | None = None, dim: int = 0) -> list[tuple[list[int], list[int], int]]:
+def rows(
+    size: Sequence[int], counts: Sequence[int], owners: Sequence[int] | None = None, dim: int = 0
+) -> list[tuple[list[int], list[int], int]]:
     """Boxes of `counts` slices along `dim`, one after the other, owned by ranks in that order."""
     boxes, start = [], 0
     for index, count in enumerate(counts):

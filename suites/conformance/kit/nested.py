@@ -90,6 +90,32 @@ def spoil(value: Any) -> None:
                 torch.empty(0, dtype=torch.uint8, device=plain.device).set_(memory).bitwise_not_()
 
 
+def blank(value: Any) -> Any:
+    """The same structure over plain tensors in memory of its own, every bit another; ties kept."""
+    made: dict[int, torch.Tensor] = {}
+
+    def copy(item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            if id(item) not in made:
+                fresh = torch.empty_like(item.detach()).copy_(item.detach())
+                parameter = isinstance(item, nn.Parameter)
+                made[id(item)] = nn.Parameter(fresh, item.requires_grad) if parameter else fresh
+            return made[id(item)]
+        if isinstance(item, dict):
+            mapping = type(item)()
+            mapping.update({key: copy(inner) for key, inner in item.items()})
+            if hasattr(item, "_metadata"):
+                mapping._metadata = item._metadata  # type: ignore[attr-defined]
+            return mapping
+        if isinstance(item, tuple) and hasattr(item, "_make"):
+            return item._make([copy(inner) for inner in item])
+        return type(item)(map(copy, item)) if isinstance(item, (list, tuple)) else item
+
+    result = copy(value)
+    spoil(result)
+    return result
+
+
 def assert_apart(result: Any, source: Any, what: str = "result") -> None:
     """No tensor of `result` lies in memory of a tensor of `source`."""
     held = {}

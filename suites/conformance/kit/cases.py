@@ -1,0 +1,25 @@
+"""Many cheap cases in one check: all of them are tried, and those that fail are named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+Case = TypeVar("Case")
+
+
+def each(cases: Iterable[Case], body: Callable[[Case], Any]) -> None:
+    """Call `body` with each case; an AssertionError lists the cases that failed, and why.
+
+    For checks on one rank: on several, a case that fails on one rank alone would tear them apart.
+    """
+    total, failed = 0, []
+    for case in cases:
+        total += 1
+        try:
+            body(case)
+        except Exception as error:
+            text = str(error).strip().partition("\nassert ")[0]
+            failed.append(f"{case}: {type(error).__name__}: {text}")
+    assert total, "no case was tried"
+    assert not failed, f"{len(failed)} of {total} cases fail:\n  " + "\n  ".join(failed)

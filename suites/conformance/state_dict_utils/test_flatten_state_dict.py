@@ -1,0 +1,283 @@
+"""Flattening nested state dicts and its way back."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given
+
+from conformance.kit.agree import attempt
+from conformance.kit.cases import each
+from conformance.kit.compare import fingerprint
+from conformance.kit.containers import CONTAINERS, READ_ONLY, Settings, dashed
+from conformance.kit.data import numbers
+from conformance.kit.generated import examples, state_dicts
+from conformance.kit.layouts import S, dtensor, rows, sharded_tensor
+from conformance.kit.nested import (
+    assert_same_structure,
+    leaves,
+    sample,
+    with_metadata,
+)
+
+EVERY = CONTAINERS | READ_ONLY
+UNFLATTEN = "_state_dict_utils._unflatten_state_dict"
+
+
+LOOK_ALIKE: dict[str, dict[Any, Any]] = {
+    "dotted key before dict": {"a.b": 1, "a": {"b": 2}},
+    "dict before dotted key": {"a": {"b": 1}, "a.b": 2},
+    "list": {"a": [1], "a.0": 2},
+    "int and str": {1: "int", "1": "str"},
+    "int and str below": {"a": {0: 1, "0": 2}},
+    "None and str": {None: 1, "None": 2},
+    "bool and str": {True: 1, "True": 2},
+    "three ways": {"a": {"b.c": 1}, "a.b": {"c": 2}, "a.b.c": 3},
+    "empty keys": {"": {"": 1}, ".": 2},
+    "backslash": {"a\\.b": 1, "a.b": 2, "a": {"b": 3}},
+}
+"""Legal dicts in which a joined path is met twice."""
+
+
+class Nameless:
+    """A key that looks like every other of its class."""
+
+    def __str__(self) -> str:
+        return "nameless"
+
+    __repr__ = __str__
+
+
+@pytest.mark.judges("_state_dict_utils._flatten_state_dict")
+class TestFlattenStateDict:
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_keys_are_dotted_paths(self, judged: Any) -> None:
+        """Keys of the flat dict are the paths of the leaves, joined by dots, in order."""
+        weight, step = numbers(2, 3), numbers()
+        given_dict = {
+            "model": with_metadata(("layers.0.weight", weight), ("layers.0.bias", None)),
+            "optim": {"state": {"w": {"step": step}}, "groups": [{"lr": 0.5}, (1, [2])]},
+            "epoch": 3,
+        }
+        flat, mapping = judged(given_dict)
+        expected = [
+            ("model.layers.0.weight", weight),
+            ("model.layers.0.bias", None),
+            ("optim.state.w.step", step),
+            ("optim.groups.0.lr", 0.5),
+            ("optim.groups.1.0", 1),
+            ("optim.groups.1.1.0", 2),
+            ("epoch", 3),
+        ]
+        assert list(flat) == [key for key, _ in expected]
+        for key, value in expected:
+            assert flat[key] is value, f"{key} is not the leaf itself but {flat[key]!r}"
+        assert list(mapping) == list(flat)
+        paths = {key: tuple(path) for key, path in mapping.items()}
+        assert paths["model.layers.0.weight"] == ("model", "layers.0.weight")
+        assert paths["optim.groups.1.1.0"] == ("optim", "groups", 1, 1, 0)
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_tensors_are_leaves(self, judged: Any, mesh: Any) -> None:
+        """Tensors of every kind, strings, bytes and sets are leaves, handed on as they are."""
+        full = numbers(4, 2)
+        held = {
+            "tensor": full,
+            "dtensor": dtensor(full, mesh(1), [S(0)]),
+            "sharded": sharded_tensor(full, rows(full.shape, [2, 2], [0, 0])),
+            "text": "text",
+            "bytes": b"bytes",
+            "set": {1, 2},
+        }
+        flat, _ = judged({"x": held})
+        assert list(flat) == [f"x.{name}" for name in held]
+        for name, value in held.items():
+            assert flat[f"x.{name}"] is value, f"{name} is not the leaf itself"
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_ties_stay(self, judged: Any) -> None:
+        """A tensor that stands at two paths is the same object under both flat keys."""
+        shared = numbers(3)
+        flat, _ = judged({"a": {"x": shared}, "b": [shared]})
+        assert flat["a.x"] is shared
+        assert flat["b.0"] is shared
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_paths_that_look_alike_are_told_apart(self, judged: Any) -> None:
+        """A legal dict is never refused as a collision: each leaf has a flat key of its own."""
+
+        def flatten(name: str) -> None:
+            flat, mapping = judged(LOOK_ALIKE[name])
+            expected = sorted(str(leaf) for _, leaf in leaves(LOOK_ALIKE[name]))
+            assert sorted(map(str, flat.values())) == expected, f"{flat} holds not the leaves"
+            assert set(mapping) == set(flat)
+
+        each(LOOK_ALIKE, flatten)
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_a_collision_is_refused_by_name(self, judged: Any, subject: Any) -> None:
+        """Keys that cannot be told apart are refused by name; none is lost in silence."""
+        value = {"here": {Nameless(): 1, Nameless(): 2}}
+        error = attempt(lambda: judged(value))
+        if error is None:
+            back = subject.function(UNFLATTEN)(*judged(value))
+            assert_same_structure(back, value)
+        else:
+            assert isinstance(error, ValueError), f"{type(error).__name__}: {error}"
+            for step in ("here", "nameless"):
+                assert step in str(error), f"{step!r} is not named: {error}"
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(1)
+    def test_the_input_stays_as_it_was(self, judged: Any) -> None:
+        """The nested dict is not changed, nor does a change of the flat dict reach it."""
+        value = sample()
+        before = fingerprint(value)
+        flat, mapping = judged(value)
+        again, same = judged(value)
+        assert list(flat) == list(again), "a second call gives other keys"
+        assert dict(mapping) == dict(same), "a second call gives other paths"
+        flat.clear()
+        assert fingerprint(value) == before
+
+
+@pytest.mark.judges("_state_dict_utils._unflatten_state_dict")
+class TestUnflattenStateDict:
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("name", EVERY, ids=dashed)
+    def test_every_container_comes_back(self, judged: Any, subject: Any, name: str) -> None:
+        """unflatten(flatten(x)) equals x, types and keys included, for every container."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        value = EVERY[name](numbers(2, 3), numbers(3, salt=1))
+        if isinstance(value, Mapping):
+            assert_same_structure(judged(*flatten(value)), value, f"{name} as the root")
+        nested = {"before": 1, "here": value, "after": [{"deep": value}]}
+        assert_same_structure(judged(*flatten(nested)), nested, name)
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_attributes_of_containers_come_back(self, judged: Any, subject: Any) -> None:
+        """A defaultdict keeps its factory, a dict of somebody's own type its attributes."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        settings = Settings(a=1)
+        settings.source = "command line"
+        value = {"default": defaultdict(list, {"a": 1}), "settings": settings}
+        back = judged(*flatten(value))
+        assert_same_structure(back, value)
+        assert back["default"].default_factory is list
+        assert back["settings"].source == "command line"
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("root", [{}, with_metadata(version=4)], ids=["dict", "_metadata"])
+    def test_an_empty_state_dict_comes_back(self, judged: Any, subject: Any, root: Any) -> None:
+        """An empty state dict comes back empty, its type and `_metadata` kept."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        assert_same_structure(judged(*flatten(root)), root)
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_a_whole_state_dict_comes_back(self, judged: Any, subject: Any) -> None:
+        """A model's and an optimizer's state come back with each tensor the same object."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        value = sample()
+        back = judged(*flatten(value))
+        assert_same_structure(back, value)
+        for (path, ours), (_, theirs) in zip(leaves(back), leaves(value), strict=True):
+            assert ours is theirs or ours == theirs, f"{path}: not the same leaf"
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_deep_nesting_comes_back(self, judged: Any, subject: Any) -> None:
+        """A hundred levels of dicts and lists come back."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        value: Any = 1
+        for level in range(100):
+            value = {"key": value, "level": level} if level % 2 else [value, level]
+        value = {"root": value}
+        assert_same_structure(judged(*flatten(value)), value)
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_generated_state_dicts_come_back(self, judged: Any, subject: Any, world: Any) -> None:
+        """unflatten(flatten(x)) equals x for generated x: types, key order, ties, bits."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+
+        @examples(world.seed, 60)
+        @given(state_dicts())
+        def round_trip(value: Any) -> None:
+            before = fingerprint(value)
+            assert_same_structure(judged(*flatten(value)), value)
+            assert fingerprint(value) == before
+
+        round_trip()
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(1)
+    def test_other_values_find_their_places(self, judged: Any, subject: Any) -> None:
+        """Values that were loaded under the flat keys, in any order, land at their paths."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        value = {"a": {"b": 1, "c.d": 2}, "l": [3, {"x": 4, "y": 5}, 6]}
+        flat, mapping = flatten(value)
+        loaded = {key: flat[key] * 10 for key in reversed(flat)}
+        expected = {"a": {"b": 10, "c.d": 20}, "l": [30, {"x": 40, "y": 50}, 60]}
+        assert judged(loaded, mapping) == expected
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(1)
+    def test_plain_paths_are_understood(self, judged: Any) -> None:
+        """A mapping of plain tuples makes dicts where a str follows and lists where an int does."""
+        mapping = {"a.b": ("a", "b"), "a.l.0": ("a", "l", 0), "a.l.1.x": ("a", "l", 1, "x")}
+        got = judged({"a.b": 1, "a.l.0": 2, "a.l.1.x": 3}, mapping)
+        assert_same_structure(got, {"a": {"b": 1, "l": [2, {"x": 3}]}})
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(1)
+    def test_results_are_apart(self, judged: Any, subject: Any) -> None:
+        """Containers of the result are new: filling them changes nothing else."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        value = {"d": {"x": 1}, "l": [1, {"y": 2}]}
+        before = fingerprint(value)
+        flat, mapping = flatten(value)
+        keys, paths = list(flat), dict(mapping)
+        first = judged(flat, mapping)
+        first["d"]["new"] = first["l"][1]["new"] = 1
+        first["l"].append(2)
+        assert fingerprint(value) == before, "the original was changed through the result"
+        assert list(flat) == keys, "the flat dict was changed"
+        assert dict(mapping) == paths, "the mapping was changed"
+        assert_same_structure(judged(flat, mapping), value, "second call")
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(1)
+    def test_empty_results_are_apart(self, judged: Any, subject: Any) -> None:
+        """Empty containers and `_metadata` of the result are its own, too."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        value = {"d": {}, "l": [1, []], "o": with_metadata(("x", 1)), "e": with_metadata()}
+        before = fingerprint(value)
+        flat, mapping = flatten(value)
+        first = judged(flat, mapping)
+        assert_same_structure(first, value)
+        first["d"]["new"] = first["e"]["new"] = 1
+        first["l"][1].append(2)
+        first["o"]._metadata["new"] = first["e"]._metadata["new"] = 1
+        assert fingerprint(value) == before, "the original was changed through the result"
+        assert_same_structure(judged(flat, mapping), value, "second call")
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(1)
+    def test_a_key_without_path_is_named(self, judged: Any, subject: Any) -> None:
+        """A flat key that the mapping lacks is an error that names it."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        _, mapping = flatten({"a": {"b": 1}})
+        with pytest.raises(Exception, match=r"a\.stranger"):
+            judged({"a.b": 1, "a.stranger": 2}, mapping)

@@ -1,0 +1,379 @@
+"""The walk that applies a function to each kind of tensor, with and without a companion."""
+
+from __future__ import annotations
+
+import io
+from collections import UserDict
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from torch import nn
+
+from conformance.kit.agree import attempt
+from conformance.kit.cases import each
+from conformance.kit.compare import assert_same, fingerprint
+from conformance.kit.containers import CONTAINERS, GROUPS, KINDS, PLACEMENTS, dashed, group_of
+from conformance.kit.data import DTYPES, numbers
+from conformance.kit.generated import examples, state_dicts
+from conformance.kit.layouts import S, dtensor, rows, sharded_tensor
+from conformance.kit.nested import (
+    assert_apart,
+    assert_same_structure,
+    sample,
+)
+
+WALK = "_state_dict_utils._iterate_state_dict"
+IDENTITY = "_state_dict_utils._identity_func"
+MISMATCH = "_state_dict_utils.CompanionMismatch"
+DISAGREE = KINDS | PLACEMENTS
+
+
+class Opaque:
+    """A value that no checkpoint can hold."""
+
+    def __init__(self, inside: Any = 1) -> None:
+        self.inside = inside
+
+
+def same(tensor: Any, pg: Any, device: Any, companion: Any) -> Any:
+    """A function for each kind that changes nothing."""
+    return tensor
+
+
+SAME = (same, same, same)
+
+
+def three_kinds(mesh: Any, size: int, salt: int = 0) -> dict[str, Any]:
+    """A tensor of each kind over all ranks."""
+    full = numbers(5, 2, salt=salt)
+    return {
+        "dtensor": dtensor(full, mesh(size), [S(0)]),
+        "sharded": sharded_tensor(full, rows(full.shape, [2, 3], [size - 1, 0])),
+        "tensor": numbers(3, salt=salt),
+    }
+
+
+@pytest.mark.judges(WALK)
+class TestIterateStateDict:
+    @pytest.mark.law("values")
+    @pytest.mark.world(1, 2)
+    def test_each_kind_meets_its_function(self, judged: Any, mesh: Any, world: Any) -> None:
+        """ShardedTensor, DTensor and other tensors go to their own function, with pg and device."""
+        calls: list[tuple[Any, ...]] = []
+
+        def function(name: str) -> Any:
+            def call(*args: Any) -> str:
+                calls.append((name, *args))
+                return f"{name} was here"
+
+            return call
+
+        kinds = three_kinds(mesh, world.size)
+        value = {"a": [kinds["sharded"]], "b": {"c": kinds["dtensor"]}, "d": (kinds["tensor"],)}
+        group, device = dist.group.WORLD, torch.device("cpu")
+        three = (function("sharded"), function("dtensor"), function("tensor"))
+        got = judged(value, *three, pg=group, device=device)
+        assert got == {
+            "a": ["sharded was here"], "b": {"c": "dtensor was here"}, "d": ("tensor was here",),
+        }  # fmt: skip
+        assert [name for name, *_ in calls] == ["sharded", "dtensor", "tensor"]
+        for name, tensor, pg, where, companion in calls:
+            assert tensor is kinds[name], f"{name}: not the leaf itself"
+            assert (pg, where, companion) == (group, device, None), f"{name}: other arguments"
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_every_container_is_kept(self, judged: Any) -> None:
+        """Containers keep type, keys and order around what the functions return."""
+        a, b = numbers(2, 3), numbers(3, salt=1)
+
+        def negative(tensor: Any, *_: Any) -> Any:
+            return -tensor
+
+        def walk(name: str) -> None:
+            make = CONTAINERS[name]
+            got = judged({"here": make(a, b), "after": [1]}, same, same, negative)
+            assert_same_structure(got, {"here": make(-a, -b), "after": [1]})
+            assert_same_structure(judged(make(a, b), same, same, negative), make(-a, -b), "root")
+
+        each(CONTAINERS, walk)
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_torch_size_stays_one(self, judged: Any) -> None:
+        """A torch.Size comes back as a torch.Size."""
+        got = judged({"size": torch.Size([2, 3])}, *SAME)
+        assert_same_structure(got, {"size": torch.Size([2, 3])})
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_tensors_in_any_mapping_are_met(self, judged: Any) -> None:
+        """Tensors in a Mapping that is no dict go through the functions as well."""
+        for type_check in (True, False):
+            got = judged(UserDict({"x": numbers(3)}), same, same, lambda *_: "met",
+                         type_check=type_check)  # fmt: skip
+            assert dict(got) == {"x": "met"}, f"type_check={type_check}"
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1, 2)
+    def test_a_whole_state_dict(self, judged: Any, mesh: Any, world: Any) -> None:
+        """With functions that change nothing the result holds the very tensors, in new dicts."""
+        value = sample(**three_kinds(mesh, world.size))
+        before = fingerprint(value)
+        got = judged(value, *SAME)
+        assert_same_structure(got, value)
+        assert got["dtensor"] is value["dtensor"]
+        assert got["model"]["weight"] is value["model"]["weight"]
+        got["model"].clear()
+        got["optimizer"]["param_groups"].append(1)
+        assert fingerprint(value) == before, "the input was changed"
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_ties_survive_a_copy(self, judged: Any) -> None:
+        """Tied tensors are still tied when the function makes copies."""
+        shared, view = numbers(3), numbers(4, 2, salt=1)
+        value = {"a": shared, "b": [shared], "v": view, "w": view.view(4, 2), "other": numbers(3)}
+        got = judged(value, same, same, lambda tensor, *_: tensor.clone())
+        assert_same_structure(got, value)
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_generated_state_dicts(self, judged: Any, world: Any) -> None:
+        """The walk keeps type, order and ties of generated state dicts."""
+
+        @examples(world.seed)
+        @given(state_dicts())
+        def walk(value: Any) -> None:
+            before = fingerprint(value)
+            assert_same_structure(judged(value, *SAME), value)
+            assert fingerprint(value) == before
+
+        walk()
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize(
+        "leaf",
+        [1, True, -0.0, float("nan"), 1 + 2j, "text", b"bytes", None, {1, 2}, frozenset({1})],
+        ids=lambda leaf: type(leaf).__name__,
+    )
+    def test_plain_values_pass_the_type_check(self, judged: Any, leaf: Any) -> None:
+        """Numbers, strings, bytes, sets and None come back as they are."""
+        assert_same_structure(judged({"x": [leaf]}, *SAME), {"x": [leaf]})
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(1)
+    def test_byte_streams_pass_the_type_check(self, judged: Any) -> None:
+        """A BytesIO comes back with its bytes."""
+        got = judged({"x": io.BytesIO(b"bytes")}, *SAME)
+        assert got["x"].getvalue() == b"bytes"
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(1)
+    def test_type_check_refuses_what_no_checkpoint_holds(self, judged: Any) -> None:
+        """A leaf of an unsupported type raises ValueError."""
+        for value in ({"x": Opaque()}, {"x": [1, {"y": Opaque()}]}, {"x": (object(),)}):
+            with pytest.raises(ValueError, match=r"(?i)type"):
+                judged(value, *SAME)
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(1)
+    def test_type_check_names_the_leaf(self, judged: Any) -> None:
+        """The error for an unsupported leaf names its path."""
+        error = attempt(lambda: judged({"outer": [{"inner": Opaque()}]}, *SAME))
+        assert error is not None
+        for name in ("outer", "inner"):
+            assert name in str(error), f"{name!r} is not named: {error!r}"
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(1)
+    def test_without_type_check_leaves_are_deep_copied(self, judged: Any) -> None:
+        """Without the type check an unsupported leaf comes back as a deep copy."""
+        leaf = Opaque([1])
+        got = judged({"x": [leaf]}, *SAME, type_check=False)["x"][0]
+        assert type(got) is Opaque
+        assert got is not leaf
+        assert got.inside == [1]
+        assert got.inside is not leaf.inside
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(1, 2)
+    def test_offloaded_results_are_apart(self, judged: Any, mesh: Any, world: Any) -> None:
+        """With cpu_offload no result lies in the memory of the state dict."""
+        value = sample(**three_kinds(mesh, world.size))
+        got = judged(value, *SAME, cpu_offload=True, type_check=False)
+        assert_apart(got, value)
+
+    @pytest.mark.law("group")
+    @pytest.mark.world(3)
+    def test_ranks_only_counts_in_the_group(self, judged: Any, mesh: Any, rank: int) -> None:
+        """`ranks_only` names ranks in the numbering of pg; elsewhere the result is empty."""
+        group = mesh(2, ranks=[1, 2]).get_group() if rank else None
+        mesh(2, ranks=[1, 2])
+        value = {"x": [numbers(3)], "y": 1}
+        if rank:
+            got = judged(value, *SAME, pg=group, ranks_only=(1,))
+            assert_same_structure(got, value if rank == 2 else {}, f"group, rank {rank}")
+        got = judged(value, *SAME, ranks_only=(0, 2))
+        assert_same_structure(got, {} if rank == 1 else value, f"default group, rank {rank}")
+
+
+@pytest.mark.judges(WALK)
+class TestIterateStateDictWithCompanion:
+    @pytest.mark.law("values")
+    @pytest.mark.world(1, 2)
+    def test_the_companion_receives_copies(self, judged: Any, mesh: Any, world: Any) -> None:
+        """Tensors of the companion take the values, and they are what the result holds."""
+        source, target = three_kinds(mesh, world.size), three_kinds(mesh, world.size, salt=1)
+        kept = dict(target)
+        got = judged({"x": [source, 1]}, *SAME, companion_obj={"x": [target, 0]})
+        assert_same_structure(got, {"x": [source, 1]})
+        for name, tensor in kept.items():
+            assert got["x"][0][name] is tensor, f"{name}: not the companion's tensor"
+            assert target[name] is tensor, f"{name}: the companion holds another object"
+        assert_apart(got, source)
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(1)
+    def test_functions_see_their_companion(self, judged: Any) -> None:
+        """Each function is called with the companion of its tensor; its result is what is copied."""
+        target = {"a": [numbers(3)], "b": numbers(2)}
+        seen = []
+
+        def double(tensor: Any, pg: Any, device: Any, companion: Any) -> Any:
+            seen.append(companion)
+            return tensor * 2
+
+        judged({"a": [numbers(3, salt=1)], "b": numbers(2, salt=2)}, same, same, double,
+               companion_obj=target)  # fmt: skip
+        assert len(seen) == 2
+        assert seen[0] is target["a"][0]
+        assert seen[1] is target["b"]
+        assert_same(target["a"][0], numbers(3, salt=1) * 2)
+        assert_same(target["b"], numbers(2, salt=2) * 2)
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(1)
+    def test_every_dtype_is_copied_to_the_bit(self, judged: Any) -> None:
+        """Every dtype arrives in the companion bit for bit."""
+        for dtype in DTYPES:
+            target = {"x": numbers(4, 3, dtype=dtype, salt=5).t()}
+            judged({"x": numbers(3, 4, dtype=dtype)}, *SAME, companion_obj=target)
+            assert_same(target["x"], numbers(3, 4, dtype=dtype), str(dtype))
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(1)
+    def test_keys_in_another_order_find_each_other(self, judged: Any) -> None:
+        """A companion with its keys in another order receives each tensor under its key."""
+        target = {"b": {"y": numbers(4), "x": numbers(4)}, "a": numbers(4)}
+        source = {"a": numbers(4, salt=1), "b": {"x": numbers(4, salt=2), "y": numbers(4, salt=3)}}
+        got = judged(source, *SAME, companion_obj=target)
+        assert list(target) == ["b", "a"], "the companion's order changed"
+        assert_same_structure(got, source)
+        assert_same(target["a"], numbers(4, salt=1), "a")
+        assert_same(target["b"]["x"], numbers(4, salt=2), "b.x")
+        assert_same(target["b"]["y"], numbers(4, salt=3), "b.y")
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("group", GROUPS, ids=dashed)
+    def test_a_mismatch_names_the_path(
+        self, judged: Any, subject: Any, mesh: Any, group: str
+    ) -> None:
+        """Where kinds, shapes, dtypes or placements differ, CompanionMismatch names the path."""
+
+        def refuse(name: str) -> None:
+            source, target = DISAGREE[name](mesh(1))
+            companion = {"fine": numbers(3), "deep": [{"odd": target}]}
+            value = {"fine": numbers(3), "deep": [{"odd": source}]}
+            error = attempt(lambda: judged(value, *SAME, companion_obj=companion))
+            assert isinstance(error, subject.function(MISMATCH)), f"got {error!r}"
+            for step in ("deep", "odd"):
+                assert step in str(error), f"{step!r} is not named: {error!r}"
+
+        each([name for name in DISAGREE if group_of(name) == group], refuse)
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_a_key_mismatch_names_the_key(self, judged: Any, subject: Any) -> None:
+        """A missing or additional key is a CompanionMismatch that names it, at every depth."""
+        x = numbers(3)
+        for name, value, other in (
+            ("missing", {"a": x, "odd": x}, {"a": x}),
+            ("extra", {"a": x}, {"a": x, "odd": x}),
+            ("missing below", {"a": [{"odd": x}]}, {"a": [{}]}),
+            ("extra below", {"a": [{}]}, {"a": [{"odd": x}]}),
+        ):
+            error = attempt(lambda v=value, o=other: judged(v, *SAME, companion_obj=o))  # type: ignore[misc]
+            assert isinstance(error, subject.function(MISMATCH)), f"{name}: {error!r}"
+            assert "odd" in str(error), f"{name}: the key is not named: {error!r}"
+
+    @pytest.mark.law("all-or-nothing")
+    @pytest.mark.world(1)
+    def test_after_a_mismatch_nothing_was_copied(self, judged: Any, mesh: Any) -> None:
+        """After a mismatch the companion is as it was, what came before it included."""
+
+        def refuse(name: str) -> None:
+            source, target = DISAGREE[name](mesh(1))
+            companion = {"fine": numbers(3, salt=1), "odd": target, "last": numbers(2, salt=1)}
+            before = fingerprint(companion)
+            value = {"fine": numbers(3), "odd": source, "last": numbers(2)}
+            error = attempt(lambda: judged(value, *SAME, companion_obj=companion))
+            assert error is not None, "accepted"
+            assert fingerprint(companion) == before, f"changed before {error!r}"
+
+        each(DISAGREE, refuse)
+
+    @pytest.mark.law("all-or-nothing")
+    @pytest.mark.world(1)
+    def test_after_a_bad_leaf_nothing_was_copied(self, judged: Any) -> None:
+        """After an unsupported leaf the companion is as it was."""
+        companion = {"fine": numbers(3, salt=1), "odd": Opaque()}
+        before = fingerprint(companion)
+        value = {"fine": numbers(3), "odd": Opaque()}
+        assert attempt(lambda: judged(value, *SAME, companion_obj=companion)) is not None
+        assert fingerprint(companion) == before
+
+    @pytest.mark.law("autograd")
+    @pytest.mark.world(1)
+    def test_no_graph_is_kept(self, judged: Any) -> None:
+        """Values of trained parameters are copied without a graph; flags of the companion stay."""
+        companion = {"plain": numbers(3, salt=1), "trained": nn.Parameter(numbers(3, salt=2))}
+        value = {name: nn.Parameter(numbers(3, salt=3)) for name in companion}
+        judged(value, *SAME, companion_obj=companion)
+        for name, tensor in companion.items():
+            assert tensor.grad_fn is None, f"{name} is part of a graph"
+            assert tensor.requires_grad == (name == "trained"), f"{name}: requires_grad changed"
+            assert_same(tensor.detach(), numbers(3, salt=3), name)
+
+
+@pytest.mark.judges(IDENTITY)
+class TestIdentityFunc:
+    @pytest.mark.law("values")
+    @pytest.mark.world(1, 2)
+    def test_gives_back_what_it_got(self, judged: Any, mesh: Any, world: Any) -> None:
+        """The tensor comes back as the same object, untouched, whatever its kind."""
+        kinds: dict[str, Any] = three_kinds(mesh, world.size)
+        kinds["parameter"] = nn.Parameter(numbers(2))
+        companion = numbers(2, salt=1)
+        all_of_them = [kinds, companion]
+        before = fingerprint(all_of_them)
+        for name, tensor in kinds.items():
+            assert judged(tensor, dist.group.WORLD, torch.device("cpu"), companion) is tensor, name
+            assert judged(tensor, None, None, None) is tensor, name
+        assert fingerprint(all_of_them) == before
+
+
+@pytest.mark.judges(MISMATCH)
+class TestCompanionMismatch:
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_is_an_exception_of_its_own(self, judged: Any) -> None:
+        """It is an Exception type that keeps its message and can be told from built-in ones."""
+        assert issubclass(judged, Exception)
+        assert judged not in (Exception, ValueError, TypeError, KeyError, RuntimeError)
+        assert "a.b" in str(judged("a.b: expected a tensor"))

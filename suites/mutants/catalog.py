@@ -1,0 +1,342 @@
+"""The faults: one entry each. `old` stands exactly once in its file of the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_UTILS = "_state_dict_utils/"
+_SUITE = "state_dict_utils/"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One deliberate defect, and the check files that must catch it."""
+
+    name: str
+    fault: str
+    """What a user would suffer, in one line."""
+    file: str
+    """Below reference/shardproof."""
+    old: str
+    new: str
+    checks: tuple[str, ...]
+    """Files below suites/conformance, one of which must fail."""
+
+
+def _mutant(name: str, fault: str, file: str, old: str, new: str, *checks: str) -> Mutant:
+    return Mutant(
+        name, fault, _UTILS + file, old, new, tuple(f"{_SUITE}test_{c}.py" for c in checks)
+    )
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    # --- layout and transport -----------------------------------------------------------------
+    _mutant(
+        "uneven_chunks",
+        "uneven shards are cut by floor instead of ceiling",
+        "layout.py",
+        "step = -(-size // parts)",
+        "step = max(size // parts, 1)",
+        "gather_state_dict",
+        "distribute_state_dict",
+    ),
+    _mutant(
+        "strided_as_plain",
+        "_StridedShard is taken for Shard",
+        "layout.py",
+        "splits = int(placement.split_factor)",
+        "splits = 1",
+        "gather_state_dict",
+    ),
+    _mutant(
+        "cuts_right_to_left",
+        "placements apply right to left",
+        "layout.py",
+        "        return tuple(found)\n",
+        "        return tuple(reversed(found))\n",
+        "gather_state_dict",
+    ),
+    _mutant(
+        "rows_in_group_order",
+        "gathered rows stay in the group's order",
+        "wire.py",
+        "    return rows[order]",
+        "    return rows",
+        "gather_state_dict",
+        "gather_state_dict_manners",
+        "all_gather_sharded_tensor",
+    ),
+    _mutant(
+        "scatter_from_global_rank_0",
+        "the source is global rank 0, not the group's first",
+        "wire.py",
+        "group=group, group_src=0)\n\n\ndef deliver",
+        "group=group, src=0)\n\n\ndef deliver",
+        "broadcast_state_dict",
+        "broadcast_state_dict_manners",
+    ),
+    _mutant(
+        "broadcast_from_global_rank_0",
+        "the source is global rank 0, not the group's first",
+        "wire.py",
+        "dist.broadcast(data, group=group, group_src=0)",
+        "dist.broadcast(data, group=group, src=0)",
+        "broadcast_state_dict",
+        "broadcast_state_dict_manners",
+    ),
+    _mutant(
+        "silent_disagreement",
+        "ranks whose plans differ go on",
+        "agreement.py",
+        "same = len({row[0] for row in rows}) == 1 and not any(row[2] for row in rows)",
+        "same = not any(row[2] for row in rows)",
+        "gather_state_dict_manners",
+    ),
+    _mutant(
+        "private_errors",
+        "an error of one rank is not told to the others",
+        "agreement.py",
+        "same = len({row[0] for row in rows}) == 1 and not any(row[2] for row in rows)",
+        "same = len({row[0] for row in rows}) == 1",
+        "gather_state_dict_manners",
+        "broadcast_state_dict_manners",
+    ),
+    # --- gather -------------------------------------------------------------------------------
+    _mutant(
+        "gather_for_everyone",
+        "ranks outside ranks_only get the dict, too",
+        "gather.py",
+        "    if not on_this_rank(ranks_only, pg):\n        return {}\n    return _rebuild",
+        "    return _rebuild",
+        "gather_state_dict",
+        "gather_state_dict_manners",
+    ),
+    _mutant(
+        "gather_unties",
+        "tied tensors travel twice and come apart",
+        "gather.py",
+        "        classes[path] = first.setdefault(key, path)",
+        "        classes[path] = path",
+        "gather_state_dict",
+        "gather_state_dict_manners",
+    ),
+    _mutant(
+        "gather_aliases_replicas",
+        "a gathered replicated leaf is the live weight",
+        "gather.py",
+        "            return fresh_copy(tensor._local_tensor, target)",
+        "            return tensor._local_tensor.detach()",
+        "gather_state_dict",
+        "gather_state_dict_manners",
+    ),
+    _mutant(
+        "gather_a_leaf_at_a_time",
+        "one collective per tensor",
+        "gather.py",
+        "streams[leaf.domain.key, leaf.dims, reductions].append(leaf)",
+        "streams[leaf.domain.key, leaf.dims, reductions, path].append(leaf)",
+        "gather_state_dict",
+        "gather_state_dict_manners",
+    ),
+    _mutant(
+        "partial_is_not_reduced",
+        "a pending reduction is lost",
+        "reduction.py",
+        "        total = _FOLDS[op](total, part.to(wide))",
+        "        total = part.to(wide)",
+        "gather_state_dict",
+    ),
+    # --- broadcast and distribute -------------------------------------------------------------
+    _mutant(
+        "strict_keeps_keys",
+        "strict leaves keys that the full state dict lacks",
+        "broadcast.py",
+        "    if strict and not whole:",
+        "    if strict and whole:",
+        "broadcast_state_dict",
+        "broadcast_state_dict_manners",
+    ),
+    _mutant(
+        "offers_every_key",
+        "keys that nobody wants travel",
+        "broadcast.py",
+        'if offer.kind != "tensor" or not any(blocks):',
+        'if offer.kind != "tensor":',
+        "broadcast_state_dict",
+        "broadcast_state_dict_manners",
+    ),
+    _mutant(
+        "everyone_gets_everything",
+        "sharded targets receive whole tensors by broadcast",
+        "broadcast.py",
+        "        if all(wanted == [full_block(offer.size)] for wanted in blocks):\n"
+        "            together.append(Parcel(name, offer.dtype, blocks[:1]))",
+        "        if True:\n"
+        "            together.append(Parcel(name, offer.dtype, [[full_block(offer.size)]]))",
+        "broadcast_state_dict",
+        "broadcast_state_dict_manners",
+    ),
+    _mutant(
+        "offload_stays_on_device",
+        "cpu_offload is forgotten",
+        "targets.py",
+        "self.device = CPU if cpu_offload else device",
+        "self.device = device",
+        "broadcast_state_dict",
+        "broadcast_state_dict_manners",
+    ),
+    _mutant(
+        "source_dtype_wins",
+        "a bf16 target becomes what the full tensor is",
+        "targets.py",
+        "self.dtype = value.dtype if isinstance(value, torch.Tensor) else dtype",
+        "self.dtype = dtype; value = value.to(dtype) if type(value) is torch.Tensor else value; "
+        "self.value = value",
+        "broadcast_state_dict",
+        "distribute_state_dict",
+    ),
+    _mutant(
+        "shapes_unchecked",
+        "a full tensor of the wrong shape is taken",
+        "targets.py",
+        "if tuple(value.size()) != self.size:",
+        "if value.dim() != len(self.size):",
+        "broadcast_state_dict_manners",
+        "distribute_state_dict",
+    ),
+    _mutant(
+        "distribute_adds_keys",
+        "keys that the target lacks appear",
+        "distribute.py",
+        "        if key not in local_state_dict:\n            continue\n",
+        "        if key not in local_state_dict:\n            values[key] = value\n"
+        "            continue\n",
+        "distribute_state_dict",
+    ),
+    # --- copies on one rank -------------------------------------------------------------------
+    _mutant(
+        "snapshot_aliases",
+        "an offloaded CPU tensor is the live one",
+        "tensors.py",
+        "return bits(tensor).to(device, copy=True).view(tensor.dtype)",
+        "return bits(tensor).to(device).view(tensor.dtype)",
+        "offload_state_dict_to_cpu",
+    ),
+    _mutant(
+        "copy_truncates",
+        "another dtype is accepted and converted",
+        "tensors.py",
+        "    if dtype_of(ours) != dtype_of(theirs):\n",
+        "    if False:\n",
+        "copy_state_dict",
+        "check_state_dict_similarity",
+    ),
+    _mutant(
+        "copy_before_check",
+        "a mismatch is found after half the copies",
+        "traverse.py",
+        "        pending[id(other)] = (other, result)\n        return other",
+        "        copy_leaf(other, result, non_blocking)\n        return other",
+        "copy_state_dict",
+    ),
+    _mutant(
+        "buffers_lose_strides",
+        "staging buffers are always row-major",
+        "tensors.py",
+        "return allocate(tensor.size(), dtype, device, tensor.stride())",
+        "return allocate(tensor.size(), dtype, device)",
+        "create_cpu_state_dict",
+    ),
+    _mutant(
+        "buffers_untied",
+        "tied tensors get a buffer each",
+        "staging.py",
+        "        if key not in made:\n            made[key]",
+        "        if True:\n            made[key]",
+        "create_cpu_state_dict",
+    ),
+    _mutant(
+        "iterate_loses_metadata",
+        "OrderedDict loses its _metadata",
+        "containers.py",
+        '    if hasattr(like, "__dict__"):\n',
+        "    if False:\n",
+        "iterate_state_dict",
+        "flatten_state_dict",
+    ),
+    _mutant(
+        "iterate_lets_anything_in",
+        "type_check lets any leaf through",
+        "traverse.py",
+        "        if type_check:\n            check_leaf_type(path, value)\n        if other",
+        "        if other",
+        "iterate_state_dict",
+    ),
+    _mutant(
+        "flatten_merges_collisions",
+        "colliding keys overwrite each other",
+        "flatten.py",
+        "    if len(set(names)) != len(names):\n",
+        "    if False:\n",
+        "flatten_state_dict",
+    ),
+    _mutant(
+        "flatten_drops_empties",
+        "empty containers vanish",
+        "flatten.py",
+        "        if not is_branch(value) or len(value) == 0:\n",
+        "        if is_branch(value) and len(value) == 0:\n            continue\n"
+        "        if not is_branch(value):\n",
+        "flatten_state_dict",
+        "traverse_state_dict",
+    ),
+    _mutant(
+        "unflatten_makes_lists",
+        "tuples come back as lists",
+        "containers.py",
+        "    if kind is tuple:\n        return tuple(items)\n",
+        "    if kind is tuple:\n        return items\n",
+        "flatten_state_dict",
+    ),
+    _mutant(
+        "set_element_overwrites",
+        "_set_element does not extend a list",
+        "flatten.py",
+        "        holder.extend([None] * (item + 1 - len(holder)))\n",
+        "",
+        "set_element",
+        "traverse_state_dict",
+    ),
+    # --- tensor parallel ----------------------------------------------------------------------
+    *(
+        Mutant(
+            name, fault, "tensor/parallel/_data_parallel_utils.py", old, new, ("tensor_parallel/",)
+        )
+        for name, fault, old, new in (
+            (
+                "flatten_trains_frozen",
+                "a frozen weight starts to train",
+                "return local.detach().requires_grad_(tensor.requires_grad), tensor._spec",
+                "return local.detach().requires_grad_(local.is_floating_point()), tensor._spec",
+            ),
+            (
+                "unflatten_takes_any_shape",
+                "a local tensor of the wrong shape is accepted",
+                "tuple(tensor.shape) != expected:",
+                "tensor.dim() != len(expected):",
+            ),
+            (
+                "unflatten_hooks_pile_up",
+                "each forward leaves a hook on the parameter",
+                "source = tensor.view_as(tensor)",
+                "source = tensor",
+            ),
+            (
+                "sync_returns_pending",
+                "a gradient in flight is handed on",
+                "    if compute_stream is None:\n        return grad.wait()",
+                "    if compute_stream is None:\n        return grad",
+            ),
+        )
+    ),
+)

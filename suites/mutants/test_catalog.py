@@ -1,0 +1,32 @@
+"""The catalog stays plantable, so that ci/mutants judges what it says it judges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mutants.catalog import MUTANTS, Mutant
+from mutants.run import ROOT, CannotPlantError, plant
+
+
+def test_names_are_unique() -> None:
+    names = [m.name for m in MUTANTS]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_a_fault_can_be_planted_and_still_compiles(mutant: Mutant, tmp_path: Path) -> None:
+    plant(mutant, tmp_path)
+    planted = tmp_path / "shardproof" / mutant.file
+    original = ROOT / "reference" / "shardproof" / mutant.file
+    assert planted.read_text() != original.read_text()
+    compile(planted.read_text(), str(planted), "exec")
+    for path in mutant.checks:
+        assert (ROOT / "suites" / "conformance" / path).exists(), f"{path}: no such checks"
+
+
+def test_a_text_that_is_not_there_is_named(tmp_path: Path) -> None:
+    lost = Mutant("lost", "", "__init__.py", "no such text", "", ())
+    with pytest.raises(CannotPlantError, match="lost: its text stands 0 times"):
+        plant(lost, tmp_path)
