@@ -115,9 +115,7 @@ def _show_end(data: dict[str, Any], folder: str, screen: Screen) -> None:
     known = Counter(c["expected"]["reason"] for c in data["checks"] if c["verdict"] == "xfail")
     screen.line()
     if known:
-        screen.line(
-            f"{known.total()} known failures for {len(known)} reasons; --known lists each"
-        )
+        screen.line(f"{known.total()} known failures for {len(known)} reasons; --known lists each")
     counts = (
         ", ".join(f"{n} {verdict}" for verdict, n in run["counts"].items() if n) or "nothing ran"
     )

@@ -177,7 +177,8 @@ def _run(
             if keys is not None:
                 _check_infos(full, keys, offers, source)
             plan = _plan(offers, local, device, strict, cpu_offload, whole=keys is not None)
-        except (TypeError, ValueError, KeyError) as error:
+        except Exception as error:
+            # Whatever it is, the others hear of it: they are about to wait for this rank.
             failure = Failure.of(error)
     else:
         raise refused.error()
@@ -226,7 +227,7 @@ def _offers(
                 continue
             root = roots.setdefault(geometry(plain) if plain.numel() else id(plain), key)
             offers[key] = _Offer("tensor", size, plain.dtype, root=root)
-    except (TypeError, ValueError, KeyError) as error:
+    except Exception as error:
         return {}, Failure.of(error)
     return offers, None
 
@@ -245,7 +246,8 @@ def _tell(
         try:
             body = pickle.dumps((offers, failure))
         except Exception as error:
-            text = f"{domain.name(0)}: the full state dict cannot be pickled: {error}"
+            culprit = _unpicklable(offers)
+            text = f"{domain.name(0)}: {culprit!r}: expected a value that can be pickled: {error}"
             body = pickle.dumps(({}, Failure("TypeError", text, True)))
     head = _as_tensor(_LENGTH.pack(len(body)), domain.device)
     broadcast(group, head)
@@ -256,6 +258,16 @@ def _tell(
     # The peers of a process group run the same program: they are trusted as torch trusts them.
     told: tuple[dict[Any, _Offer], Failure | None] = pickle.loads(received)  # noqa: S301
     return told
+
+
+def _unpicklable(offers: dict[Any, _Offer]) -> Any:
+    """The first key whose offer cannot be sent."""
+    for key, offer in offers.items():
+        try:
+            pickle.dumps((key, offer))
+        except Exception:
+            return key
+    return None
 
 
 def _as_tensor(data: bytes, device: torch.device) -> torch.Tensor:

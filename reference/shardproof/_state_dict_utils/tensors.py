@@ -157,6 +157,15 @@ def fresh_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         return bits(tensor).to(device, copy=True).view(tensor.dtype)
 
 
+def without_data(tensor: Any) -> bool:
+    """Whether a tensor leaf is on meta, in whole or in part."""
+    if isinstance(tensor, ShardedTensor):
+        return any(shard.tensor.is_meta for shard in tensor.local_shards())
+    if isinstance(tensor, DTensor):
+        tensor = tensor._local_tensor
+    return isinstance(tensor, torch.Tensor) and tensor.is_meta
+
+
 def unwritable(tensor: Any) -> str | None:
     """Why ``tensor`` cannot take values: two of its elements share memory. None where it can."""
     if isinstance(tensor, ShardedTensor):

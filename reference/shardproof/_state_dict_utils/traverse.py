@@ -37,6 +37,7 @@ from shardproof._state_dict_utils.tensors import (
     unwritable,
     with_local,
     with_shards,
+    without_data,
 )
 
 ABSENT: Final = object()
@@ -278,6 +279,9 @@ def _iterate_state_dict(
             return result
         if reason := difference(result, other) or unwritable(other):
             raise CompanionMismatch(f"{path_name(path)}: {reason} in the companion")
+        if without_data(result) != without_data(other):
+            bare = "the companion" if without_data(other) else "the state dict"
+            raise CompanionMismatch(f"{path_name(path)}: {bare} has a tensor on meta, without data")
         pending[id(other)] = (other, result)
         return other
 

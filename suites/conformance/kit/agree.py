@@ -24,7 +24,7 @@ def attempt(call: Callable[[], Any]) -> BaseException | None:
     return None
 
 
-def exchange(world: Any, value: Any, name: str = "outcome", patience: float = 3.0) -> list[Any]:
+def exchange(world: Any, value: Any, name: str = "outcome", patience: float = 6.0) -> list[Any]:
     """Each rank's value (JSON), in rank order; an AssertionError names ranks that gave none."""
     folder: Path = world.shared
     step = folder / f".{name}.{world.rank}"

@@ -22,4 +22,4 @@ def each(cases: Iterable[Case], body: Callable[[Case], Any]) -> None:
             text = str(error).strip().partition("\nassert ")[0]
             failed.append(f"{case}: {type(error).__name__}: {text}")
     assert total, "no case was tried"
-    assert not failed, f"{len(failed)} of {total} cases fail:\n  " + "\n  ".join(failed)
+    assert not failed, f"{len(failed)} of {total} cases fail: " + "\n  ".join(failed)

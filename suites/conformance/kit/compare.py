@@ -60,7 +60,7 @@ def fingerprint(value: Any) -> Any:
             value.requires_grad,
             value.device,
             content,
-            None if value.grad is None else fingerprint(value.grad),
+            fingerprint(value.grad) if value.is_leaf and value.grad is not None else None,
         )
     if isinstance(value, Mapping):
         extra = fingerprint(getattr(value, "_metadata", None))

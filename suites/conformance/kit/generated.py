@@ -1,8 +1,8 @@
 """Generated state dicts, shapes and placements (Hypothesis), the same in each run of one seed.
 
-On one rank a check may use `@given` itself, with `examples(world.seed)` for its settings. On several
-ranks it asks `drawn` for its examples up front: each rank draws the same, and no rank shrinks a
-failure alone while the others wait for it.
+On one rank a check may use `@given` itself, with `examples(world.seed)` for its settings. On
+several ranks it asks `drawn` for its examples up front: each rank draws the same, and no rank
+shrinks a failure alone while the others wait for it.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ TWO_D: list[list[Placement]] = [
     [SS(0, 2), S(0)],
     [SS(1, 2), S(1)],
 ]
-"""Placements over a 2x2 mesh; [SS(0, 2), S(0)] is what FSDP over TP makes of a row-sharded weight."""
+"""Placements over a 2x2 mesh; [SS(0, 2), S(0)] is FSDP over a weight that TP shards by row."""
 THREE_D: list[list[Placement]] = [
     [R, S(0), S(1)],
     [R, SS(0, 2), S(0)],
@@ -83,9 +83,9 @@ def part(
     """What the rank at `coordinate` (default: this rank) holds of `full`."""
     place = coordinate if coordinate is not None else mesh.get_coordinate()
     assert place is not None, "this rank is not in the mesh"
-    for size, at, placement in zip(tuple(mesh.mesh.shape), place, placements, strict=True):
+    for size, at, placement in zip(map(int, mesh.shape), place, placements, strict=True):
         if isinstance(placement, _StridedShard):
-            groups = _pieces(full, placement.split_factor, placement.dim)
+            groups = _pieces(full, int(placement.split_factor), placement.dim)
             full = torch.cat([_pieces(g, size, placement.dim)[at] for g in groups], placement.dim)
         elif isinstance(placement, Shard):
             full = _pieces(full, size, placement.dim)[at]

@@ -1,4 +1,4 @@
-"""Nested state dicts: samples of every container, and a comparison that sees types, order and ties."""
+"""Nested state dicts: a sample of all there is, a comparison that sees types, order and ties."""
 
 from __future__ import annotations
 
@@ -212,7 +212,9 @@ def kind(value: Any) -> str:
         if isinstance(value, known):
             return known.__name__
     plain = isinstance(value, torch.Tensor)
-    return "Tensor" if plain and type(value) in (torch.Tensor, nn.Parameter) else type(value).__name__
+    return (
+        "Tensor" if plain and type(value) in (torch.Tensor, nn.Parameter) else type(value).__name__
+    )
 
 
 def _ties(value: Any) -> list[list[str]]:

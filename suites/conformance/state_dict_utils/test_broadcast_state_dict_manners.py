@@ -95,7 +95,7 @@ class TestBroadcastStateDictIsolation:
 @pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
 class TestBroadcastStateDictSymmetry:
     @pytest.mark.law("symmetry")
-    @pytest.mark.world(2, collective=4, limit=15)
+    @pytest.mark.world(2, collective=8, limit=25)
     @pytest.mark.parametrize("kind", ["DTensor", "unpicklable"])
     def test_a_source_value_that_cannot_be_sent(
         self, judged: Any, mesh: Any, world: Any, device: torch.device, kind: str
@@ -111,7 +111,7 @@ class TestBroadcastStateDictSymmetry:
         assert fingerprint(mine) == before, "the local dict has changed"
 
     @pytest.mark.law("symmetry")
-    @pytest.mark.world(2, collective=4, limit=15)
+    @pytest.mark.world(2, collective=8, limit=25)
     @pytest.mark.parametrize("where", ["one rank", "every rank"])
     def test_a_target_of_another_shape(
         self, judged: Any, mesh: Any, world: Any, device: torch.device, where: str

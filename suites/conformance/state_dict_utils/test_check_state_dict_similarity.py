@@ -46,9 +46,9 @@ class TestCheckStateDictSimilarity:
                 got = judged(ours, {"x": numbers(*other, salt=1)})
                 assert got is (shape == other), f"{shape} and {other}: {got}"
         for dtype in DTYPES:
-            ours = {"x": [numbers(3, dtype=dtype)]}
+            same: Any = {"x": [numbers(3, dtype=dtype)]}
             for other_dtype in DTYPES:
-                got = judged(ours, {"x": [numbers(3, dtype=other_dtype)]})
+                got = judged(same, {"x": [numbers(3, dtype=other_dtype)]})
                 assert got is (dtype == other_dtype), f"{dtype} and {other_dtype}: {got}"
 
     @pytest.mark.law("values")
@@ -149,5 +149,5 @@ class TestCheckStateDictSimilarity:
         ours = {"x": torch.nn.Parameter(numbers(3))}
         theirs = {"x": numbers(3, salt=1)}
         assert judged(ours, theirs) is True
-        assert theirs["x"].grad_fn is None
+        assert theirs["x"].grad_fn is None, "the compared tensor is part of a graph now"
         assert not theirs["x"].requires_grad

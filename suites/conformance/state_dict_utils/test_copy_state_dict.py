@@ -59,7 +59,7 @@ class TestCopyStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(1)
     def test_bits_that_compare_equal_are_told_apart(self, judged: Any) -> None:
-        """NaN payloads, negative zeros and lazily conjugated or negated views arrive as they are."""
+        """NaN payloads, negative zeros, lazily conjugated and negated views arrive as they are."""
         pattern = torch.tensor([0x7FC00001, -0x80000000, 0x7F800001, 0], dtype=torch.int32)
         odd, pair = pattern.view(torch.float32), numbers(3, dtype=torch.complex64)
         source = {"odd": odd, "conj": pair.conj(), "neg": pair.conj().imag}

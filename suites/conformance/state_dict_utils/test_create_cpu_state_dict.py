@@ -133,7 +133,7 @@ class TestCreateCpuStateDict:
     @pytest.mark.law("structure")
     @pytest.mark.world(1)
     def test_generated_state_dicts(self, judged: Any, world: Any) -> None:
-        """Generated state dicts get buffers of the same structure and ties; they stay as they are."""
+        """Generated state dicts get buffers of the same structure and ties, and stay untouched."""
 
         @examples(world.seed)
         @given(state_dicts())
@@ -166,7 +166,8 @@ class TestCreateCpuStateDict:
         full = numbers(4, 2)
         value = {"x": sharded_tensor(full, rows(full.shape, [4], [1]))}
         got = judged(value)
-        assert got["x"] is not value["x"]
+        same = got["x"] is value["x"]
+        assert not same, "the original itself"
         assert_structure(got, value)
 
     @pytest.mark.law("structure")
@@ -192,7 +193,7 @@ class TestCreateCpuStateDict:
             "ShardedTensor": lambda: sharded_tensor(full, rows(full.shape, [len(full)])),
         }[kind]()
         grown = peak_growth(lambda: judged({"x": tensor}))
-        assert grown < size // 4, f"{grown // MIB} MiB were written for {size // MIB} MiB of buffers"
+        assert grown < size // 4, f"{grown // MIB} MiB written for {size // MIB} MiB of buffers"
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(1)
@@ -208,8 +209,7 @@ class TestCreateCpuStateDict:
     @pytest.mark.world(1, 2)
     def test_shared_memory(self, judged: Any, mesh: Any, world: Any) -> None:
         """With share_memory every buffer lies in shared memory, of every kind and shape."""
-        value = sample(**every_kind(mesh, world.size))
-        del value["model"]["empty"], value["empty"]
+        value = every_kind(mesh, world.size)
         got = judged(value, share_memory=True)
         assert_structure(got, value)
         for path, tensor in tensors(got).items():

@@ -253,7 +253,7 @@ class TestDistributeStateDict:
             assert_landed(local[key], full[key], line, [S(0)], key)
 
     @pytest.mark.law("symmetry")
-    @pytest.mark.world(2, collective=4, limit=15)
+    @pytest.mark.world(2, collective=8, limit=25)
     def test_a_dict_that_only_one_rank_holds(
         self, judged: Any, mesh: Any, world: Any, device: torch.device
     ) -> None:

@@ -168,9 +168,10 @@ class TestUnflattenStateDict:
     def test_attributes_of_containers_come_back(self, judged: Any, subject: Any) -> None:
         """A defaultdict keeps its factory, a dict of somebody's own type its attributes."""
         flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        default: Any = defaultdict(list, {"a": 1})
         settings = Settings(a=1)
         settings.source = "command line"
-        value = {"default": defaultdict(list, {"a": 1}), "settings": settings}
+        value = {"default": default, "settings": settings}
         back = judged(*flatten(value))
         assert_same_structure(back, value)
         assert back["default"].default_factory is list

@@ -113,7 +113,7 @@ class TestGatherStateDictSymmetry:
             assert_same(got[key], fulls[key], key)
 
     @pytest.mark.law("symmetry")
-    @pytest.mark.world(2, collective=4, limit=15)
+    @pytest.mark.world(2, collective=8, limit=25)
     def test_an_unsupported_leaf_on_one_rank(self, judged: Any, mesh: Any, world: Any) -> None:
         """A leaf of an unsupported type on one rank raises the same on every rank, naming it."""
         odd: Any = object() if world.rank == 1 else 1
@@ -121,7 +121,7 @@ class TestGatherStateDictSymmetry:
         assert_raises_everywhere(world, lambda: judged(leaves), "odd.one")
 
     @pytest.mark.law("symmetry")
-    @pytest.mark.world(2, collective=4, limit=15)
+    @pytest.mark.world(2, collective=8, limit=25)
     def test_a_leaf_that_one_rank_lacks(self, judged: Any, mesh: Any, world: Any) -> None:
         """A sharded leaf that one rank of its mesh lacks raises the same everywhere, by name."""
         leaves = {k: dtensor(numbers(4), mesh(2), [S(0)]) for k in ("here", "layer.lost")}
@@ -130,7 +130,7 @@ class TestGatherStateDictSymmetry:
         assert_raises_everywhere(world, lambda: judged(leaves), "layer.lost")
 
     @pytest.mark.law("symmetry")
-    @pytest.mark.world(2, collective=4, limit=15)
+    @pytest.mark.world(2, collective=8, limit=25)
     @pytest.mark.parametrize("what", ["shape", "dtype"])
     def test_a_leaf_that_differs_on_one_rank(
         self, judged: Any, mesh: Any, world: Any, what: str

@@ -240,8 +240,8 @@ class TestIterateStateDictWithCompanion:
     @pytest.mark.law("values")
     @pytest.mark.world(1)
     def test_functions_see_their_companion(self, judged: Any) -> None:
-        """Each function is called with the companion of its tensor; its result is what is copied."""
-        target = {"a": [numbers(3)], "b": numbers(2)}
+        """Each function meets the companion of its tensor; its result is what is copied."""
+        target: dict[str, Any] = {"a": [numbers(3)], "b": numbers(2)}
         seen = []
 
         def double(tensor: Any, pg: Any, device: Any, companion: Any) -> Any:
@@ -269,7 +269,7 @@ class TestIterateStateDictWithCompanion:
     @pytest.mark.world(1)
     def test_keys_in_another_order_find_each_other(self, judged: Any) -> None:
         """A companion with its keys in another order receives each tensor under its key."""
-        target = {"b": {"y": numbers(4), "x": numbers(4)}, "a": numbers(4)}
+        target: dict[str, Any] = {"b": {"y": numbers(4), "x": numbers(4)}, "a": numbers(4)}
         source = {"a": numbers(4, salt=1), "b": {"x": numbers(4, salt=2), "y": numbers(4, salt=3)}}
         got = judged(source, *SAME, companion_obj=target)
         assert list(target) == ["b", "a"], "the companion's order changed"
@@ -335,8 +335,9 @@ class TestIterateStateDictWithCompanion:
         companion = {"fine": numbers(3, salt=1), "odd": Opaque()}
         before = fingerprint(companion)
         value = {"fine": numbers(3), "odd": Opaque()}
-        assert attempt(lambda: judged(value, *SAME, companion_obj=companion)) is not None
-        assert fingerprint(companion) == before
+        error = attempt(lambda: judged(value, *SAME, companion_obj=companion))
+        assert error is not None, "accepted"
+        assert fingerprint(companion) == before, f"changed before {error!r}"
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(1)

@@ -76,12 +76,12 @@ class TestOffloadStateDictToCpu:
     @pytest.mark.world(1)
     def test_containers_and_values_are_apart(self, judged: Any) -> None:
         """Containers, sets and values of unknown type in the snapshot are its own."""
-        value = {"d": {"x": 1}, "l": [[1]], "s": {1, 2}, "o": bytearray(b"ab")}
+        value: dict[str, Any] = {"d": {"x": 1}, "l": [[1]], "s": {1, 2}, "o": bytearray(b"ab")}
         got = judged(value, type_check=False)
-        value["d"]["x"] = 2  # type: ignore[index]
-        value["l"][0].append(2)  # type: ignore[index]
-        value["s"].add(3)  # type: ignore[union-attr]
-        value["o"].extend(b"c")  # type: ignore[union-attr]
+        value["d"]["x"] = 2
+        value["l"][0].append(2)
+        value["s"].add(3)
+        value["o"].extend(b"c")
         assert got == {"d": {"x": 1}, "l": [[1]], "s": {1, 2}, "o": bytearray(b"ab")}
 
     @pytest.mark.law("isolation")
@@ -144,7 +144,8 @@ class TestOffloadStateDictToCpu:
     @pytest.mark.world(2)
     def test_a_pending_collective_is_waited_for(self, judged: Any, rank: int) -> None:
         """A result that is still on its way is in the snapshot as a finished tensor."""
-        pending = all_reduce(numbers(4) * (rank + 1), "sum", dist.group.WORLD)
+        group: Any = dist.group.WORLD
+        pending = all_reduce(numbers(4) * (rank + 1), "sum", group)
         got = judged({"x": pending})["x"]
         assert not isinstance(got, AsyncCollectiveTensor), "still on its way"
         assert_same(got, numbers(4) * 3)
