@@ -51,6 +51,15 @@ def test_expected_failures_are_green_and_carry_their_reason(judge: Judge) -> Non
     assert check["message"].startswith("rank 1: ")
 
 
+def test_one_reason_may_explain_several_checks(judge: Judge) -> None:
+    several = '["test_it.py::test_fails[w2-a]", "test_it.py::test_fails[w2-b]"]'
+    text = KNOWN.replace('"test_it.py::test_fails*"', several)
+    assert judge(text).exit == 0
+    lost = judge(text.replace("w2-b", "w2-c"))
+    assert lost.exit == 2
+    assert "entries that match no check: test_it.py::test_fails[w2-c]" in lost.output
+
+
 def test_a_check_that_passes_against_its_entry_is_an_error(judge: Judge) -> None:
     outcome = judge(KNOWN + entry("test_it.py::test_passes[w1]"))
     assert outcome.check(r"test_passes\[w1\]")["verdict"] == "xpass"

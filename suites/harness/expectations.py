@@ -1,7 +1,7 @@
 """Known failures of a subject, as data: suites/expectations/<subject>.toml.
 
     [[expect]]
-    check = "suites/conformance/…/test_gather.py::TestGather::test_dtype[*]"
+    check = "suites/conformance/…/test_gather.py::TestGather::test_dtype[*]"   # or a list of them
     verdict = "fail"                       # or a list; default fail
     when = ["torch>=2.11", "world>2", "backend==gloo"]   # all must hold; default: always
     reason = "one sentence"
@@ -111,10 +111,15 @@ def _read(path: Path) -> list[Entry]:
         raise pytest.UsageError(f"{path}: {error}") from error
     if unknown := set(data) - {"expect"}:
         raise pytest.UsageError(f"{path}: expected [[expect]] tables, found {sorted(unknown)}")
-    return [_entry(path, number, raw) for number, raw in enumerate(data.get("expect", []), 1)]
+    return [
+        entry
+        for number, raw in enumerate(data.get("expect", []), 1)
+        for entry in _entries(path, number, raw)
+    ]
 
 
-def _entry(path: Path, number: int, raw: dict[str, Any]) -> Entry:
+def _entries(path: Path, number: int, raw: dict[str, Any]) -> list[Entry]:
+    """One entry for each pattern of a table."""
     where = f"{path}, entry {number} ({raw.get('check', 'without check')})"
     if unknown := set(raw) - {"check", "verdict", "when", "reason", "link"}:
         raise pytest.UsageError(f"{where}: has no use for {', '.join(sorted(unknown))}")
@@ -142,13 +147,17 @@ def _entry(path: Path, number: int, raw: dict[str, Any]) -> Entry:
                 SpecifierSet(found[2] + found[3])
             except InvalidSpecifier as error:
                 raise pytest.UsageError(f"{where}: condition {condition!r}: {error}") from error
-    return Entry(
-        raw["check"],
-        frozenset(map(Verdict, verdicts)),
-        tuple(when),
-        raw["reason"],
-        raw.get("link", ""),
-    )
+    checks = [raw["check"]] if isinstance(raw["check"], str) else raw["check"]
+    return [
+        Entry(
+            check,
+            frozenset(map(Verdict, verdicts)),
+            tuple(when),
+            raw["reason"],
+            raw.get("link", ""),
+        )
+        for check in checks
+    ]
 
 
 def append(path: Path, failed: list[tuple[str, Verdict, str]], collected: Iterable[str]) -> int:
