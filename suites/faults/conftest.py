@@ -52,7 +52,13 @@ class Outcome:
 class Session:
     """A running session of the harness on a small suite."""
 
-    def __init__(self, folder: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        env: dict[str, str] | None = None,
+        warm_up: bool = False,
+    ) -> None:
         self.folder = folder
         self.run_dir = folder / "out" / f"run-{uuid.uuid4().hex[:8]}"
         self._mark = uuid.uuid4().hex
@@ -75,20 +81,21 @@ class Session:
                 "--expectations",
                 str(folder / "expectations"),
                 *arguments,
+                *([] if warm_up else ["--no-warm-up"]),
             ],
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
             env={
-                **os.environ,
+                **{k: v for k, v in os.environ.items() if k != "SHARDPROOF_COMMAND"},
                 _MARK: self._mark,
                 "PYTHONPATH": str(SUITES),
                 **(env or {}),
             },
         )
 
-    def finish(self, timeout: float = 100) -> Outcome:
+    def finish(self, timeout: float = 200) -> Outcome:
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:

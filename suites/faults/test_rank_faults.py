@@ -67,7 +67,8 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         "--check-limit",
         str(LIMIT),
         env={"SHARDPROOF_FAULTS_SHM": str(folder / "segment")},
-    ).finish(timeout=110)
+        warm_up=True,
+    ).finish()
 
 
 def ranks(check: dict[str, Any]) -> dict[int, dict[str, Any]]:

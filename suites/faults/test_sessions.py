@@ -44,6 +44,7 @@ def test_plain_output(capsys, tmp_path):
     assert capsys.readouterr().out == "hello\\n"
 """
 
+SPAWNED = "fails or exits or mesh"  # a spawned rank imports all again: a few of them will do
 Suite = Callable[..., Path]
 
 
@@ -63,7 +64,7 @@ def test_an_interrupted_session_says_what_it_did_and_leaves_nothing(
     session = Session(folder, "--check-limit", "60", env={"STARTED": str(folder / "started")})
     _wait_for(folder / "started", session)
     session.process.send_signal(number)
-    outcome = session.finish(timeout=20)
+    outcome = session.finish(timeout=60)
     assert outcome.survivors == []
     assert outcome.exit == 3
     assert list(outcome.verdicts().values()) == ["pass"]
@@ -76,7 +77,7 @@ def test_ranks_end_with_a_killed_parent(suite: Suite) -> None:
     session = Session(folder, "--check-limit", "60", env={"STARTED": str(folder / "started")})
     _wait_for(folder / "started", session)
     session.process.kill()
-    assert session.finish(timeout=20).survivors == []
+    assert session.finish(timeout=60).survivors == []
 
 
 def test_two_sessions_at_once_do_not_meet(suite: Suite) -> None:
@@ -93,17 +94,17 @@ def test_order_and_start_method_change_no_verdict(suite: Suite) -> None:
     normal = Session(folder).finish()
     reverse = Session(folder, "--order", "reverse").finish()
     shuffled = Session(folder, "--order", "random:7").finish()
-    spawned = Session(folder, "--start-method", "spawn").finish(timeout=110)
+    spawned = Session(folder, "--start-method", "spawn", "-k", SPAWNED).finish()
     verdicts = normal.verdicts()
     assert sorted(set(verdicts.values())) == ["crash", "fail", "pass"]
     assert list(reverse.verdicts()) == list(reversed(verdicts))
     assert list(shuffled.verdicts()) not in (list(verdicts), list(reverse.verdicts()))
-    assert reverse.verdicts() == shuffled.verdicts() == spawned.verdicts() == verdicts
-    messages = [
-        [c["message"] for c in sorted(o.results["checks"], key=lambda c: c["id"])]
-        for o in (normal, reverse, shuffled, spawned)
-    ]
-    assert all(m == messages[0] for m in messages)
+    assert reverse.verdicts() == shuffled.verdicts() == verdicts
+    assert sorted(set(spawned.verdicts().values())) == ["crash", "fail", "pass"]
+    said = {c["id"]: (c["verdict"], c["message"]) for c in normal.results["checks"]}
+    for other in (reverse, shuffled, spawned):
+        for check in other.results["checks"]:
+            assert (check["verdict"], check["message"]) == said[check["id"]]
     assert normal.exit == reverse.exit == shuffled.exit == spawned.exit == 1
 
 

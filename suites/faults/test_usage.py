@@ -37,7 +37,7 @@ def test_a_wrong_argument_is_named_at_once(
         dist = pytest.importorskip("torch.distributed")
         if dist.is_nccl_available():
             arguments, message = [*arguments, "--world-size", "99"], "--world-size 99: NCCL needs"
-    outcome = Session(suite(ONE), *arguments).finish(timeout=30)
+    outcome = Session(suite(ONE), *arguments).finish()
     assert message in outcome.output
     assert outcome.exit == 2
     assert "Traceback" not in outcome.output
@@ -54,7 +54,7 @@ MARKS = [
 @pytest.mark.parametrize(("mark", "message"), MARKS, ids=[m for m, _ in MARKS])
 def test_a_wrong_mark_is_named_at_once(suite: Suite, mark: str, message: str) -> None:
     source = f"import pytest\n@pytest.mark.{mark}\ndef test_it(rank): pass\n"
-    outcome = Session(suite(source)).finish(timeout=30)
+    outcome = Session(suite(source)).finish()
     assert message in outcome.output
     assert "test_it" in outcome.output
     assert outcome.exit in {2, 3}
@@ -63,7 +63,7 @@ def test_a_wrong_mark_is_named_at_once(suite: Suite, mark: str, message: str) ->
 @pytest.mark.parametrize("mark", ["skip(reason='x')", "xfail(reason='x')"])
 def test_a_check_takes_no_mark_that_hides_it(suite: Suite, mark: str) -> None:
     source = ONE.replace("@pytest.mark.world", f"@pytest.mark.{mark}\n@pytest.mark.world")
-    outcome = Session(suite(source)).finish(timeout=30)
+    outcome = Session(suite(source)).finish()
     assert f"a check takes no {mark.partition('(')[0]} mark" in outcome.output
     assert outcome.exit == 2
 

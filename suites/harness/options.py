@@ -85,6 +85,12 @@ def add_options(parser: pytest.Parser) -> None:
         "(default: %(default)s)",
     )
     add(
+        "--no-warm-up",
+        action="store_true",
+        help="fork ranks without importing ahead what they may need: for a few checks that need "
+        "little of torch",
+    )
+    add(
         "--order",
         metavar="ORDER",
         default="normal",

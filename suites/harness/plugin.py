@@ -125,7 +125,7 @@ class Run:
         processes.adopt_orphans()
         signal.signal(signal.SIGTERM, _terminate)
         if any(map(requirements.is_check, session.items)) and self._settings.start_method == "fork":
-            warm.warm_up()
+            warm.warm_up(everything=not self._config.option.no_warm_up)
 
     # --- running ------------------------------------------------------------------------------
 

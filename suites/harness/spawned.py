@@ -33,6 +33,7 @@ def main(here: rank.Seat, sock: socket.socket, arguments: Sequence[str]) -> None
     global seat
     seat = here
     warm.limit_threads()
-    warm.warm_up()  # what forked ranks find imported; before TMPDIR is the rank's own
+    # What forked ranks find imported; before TMPDIR is the rank's own.
+    warm.warm_up(everything="--no-warm-up" not in arguments)
     rank.settle(here)
     sys.exit(pytest.main([*map(str, arguments), "-s", "-q"], plugins=[_Occupy(here, sock)]))

@@ -40,11 +40,11 @@ def limit_threads() -> None:
         os.environ[name] = "1"
 
 
-def warm_up() -> None:
+def warm_up(*, everything: bool = True) -> None:
     """Import what ranks will need, and settle the heap so that forks share its pages."""
     import torch
 
-    for name in MODULES:
+    for name in MODULES if everything else ():
         importlib.import_module(name)
     torch.set_num_threads(1)
     torch.manual_seed(0)  # what it imports on its first call

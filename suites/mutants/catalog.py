@@ -304,7 +304,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "flatten.py",
         "        holder.extend([None] * (item + 1 - len(holder)))\n",
         "",
-        "set_element",
         "traverse_state_dict",
     ),
     # --- tensor parallel ----------------------------------------------------------------------

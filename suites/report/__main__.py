@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -35,4 +36,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # Whoever pipes the report into head has seen enough; that is no error.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

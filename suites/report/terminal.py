@@ -16,7 +16,7 @@ _COLOURS = {
     "empty": "2",
     "title": "1",
 }
-_COLUMN = 11
+_COLUMN = 10
 _LINES = 30
 
 
@@ -44,7 +44,8 @@ def show(data: dict[str, Any], folder: str, screen: Screen, *, failures: bool = 
 
 
 def _show_matrix(found: dict[str, Rows], screen: Screen) -> None:
-    width = max(len(function) for rows in found.values() for function in rows) + 2
+    names = [*found, *(function for rows in found.values() for function in rows)]
+    width = max(map(len, names)) + 1
     # A run may hold checks of laws that the contract does not name; they are shown, too.
     extra = sorted(
         {law for rows in found.values() for cells in rows.values() for law in cells} - set(LAWS)
@@ -52,8 +53,8 @@ def _show_matrix(found: dict[str, Rows], screen: Screen) -> None:
     laws = [*LAWS, *extra]
     for module, rows in found.items():
         screen.line()
-        names = "".join(law[:14].rjust(_column(law)) for law in laws)
-        screen.line(screen.paint(module.ljust(width)[:width], "title") + names)
+        heads = "".join(law.rjust(_column(law)) for law in laws)
+        screen.line(screen.paint(module.ljust(width), "title") + heads)
         for function, cells in rows.items():
             row = "".join(
                 screen.paint(str(cell).rjust(_column(law)), cell.state)
@@ -69,7 +70,7 @@ def _show_matrix(found: dict[str, Rows], screen: Screen) -> None:
 
 
 def _column(law: str) -> int:
-    return max(_COLUMN, len(law) + 2)
+    return max(_COLUMN, len(law) + 1)
 
 
 def _show_unexpected(checks: list[dict[str, Any]], folder: str, screen: Screen) -> None:
