@@ -97,6 +97,19 @@ def signal_quietly(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
+def signal_main_thread(pid: int, number: signal.Signals) -> None:
+    """Send a signal to the main thread of a process that may be gone.
+
+    The kernel gives a signal for the process to any thread that is free, such as a transport's,
+    which knows no Python frames; a dump from there misses the stack, or breaks while it moves.
+    """
+    tgkill = getattr(ctypes.CDLL(None), "tgkill", None)
+    if tgkill is None:  # a C library without the wrapper
+        signal_quietly(pid, number)
+    else:
+        tgkill(pid, pid, int(number))
+
+
 def reap(known: frozenset[int]) -> list[tuple[int, str]]:
     """End and reap children of this process that are not `known`.
 

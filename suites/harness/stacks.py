@@ -58,7 +58,7 @@ def without_harness(dump: str) -> str:
     return "\n".join(kept).strip()
 
 
-def ask(targets: dict[int, Path], patience: float = 1.0) -> dict[int, tuple[str, str]]:
+def ask(targets: dict[int, Path], patience: float = 2.0) -> dict[int, tuple[str, str]]:
     """Have processes write their stacks: pid and file in, pid to (state letter, dump) out.
 
     The dump is made by a C signal handler, so it comes also from a rank that sleeps in a
@@ -66,7 +66,7 @@ def ask(targets: dict[int, Path], patience: float = 1.0) -> dict[int, tuple[str,
     """
     states = {pid: processes.state(pid) for pid in targets}
     for pid in targets:
-        processes.signal_quietly(pid, signal.SIGUSR1)
+        processes.signal_main_thread(pid, signal.SIGUSR1)
         if states[pid] == "T":
             processes.signal_quietly(pid, signal.SIGCONT)
     deadline = time.monotonic() + patience
