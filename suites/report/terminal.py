@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any, TextIO
 
@@ -92,9 +93,7 @@ def _show_unexpected(checks: list[dict[str, Any]], folder: str, screen: Screen) 
                 screen.line(f"  rank {rank['rank']:<4}{rank['fate']}{where}: {said}")
         for line in _details(check):
             screen.line(f"  | {line}")
-        logs = [
-            f"{folder}/{r['log']}" for r in check["ranks"] if r["log"] and r["fate"] != "passed"
-        ]
+        logs = [f"{folder}/{r['log']}" for r in _by_blame(check) if r["log"]]
         if logs:
             screen.line(f"  log      {logs[0]}")
         screen.line(f"  repeat   {check['command']}")
@@ -102,13 +101,19 @@ def _show_unexpected(checks: list[dict[str, Any]], folder: str, screen: Screen) 
 
 def _details(check: dict[str, Any]) -> list[str]:
     """The traceback or stack of the rank that the cause names, its end where it is long."""
-    for rank in check["ranks"]:
-        named = check["message"].startswith((f"rank {rank['rank']}:", f"ranks {rank['rank']},"))
-        if named and rank["details"]:
-            lines = rank["details"].rstrip().splitlines()
-            cut = [f"[{len(lines) - _LINES} lines more in the log]"] if len(lines) > _LINES else []
-            return cut + [line[:200] for line in lines[-_LINES:]]
-    return []
+    rank = next(iter(_by_blame(check)), None)
+    if rank is None or not rank["details"]:
+        return []
+    lines = rank["details"].rstrip().splitlines()
+    cut = [f"[{len(lines) - _LINES} lines more in the log]"] if len(lines) > _LINES else []
+    return cut + [line[:200] for line in lines[-_LINES:]]
+
+
+def _by_blame(check: dict[str, Any]) -> list[dict[str, Any]]:
+    """The ranks that did not pass, the one that the cause names first."""
+    bad = [r for r in check["ranks"] if r["fate"] != "passed"]
+    named = re.match(r"ranks? (\d+)\b", check["message"])
+    return sorted(bad, key=lambda r: not (named and r["rank"] == int(named[1])))
 
 
 def _show_end(data: dict[str, Any], folder: str, screen: Screen) -> None:
