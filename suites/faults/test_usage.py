@@ -23,7 +23,7 @@ WRONG = [
     (["--order", "sideways"], "--order 'sideways': expected normal, reverse or random:SEED"),
     (["--seed", "x"], "--seed 'x': expected a number or 'random'"),
     (["--collective-limit", "9", "--check-limit", "5"], "the clocks must be positive and grow"),
-    (["-k", "nothing_like_this"], "1 deselected"),
+    (["-k", "nothing_like_this"], "no check was selected"),
     (["no_such_file.py"], "file or directory not found: no_such_file.py"),
     (["--no-such-option"], "unrecognized arguments: --no-such-option"),
 ]

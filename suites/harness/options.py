@@ -222,7 +222,11 @@ def _backend(name: str | None, device: str) -> str:
         raise pytest.UsageError("this torch is built without torch.distributed: nothing to judge")
     chosen = name or str(dist.get_default_backend_for_device(device))
     if not dist.is_backend_available(chosen):
-        known = [b for b in dist.Backend.backend_list if dist.is_backend_available(b)]
+        known = [
+            b
+            for b in dist.Backend.backend_list
+            if b != "undefined" and dist.is_backend_available(b)
+        ]
         raise pytest.UsageError(
             f"--backend {chosen}: this torch build lacks it; it has {', '.join(sorted(known))}"
         )

@@ -289,6 +289,8 @@ class Run:
         yield
 
     def _exit_code(self, session: pytest.Session, status: int) -> int:
+        if status == pytest.ExitCode.NO_TESTS_COLLECTED:
+            self._notes.append("no check was selected: nothing was judged")
         if status in {pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED}:
             return status
         verdicts = {c["verdict"] for c in self._checks}

@@ -86,11 +86,10 @@ def _show_unexpected(checks: list[dict[str, Any]], folder: str, screen: Screen) 
         if check["clause"]:
             screen.line(f"  clause   {check['clause']}")
         screen.line(f"  cause    {check['message'].partition(chr(10))[0][:400]}")
-        for rank in check["ranks"]:
-            if rank["fate"] != "passed":
-                where = f" in {rank['waiting_in']}" if rank["waiting_in"] else ""
-                said = rank["message"].partition("\n")[0][:160]
-                screen.line(f"  rank {rank['rank']:<4}{rank['fate']}{where}: {said}")
+        for rank in _by_blame(check):
+            where = f" in {rank['waiting_in']}" if rank["waiting_in"] else ""
+            said = rank["message"].partition("\n")[0][:160]
+            screen.line(f"  rank {rank['rank']:<4}{rank['fate']}{where}: {said}")
         for line in _details(check):
             screen.line(f"  | {line}")
         logs = [f"{folder}/{r['log']}" for r in _by_blame(check) if r["log"]]
