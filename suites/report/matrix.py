@@ -47,9 +47,13 @@ class Cell:
 
     def __str__(self) -> str:
         mark = {"unexpected": "✗", "expected": "x", "absent": "?", "holds": "✓", "empty": "·"}
-        if self.state in {"unexpected", "expected"}:
-            return f"{mark[self.state]} {self.held}/{self.total}"
-        return mark[self.state] + (f" {self.total}" if self.total else "")
+        absent = sum(self.verdicts[v] for v in NOT_RUN)
+        count = f" {self.held}/{self.total - absent}?" if absent else f" {self.held}/{self.total}"
+        if self.state == "holds" and not absent:
+            count = f" {self.held}"
+        elif self.state == "absent":
+            count = f" {absent}"
+        return mark[self.state] + (count if self.total else "")
 
 
 Rows = dict[str, dict[str, Cell]]

@@ -66,7 +66,7 @@ def _show_matrix(found: dict[str, Rows], screen: Screen) -> None:
     screen.line()
     screen.line(
         "✓ n  all n checks hold    x h/n  known failures: h of n hold    "
-        "✗ h/n  unexpected    ? not run    · no check"
+        "✗ h/n  unexpected    ? some not run    · no check"
     )
 
 

@@ -114,13 +114,15 @@ def test_a_cell_shows_its_worst() -> None:
         "holds": ["pass", "pass"],
         "expected": ["pass", "xfail"],
         "unexpected": ["xfail", "fail"],
+        "part": ["pass", "xfail", "precondition"],
         "absent": ["precondition"],
         "empty": [],
     }.items():
         cells[name] = Cell()
         cells[name].verdicts.update(verdicts)
-    assert {name: cell.state for name, cell in cells.items()} == {n: n for n in cells}
-    assert [str(c) for c in cells.values()] == ["✓ 2", "x 1/2", "✗ 0/2", "? 1", "·"]
+    states = {n: n for n in cells} | {"part": "expected"}
+    assert {name: cell.state for name, cell in cells.items()} == states
+    assert [str(c) for c in cells.values()] == ["✓ 2", "x 1/2", "✗ 0/2", "x 1/2?", "? 1", "·"]
 
 
 def test_the_matrix_counts_each_check_once() -> None:
