@@ -64,7 +64,8 @@ def matrix(checks: list[dict[str, Any]]) -> dict[str, Rows]:
     found: dict[str, dict[str, dict[str, Cell]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(Cell))
     )
-    for check in checks:
+    # By id, not as they ran: the picture is the same in every --order.
+    for check in sorted(checks, key=lambda c: c["id"]):
         if check["function"]:
             found[check["module"]][check["function"]][check["law"]].verdicts[check["verdict"]] += 1
     return {module: dict(rows) for module, rows in sorted(found.items())}
