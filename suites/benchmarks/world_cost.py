@@ -24,12 +24,14 @@ BODY = """
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 def body():
     mesh = DeviceMesh("cpu", torch.arange(4).reshape(2, 2), mesh_dim_names=("dp", "tp"))
     full = torch.arange(16.0).reshape(4, 4)
-    got = distribute_tensor(full, mesh, [Shard(0), Shard(1)]).full_tensor()
+    row, column = mesh.get_coordinate()
+    mine = full.chunk(2, 0)[row].chunk(2, 1)[column].contiguous()
+    got = DTensor.from_local(mine, mesh, [Shard(0), Shard(1)]).full_tensor()
     assert torch.equal(got, full)
 """
 
