@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from faults.conftest import Outcome, Session
+from faults.sessions import Outcome, Session
 
 SOURCE = """
 import os, pytest

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from faults.conftest import CASES, Outcome, Session
+from faults.sessions import CASES, Outcome, Session
 
 COLLECTIVE, LIMIT = 2.0, 5.0
 
@@ -67,7 +67,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         "--check-limit",
         str(LIMIT),
         env={"SHARDPROOF_FAULTS_SHM": str(folder / "segment")},
-        warm_up=True,
+        fresh=True,
     ).finish()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from faults.conftest import Session
+from faults.sessions import Session
 
 SLEEPER = """
 import os, time, pathlib, pytest

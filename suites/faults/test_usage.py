@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from faults.conftest import Session
+from faults.sessions import Session
 
 Suite = Callable[..., Path]
 ONE = "import pytest\n@pytest.mark.world(2)\ndef test_it(rank): pass\n"
