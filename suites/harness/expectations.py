@@ -3,7 +3,8 @@
     [[expect]]
     check = "suites/conformance/…/test_gather.py::TestGather::test_dtype[*]"   # or a list of them
     verdict = "fail"                       # or a list; default fail
-    when = ["torch>=2.11", "world>2", "backend==gloo"]   # all must hold; default: always
+    when = ["torch>=2.11", "world>2", "backend==gloo"]   # all must hold; default: always; also
+                                           # device==cpu, accelerator==none (the machine has none)
     reason = "one sentence"
     link = "https://github.com/pytorch/pytorch/issues/1"  # where there is one
 
@@ -30,7 +31,7 @@ from packaging.version import Version
 from harness.verdicts import Verdict
 
 _EXPECTABLE = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.TIMEOUT, Verdict.CRASH})
-_CONDITION = re.compile(r"(torch|world|backend|device)\s*(==|!=|>=|<=|>|<)\s*(\S+)")
+_CONDITION = re.compile(r"(torch|world|backend|device|accelerator)\s*(==|!=|>=|<=|>|<)\s*(\S+)")
 
 
 @dataclass
@@ -63,6 +64,8 @@ class Facts:
     torch: str
     backend: str
     device: str
+    accelerator: str
+    """The machine's, whether this run's tensors lie on it or not: cuda, xpu, …, or none."""
 
 
 class Expectations:

@@ -95,9 +95,15 @@ class Run:
         self._notes: list[str] = []
         import torch
 
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
         self._expectations = Expectations(
             settings.expectations / f"{settings.subject}.toml",
-            Facts(str(torch.__version__), settings.backend, settings.device),
+            Facts(
+                str(torch.__version__),
+                settings.backend,
+                settings.device,
+                accelerator.type if accelerator else "none",
+            ),
         )
 
     # --- collection ---------------------------------------------------------------------------

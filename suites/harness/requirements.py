@@ -47,13 +47,8 @@ def _accelerator() -> str:
     return "" if torch.accelerator.is_available() else "an accelerator"
 
 
-def _no_accelerator() -> str:
-    return "" if _accelerator() else "a machine without an accelerator"
-
-
 FEATURES: dict[str, Callable[[], str]] = {
     "accelerator": _accelerator,
-    "no accelerator": _no_accelerator,
 }
 """Name to a probe that says in words what is missing, or nothing."""
 
