@@ -30,6 +30,7 @@ from shardproof._state_dict_utils.tensors import (
     kind_of,
     put,
     settled,
+    stood_for,
     tie_key,
     unwritable,
     with_local,
@@ -42,6 +43,7 @@ class Target:
     Args:
         key: its key, for messages.
         value: what the local state dict holds: a tensor, a DTensor, or anything that is replaced.
+            A Parameter that stands in for a DTensor (see ``tensor.parallel.ddp``) is taken for it.
         size: the shape of the full tensor.
         dtype: the dtype of the full tensor.
         device: where new tensors are made.
@@ -65,6 +67,7 @@ class Target:
         in_place: bool,
         cpu_offload: bool = False,
     ) -> None:
+        value = stood_for(value)
         self.key = key
         self.value = value
         self.size = size

@@ -17,6 +17,9 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed._shard.sharded_tensor.shard import Shard as TensorShard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+
+from shardproof._state_dict_utils.layout import local_shape
 
 CPU = torch.device("cpu")
 
@@ -229,6 +232,21 @@ def with_local(like: DTensor, local: torch.Tensor, dtype: torch.dtype | None = N
         spec._hash = None
     make: Callable[..., DTensor] = DTensor
     return make(local, spec, requires_grad=False)
+
+
+def stood_for(value: Any) -> Any:
+    """The DTensor that a local Parameter of tensor-parallel DDP stands in for; else the value.
+
+    ``torch.distributed.checkpoint.state_dict`` hands the parameters of a module to the load
+    functions as they are, so the mark on the Parameter is all that tells its global shape.
+    """
+    spec = getattr(value, "_st_info", None)
+    if not isinstance(spec, DTensorSpec) or not isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, DTensor) or tuple(value.shape) != local_shape(spec):
+        return value
+    make: Callable[..., DTensor] = DTensor
+    return make(value.detach(), spec, requires_grad=False)
 
 
 def with_shards(

@@ -1,0 +1,175 @@
+"""Local tensors that stand in for a module's DTensors, and where they are recorded.
+
+Data parallelism knows plain tensors only. So between forwards each DTensor parameter of a
+tensor-parallel module gives its place to a Parameter over its local tensor, and takes it again
+for the time of a forward; buffers likewise. What belongs together is recorded on the module that
+owns the parameter, not on the Parameter: so the record outlives ``copy.deepcopy``, ``Module.to``
+and a Parameter that was replaced.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+
+from shardproof._state_dict_utils.layout import my_coordinate, spec_block
+from shardproof._state_dict_utils.tensors import allocate, put, settled
+from shardproof.tensor.parallel._data_parallel_utils import _flatten_tensor, _unflatten_tensor
+
+_RECORDS = "_shardproof_localized"
+
+
+class Localized:
+    """One DTensor of a module, and the local tensor that stands in for it.
+
+    Args:
+        local: the Parameter or buffer that the module holds between forwards.
+        spec: what part of which global tensor it is.
+
+    """
+
+    def __init__(self, local: torch.Tensor, spec: DTensorSpec) -> None:
+        self.spec = spec
+        self.inside: torch.Tensor | None = None
+        """The DTensor that has the place now, during a forward."""
+        self.stand_in(local)
+
+    def stand_in(self, local: torch.Tensor) -> None:
+        """Take note of the tensor, and mark it for those who see nothing else of the module.
+
+        The mark has upstream's name. The state-dict functions read it: there a module's parameters
+        arrive as bare values.
+        """
+        self.local = local
+        local._st_info = self.spec  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Localized:
+        # A spec holds a mesh, and a mesh its process groups: these are not the module's to copy.
+        return Localized(copy.deepcopy(self.local, memo), self.spec)
+
+
+Slots = dict[str, torch.Tensor | None]
+
+
+def slots_of(owner: nn.Module, name: str) -> Slots:
+    """The table of this very module that has the name: its parameters, or its buffers."""
+    tables: tuple[Any, Any] = owner._parameters, owner._buffers
+    return tables[0] if name in tables[0] else tables[1]
+
+
+def slots(owner: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the parameters and buffers of this very module."""
+    for table in (owner._parameters, owner._buffers):
+        for name, held in table.items():
+            if held is not None:
+                yield name, held
+
+
+def records_of(owner: nn.Module) -> dict[str, Localized]:
+    """What is recorded on this very module, by parameter name; not on its children."""
+    found: dict[str, Localized] = owner.__dict__.get(_RECORDS, {})
+    return found
+
+
+def recorded(module: nn.Module) -> Iterator[tuple[nn.Module, str, Localized]]:
+    """(owner, parameter name, record) of a module and all below it."""
+    for owner in module.modules():
+        for name, record in records_of(owner).items():
+            yield owner, name, record
+
+
+def record(owner: nn.Module, name: str, local: torch.Tensor, spec: DTensorSpec) -> None:
+    """Put a local tensor into the place of a DTensor, and remember the spec."""
+    owner.__dict__.setdefault(_RECORDS, {})[name] = Localized(local, spec)
+    slots_of(owner, name)[name] = local
+
+
+def localized(whole: DTensor) -> tuple[torch.Tensor, DTensorSpec]:
+    """A tensor over the local tensor of a DTensor; of a Parameter one with all the user gave it.
+
+    It trains where the DTensor does, carries its attributes, and a gradient that lies ready.
+    """
+    plain, spec = _flatten_tensor(whole)
+    assert spec is not None
+    if not isinstance(whole, nn.Parameter):
+        return plain.detach(), spec
+    local = nn.Parameter(plain.detach(), requires_grad=whole.requires_grad)
+    local.__dict__.update(whole.__dict__)
+    grad = whole.grad
+    if isinstance(grad, DTensor) and grad.placements == spec.placements:
+        local.grad = settled(grad._local_tensor)
+    return local, spec
+
+
+def as_dtensor(value: torch.Tensor, spec: DTensorSpec, key: str) -> DTensor:
+    """The DTensor around a local tensor; an error names the parameter."""
+    try:
+        return _unflatten_tensor(value, spec)
+    except ValueError as error:
+        raise ValueError(f"parameter {key!r}: {error}") from None
+
+
+def local_part(value: torch.Tensor, spec: DTensorSpec) -> torch.Tensor:
+    """This rank's part, as ``spec`` says, of a global tensor: a DTensor, or a full plain one.
+
+    A full tensor is cut here, without communication. A DTensor that is laid out otherwise is
+    redistributed, or gathered if it lies on another mesh; then every rank of its mesh must call.
+    """
+    value = value.detach()
+    if isinstance(value, DTensor):
+        if value.device_mesh == spec.mesh:
+            return settled(value.redistribute(placements=spec.placements).to_local())
+        value = settled(value.full_tensor())
+    coordinate = my_coordinate(spec.mesh)
+    if coordinate is None:
+        return value.new_empty((0,))
+    block = spec_block(spec, coordinate)
+    part = allocate(block.shape, value.dtype, value.device)
+    for there, here in block.regions(tuple((0, size) for size in block.shape)):
+        put(part[here], value[there])
+    return part
+
+
+def state_dict_hook(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: dict[str, Any]
+) -> None:
+    """Give a state dict the DTensors that the module's local tensors are parts of."""
+    for name, entry in records_of(module).items():
+        key = prefix + name
+        value = state_dict.get(key)
+        if isinstance(value, torch.Tensor) and not isinstance(value, DTensor):
+            state_dict[key] = as_dtensor(value, entry.spec, key)
+
+
+def load_state_dict_hook(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    _metadata: dict[str, Any],
+    _strict: bool,
+    _missing_keys: list[str],
+    _unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Cut this rank's parts out of what is loaded, a full tensor or a DTensor."""
+    for name, entry in records_of(module).items():
+        key = prefix + name
+        value = state_dict.get(key)
+        held = slots_of(module, name).get(name)
+        if not isinstance(value, torch.Tensor) or held is None or isinstance(held, DTensor):
+            continue
+        if tuple(value.shape) == tuple(entry.spec.shape):
+            state_dict[key] = local_part(value, entry.spec)
+            continue
+        error_msgs.append(
+            f"size mismatch for {key}: copying a param with shape {tuple(value.shape)} from "
+            f"checkpoint, the shape in current model is {tuple(entry.spec.shape)}, of which this "
+            f"rank holds {tuple(held.shape)}."
+        )
+        state_dict[key] = held.detach()  # said already; Module would say it with the local shape
