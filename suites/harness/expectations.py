@@ -1,4 +1,7 @@
-"""Known failures of a subject, as data: suites/expectations/<subject>.toml.
+"""Known failures, as data: suites/expectations/<subject>.toml, and callers.toml beside it.
+
+The first has those of the subject; the second those of torch's code around the set, which no
+subject can mend, met in suites/integration.
 
     [[expect]]
     check = "suites/conformance/…/test_gather.py::TestGather::test_dtype[*]"   # or a list of them
@@ -10,7 +13,9 @@
 
 `*` stands for any text; nothing else is special. All is strict: an entry that matches no collected
 check, an entry without a reason, a check that passes against its entry, or that fails with another
-verdict than the entry's, are errors. A subject without a file passes everything.
+verdict than the entry's, are errors. A subject without a file passes everything but what
+callers.toml lists: there the reason names the caller, and why no function of the set prevents it.
+A check has at most one entry that holds.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ from packaging.version import Version
 
 from harness.verdicts import Verdict
 
+CALLERS = "callers.toml"
 _EXPECTABLE = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.TIMEOUT, Verdict.CRASH})
 _CONDITION = re.compile(r"(torch|world|backend|device|accelerator)\s*(==|!=|>=|<=|>|<)\s*(\S+)")
 
@@ -43,6 +49,8 @@ class Entry:
     when: tuple[str, ...]
     reason: str
     link: str
+    source: str
+    """The file it stands in."""
     matched: bool = False
     pattern: re.Pattern[str] = field(init=False)
 
@@ -54,7 +62,12 @@ class Entry:
         return self.check.partition("::")[0]
 
     def as_json(self) -> dict[str, str]:
-        return {"reason": self.reason, "link": self.link, "pattern": self.check}
+        return {
+            "reason": self.reason,
+            "link": self.link,
+            "pattern": self.check,
+            "file": self.source,
+        }
 
 
 @dataclass(frozen=True)
@@ -69,12 +82,20 @@ class Facts:
 
 
 class Expectations:
-    """The entries of one subject."""
+    """The entries that hold for one subject: its own, and those of torch's callers of the set."""
 
-    def __init__(self, path: Path, facts: Facts) -> None:
-        self.path = path
+    def __init__(self, folder: Path, subject: str, facts: Facts) -> None:
+        self.path = folder / f"{subject}.toml"
+        """The subject's own file, where new entries go."""
         self._facts = facts
-        self.entries = _read(path) if path.exists() else []
+        files = [path for path in (self.path, folder / CALLERS) if path.exists()]
+        self.entries = [entry for path in files for entry in _read(path)]
+        for entry in self.entries:
+            if entry.source == CALLERS and "integration" not in Path(entry.file).parts:
+                raise pytest.UsageError(
+                    f"{folder / CALLERS}: {entry.check}: a check of a function of the set fails by "
+                    "the subject's doing; such entries stand in the subject's own file"
+                )
 
     def match(self, nodeid: str, world: int | None) -> Entry | None:
         """The entry for a check, under this run's conditions."""
@@ -158,6 +179,7 @@ def _entries(path: Path, number: int, raw: dict[str, Any]) -> list[Entry]:
             tuple(when),
             raw["reason"],
             raw.get("link", ""),
+            path.name,
         )
         for check in checks
     ]

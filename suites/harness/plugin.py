@@ -97,7 +97,8 @@ class Run:
 
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         self._expectations = Expectations(
-            settings.expectations / f"{settings.subject}.toml",
+            settings.expectations,
+            settings.subject,
             Facts(
                 str(torch.__version__),
                 settings.backend,
@@ -125,7 +126,7 @@ class Run:
             lost = self._expectations.unmatched(self._collected, covered, self._config.rootpath)
             if lost:
                 raise pytest.UsageError(
-                    f"{self._expectations.path}: entries that match no check: "
+                    f"{self._expectations.path.parent}: entries that match no check: "
                     + ", ".join(e.check for e in lost)
                 )
         processes.adopt_orphans()
@@ -248,7 +249,7 @@ class Run:
             judgement.message = f"passes, though expected to fail: {entry.reason}"
             judgement.text = (
                 f"{judgement.message}\nIf the defect is mended, take the entry {entry.check!r} "
-                f"out of {self._expectations.path.name}"
+                f"out of {entry.source}"
             )
         else:
             expected = ", ".join(sorted(entry.verdicts))

@@ -25,6 +25,7 @@ MARKS = (
     ),
     "needs(*features): features of the machine or of torch, see harness.requirements.FEATURES",
     "judges(name): the function of the subject that a class of checks judges, module.function",
+    "exercises(area): the area of torch's public API that a class of checks runs the subject in",
     "law(name): the law of the contract that a check holds the function to",
 )
 
@@ -121,7 +122,10 @@ def unmet(item: pytest.Item, spec: WorldSpec | None, settings: Settings) -> str:
                 )
             if missing := FEATURES[name]():
                 return f"needs {missing}"
-    judged = item.get_closest_marker("judges")
-    if judged is not None:
-        return subjects.missing(settings.subject, judged.args[0])
-    return ""
+    if (judged := item.get_closest_marker("judges")) and (
+        missing := subjects.missing(settings.subject, judged.args[0])
+    ):
+        return missing
+    return (
+        subjects.not_installable(settings.subject) if item.get_closest_marker("exercises") else ""
+    )

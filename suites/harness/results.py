@@ -73,8 +73,10 @@ def check(
     item: pytest.Item, judgement: Judgement, settings: Settings, expected: dict[str, str] | None
 ) -> dict[str, Any]:
     """One check for results.json."""
-    judged, law = (item.get_closest_marker(name) for name in ("judges", "law"))
+    judged, area, law = map(item.get_closest_marker, ("judges", "exercises", "law"))
     module, _, function = (judged.args[0] if judged else "").rpartition(".")
+    if area and not judged:
+        module, function = "integration", area.args[0]
     clause = (getattr(getattr(item, "function", None), "__doc__", None) or "").strip()
     return {
         "id": item.nodeid,

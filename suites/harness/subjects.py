@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -20,23 +21,46 @@ class Subject:
     def __repr__(self) -> str:
         return f"<subject {self.root}>"
 
-    def module(self, name: str) -> ModuleType:
-        """A module under the root; `name` as upstream names it below torch.distributed."""
-        return importlib.import_module(f"{self.root}.{name}")
+    def module(self, name: str = "") -> ModuleType:
+        """A module under the root, named as upstream below torch.distributed; "" is the root."""
+        return importlib.import_module(_module(self.root, name))
 
     def function(self, path: str) -> Any:
         """The attribute that `path`, module and name, stands for."""
         module, _, name = path.rpartition(".")
         return getattr(self.module(module), name)
 
+    def in_place(self) -> AbstractContextManager[None]:
+        """The subject under torch's public API, for the time of a `with` block.
+
+        torch.distributed is there already; any other has `installed()` for it.
+        """
+        if self.root == INSTALLED_TORCH:
+            return nullcontext()
+        placed: AbstractContextManager[None] = self.function("installed")()
+        return placed
+
+
+INSTALLED_TORCH = "torch.distributed"
+
 
 def missing(root: str, path: str) -> str:
     """Why the subject has no such function, or an empty text."""
     module, _, name = path.rpartition(".")
+    whole = _module(root, module)
     try:
-        found = importlib.import_module(f"{root}.{module}")
+        found = importlib.import_module(whole)
     except ModuleNotFoundError as error:
-        if error.name and f"{root}.{module}".startswith(error.name):
+        if error.name and whole.startswith(error.name):
             return f"{root} has no module {module}"
         raise
-    return "" if hasattr(found, name) else f"{root}.{module} has no {name}"
+    return "" if hasattr(found, name) else f"{whole} has no {name}"
+
+
+def not_installable(root: str) -> str:
+    """Why torch's public API cannot be run on the subject, or an empty text."""
+    return "" if root == INSTALLED_TORCH else missing(root, "installed")
+
+
+def _module(root: str, name: str) -> str:
+    return f"{root}.{name}" if name else root

@@ -1,0 +1,126 @@
+"""Put the reference into the running torch, and take it out again.
+
+Torch's own code reaches the set by names that it bound at import time, and so may a user's. Each
+name is therefore replaced by identity, in every module that holds it, and put back in the same
+way: then also a module that was imported in between holds what torch holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from types import FunctionType, ModuleType
+
+TORCH_FROM, TORCH_BELOW = (2, 11), (2, 16)
+
+# FSDP first: torch's own import of tensor.parallel.fsdp before it is circular.
+_BEFORE = ("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict")
+_TWINS = (
+    "_state_dict_utils",
+    "tensor.parallel._data_parallel_utils",
+    "tensor.parallel.ddp",
+    "tensor.parallel.fsdp",
+)
+
+_lock = threading.RLock()
+_replaced: list[tuple[object, object]] = []
+"""(upstream's, ours), while installed. Holding both keeps their identities from being reused."""
+
+
+def install() -> None:
+    """Put the reference under torch's public API, in this process.
+
+    From here on `DistributedDataParallel`, `replicate`, FSDP, `fully_shard` and
+    `torch.distributed.checkpoint` work with the reference's functions, as does every module that
+    has bound, or will bind, one of their names. What was made before keeps what it has: wrap
+    models afterwards. A second call is harmless.
+
+    Call it in every process of the job, before models are wrapped. No collective runs.
+
+    Raises:
+        RuntimeError: this torch is of a version that the reference was not made for, or was built
+            without torch.distributed. Nothing is changed then.
+
+    """
+    with _lock:
+        _check_torch()
+        for name in _BEFORE:
+            importlib.import_module(name)
+        pairs = _replaced or [pair for name in _TWINS for pair in _pairs(name)]
+        _replaced[:] = pairs
+        _exchange({id(theirs): ours for theirs, ours in pairs})
+
+
+def uninstall() -> None:
+    """Leave torch, and every module that bound one of the names, as it was before `install()`.
+
+    Harmless where nothing is installed. Models that were wrapped in between keep their hooks.
+    """
+    with _lock:
+        _exchange({id(ours): theirs for theirs, ours in _replaced})
+        _replaced.clear()
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[None]:
+    """Install for the time of a `with` block; what was installed before it stays so after it."""
+    before = bool(_replaced)
+    install()
+    try:
+        yield
+    finally:
+        if not before:
+            uninstall()
+
+
+def _check_torch() -> None:
+    import torch
+
+    version = str(torch.__version__)
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if not found or not TORCH_FROM <= tuple(map(int, found.groups())) < TORCH_BELOW:
+        works = [f"{TORCH_FROM[0]}.{minor}" for minor in range(TORCH_FROM[1], TORCH_BELOW[1])]
+        raise RuntimeError(
+            f"shardproof cannot be installed into torch {version}: it replaces private functions, "
+            f"and knows those of torch {', '.join(works)}. Use one of these, or a shardproof that "
+            "was made for yours"
+        )
+    if not torch.distributed.is_available():
+        raise RuntimeError(
+            f"shardproof cannot be installed: this torch {version} was built without "
+            "torch.distributed"
+        )
+
+
+def _pairs(name: str) -> list[tuple[object, object]]:
+    """(upstream's, ours) for each function and class that the upstream module itself defines."""
+    upstream = importlib.import_module(f"torch.distributed.{name}")
+    twin = importlib.import_module(f"shardproof.{name}")
+    return [
+        (theirs, vars(twin)[key])
+        for key, theirs in vars(upstream).items()
+        if isinstance(theirs, (FunctionType, type))
+        and theirs.__module__ == upstream.__name__
+        and key in vars(twin)
+    ]
+
+
+def _exchange(replacement: dict[int, object]) -> None:
+    """Replace objects, by identity, wherever a module outside the reference has a name for them."""
+    for module in list(sys.modules.values()):
+        # Only what is there: asking a lazy module for more would import it.
+        if not isinstance(module, ModuleType) or _is_ours(module):
+            continue
+        names = vars(module)
+        for key, value in list(names.items()):
+            if id(value) in replacement:
+                names[key] = replacement[id(value)]
+
+
+def _is_ours(module: ModuleType) -> bool:
+    name = getattr(module, "__name__", "")
+    return name == "shardproof" or name.startswith("shardproof.")

@@ -1,0 +1,187 @@
+"""Putting the subject into a running torch, and taking it out again."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+
+from harness.subjects import Subject
+
+UPSTREAM = (
+    "torch.distributed._state_dict_utils",
+    "torch.distributed.tensor.parallel._data_parallel_utils",
+    "torch.distributed.tensor.parallel.ddp",
+    "torch.distributed.tensor.parallel.fsdp",
+)
+BOUND_ELSEWHERE = (
+    ("torch.distributed.checkpoint.state_dict", "_gather_state_dict"),
+    ("torch.distributed.checkpoint.state_dict", "_broadcast_state_dict"),
+    ("torch.distributed.checkpoint.staging", "_create_cpu_state_dict"),
+    ("torch.distributed.fsdp._optim_utils", "_gather_state_dict"),
+    ("torch.distributed.fsdp._init_utils", "DTensorExtensions"),
+    ("torch.distributed.tensor.parallel.ddp", "_flatten_tensor"),
+)
+
+
+def names_of_torch() -> dict[tuple[str, str], int]:
+    """(module, name) to the identity of what it stands for, over all of torch that is loaded."""
+    return {
+        (module.__name__, name): id(value)
+        for module in list(sys.modules.values())
+        if isinstance(module, types.ModuleType) and module.__name__.partition(".")[0] == "torch"
+        for name, value in list(vars(module).items())
+    }
+
+
+def owner(module: str, name: str) -> str:
+    """The package that the object behind a name comes from."""
+    return str(getattr(sys.modules[module], name).__module__)
+
+
+@pytest.mark.judges("install")
+class TestInstall:
+    @pytest.mark.law("values")
+    @pytest.mark.world(1)
+    def test_every_name_is_reached(self, judged: Any, subject: Subject) -> None:
+        """Names that modules bound by `from ... import` are reached, those of callers too."""
+        for module, _ in BOUND_ELSEWHERE:
+            importlib.import_module(module)
+        user = types.ModuleType("a_user_s_module")
+        sys.modules[user.__name__] = user
+        exec(
+            "from torch.distributed._state_dict_utils import _gather_state_dict as mine", vars(user)
+        )
+        judged()
+        for module, name in BOUND_ELSEWHERE:
+            assert owner(module, name).startswith(subject.root), f"{module}.{name}"
+        assert owner(user.__name__, "mine").startswith(subject.root)
+        for module in UPSTREAM:
+            own = [
+                name
+                for name, value in vars(sys.modules[module]).items()
+                if getattr(value, "__module__", "") == module
+                and hasattr(subject.module(module.removeprefix("torch.distributed.")), name)
+                and isinstance(value, (types.FunctionType, type))
+            ]
+            assert own == [], f"{module} keeps {own}"
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(1)
+    def test_a_second_install_is_harmless(self, judged: Any, subject: Subject) -> None:
+        """Installed twice is installed once, and one uninstall takes it out."""
+        subject.function("uninstall")()
+        before = names_of_torch()
+        judged()
+        once = names_of_torch()
+        judged()
+        assert names_of_torch() == once
+        subject.function("uninstall")()
+        after = names_of_torch()
+        assert {key: after[key] for key in before} == before
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(1)
+    def test_an_unsupported_torch_is_refused(
+        self, judged: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A torch of another version is refused with the versions that work; nothing changes."""
+        before = names_of_torch()
+        for version in ("2.10.1", "2.16.0", "3.0.0", "1.13.1+cu117", "unknown"):
+            monkeypatch.setattr(torch, "__version__", version)
+            with pytest.raises(RuntimeError, match=r"2\.11, 2\.12, 2\.13, 2\.14, 2\.15") as told:
+                judged()
+            assert version in str(told.value)
+            monkeypatch.undo()
+        after = names_of_torch()
+        assert {key: after[key] for key in before} == before
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(1, limit=120)
+    def test_in_a_fresh_interpreter(self, judged: Any, subject: Subject) -> None:
+        """Whatever part of upstream was imported first, or tried to, install works after it."""
+        started = {first: fresh(first, subject.root) for first in UPSTREAM}
+        for first, process in started.items():
+            _, said = process.communicate(timeout=100)
+            assert process.returncode == 0, f"{first} first: {said}"
+
+
+def fresh(first: str, root: str) -> subprocess.Popen[str]:
+    """An interpreter that imports a module, then installs the subject and looks at its names."""
+    script = (
+        # The circular import of torch's own tensor.parallel.fsdp fails; it must not spoil more.
+        f"try:\n    import {first}\nexcept ImportError as error: assert 'circular' in str(error)\n"
+        f"import {root} as subject\nsubject.install()\n"
+        "from torch.distributed.tensor.parallel.fsdp import DTensorExtensions\n"
+        "from torch.distributed.tensor.parallel.ddp import _flatten_tensor\n"
+        "from torch.distributed.checkpoint.state_dict import _gather_state_dict\n"
+        "for found in DTensorExtensions, _flatten_tensor, _gather_state_dict:\n"
+        "    assert found.__module__.startswith(subject.__name__), found.__module__\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.judges("uninstall")
+class TestUninstall:
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(1)
+    def test_torch_is_as_it_was(self, judged: Any, subject: Subject) -> None:
+        """After uninstall every name of torch stands for what it stood for before."""
+        subject.function("install")()
+        judged()
+        before = names_of_torch()
+        subject.function("install")()
+        assert names_of_torch() != before
+        judged()
+        assert names_of_torch() == before
+        judged()
+        assert names_of_torch() == before
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(1)
+    def test_a_module_imported_in_between(self, judged: Any, subject: Subject) -> None:
+        """A module that bound a name while the subject was installed gets torch's back."""
+        subject.function("install")()
+        user = types.ModuleType("a_user_s_module")
+        sys.modules[user.__name__] = user
+        exec(
+            "from torch.distributed._state_dict_utils import _gather_state_dict as mine", vars(user)
+        )
+        assert owner(user.__name__, "mine").startswith(subject.root)
+        judged()
+        assert owner(user.__name__, "mine") == "torch.distributed._state_dict_utils"
+
+
+@pytest.mark.judges("installed")
+class TestInstalled:
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(1)
+    def test_for_the_time_of_a_block(self, judged: Any, subject: Subject) -> None:
+        """Installed inside the block and not after it, also when it raises; nested blocks agree."""
+        module, name = BOUND_ELSEWHERE[0]
+        with judged(), judged():
+            assert owner(module, name).startswith(subject.root)
+        assert owner(module, name) == "torch.distributed._state_dict_utils"
+        with pytest.raises(ZeroDivisionError), judged():
+            raise ZeroDivisionError
+        assert owner(module, name) == "torch.distributed._state_dict_utils"
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(1)
+    def test_what_was_installed_before_stays(self, judged: Any, subject: Subject) -> None:
+        """A block does not take out what was installed before it."""
+        module, name = BOUND_ELSEWHERE[0]
+        subject.function("install")()
+        with judged():
+            pass
+        assert owner(module, name).startswith(subject.root)
