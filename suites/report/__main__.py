@@ -1,4 +1,7 @@
-"""Show a run: `python -m report [--known] [FOLDER | results.json]`, by default out/latest."""
+"""Show a run: `python -m report [--known] [FOLDER | results.json]`, by default out/latest.
+
+`python -m report --compare BEFORE AFTER` shows two runs side by side, as a table in Markdown.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
+from report.compare import NotComparableError, compare
 from report.read import BadResultsError, read
 from report.terminal import Screen, show, show_known
 
@@ -19,11 +23,18 @@ def main() -> int:
     parser.add_argument(
         "--known", action="store_true", help="list known failures with their reasons"
     )
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two runs side by side"
+    )
     parser.add_argument("--brief", action="store_true", help="leave the single failures out")
     options = parser.parse_args()
     try:
+        if options.compare:
+            before, after = map(read, options.compare)
+            print("\n".join(compare(before, after)))
+            return 0
         data = read(options.run)
-    except BadResultsError as error:
+    except (BadResultsError, NotComparableError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 3
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

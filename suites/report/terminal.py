@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from typing import Any, TextIO
 
+from report.compare import CALLERS
 from report.matrix import LAWS, Cell, Rows, matrix
 
 UNEXPECTED = ("fail", "error", "timeout", "crash", "xpass")
@@ -117,10 +117,13 @@ def _by_blame(check: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _show_end(data: dict[str, Any], folder: str, screen: Screen) -> None:
     run = data["run"]
-    known = Counter(c["expected"]["reason"] for c in data["checks"] if c["verdict"] == "xfail")
+    known = [c["expected"] for c in data["checks"] if c["verdict"] == "xfail"]
     screen.line()
     if known:
-        screen.line(f"{known.total()} known failures for {len(known)} reasons; --known lists each")
+        reasons = len({e["reason"] for e in known})
+        screen.line(f"{len(known)} known failures for {reasons} reasons; --known lists each")
+    if callers := sum(e["file"] == CALLERS for e in known):
+        screen.line(f"{callers} of them in torch's callers of the set, whoever the subject")
     counts = (
         ", ".join(f"{n} {verdict}" for verdict, n in run["counts"].items() if n) or "nothing ran"
     )

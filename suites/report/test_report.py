@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from report.compare import NotComparableError, compare
 from report.matrix import Cell, matrix
 from report.read import BadResultsError, read
 from report.terminal import Screen, show, show_known
@@ -152,10 +153,45 @@ def test_checks_that_did_not_run_are_counted() -> None:
 
 
 def test_known_failures_are_listed_by_reason() -> None:
-    expected = {"reason": "a defect", "link": "https://example.org/1", "pattern": "*"}
+    expected = {
+        "reason": "a defect",
+        "link": "https://example.org/1",
+        "pattern": "*",
+        "file": "x.toml",
+    }
     data = results(check(verdict="xfail", expected=expected), check(verdict="pass"))
     stream = io.StringIO()
     show_known(data, Screen(stream, colour=False))
     assert "a defect  https://example.org/1\n  test_x.py::test_it[w2]" in stream.getvalue()
     assert "x 1/2" in text_of(data)
     assert "1 known failures for 1 reasons" in text_of(data)
+
+
+def test_two_runs_are_compared_by_check() -> None:
+    known = {"reason": "r", "link": "", "pattern": "*", "file": "callers.toml"}
+    area = {"module": "integration", "function": "training.ddp"}
+    before = results(
+        {**CHECK, "id": "a"},
+        {**CHECK, "id": "b", "verdict": "pass"},
+        {**CHECK, **area, "id": "c"},
+        {**CHECK, **area, "id": "d", "verdict": "xfail", "expected": known},
+        {**CHECK, "id": "only here"},
+        {**CHECK, "id": "not run", "verdict": "precondition"},
+    )
+    after = results(
+        {**CHECK, "id": "a", "verdict": "pass"},
+        {**CHECK, "id": "b", "verdict": "pass"},
+        {**CHECK, **area, "id": "c", "verdict": "pass"},
+        {**CHECK, **area, "id": "d", "verdict": "xfail", "expected": known},
+        {**CHECK, "id": "not run", "verdict": "pass"},
+    )
+    assert list(compare(before, after))[2:] == [
+        "| `m` | 1 of 2 | 2 of 2 |  |",
+        "| integration: training.ddp | 0 of 2 | 1 of 2 | 1 |",
+        "| **all** | 1 of 4 | 3 of 4 | 1 |",
+    ]
+
+
+def test_runs_without_a_check_in_common_are_not_compared() -> None:
+    with pytest.raises(NotComparableError, match="no check ran in both"):
+        list(compare(results(CHECK), results({**CHECK, "id": "other"})))
