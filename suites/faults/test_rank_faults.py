@@ -27,6 +27,7 @@ DIED = [
 ]
 RAISED = [
     ("raises_while_its_peer_waits", "ValueError: the cause"),
+    ("raises_and_takes_forever_to_report", "ValueError: the cause"),
     ("raises_5_megabytes", "ValueError: beginxxx"),
     ("leaves_by_sys_exit_0", "SystemExit: 0"),
     ("raises_what_cannot_be_shown", "Sly"),

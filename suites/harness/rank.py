@@ -287,6 +287,18 @@ class _Watcher:
             self.failed_at = time.monotonic()
             self.kind = _kind_of_error(call.excinfo.value)
             self.waiting_in = stacks.collective_of_traceback(call.excinfo.tb)
+            if not isinstance(call.excinfo.value, pytest.skip.Exception):
+                # Before pytest makes its report: reading and parsing sources takes seconds under
+                # load, and the parent would end the world before it knew the cause.
+                self._channel.send(
+                    "failing",
+                    outcome="raised" if call.when == "call" else "broken",
+                    phase=call.when,
+                    failed_at=self.failed_at,
+                    message=_one_line(call.excinfo.value)[:2000],
+                    kind_of_error=self.kind,
+                    waiting_in=self.waiting_in,
+                )
         return (yield)
 
     @pytest.hookimpl(tryfirst=True)

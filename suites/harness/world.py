@@ -48,6 +48,8 @@ class Member:
     left: bool = False
     """It said what it leaked, which is the last thing that a rank says of a check."""
     leaks: list[str] = field(default_factory=list)
+    failing: Frame | None = None
+    """What it said when its body raised; the report, with the details, takes longer."""
     closed_at: float = 0.0
 
     @property
@@ -99,13 +101,20 @@ class Member:
             self.leaks = frame["leaks"]
             if self.leaks and not self.failed:
                 self._end(Fate.LEAKED, "left behind: " + "; ".join(self.leaks), frame["at"])
+        elif kind == "failing":
+            self.failing = frame
         elif kind == "answer":
+            self.answered = True
+            self.record.seconds = frame["seconds"]
+            self.record.extra["mesh"] = frame.get("mesh", "")
             self._answer(frame)
 
+    def settle_without_report(self) -> None:
+        """Take what the rank said when it raised, where its report did not come in time."""
+        if self.failing is not None and self.record.fate is Fate.SILENT:
+            self._answer(self.failing)
+
     def _answer(self, frame: Frame) -> None:
-        self.answered = True
-        self.record.seconds = frame["seconds"]
-        self.record.extra["mesh"] = frame.get("mesh", "")
         if frame["outcome"] == "passed":
             self.record.fate, self.record.phase = Fate.PASSED, "parked"
             self.record.at = frame["at"]
@@ -123,6 +132,7 @@ class Member:
         """Forget the last check, in a world that is used again."""
         self.record = RankRecord(self.record.rank)
         self.answered = self.left = False
+        self.failing = None
         self.leaks = []
 
 
@@ -224,6 +234,8 @@ class World:
         return [m.record for m in self.members]
 
     def _close_case(self) -> None:
+        for member in self.members:
+            member.settle_without_report()
         silent = [m for m in self.members if m.record.fate is Fate.SILENT]
         found = stacks.ask({m.pid: m.seat.stack for m in silent}) if silent else {}
         for member in silent:

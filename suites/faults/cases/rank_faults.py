@@ -172,6 +172,13 @@ def test_ignores_terminate(rank: int) -> None:
         time.sleep(FOREVER)
 
 
+def test_raises_and_takes_forever_to_report(rank: int) -> None:
+    if rank == 1:
+        __tracebackhide__ = lambda _: time.sleep(1000)  # noqa: E731 -- pytest asks it for its report
+        raise ValueError("the cause")
+    dist.barrier()
+
+
 def test_disagree_on_the_next_collective(rank: int) -> None:
     if rank == 1:
         dist.broadcast(torch.ones(1), src=1)
