@@ -36,6 +36,9 @@ from shardproof._state_dict_utils.tensors import (
     with_local,
 )
 
+FSDP_FLATTENED = "_fsdp_flattened"
+"""The mark that FSDP1 puts on what it has flattened, ``torch.distributed.fsdp._common_utils``."""
+
 
 class Target:
     """One entry of a local state dict that takes a full tensor.
@@ -44,6 +47,8 @@ class Target:
         key: its key, for messages.
         value: what the local state dict holds: a tensor, a DTensor, or anything that is replaced.
             A Parameter that stands in for a DTensor (see ``tensor.parallel.ddp``) is taken for it.
+            A piece of a flat parameter of FSDP1 has a shape that says nothing: there the full
+            tensor is what FSDP's load hooks take.
         size: the shape of the full tensor.
         dtype: the dtype of the full tensor.
         device: where new tensors are made.
@@ -74,6 +79,7 @@ class Target:
         self.source_dtype = dtype
         self.device = CPU if cpu_offload else device
         self.block: Block | None = full_block(size)
+        self.is_piece = not isinstance(value, DTensor) and getattr(value, FSDP_FLATTENED, False)
         self.dtype = value.dtype if isinstance(value, torch.Tensor) else dtype
         self.keeps = False
         self.memory: torch.Tensor | None = None
@@ -85,7 +91,7 @@ class Target:
             self._plan_dtensor(value, in_place, cpu_offload)
 
     def _check(self, value: torch.Tensor) -> None:
-        if tuple(value.size()) != self.size:
+        if not self.is_piece and tuple(value.size()) != self.size:
             raise ValueError(
                 f"{self.key!r}: the target has shape {tuple(value.size())}, expected {self.size} "
                 "as the full tensor has"
@@ -135,7 +141,9 @@ class Target:
                 return value
             self.memory = allocate_like(local, self.device)
             return with_local(value, self.memory)
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and self.is_piece:
+            self.memory = allocate(self.size, value.dtype, self.device)
+        elif isinstance(value, torch.Tensor):
             self.memory = allocate_like(settled(value), self.device)
         else:
             self.memory = allocate(self.size, self.dtype, self.device)

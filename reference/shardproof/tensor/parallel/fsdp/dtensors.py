@@ -1,0 +1,334 @@
+"""FSDP's chunks as DTensor over the root mesh, and back to what tensor parallelism holds.
+
+Cutting is local: every rank of FSDP's group holds the same. Gathering moves bytes, in one
+collective wherever FSDP's group has them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor.placement_types import Partial, Placement, Replicate
+
+from shardproof._state_dict_utils.layout import (
+    Block,
+    Cut,
+    block_at,
+    cuts_of,
+    local_shape,
+    my_coordinate,
+)
+from shardproof._state_dict_utils.tensors import (
+    allocate,
+    bit_dtype,
+    fresh_copy,
+    is_ordinary,
+    local_of,
+    settled,
+)
+from shardproof._state_dict_utils.wire import (
+    as_bits,
+    collect,
+    mesh_domain,
+    shard_bytes,
+)
+from shardproof.tensor.parallel.fsdp.meshes import (
+    chunk_placements,
+    fsdp_dims,
+    mesh_name,
+    root_dims,
+    root_mesh,
+)
+
+__all__ = ["_all_gather_dtensor", "_chunk_dtensor"]
+
+# Each rank sends its verdict along with its bytes: whether its local tensor is what the others
+# expect, and its shape. A multiple of the widest element, so that the bytes behind it are aligned.
+_HEADER_DIMS = 8
+_HEADER_BYTES = 8 * (2 + _HEADER_DIMS)
+
+
+@torch.no_grad()
+def _chunk_dtensor(
+    tensor: torch.Tensor,
+    rank: int,  # noqa: ARG001
+    device_mesh: DeviceMesh,
+) -> DTensor:
+    """FSDP's chunk of a tensor that every rank of FSDP's mesh holds, as DTensor.
+
+    Args:
+        tensor: of any shape, dtype and strides: a plain tensor, or the DTensor of tensor
+            parallelism. It is not changed.
+        rank: this rank in FSDP's group; the mesh tells it as well, and is what counts.
+        device_mesh: FSDP's mesh, sliced from the root mesh: 1-D, or 2-D for hybrid sharding,
+            which shards over the last dimension. It is outside of tensor parallelism, the last
+            dimension of the root mesh.
+
+    Returns:
+        A DTensor over the root mesh, without ``requires_grad``, whose local tensor is a copy of
+        the chunk alone. The placement is that of ``tensor`` in the dimensions of tensor
+        parallelism, ``Replicate`` in those that neither cuts, and ``Shard(0)`` in FSDP's, as
+        ``torch.chunk`` cuts what this rank holds. Where tensor parallelism cuts dimension 0 too
+        it is ``_StridedShard(0)``, since FSDP cuts second. Sizes so uneven that this placement
+        would name elements that the rank does not hold are cut along another dimension, and
+        left whole where there is none; so is a scalar.
+
+    Raises:
+        RuntimeError: there is no root mesh, or it has one dimension.
+        TypeError: ``tensor`` is a ShardedTensor.
+        ValueError: the meshes do not belong together, FSDP's mesh is not outside of tensor
+            parallelism, or the local tensor is not what the placement gives to this rank.
+
+    Local: no collective runs, but all ranks of the root mesh need the result. pytorch#118639.
+
+    """
+    root = root_mesh(device_mesh)
+    if isinstance(tensor, ShardedTensor):
+        raise TypeError("expected a tensor or a DTensor to chunk, got a ShardedTensor")
+    dims = fsdp_dims(root, device_mesh)
+    held = _placements_on(root, tensor, dims) if isinstance(tensor, DTensor) else {}
+    local = local_of(tensor) if isinstance(tensor, DTensor) else settled(tensor).detach()
+    mesh_shape = tuple(int(size) for size in root.shape)
+    placements, tensor_dim, over = chunk_placements(tuple(tensor.shape), mesh_shape, held, dims)
+    if tensor_dim is not None:
+        coordinate = my_coordinate(root)
+        assert coordinate is not None
+        local = _chunk(local, tensor_dim, [(mesh_shape[d], coordinate[d]) for d in over])
+    meta = TensorMeta(torch.Size(tensor.shape), _dense_stride(tensor), tensor.dtype)
+    make: Any = DTensor
+    chunk: DTensor = make(
+        fresh_copy(local, local.device),
+        DTensorSpec(root, placements, tensor_meta=meta),
+        requires_grad=False,
+    )
+    return chunk
+
+
+def _placements_on(root: DeviceMesh, tensor: DTensor, dims: Sequence[int]) -> dict[int, Placement]:
+    """The placements of tensor parallelism by root dimension, once the tensor was checked."""
+    expected = local_shape(tensor._spec)
+    if tuple(tensor._local_tensor.shape) != expected:
+        raise ValueError(
+            f"the local tensor has shape {tuple(tensor._local_tensor.shape)}, expected {expected} "
+            f"of {tuple(tensor.shape)} with {tuple(tensor.placements)}"
+        )
+    held: dict[int, Placement] = {}
+    for part, placement in zip(root_dims(root, tensor.device_mesh), tensor.placements, strict=True):
+        if isinstance(placement, Replicate) or not part:
+            continue
+        if len(part) != 1 or part[0] in dims:
+            raise ValueError(
+                f"the tensor has {placement} on {mesh_name(tensor.device_mesh)}, expected a "
+                f"dimension of {mesh_name(root)} that is not FSDP's"
+            )
+        held[part[0]] = placement
+    return held
+
+
+def _chunk(local: torch.Tensor, dim: int, places: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """A view of the piece that ``torch.chunk`` gives to each (parts, index) in turn."""
+    for parts, index in places:
+        size = local.size(dim)
+        step = -(-size // parts)
+        start = min(index * step, size)
+        local = local.narrow(dim, start, min(step, size - start))
+    return local
+
+
+def _dense_stride(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides of a tensor of this memory format that has no gaps."""
+    if isinstance(tensor, DTensor):
+        return tuple(tensor._spec.stride)
+    ghost = torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.uint8, device="meta")
+    return tuple(torch.empty_like(ghost).stride())
+
+
+@torch.no_grad()
+def _all_gather_dtensor(tensor: DTensor, parent_mesh: DeviceMesh | None) -> torch.Tensor:
+    """What tensor parallelism holds on this rank, from a DTensor over the root mesh.
+
+    Args:
+        tensor: of any shape, dtype and placements, as :func:`_chunk_dtensor` makes it or as it
+            was loaded. It is not changed.
+        parent_mesh: the root mesh, whose last dimension is that of tensor parallelism.
+
+    Returns:
+        The finished local tensor of the DTensor that is ``Replicate`` in all dimensions but the
+        last and placed as ``tensor`` in the last; detached, in memory of its own, on the device
+        of the local tensor.
+
+    Raises:
+        TypeError: ``tensor`` is no DTensor.
+        ValueError: ``tensor`` is on another mesh; or, the same on every rank of the gather, a
+            local tensor is not what the placements give to its rank.
+
+    All ranks of the root mesh have to call it. Collectives: none where only the last dimension is
+    sharded; one per other sharded dimension, usually one in all; one more where the values of
+    this rank lie with other ranks of tensor parallelism (``[Shard(0), Shard(0)]``).
+
+    """
+    if not isinstance(tensor, DTensor):
+        raise TypeError(f"expected a DTensor, got a {type(tensor).__name__}")
+    mesh = tensor.device_mesh
+    if parent_mesh is None or parent_mesh != mesh:
+        raise ValueError(
+            f"the DTensor is on {mesh_name(mesh)}, expected the root mesh, {mesh_name(parent_mesh)}"
+        )
+    spec = tensor._spec
+    kept = mesh.ndim - 1
+    cuts = cuts_of(spec)
+    mesh_shape = tuple(int(size) for size in mesh.shape)
+    coordinate = my_coordinate(mesh)
+    if coordinate is None:
+        raise ValueError(f"this rank is not on {mesh_name(mesh)}")
+    outer = sorted({cut.mesh_dim for cut in cuts} - {kept})
+    dims = [d for d in outer if mesh_shape[d] > 1]
+    shape = tuple(int(size) for size in spec.shape)
+    inner = tuple(cut for cut in cuts if cut.mesh_dim == kept)
+    target = block_at(shape, mesh_shape, inner, coordinate)
+    partial = any(isinstance(p, Partial) for p in spec.placements[:-1])
+    local = local_of(tensor)
+    if partial or (dims and target.region is None) or not is_ordinary(local):
+        return _by_redistribution(tensor)
+    if not dims:
+        _check_local(tensor, local)
+        return fresh_copy(local, local.device)
+    stride = tuple(spec.stride)
+    whole = allocate(target.shape, local.dtype, local.device, stride)
+    if local.is_meta:
+        return whole
+    if not _line_holds_target(shape, mesh_shape, cuts, kept):
+        dims.append(kept)
+    _gather_into(whole, target, tensor, local, dims, cuts)
+    return whole
+
+
+def _by_redistribution(tensor: DTensor) -> torch.Tensor:
+    """By way of DTensor's own collectives, for what is more than moving rectangles."""
+    placements = [*([Replicate()] * (tensor.device_mesh.ndim - 1)), tensor.placements[-1]]
+    detached: Any = tensor.detach()
+    local = local_of(detached.redistribute(placements=placements))
+    return fresh_copy(local, local.device)
+
+
+def _expected(tensor: DTensor) -> tuple[tuple[int, ...], torch.dtype]:
+    """What all ranks know of this rank's tensor. Its own dtype is that of the local one."""
+    meta = tensor._spec.tensor_meta
+    return local_shape(tensor._spec), tensor.dtype if meta is None else meta.dtype
+
+
+def _check_local(tensor: DTensor, local: torch.Tensor) -> None:
+    shape, dtype = _expected(tensor)
+    if (tuple(local.shape), local.dtype) != (shape, dtype):
+        raise ValueError(
+            f"the local tensor has shape {tuple(local.shape)}, {local.dtype}; expected {shape}, "
+            f"{dtype} of {tuple(tensor.shape)} with {tuple(tensor.placements)}"
+        )
+
+
+def _gather_into(
+    whole: torch.Tensor,
+    target: Block,
+    tensor: DTensor,
+    local: torch.Tensor,
+    dims: Sequence[int],
+    cuts: tuple[Cut, ...],
+) -> None:
+    """Gather over mesh dimensions and write the part that is ``target`` into ``whole``."""
+    domain = mesh_domain(tensor.device_mesh)
+    here = domain.coordinate(domain.index())
+    shape, (local_size, dtype) = tuple(tensor._spec.shape), _expected(tensor)
+    coordinates = []
+    for place in product(*(range(domain.shape[d]) for d in dims)):
+        coordinate = list(here)
+        for dim, value in zip(dims, place, strict=True):
+            coordinate[dim] = value
+        coordinates.append(tuple(coordinate))
+    blocks = [block_at(shape, domain.shape, cuts, c) for c in coordinates]
+    width = max(block.numel for block in blocks) * dtype.itemsize
+    good = (tuple(local.shape), local.dtype) == (local_size, dtype)
+    payload = _message(local, good, _HEADER_BYTES + width, domain.device)
+    rows = collect([domain.stage(d) for d in dims], payload)
+    verdicts = rows[:, :_HEADER_BYTES].contiguous().view(torch.int64).tolist()
+    for index, (fine, ndim, *sizes) in enumerate(verdicts):
+        if not fine:
+            member = domain.name(domain.position(coordinates[index]))
+            raise ValueError(
+                f"{member}: the local tensor has shape {tuple(sizes[:ndim])} or another dtype; "
+                f"expected {blocks[index].shape}, {dtype} of {shape} with "
+                f"{tuple(tensor.placements)}"
+            )
+    memory = whole.view(bit_dtype(dtype))
+    for row, block in zip(rows, blocks, strict=True):
+        data = row[_HEADER_BYTES : _HEADER_BYTES + block.numel * dtype.itemsize]
+        _write(memory, target, as_bits(data, dtype).view(block.shape), block)
+
+
+def _message(local: torch.Tensor, good: bool, size: int, device: torch.device) -> torch.Tensor:
+    """What a rank sends: whether its tensor is good, its shape, and its bytes if it is."""
+    sizes = [*local.shape, *([0] * _HEADER_DIMS)][:_HEADER_DIMS]
+    header = torch.tensor([int(good), min(local.dim(), _HEADER_DIMS), *sizes], dtype=torch.int64)
+    message = torch.empty(size, dtype=torch.uint8, device=device)
+    message[:_HEADER_BYTES].copy_(header.view(torch.uint8))
+    if good and local.numel():
+        at = _HEADER_BYTES
+        for part in shard_bytes(local, 0, local.numel()):
+            message[at : at + part.numel()].copy_(part)
+            at += part.numel()
+    return message
+
+
+def _write(memory: torch.Tensor, target: Block, values: torch.Tensor, block: Block) -> None:
+    """Write the elements of ``block`` that are in ``target``, which ``memory`` holds."""
+    assert target.region is not None
+    for there, source in block.regions(tuple((0, size) for size in block.shape)):
+        into, out = [], []
+        for goal, found, held in zip(target.region, there, source, strict=True):
+            start, stop = max(goal.start, found.start), min(goal.stop, found.stop)
+            if start >= stop:
+                break
+            into.append(slice(start - goal.start, stop - goal.start))
+            shift = held.start - found.start
+            out.append(slice(start + shift, stop + shift))
+        else:
+            memory[tuple(into)].copy_(values[tuple(out)])
+
+
+@lru_cache(maxsize=4096)
+def _line_holds_target(
+    shape: tuple[int, ...], mesh_shape: tuple[int, ...], cuts: tuple[Cut, ...], kept: int
+) -> bool:
+    """Whether the ranks that differ in all dimensions but ``kept`` hold what one of them needs."""
+    inner = tuple(cut for cut in cuts if cut.mesh_dim == kept)
+    mixed = {cut.tensor_dim for cut in inner} & {
+        cut.tensor_dim for cut in cuts if cut.mesh_dim != kept
+    }
+    for dim in mixed:
+        along = tuple(Cut(0, c.mesh_dim, c.splits) for c in cuts if c.tensor_dim == dim)
+        if along[0].mesh_dim == kept and all(c.mesh_dim != kept for c in along[1:]):
+            continue
+        ranges = [
+            range(size if d != kept and any(c.mesh_dim == d for c in along) else 1)
+            for d, size in enumerate(mesh_shape)
+        ]
+        alone = tuple(c for c in along if c.mesh_dim == kept)
+        for place in range(mesh_shape[kept]):
+            held = 0
+            mine = [0] * len(mesh_shape)
+            mine[kept] = place
+            (want,) = block_at((shape[dim],), mesh_shape, alone, tuple(mine)).runs
+            for other in product(*ranges):
+                coordinate = (*other[:kept], place, *other[kept + 1 :])
+                (runs,) = block_at((shape[dim],), mesh_shape, along, coordinate).runs
+                held += sum(max(min(b, d) - max(a, c), 0) for a, b in want for c, d in runs)
+            if held < sum(b - a for a, b in want):
+                return False
+    return True
