@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mutants import ddp, fsdp
+
 _UTILS = "_state_dict_utils/"
 _SUITE = "state_dict_utils/"
 
@@ -199,8 +201,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "shapes_unchecked",
         "a full tensor of the wrong shape is taken",
         "targets.py",
-        "if tuple(value.size()) != self.size:",
-        "if value.dim() != len(self.size):",
+        "if not self.is_piece and tuple(value.size()) != self.size:",
+        "if not self.is_piece and value.dim() != len(self.size):",
         "broadcast_state_dict_manners",
         "distribute_state_dict",
     ),
@@ -309,7 +311,15 @@ MUTANTS: tuple[Mutant, ...] = (
     # --- tensor parallel ----------------------------------------------------------------------
     *(
         Mutant(
-            name, fault, "tensor/parallel/_data_parallel_utils.py", old, new, ("tensor_parallel/",)
+            name,
+            fault,
+            "tensor/parallel/_data_parallel_utils.py",
+            old,
+            new,
+            tuple(
+                f"tensor_parallel/test_{function}.py"
+                for function in ("flatten_tensor", "unflatten_tensor", "sync_grad_hook")
+            ),
         )
         for name, fault, old, new in (
             (
@@ -337,5 +347,27 @@ MUTANTS: tuple[Mutant, ...] = (
                 "    if compute_stream is None:\n        return grad",
             ),
         )
+    ),
+    *(
+        Mutant(
+            name,
+            fault,
+            "tensor/parallel/" + file,
+            old,
+            new,
+            (f"tensor_parallel/test_{check}.py",),
+        )
+        for name, fault, file, old, new, check in ddp.FAULTS
+    ),
+    *(
+        Mutant(
+            name,
+            fault,
+            "tensor/parallel/fsdp/" + file,
+            old,
+            new,
+            (f"tensor_parallel/test_{check}.py",),
+        )
+        for name, fault, file, old, new, check in fsdp.FAULTS
     ),
 )
