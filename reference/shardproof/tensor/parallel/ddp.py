@@ -173,7 +173,8 @@ def _localize_dtensor(
             slots[name], entry.inside = entry.local, None
         else:
             _localized.record(owner, name, *made[id(slots[name])])
-    if made:
+    # Parts of it may have been localized, and hooked, on their own before.
+    if made or _SEAM not in module.__dict__:
         _attach(module)
 
 
