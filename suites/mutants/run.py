@@ -85,6 +85,9 @@ def judge(mutant: Mutant) -> tuple[str, list[str]]:
         and data["run"]["subject_file"] != "__init__.py"
     ):
         return "broken", ["the copy was not the one that was judged"]
+    verdicts = {c["verdict"] for c in data["checks"]}
+    if verdicts <= {"precondition"}:  # the copy cannot be imported, or lacks the function
+        return "broken", sorted({c["message"] for c in data["checks"]}) or [done.stdout[-2000:]]
     killers = [c["id"] for c in data["checks"] if c["verdict"] in BAD]
     return ("caught" if killers else "survived"), killers
 
