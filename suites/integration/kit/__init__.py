@@ -1,0 +1,1 @@
+"""What the integration checks share: models, recipes for wrapping them, their oracles."""
