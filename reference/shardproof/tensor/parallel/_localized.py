@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from shardproof._state_dict_utils.layout import my_coordinate, spec_block
-from shardproof._state_dict_utils.tensors import allocate, put, settled
+from shardproof._state_dict_utils.tensors import allocate, put, settled, stood_for
 from shardproof.tensor.parallel._data_parallel_utils import _flatten_tensor, _unflatten_tensor
 
 _RECORDS = "_shardproof_localized"
@@ -160,7 +160,8 @@ def load_state_dict_hook(
     """Cut this rank's parts out of what is loaded, a full tensor or a DTensor."""
     for name, entry in records_of(module).items():
         key = prefix + name
-        value = state_dict.get(key)
+        # A model that is loaded in part is handed its own tensors for the rest.
+        value = stood_for(state_dict.get(key))
         held = slots_of(module, name).get(name)
         if not isinstance(value, torch.Tensor) or held is None or isinstance(held, DTensor):
             continue
