@@ -23,15 +23,14 @@ REGIMES = {
 }
 
 
-def train_mlp(recipe: Recipe, device: Any, *regimes: str) -> None:
-    grid = recipe.grid(device)
+def train_mlp(recipe: Recipe, device: Any, grid: Any, *regimes: str) -> None:
     for what in regimes:
         optimizer, regime = REGIMES[what]
         Pair(recipe.make(MLP, device, grid=grid), optimizer).train(regime, what)
 
 
-def train_transformer(recipe: Recipe, device: Any, *optimizers: str) -> None:
-    model, grid = UNTIED if recipe.unties else TRANSFORMER, recipe.grid(device)
+def train_transformer(recipe: Recipe, device: Any, grid: Any, *optimizers: str) -> None:
+    model = UNTIED if recipe.unties else TRANSFORMER
     for optimizer in optimizers:
         pair = Pair(recipe.make(model, device, grid=grid), optimizer)
         pair.train(Regime(steps=2, evaluate=optimizer == "adamw", clip=2**-6), optimizer)
@@ -48,14 +47,7 @@ class TestParity:
 
         With AdamW it does within rounding.
         """
-        train_mlp(recipe, device, *REGIMES)
-
-    @pytest.mark.law("values")
-    @pytest.mark.world(8)
-    @pytest.mark.parametrize("recipe", over("hsdp", "fully_shard-hybrid"))
-    def test_mlp_on_three_dimensions(self, device: Any, recipe: Recipe) -> None:
-        """The same with replicas of the shards, on a mesh of three dimensions."""
-        train_mlp(recipe, device, "evaluated, clipped", "AdamW")
+        train_mlp(recipe, device, recipe.grid(device), *REGIMES)
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)
@@ -67,11 +59,13 @@ class TestParity:
 
         Its first forward is an evaluation; so is the one after each step.
         """
-        train_transformer(recipe, device, "adamw", "sgd")
+        train_transformer(recipe, device, recipe.grid(device), "adamw", "sgd")
 
     @pytest.mark.law("values")
     @pytest.mark.world(8)
     @pytest.mark.parametrize("recipe", over("hsdp", "fully_shard-hybrid"))
-    def test_transformer_on_three_dimensions(self, device: Any, recipe: Recipe) -> None:
-        """The same with replicas of the shards, on a mesh of three dimensions."""
-        train_transformer(recipe, device, "adamw")
+    def test_three_dimensions(self, device: Any, recipe: Recipe) -> None:
+        """Both do so with replicas of the shards, on a mesh of three dimensions."""
+        grid = recipe.grid(device)
+        train_mlp(recipe, device, grid, "evaluated, clipped", "AdamW")
+        train_transformer(recipe, device, grid, "adamw")

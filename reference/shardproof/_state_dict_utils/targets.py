@@ -23,6 +23,7 @@ from shardproof._state_dict_utils.layout import (
 )
 from shardproof._state_dict_utils.tensors import (
     CPU,
+    FSDP_FLATTENED,
     allocate,
     allocate_like,
     bit_dtype,
@@ -35,9 +36,6 @@ from shardproof._state_dict_utils.tensors import (
     unwritable,
     with_local,
 )
-
-FSDP_FLATTENED = "_fsdp_flattened"
-"""The mark that FSDP1 puts on what it has flattened, ``torch.distributed.fsdp._common_utils``."""
 
 
 class Target:
@@ -126,7 +124,8 @@ class Target:
     def tie(self) -> Hashable:
         """Equal for targets that are tied."""
         value = self.value
-        if not isinstance(value, torch.Tensor):
+        # With use_orig_params=False one flat parameter is the value of many keys.
+        if not isinstance(value, torch.Tensor) or self.is_piece:
             return id(self)
         local = value._local_tensor if isinstance(value, DTensor) else value
         return tie_key(value) if local.numel() else id(value)

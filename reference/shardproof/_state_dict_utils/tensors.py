@@ -22,6 +22,8 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from shardproof._state_dict_utils.layout import local_shape
 
 CPU = torch.device("cpu")
+FSDP_FLATTENED = "_fsdp_flattened"
+"""The mark that FSDP1 puts on what it has flattened, ``torch.distributed.fsdp._common_utils``."""
 
 _INTEGER_OF_WIDTH = {
     1: torch.uint8,
@@ -235,18 +237,24 @@ def with_local(like: DTensor, local: torch.Tensor, dtype: torch.dtype | None = N
 
 
 def stood_for(value: Any) -> Any:
-    """The DTensor that a local Parameter of tensor-parallel DDP stands in for; else the value.
+    """The DTensor that a local Parameter of tensor parallelism stands in for; else the value.
 
     ``torch.distributed.checkpoint.state_dict`` hands the parameters of a module to the load
-    functions as they are, so the mark on the Parameter is all that tells its global shape.
+    functions as they are, so the mark on the Parameter is all that tells its global shape. A piece
+    of FSDP1's flat parameter stands for a DTensor whose local tensor is nowhere: on meta.
     """
     spec = getattr(value, "_st_info", None)
     if not isinstance(spec, DTensorSpec) or not isinstance(value, torch.Tensor):
         return value
-    if isinstance(value, DTensor) or tuple(value.shape) != local_shape(spec):
+    if isinstance(value, DTensor):
+        return value
+    shape, local = local_shape(spec), value.detach()
+    if getattr(value, FSDP_FLATTENED, False):
+        local = torch.empty(shape, dtype=value.dtype, device="meta")
+    elif tuple(value.shape) != shape:
         return value
     make: Callable[..., DTensor] = DTensor
-    return make(value.detach(), spec, requires_grad=False)
+    return make(local, spec, requires_grad=False)
 
 
 def with_shards(

@@ -11,7 +11,7 @@ and layer norms and is exact nowhere; in float64 its rounding errors are near 1e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -274,8 +274,3 @@ TRANSFORMER = Model(
 UNTIED = replace(TRANSFORMER, name="untied", build=partial(_transformer, tied=False))
 """The transformer with a head of its own: FSDP1 flattens tied DTensors twice, so they part."""
 MODELS = {model.name: model for model in (MLP, FROZEN, TIED, TRANSFORMER, UNTIED)}
-
-
-def names_of(model: nn.Module) -> Iterator[str]:
-    """Names of all parameters, tied ones each time, in order."""
-    return (name for name, _ in model.named_parameters(remove_duplicate=False))

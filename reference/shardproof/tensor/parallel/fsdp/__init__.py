@@ -87,6 +87,9 @@ class DTensorExtensions(FSDPExtensions):
         local, extension = _flatten_tensor(tensor)
         if extension is not None and isinstance(tensor, nn.Parameter):
             local = nn.Parameter(local, requires_grad=tensor.requires_grad)
+            # FSDP keeps it among the module's parameters, and the state-dict functions find there
+            # of which DTensor it holds a piece.
+            local._st_info = extension  # type: ignore[attr-defined]
         return local, extension
 
     # Backward hooks and streams are nothing that the compiler could trace.
