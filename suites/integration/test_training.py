@@ -33,7 +33,7 @@ def train_transformer(recipe: Recipe, device: Any, grid: Any, *optimizers: str) 
     model = UNTIED if recipe.unties else TRANSFORMER
     for optimizer in optimizers:
         pair = Pair(recipe.make(model, device, grid=grid), optimizer)
-        pair.train(Regime(steps=2, evaluate=optimizer == "adamw", clip=2**-6), optimizer)
+        pair.train(Regime(evaluate=optimizer == "adamw", clip=2**-6), optimizer)
 
 
 class TestParity:
@@ -50,7 +50,7 @@ class TestParity:
         train_mlp(recipe, device, recipe.grid(device), *REGIMES)
 
     @pytest.mark.law("values")
-    @pytest.mark.world(4)
+    @pytest.mark.world(4, limit=60)
     @pytest.mark.parametrize(
         "recipe", over("ddp", "replicate", "fsdp1", "fsdp1-flat", "fully_shard")
     )
@@ -62,7 +62,7 @@ class TestParity:
         train_transformer(recipe, device, recipe.grid(device), "adamw", "sgd")
 
     @pytest.mark.law("values")
-    @pytest.mark.world(8)
+    @pytest.mark.world(8, collective=20, limit=100)
     @pytest.mark.parametrize("recipe", over("hsdp", "fully_shard-hybrid"))
     def test_three_dimensions(self, device: Any, recipe: Recipe) -> None:
         """Both do so with replicas of the shards, on a mesh of three dimensions."""
