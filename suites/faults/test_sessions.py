@@ -196,6 +196,59 @@ def test_a_world_is_shared_only_where_asked_and_never_after_a_failure(suite: Sui
     assert outcome.survivors == []
 
 
+@pytest.mark.parametrize("world", ["2", "2, reuse=True"])
+def test_warning_filters_are_those_of_the_check(suite: Suite, world: str) -> None:
+    """The ranks of a check start, or have run another, under the filters of the one before."""
+    folder = suite(
+        "import pytest, warnings\n"
+        f"@pytest.mark.world({world})\n"
+        "class TestFilters:\n"
+        "    @pytest.mark.filterwarnings('ignore:loud')\n"
+        "    def test_ignores(self):\n"
+        "        warnings.warn('loud')\n"
+        "    def test_does_not(self):\n"
+        "        with pytest.raises(UserWarning):\n"
+        "            warnings.warn('loud')\n"
+        "    @pytest.mark.filterwarnings('ignore:loud')\n"
+        "    def test_ignores_again(self):\n"
+        "        warnings.warn('loud')\n"
+    )
+    outcome = Session(folder).finish()
+    assert list(outcome.verdicts().values()) == ["pass", "pass", "pass"], outcome.output
+
+
+def test_the_world_that_starts_ahead_suffers_nothing_from_the_one_that_runs(suite: Suite) -> None:
+    folder = suite(
+        "import os, pytest, signal, time\n"
+        "@pytest.mark.world(3)\n"
+        "@pytest.mark.parametrize('n', range(4))\n"
+        "def test_it(rank, n):\n"
+        "    if n % 2 == 0 and rank == 1:\n"
+        "        if os.fork() == 0:\n"  # an orphan that the parent adopts
+        "            os.setsid()\n"
+        "            time.sleep(60)\n"
+        "        time.sleep(0.5)\n"  # the next world has started by now
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    outcome = Session(folder).finish()
+    assert list(outcome.verdicts().values()) == ["crash", "pass", "crash", "pass"], outcome.output
+    assert outcome.survivors == []
+
+
+def test_the_world_that_starts_ahead_is_ended_where_the_session_stops(suite: Suite) -> None:
+    folder = suite(
+        "import pytest, time\n"
+        "@pytest.mark.world(2)\n"
+        "@pytest.mark.parametrize('n', range(3))\n"
+        "def test_it(n):\n"
+        "    time.sleep(0.5)\n"
+        "    assert n\n"
+    )
+    outcome = Session(folder, "-x").finish()
+    assert list(outcome.verdicts().values()) == ["fail"], outcome.output
+    assert outcome.survivors == []
+
+
 def test_environment_of_the_caller_reaches_the_ranks(suite: Suite) -> None:
     folder = suite(
         "import os, pytest\n@pytest.mark.world(2)\n"

@@ -74,7 +74,7 @@ class Snapshot:
             *self._children(),
             *self._threads(),
             *self._environment(),
-            *self._descriptors(),
+            *self.new_descriptors(),
             *self._segments(),
             *self._files(),
         ]
@@ -100,7 +100,8 @@ class Snapshot:
                     f"is {now.get(name)!r}"
                 )
 
-    def _descriptors(self) -> Iterator[str]:
+    def new_descriptors(self) -> Iterator[str]:
+        """Descriptors that were not there before."""
         for number, target in _descriptors():
             if self.descriptors.get(number) != target:
                 yield f"file descriptor {number} ({target})"

@@ -19,7 +19,7 @@ from harness.fixtures import SETTINGS, device, judged, mesh, rank, subject, worl
 from harness.options import Settings
 from harness.requirements import WorldSpec
 from harness.verdicts import UNEXPECTED, Judgement, Verdict
-from harness.world import World
+from harness.worlds import Worlds
 
 __all__ = ["device", "judged", "mesh", "rank", "subject", "world"]
 
@@ -90,7 +90,7 @@ class Run:
         self._plain: dict[str, Judgement] = {}
         self._items: dict[str, pytest.Item] = {}
         self._collected: list[str] = []
-        self._kept: tuple[object, World] | None = None
+        self._worlds = Worlds(config, settings, lambda nodeid: self._items[nodeid])
         self._stopped = ""
         self._notes: list[str] = []
         import torch
@@ -163,25 +163,25 @@ class Run:
 
     def _judge(self, item: pytest.Item, nextitem: pytest.Item | None, spec: WorldSpec) -> Judgement:
         began = time.monotonic()
-        world = self._world_for(item, spec)
-        keep = spec.reuse and nextitem is not None and self._key(nextitem) == self._key(item)
+        world = self._worlds.get(item, spec)
+        if isinstance(world, Judgement):
+            return world
+        keep = self._worlds.keeps(item, nextitem, spec)
         ended = False
         try:
-            if isinstance(world, Judgement):
-                return world
             if world.usable:
-                records = world.run(item, keep)
+                following = None if keep else nextitem
+                records = world.run(item, keep, lambda: self._worlds.launch_ahead(following, world))
                 world.save_logs(self._log_folder(item), self._settings.run_dir)
                 judgement = blame.judge(records, spec.size)
             else:
                 world.save_logs(self._log_folder(item), self._settings.run_dir)
                 judgement = blame.not_started([m.record for m in world.members])
+            ended = True
             if keep and world.usable:
-                self._kept = (self._key(item), world)
-                ended = True
+                self._worlds.keep(item, world)
             else:
-                ended = True
-                strays = world.end()
+                strays = self._worlds.end(world)
                 if strays and judgement.verdict is Verdict.PASS:
                     judgement.verdict = Verdict.FAIL
                     judgement.message = "left behind by the world: " + "; ".join(strays)
@@ -189,34 +189,8 @@ class Run:
             judgement.seconds = time.monotonic() - began
             return judgement
         finally:
-            if not ended and isinstance(world, World):
-                world.end()
-
-    def _key(self, item: pytest.Item) -> object:
-        if not requirements.is_check(item):
-            return None
-        parent = getattr(item, "cls", None) or item.nodeid
-        return (requirements.spec_of(item, self._settings), parent)
-
-    def _world_for(self, item: pytest.Item, spec: WorldSpec) -> World | Judgement:
-        """A world that is ready for the item: kept from the check before, or a fresh one."""
-        if self._kept is not None:
-            key, world = self._kept
-            self._kept = None
-            if key == self._key(item) and world.usable:
-                for member in world.members:
-                    member.next_check()
-                return world
-            world.end()
-        if self._settings.start_method == "fork" and (reason := warm.unfit()):
-            return Judgement(Verdict.ERROR, reason, reason)
-        world = World(spec, self._settings, self._config, self._items.__getitem__)
-        try:
-            world.start()
-        except BaseException:
-            world.end()
-            raise
-        return world
+            if not ended:
+                self._worlds.end(world)
 
     def _log_folder(self, item: pytest.Item) -> Path:
         # The file's name and what follows, and a mark, for two folders may hold files of one name.
@@ -287,9 +261,7 @@ class Run:
     def pytest_sessionfinish(
         self, session: pytest.Session, exitstatus: int | pytest.ExitCode
     ) -> Iterator[None]:
-        if self._kept is not None:
-            self._kept[1].end()
-            self._kept = None
+        self._worlds.close()
         session.exitstatus = self._exit_code(session, int(exitstatus))
         if session.items and session.exitstatus != pytest.ExitCode.USAGE_ERROR:
             self._leave_results(session)

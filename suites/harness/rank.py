@@ -234,7 +234,8 @@ class Rank:
             if not word["keep"]:
                 self.meshes.clear()
                 dist.destroy_process_group()
-                gc.collect()  # groups that only a cycle keeps hold pipes of their transport
+                if any(snapshot.new_descriptors()):
+                    gc.collect()  # groups that only a cycle keeps hold pipes of their transport
             self._channel.send("leaks", leaks=snapshot.leaks())
             if not word["keep"]:
                 break
@@ -249,7 +250,9 @@ class Rank:
         item.session._setupstate.stack.clear()
         try:
             with _own_pytest_folder(item.config, self.seat.home):
-                reports = runtestprotocol(item, log=False, nextitem=None)
+                # The whole hook, for what wraps it: a rank may have been forked, or have run
+                # its last check, under the warning filters of another item.
+                item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
         except BaseException as error:  # Exit and KeyboardInterrupt pass through pytest
             return {
                 "outcome": "raised",
@@ -262,7 +265,7 @@ class Rank:
         finally:
             item.config.pluginmanager.unregister(watcher)
         used = " ".join(_mesh_name(*key) for key in self.meshes)
-        return _answer(reports, watcher, time.monotonic() - started) | {"mesh": used}
+        return _answer(watcher, time.monotonic() - started) | {"mesh": used}
 
 
 def _mesh_name(shape: tuple[int, ...], members: tuple[int, ...], names: tuple[str, ...]) -> str:
@@ -278,6 +281,12 @@ class _Watcher:
         self.failed_at = 0.0
         self.kind = "error"
         self.waiting_in = ""
+        self.reports: list[pytest.TestReport] = []
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool:
+        self.reports = runtestprotocol(item, log=False, nextitem=None)
+        return True
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -314,8 +323,9 @@ class _Watcher:
         self._channel.send("phase", phase="teardown")
 
 
-def _answer(reports: list[pytest.TestReport], watcher: _Watcher, seconds: float) -> dict[str, Any]:
+def _answer(watcher: _Watcher, seconds: float) -> dict[str, Any]:
     answer: dict[str, Any] = {"outcome": "passed", "seconds": seconds}
+    reports = watcher.reports
     bad = next((r for r in reports if r.outcome != "passed"), None)
     if bad is None:
         if [r.when for r in reports] == ["setup", "call", "teardown"]:

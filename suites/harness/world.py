@@ -159,7 +159,9 @@ class World:
         settings: Settings,
         config: pytest.Config,
         find: Callable[[str], pytest.Item],
+        beside: World | None = None,
     ) -> None:
+        """`beside` is a world that runs its check while this one starts."""
         self.spec = spec
         self.settings = settings
         self._config = config
@@ -167,12 +169,23 @@ class World:
         self.usable = False
         self._find = find
         self._folder = Path(tempfile.mkdtemp(prefix="shardproof-"))
-        self._known = frozenset(processes.children(os.getpid()))
-        self._segments = frozenset(os.listdir("/dev/shm"))
+        self._beside = beside
+        # What the other world's check may have orphaned by now is not known, but that world's.
+        self._known: frozenset[int] = (
+            beside._known if beside else frozenset(processes.children(os.getpid()))
+        )
+        self._segments: frozenset[str] = (
+            beside._segments if beside else frozenset(os.listdir("/dev/shm"))
+        )
         self._group = 0
 
-    def start(self) -> None:
-        """Start all ranks and wait until each has joined the process group."""
+    @property
+    def pids(self) -> frozenset[int]:
+        """The processes of its ranks."""
+        return frozenset(m.pid for m in self.members)
+
+    def launch(self) -> None:
+        """Start all ranks, which then join their process group by themselves."""
         import torch.multiprocessing
 
         method = self.settings.start_method
@@ -184,7 +197,8 @@ class World:
             )
             seat.home.mkdir()
             if method == "fork":
-                inherited = [ours, *(m.channel for m in self.members)]
+                others = self._beside.members if self._beside else []
+                inherited = [ours, *(m.channel for m in [*self.members, *others])]
                 process = context.Process(
                     target=_forked, args=(seat, theirs, self._config, self._find, inherited)
                 )
@@ -202,6 +216,11 @@ class World:
                 except (PermissionError, ProcessLookupError):
                     processes.state(process.pid)  # it went on to exec, in its group already
             self.members.append(Member(seat, process, ours, RankRecord(number)))
+
+    def gather(self) -> None:
+        """Wait until each rank has joined the process group."""
+        self._beside = None
+        method = self.settings.start_method
         self._until(lambda: all(m.ready for m in self.members), START_LIMIT[method])
         self.usable = all(m.ready for m in self.members)
         if not self.usable:
@@ -210,10 +229,16 @@ class World:
                     member.record.message = "never became ready"
             self._close_case()
 
-    def run(self, item: pytest.Item, keep: bool) -> list[RankRecord]:
-        """Run one check on all ranks; `keep` leaves the world usable when all have passed."""
+    def run(
+        self, item: pytest.Item, keep: bool, meanwhile: Callable[[], None] = lambda: None
+    ) -> list[RankRecord]:
+        """Run one check on all ranks; `keep` leaves the world usable when all have passed.
+
+        The parent does something else `meanwhile`, shorter than any clock.
+        """
         for member in self.members:
             member.channel.send("run", id=item.nodeid)
+        meanwhile()
         self._until(lambda: all(m.answered for m in self.members), self.spec.limit)
         ending = all(m.record.fate is Fate.PASSED for m in self.members)
         if ending:
@@ -277,15 +302,18 @@ class World:
             sources += [m.process.sentinel for m in self.members if m.record.exitcode is None]
             wait(sources, timeout=min(_POLL, left))
 
-    def end(self) -> list[str]:
-        """End whatever is left of the world; returns what had to be ended besides its ranks."""
-        ranks = {m.pid for m in self.members}
+    def end(self, spare: frozenset[int] = frozenset()) -> list[str]:
+        """End whatever is left of the world; returns what had to be ended besides its ranks.
+
+        `spare`: processes of a world that has started beside it.
+        """
+        ranks = set(self.pids)
         if self._group:
             self._kill_group()
         for member in self.members:
             member.process.join()
             member.channel.close()
-        strays = processes.reap(self._known | self._tracker())
+        strays = processes.reap(self._known | self._tracker() | spare)
         segments = leaks.remove_segments(self._segments, ranks)
         shutil.rmtree(self._folder, ignore_errors=True)
         self.usable = False
