@@ -52,7 +52,7 @@ def not_started(records: list[RankRecord]) -> Judgement:
     """The verdict on a check whose world did not come up: the environment's, not the subject's."""
     bad = _by_blame([r for r in records if r.fate is not Fate.PASSED])
     root = bad[0]
-    message = f"the world did not start: rank {root.rank}: {root.message or 'never became ready'}"
+    message = f"the world did not start: rank {_name(root)}: {root.message or 'never became ready'}"
     return Judgement(
         Verdict.ERROR, cut(message, 2000), _explain(root, [root], bad[1:], bad, records), records
     )
@@ -90,10 +90,12 @@ def _is_victim(record: RankRecord, root: RankRecord) -> bool:
 
 
 def _who(records: list[RankRecord]) -> str:
-    numbers = sorted(r.rank for r in records)
-    if len(numbers) == 1:
-        return f"rank {numbers[0]}"
-    return "ranks " + ", ".join(map(str, numbers))
+    names = [_name(r) for r in sorted(records, key=lambda r: r.rank)]
+    return ("rank " if len(names) == 1 else "ranks ") + ", ".join(names)
+
+
+def _name(record: RankRecord) -> str:
+    return f"{record.rank} on {record.where}" if record.where else str(record.rank)
 
 
 def _cause(root: RankRecord, bad: list[RankRecord], records: list[RankRecord]) -> str:
@@ -125,16 +127,16 @@ def _explain(
     # The last dump shows where a silent rank stood; a traceback reads from its beginning.
     lines.append(cut(root.details.rstrip() or root.message, _TEXT_LIMIT))
     for name, body in root.extra.get("sections", []):
-        lines += [f"--- {name}, rank {root.rank} ---", cut(body.rstrip(), 4000)]
+        lines += [f"--- {name}, rank {_name(root)} ---", cut(body.rstrip(), 4000)]
     if root.output_tail:
-        lines += [f"--- output, rank {root.rank} ---", root.output_tail.rstrip()]
+        lines += [f"--- output, rank {_name(root)} ---", root.output_tail.rstrip()]
     for record in ordered:
         if record in alike:
             continue
         role = "victim" if record in victims else "also"
         first = cut(record.message.partition("\n")[0], 300)
         place = f", in {record.waiting_in}" if record.waiting_in else ""
-        lines.append(f"rank {record.rank}: {role}, {record.fate}{place}: {first}")
+        lines.append(f"rank {_name(record)}: {role}, {record.fate}{place}: {first}")
         if record.fate is Fate.SILENT and record.details:
             lines.append(cut(_main_thread(record.details), 3000))
         elif role == "also" and record.details:

@@ -29,8 +29,16 @@ class World:
     backend: str
     device: torch.device
     seed: int
-    shared: Path
-    """A folder that all ranks of this world share; it goes with the world."""
+    node: int
+    """The machine that this rank runs on."""
+
+    def post(self, name: str, text: str) -> None:
+        """Put a text up for the other ranks; uses no collective, and waits for nobody."""
+        _seat().post(name, text)
+
+    def read(self, name: str, rank: int) -> str | None:
+        """What a rank has put up under the name; None when there is nothing yet."""
+        return _seat().read(name, rank)
 
 
 def _seat() -> rank_side.Rank:
@@ -41,11 +49,22 @@ def _seat() -> rank_side.Rank:
 
 @pytest.fixture
 def world() -> World:
-    """Size, backend, device and shared folder of the world that the check runs in."""
+    """Size, backend and device of the world that the check runs in."""
     here = _seat()
-    shared = Path(here.seat.folder) / "shared"
-    shared.mkdir(exist_ok=True)
-    return World(here.spec.size, here.rank, here.spec.backend, here.device, here.seat.seed, shared)
+    return World(
+        here.spec.size, here.rank, here.spec.backend, here.device, here.seat.seed, here.seat.node
+    )
+
+
+@pytest.fixture
+def shared() -> Path:
+    """A folder that all ranks of this world share; it goes with the world.
+
+    Over several machines it needs a folder that all of them see: --shared-dir.
+    """
+    folder = Path(_seat().seat.shared or _seat().seat.folder) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture

@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from harness import place
+from harness.place import Place
+
 DEFAULT_SUBJECT = "torch.distributed"
 DEFAULT_WORLD_SIZE = 4
 
@@ -46,6 +49,9 @@ class Settings:
     run_dir: Path
     expectations: Path
     update_expectations: bool
+    place: Place | None
+    """Where torchrun has put this process; None: one machine, no torchrun."""
+    shared_dir: Path | None
 
     @property
     def flexible_size(self) -> int:
@@ -123,6 +129,11 @@ def add_options(parser: pytest.Parser) -> None:
         default=SESSION_LIMIT,
         help="seconds for the whole run (default: %(default)s)",
     )
+    add(
+        "--shared-dir",
+        metavar="DIR",
+        help="folder that all nodes of a run under torchrun see, for checks that write checkpoints",
+    )
     add("--run-dir", metavar="DIR", help="folder for the results (default: out/<date>-<pid>)")
     add(
         "--expectations",
@@ -144,7 +155,9 @@ def read_settings(config: pytest.Config) -> Settings:
     file, version = _subject(option.subject)
     device = _device(option.device)
     backend = _backend(option.backend, device)
-    _world_size(option.world_size, backend, device)
+    here = place.of(os.environ)
+    if here is None:
+        _world_size(option.world_size, backend, device)
     order, seed = _order(option.order), _seed(option.seed)
     clocks = (option.collective_limit, option.check_limit, option.session_limit)
     if not 0 < clocks[0] < clocks[1] < clocks[2]:
@@ -172,6 +185,8 @@ def read_settings(config: pytest.Config) -> Settings:
         run_dir=Path(run_dir).absolute(),
         expectations=Path(expectations).absolute(),
         update_expectations=option.update_expectations,
+        place=here,
+        shared_dir=_shared_dir(option.shared_dir, here),
     )
 
 
@@ -243,6 +258,16 @@ def _world_size(size: int | None, backend: str, device: str) -> None:
         raise pytest.UsageError(
             f"--world-size {size}: NCCL needs a GPU a rank, and this machine has {available}"
         )
+
+
+def _shared_dir(name: str | None, here: Place | None) -> Path | None:
+    if name is None:
+        return None
+    if here is None:
+        raise pytest.UsageError("--shared-dir is for runs under torchrun; one machine needs none")
+    if not (folder := Path(name).absolute()).is_dir():
+        raise pytest.UsageError(f"--shared-dir {name}: expected a folder that exists on each node")
+    return folder
 
 
 def device_count(device: str) -> int:

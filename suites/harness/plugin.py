@@ -13,15 +13,17 @@ from typing import Any
 
 import pytest
 
-from harness import blame, options, processes, requirements, results, spawned, warm
+from harness import blame, node, options, processes, requirements, results, spawned, warm
+from harness.cluster import Cluster, NodesError
 from harness.expectations import Entry, Expectations, Facts, append
-from harness.fixtures import SETTINGS, device, judged, mesh, rank, subject, world
+from harness.fixtures import SETTINGS, device, judged, mesh, rank, shared, subject, world
+from harness.machines import Machines, OneMachine, starter
 from harness.options import Settings
 from harness.requirements import WorldSpec
 from harness.verdicts import UNEXPECTED, Judgement, Verdict
 from harness.worlds import Worlds
 
-__all__ = ["device", "judged", "mesh", "rank", "subject", "world"]
+__all__ = ["device", "judged", "mesh", "rank", "shared", "subject", "world"]
 
 _STATUS = {
     Verdict.FAIL: ("failed", "F", "FAIL"),
@@ -45,10 +47,14 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     warm.limit_threads()
     config.stash[SETTINGS] = settings = options.read_settings(config)
-    if spawned.seat is None and not config.option.collectonly:
-        settings.run_dir.mkdir(parents=True, exist_ok=True)
-        config.option.xmlpath = config.option.xmlpath or str(settings.run_dir / "junit.xml")
-        config.pluginmanager.register(Run(config, settings), "shardproof-run")
+    if spawned.seat is not None or config.option.collectonly:
+        return
+    if settings.place is not None and not settings.place.leads:
+        config.pluginmanager.register(node.Follower(config, settings), "shardproof-node")
+        return
+    settings.run_dir.mkdir(parents=True, exist_ok=True)
+    config.option.xmlpath = config.option.xmlpath or str(settings.run_dir / "junit.xml")
+    config.pluginmanager.register(Run(config, settings), "shardproof-run")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -90,9 +96,11 @@ class Run:
         self._plain: dict[str, Judgement] = {}
         self._items: dict[str, pytest.Item] = {}
         self._collected: list[str] = []
-        self._worlds = Worlds(config, settings, lambda nodeid: self._items[nodeid])
+        self._machines: Machines = OneMachine(settings, starter(config, settings, self._find))
+        self._worlds = Worlds(settings, self._machines)
         self._stopped = ""
         self._notes: list[str] = []
+        self._nodes: list[dict[str, Any]] = []
         import torch
 
         accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -106,6 +114,9 @@ class Run:
                 accelerator.type if accelerator else "none",
             ),
         )
+
+    def _find(self, nodeid: str) -> pytest.Item:
+        return self._items[nodeid]
 
     # --- collection ---------------------------------------------------------------------------
 
@@ -133,6 +144,22 @@ class Run:
         signal.signal(signal.SIGTERM, _terminate)
         if any(map(requirements.is_check, session.items)) and self._settings.start_method == "fork":
             warm.warm_up(everything=not self._config.option.no_warm_up)
+        if self._settings.place is not None:
+            self._machines = self._gather_nodes(session)
+            self._worlds = Worlds(self._settings, self._machines)
+
+    def _gather_nodes(self, session: pytest.Session) -> Machines:
+        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
+        say = reporter.write_line if reporter is not None else print
+        versions = node.versions(session, self._settings)
+        start = starter(self._config, self._settings, self._find)
+        found = Cluster(self._settings, start, versions)
+        try:
+            found.gather(say)
+        except NodesError as error:
+            found.close(3)
+            pytest.exit(str(error), returncode=3)
+        return found
 
     # --- running ------------------------------------------------------------------------------
 
@@ -141,11 +168,12 @@ class Run:
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> bool | None:
         spec = requirements.spec_of(item, self._settings) if requirements.is_check(item) else None
-        reason = requirements.unmet(item, spec, self._settings)
+        reason = self._worlds.unmet(item, spec)
         if not reason and spec is None:
             return None
         if time.monotonic() > self._deadline:
-            self._stop(item.session)
+            limit = self._settings.session_limit
+            self._stop(item.session, f"the session's limit of {limit:g} s is over")
             return True
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         began = time.time()
@@ -154,12 +182,13 @@ class Run:
         else:
             judgement = self._judge(item, nextitem, spec)
         self._report(item, judgement, began)
+        if self._machines.lost:
+            self._stop(item.session, self._machines.lost)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
-    def _stop(self, session: pytest.Session) -> None:
-        self._stopped = f"the session's limit of {self._settings.session_limit:g} s is over"
-        session.shouldstop = self._stopped
+    def _stop(self, session: pytest.Session, why: str) -> None:
+        self._stopped = session.shouldstop = why
 
     def _judge(self, item: pytest.Item, nextitem: pytest.Item | None, spec: WorldSpec) -> Judgement:
         began = time.monotonic()
@@ -171,7 +200,7 @@ class Run:
         try:
             if world.usable:
                 following = None if keep else nextitem
-                records = world.run(item, keep, lambda: self._worlds.launch_ahead(following, world))
+                records = world.run(item, keep, lambda: self._worlds.launch_ahead(following))
                 world.save_logs(self._log_folder(item), self._settings.run_dir)
                 judgement = blame.judge(records, spec.size)
             else:
@@ -181,7 +210,7 @@ class Run:
             if keep and world.usable:
                 self._worlds.keep(item, world)
             else:
-                strays = self._worlds.end(world)
+                strays = world.end()
                 if strays and judgement.verdict is Verdict.PASS:
                     judgement.verdict = Verdict.FAIL
                     judgement.message = "left behind by the world: " + "; ".join(strays)
@@ -190,7 +219,7 @@ class Run:
             return judgement
         finally:
             if not ended:
-                self._worlds.end(world)
+                world.end()
 
     def _log_folder(self, item: pytest.Item) -> Path:
         # The file's name and what follows, and a mark, for two folders may hold files of one name.
@@ -263,6 +292,8 @@ class Run:
     ) -> Iterator[None]:
         self._worlds.close()
         session.exitstatus = self._exit_code(session, int(exitstatus))
+        self._nodes = self._machines.as_json()
+        self._machines.close(int(session.exitstatus))
         if session.items and session.exitstatus != pytest.ExitCode.USAGE_ERROR:
             self._leave_results(session)
         yield
@@ -290,7 +321,11 @@ class Run:
 
     def _leave_results(self, session: pytest.Session) -> None:
         run = results.environment(self._settings, self._config.rootpath)
-        run |= {"selected": len(session.items), "exit": int(session.exitstatus)}
+        run |= {
+            "nodes": self._nodes,
+            "selected": len(session.items),
+            "exit": int(session.exitstatus),
+        }
         path = results.write(self._settings, run, self._checks, self._started, time.time())
         self._notes.append(f"results: {os.path.relpath(path, self._config.invocation_params.dir)}")
         if self._settings.update_expectations:

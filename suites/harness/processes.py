@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_TCP_LISTEN = "0A"
 
 
 def _prctl(option: int, value: int) -> None:
@@ -91,6 +94,24 @@ def thread_count() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
+_ENDING = frozenset({signal.SIGINT, signal.SIGTERM})
+
+
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Let the signals that end a run wait; a process that is started inside has to let them in."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def let_signals_in() -> None:
+    """In a process that was started while they were held back, after its handlers are set."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+
+
 def signal_quietly(pid: int, number: signal.Signals) -> None:
     """Send a signal to a process that may be gone."""
     with contextlib.suppress(ProcessLookupError):
@@ -128,3 +149,30 @@ def reap(known: frozenset[int]) -> list[tuple[int, str]]:
         if time.monotonic() > deadline:
             raise RuntimeError(f"children that cannot be ended: {strangers}")
     return alive
+
+
+def wait_for(pid: int) -> None:
+    """Return when a process, which need not be a child, has ended."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        select.select([descriptor], [], [])
+    finally:
+        os.close(descriptor)
+
+
+def listens(pid: int, port: int) -> bool:
+    """Whether a process of this user listens on a TCP port."""
+    inodes = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == _TCP_LISTEN and int(local.rpartition(":")[2], 16) == port:
+                inodes.add(f"socket:[{rest[5]}]")
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            if os.readlink(descriptor) in inodes:
+                return True
+    return False

@@ -38,17 +38,32 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class StoreAddress:
+    """A TCP store that all machines of a run reach, and the world's own corner of it."""
+
+    host: str
+    port: int
+    prefix: str
+
+
+@dataclass(frozen=True)
 class Seat:
     """Where a rank sits: all that differs between the ranks of a world, and what they share."""
 
     spec: WorldSpec
     rank: int
+    local_rank: int
+    local_size: int
+    node: int
     group: int
     """Process group to join, 0 to lead it."""
     parent: int
     folder: str
-    """Folder of the world: the store, and a folder for each rank."""
+    """Folder of the world on this machine: the store, and a folder for each rank."""
     seed: int
+    store: StoreAddress | None
+    shared: str
+    """A folder that all machines see; empty: the world's own."""
 
     @property
     def home(self) -> Path:
@@ -95,6 +110,7 @@ def settle(seat: Seat) -> None:
     # Ctrl-C reaches the parent, which ends the world in order; TERM ends a rank at once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    processes.let_signals_in()
     seat.tmp.mkdir(parents=True, exist_ok=True)
     log = os.open(seat.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
@@ -107,12 +123,11 @@ def settle(seat: Seat) -> None:
     faulthandler.enable(_stack_file, all_threads=True)
     faulthandler.register(signal.SIGUSR1, _stack_file, all_threads=True, chain=False)
     _join_group(seat.group)
-    size = str(seat.spec.size)
     os.environ.update(
         RANK=str(seat.rank),
-        LOCAL_RANK=str(seat.rank),
-        WORLD_SIZE=size,
-        LOCAL_WORLD_SIZE=size,
+        LOCAL_RANK=str(seat.local_rank),
+        WORLD_SIZE=str(seat.spec.size),
+        LOCAL_WORLD_SIZE=str(seat.local_size),
         TMPDIR=str(seat.tmp),
     )
     tempfile.tempdir = None
@@ -167,6 +182,7 @@ class Rank:
         self._channel = channel
         self._find = find
         self.meshes: dict[Any, Any] = {}
+        self._board: Any = None
         current = self
 
     @property
@@ -176,8 +192,30 @@ class Rank:
         if self.spec.device == "cpu":
             return torch.device("cpu")
         return torch.device(
-            self.spec.device, self.rank % getattr(torch, self.spec.device).device_count()
+            self.spec.device,
+            self.seat.local_rank % getattr(torch, self.spec.device).device_count(),
         )
+
+    def _store(self) -> Any:
+        """One store per world: in a file, so that no port is needed, or in a corner of a server."""
+        import torch.distributed as dist
+
+        address = self.seat.store
+        if address is None:
+            return dist.FileStore(  # type: ignore[attr-defined]
+                str(Path(self.seat.folder) / "store"), self.spec.size
+            )
+        server = dist.TCPStore(address.host, address.port, is_master=False)  # type: ignore[attr-defined]
+        return dist.PrefixStore(address.prefix, server)  # type: ignore[attr-defined]
+
+    def post(self, name: str, text: str) -> None:
+        """Put a text up for the other ranks, by no collective; a check never waits for it."""
+        self._board.set(f"{name}/{self.rank}", text)
+
+    def read(self, name: str, rank: int) -> str | None:
+        """What a rank has put up under the name; None when there is nothing yet."""
+        key = f"{name}/{rank}"
+        return self._board.get(key).decode() if self._board.check([key]) else None
 
     def _seed(self) -> None:
         import numpy as np
@@ -188,7 +226,7 @@ class Rank:
         torch.manual_seed(self.seat.seed)
 
     def _join(self) -> None:
-        """Enter the process group; one store per world, in a file, so that no port is needed."""
+        """Enter the process group."""
         import torch
         import torch.distributed as dist
         from torch.distributed import distributed_c10d
@@ -200,10 +238,9 @@ class Rank:
                 setattr(distributed_c10d, name, timeout)
         if self.spec.device != "cpu":
             torch.accelerator.set_device_index(self.device.index)
-        store = torch.distributed.FileStore(  # type: ignore[attr-defined]
-            str(Path(self.seat.folder) / "store"), self.spec.size
-        )
+        store = self._store()
         store.set_timeout(timeout)
+        self._board = dist.PrefixStore("board", store)  # type: ignore[attr-defined]
         dist.init_process_group(
             self.spec.backend,
             store=store,

@@ -18,10 +18,11 @@ SIZE_PARAMETER = "_world_size"
 
 MARKS = (
     (
-        "world(*sizes, backend=None, collective=None, limit=None, reuse=False): run the body on "
-        "every rank of a fresh world of each size (none: the run's size). backend: needs this one; "
-        "collective, limit: seconds, instead of --collective-limit and --check-limit; reuse: share "
-        "the world with the checks of the same class that follow"
+        "world(*sizes, backend=None, collective=None, limit=None, nodes=1, reuse=False): run the "
+        "body on every rank of a fresh world of each size (none: the run's size). backend: needs "
+        "this one; collective, limit: seconds, instead of --collective-limit and --check-limit; "
+        "nodes: needs a world over so many machines; reuse: share the world with the checks of the "
+        "same class that follow"
     ),
     "needs(*features): features of the machine or of torch, see harness.requirements.FEATURES",
     "judges(name): the function of the subject that a class of checks judges, module.function",
@@ -40,6 +41,8 @@ class WorldSpec:
     collective: float
     limit: float
     reuse: bool
+    nodes: int = 1
+    """The fewest machines that it is to span."""
 
 
 def _accelerator() -> str:
@@ -76,7 +79,7 @@ def spec_of(item: pytest.Item, settings: Settings) -> WorldSpec:
     """The world that a check asks for; UsageError when its marks contradict the house."""
     mark = item.get_closest_marker("world")
     assert mark is not None
-    known = {"backend", "collective", "limit", "reuse"}
+    known = {"backend", "collective", "limit", "nodes", "reuse"}
     if unknown := set(mark.kwargs) - known:
         raise pytest.UsageError(
             f"{item.nodeid}: world() has no {', '.join(sorted(unknown))}; it takes "
@@ -96,6 +99,7 @@ def spec_of(item: pytest.Item, settings: Settings) -> WorldSpec:
         collective=mark.kwargs.get("collective") or settings.collective_limit,
         limit=mark.kwargs.get("limit") or settings.check_limit,
         reuse=bool(mark.kwargs.get("reuse", False)),
+        nodes=int(mark.kwargs.get("nodes", 1)),
     )
     if not 0 < spec.collective < spec.limit < settings.session_limit:
         raise pytest.UsageError(
@@ -112,7 +116,10 @@ def unmet(item: pytest.Item, spec: WorldSpec | None, settings: Settings) -> str:
             return f"needs a world of {spec.size}; --world-size is {settings.world_size}"
         if spec.backend != settings.backend:
             return f"needs backend {spec.backend}; this run has {settings.backend}"
-        if settings.backend == "nccl" and spec.size > device_count(settings.device):
+        if settings.place is not None:
+            if settings.shared_dir is None and "shared" in getattr(item, "fixturenames", ()):
+                return "needs a folder that all nodes see: --shared-dir"
+        elif settings.backend == "nccl" and spec.size > device_count(settings.device):
             return f"needs {spec.size} GPUs; this machine has {device_count(settings.device)}"
     for mark in item.iter_markers("needs"):
         for name in mark.args:

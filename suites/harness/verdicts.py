@@ -41,6 +41,11 @@ class RankRecord:
     """What the parent knows of one rank at the end of a check."""
 
     rank: int
+    node: int = 0
+    host: str = ""
+    local_rank: int = 0
+    where: str = ""
+    """The rank's machine in words, in a world over several."""
     fate: Fate = Fate.SILENT
     at: float = 0.0
     """Monotonic clock at which the fate was sealed; comparable between processes of one machine."""
@@ -63,6 +68,9 @@ class RankRecord:
         """The record for results.json, long texts cut to `limit` characters."""
         return {
             "rank": self.rank,
+            "node": self.node,
+            "host": self.host,
+            "local_rank": self.local_rank,
             "fate": str(self.fate),
             "phase": self.phase,
             "seconds": round(self.seconds, 4),

@@ -8,11 +8,11 @@ judged and its world has ended, so no check runs beside another.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 
 import pytest
 
 from harness import requirements, warm
+from harness.machines import Machines
 from harness.options import Settings
 from harness.requirements import WorldSpec
 from harness.verdicts import Judgement, Verdict
@@ -22,15 +22,9 @@ from harness.world import World
 class Worlds:
     """The worlds of a session, one check at a time."""
 
-    def __init__(
-        self,
-        config: pytest.Config,
-        settings: Settings,
-        find: Callable[[str], pytest.Item],
-    ) -> None:
-        self._config = config
+    def __init__(self, settings: Settings, machines: Machines) -> None:
         self._settings = settings
-        self._find = find
+        self._machines = machines
         self._kept: tuple[object, World] | None = None
         self._ahead: tuple[str, World] | None = None
 
@@ -42,7 +36,7 @@ class Worlds:
         if world is None:
             if self._settings.start_method == "fork" and (reason := warm.unfit()):
                 return Judgement(Verdict.ERROR, reason, reason)
-            world = self._launch(spec, None)
+            world = self._launch(spec)
         try:
             world.gather()
         except BaseException:
@@ -58,8 +52,13 @@ class Worlds:
         """Hold a usable world for the next item."""
         self._kept = (self._key(item), world)
 
-    def launch_ahead(self, nextitem: pytest.Item | None, running: World) -> None:
-        """Begin to start the next item's world beside the running one, where that can be told.
+    def unmet(self, item: pytest.Item, spec: WorldSpec | None) -> str:
+        """What this run cannot give the item, in words; empty when it can."""
+        missing = requirements.unmet(item, spec, self._settings)
+        return missing or (self._machines.unmet(spec) if spec is not None else "")
+
+    def launch_ahead(self, nextitem: pytest.Item | None) -> None:
+        """Begin to start the next item's world, beside the one that runs.
 
         Whatever stands against it is left to be found, and told, when the item's turn comes.
         """
@@ -70,13 +69,9 @@ class Worlds:
         ):
             return
         spec = requirements.spec_of(nextitem, self._settings)
-        if not requirements.unmet(nextitem, spec, self._settings) and not warm.unfit():
+        if not self.unmet(nextitem, spec) and not warm.unfit():
             with contextlib.suppress(OSError):  # no process to be had, now: it is tried again
-                self._ahead = (nextitem.nodeid, self._launch(spec, running))
-
-    def end(self, world: World) -> list[str]:
-        """End a world, and spare the one that starts; returns what the world left behind."""
-        return world.end(self._ahead[1].pids if self._ahead else frozenset())
+                self._ahead = (nextitem.nodeid, self._launch(spec))
 
     def close(self) -> None:
         """End the worlds that nobody will use."""
@@ -85,12 +80,12 @@ class Worlds:
         for world in worlds:
             world.end()
 
-    def _launch(self, spec: WorldSpec, beside: World | None) -> World:
-        world = World(spec, self._settings, self._config, self._find, beside)
+    def _launch(self, spec: WorldSpec) -> World:
+        world = World(spec, self._machines.parts(spec), self._settings.start_method)
         try:
             world.launch()
         except BaseException:
-            world.end(beside.pids if beside else frozenset())
+            world.end()
             raise
         return world
 
@@ -103,7 +98,7 @@ class Worlds:
             for member in world.members:
                 member.next_check()
             return world
-        self.end(world)
+        world.end()
         return None
 
     def _take_ahead(self, item: pytest.Item) -> World | None:

@@ -123,7 +123,9 @@ class TestAsyncSave:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", FLAT)
     @ALONE
-    def test_the_moment_of_the_save(self, device: Any, world: Any, recipe: str) -> None:
+    def test_the_moment_of_the_save(
+        self, device: Any, world: Any, shared: Path, recipe: str
+    ) -> None:
         """Whoever stages, the checkpoint holds the values at the save, and training is not hurt."""
         group = dist.new_group()
         mine, oracle = RECIPES[recipe].make(MLP, device), Oracle("sgd")
@@ -133,7 +135,7 @@ class TestAsyncSave:
         for name, make in STAGERS.items():
             stager = make()
             for number in range(ROUNDS):
-                what, folder = f"{name}, save {number}", world.shared / f"{name} {number}"
+                what, folder = f"{name}, save {number}", shared / f"{name} {number}"
                 state = state_of(mine, optimizer)
                 expected = moment(oracle, state)
                 writer, written = save(state, folder, stager, group)
@@ -157,7 +159,7 @@ class TestAsyncSave:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", FLAT)
     @ALONE
-    def test_a_cached_staging(self, device: Any, world: Any, recipe: str) -> None:
+    def test_a_cached_staging(self, device: Any, world: Any, shared: Path, recipe: str) -> None:
         """A stager that caches stages each save in the same memory, which is not the model's."""
         group = dist.new_group()
         mine, oracle = RECIPES[recipe].make(MLP, device), Oracle("sgd")
@@ -171,7 +173,7 @@ class TestAsyncSave:
         for number in range(3):
             state = state_of(mine, optimizer)
             expected = moment(oracle, state)
-            writer, written = save(state, world.shared / f"{number}", stager, group)
+            writer, written = save(state, shared / f"{number}", stager, group)
             staged: Any = stager.state_dict_cache
             places.append([t.untyped_storage().data_ptr() for t in tensors(staged)])
             own = {t.untyped_storage().data_ptr() for t in tensors(state)}
@@ -182,5 +184,5 @@ class TestAsyncSave:
             writer.go.set_result(None)
             written.result(timeout=20)
             if world.rank == number:
-                assert_saved(world.shared / f"{number}", expected, f"save {number}")
+                assert_saved(shared / f"{number}", expected, f"save {number}")
         assert places[1] == places[2] == places[0], "staged elsewhere at each save"

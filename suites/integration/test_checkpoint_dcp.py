@@ -102,9 +102,9 @@ class TestModelOntoAnotherMesh:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", FLAT)
-    def test_as_many_ranks(self, device: Any, world: Any, recipe: str) -> None:
+    def test_as_many_ranks(self, device: Any, shared: Path, recipe: str) -> None:
         """What a 2x2 mesh saved is loaded on 2x2, 4x1 and 1x4, each rank its part."""
-        folder = world.shared / "saved"
+        folder = shared / "saved"
         save({"model": get_model_state_dict(trainee(recipe, MLP, device).wrapped)}, folder)
         for shape in shapes(recipe, (2, 2), (4, 1), (1, 4)):
             mine = fresh(recipe, MLP, device, grid(device, *shape))
@@ -114,9 +114,9 @@ class TestModelOntoAnotherMesh:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", FLAT)
-    def test_fewer_ranks(self, device: Any, world: Any, recipe: str) -> None:
+    def test_fewer_ranks(self, device: Any, world: Any, shared: Path, recipe: str) -> None:
         """What four ranks saved two can load, as 2x1 and as 1x2, in their own group."""
-        folder = world.shared / "saved"
+        folder = shared / "saved"
         save({"model": get_model_state_dict(trainee(recipe, MLP, device).wrapped)}, folder)
         for shape in shapes(recipe, (2, 1), (1, 2)):
             mesh = grid(device, *shape)
@@ -128,12 +128,12 @@ class TestModelOntoAnotherMesh:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize(("source", "target"), ROADS, ids=str)
-    def test_another_recipe(self, device: Any, world: Any, source: str, target: str) -> None:
+    def test_another_recipe(self, device: Any, shared: Path, source: str, target: str) -> None:
         """What one recipe saved another can load, tied and frozen parameters included."""
         old = trainee(source, TRANSFORMER, device)
-        save({"model": get_model_state_dict(old.wrapped)}, world.shared / "saved")
+        save({"model": get_model_state_dict(old.wrapped)}, shared / "saved")
         new = trainee(target, TRANSFORMER, device, spoilt=True)
-        load_model(new, world.shared / "saved")
+        load_model(new, shared / "saved")
         assert_loaded(new, whole(TRANSFORMER), "loaded")
         rows, _ = TRANSFORMER.batch(3, 8)
         same = trainee(target, TRANSFORMER, device)
@@ -144,15 +144,15 @@ class TestModelOntoAnotherMesh:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", AT_ONCE)
-    def test_uneven_shards(self, device: Any, world: Any, recipe: str) -> None:
+    def test_uneven_shards(self, device: Any, shared: Path, recipe: str) -> None:
         """Shards of different size, and empty ones, travel between 2x2, 4x1 and 1x4."""
-        first = world.shared / "first"
+        first = shared / "first"
         save({"model": get_model_state_dict(trainee(recipe, ODD, device).wrapped)}, first)
         for shape in shapes(recipe, (4, 1), (1, 4)):
             mine = fresh(recipe, ODD, device, grid(device, *shape))
             load_model(mine, first)
             assert_loaded(mine, whole(ODD), f"2x2 to {shape}")
-            back = world.shared / f"{shape}"
+            back = shared / f"{shape}"
             save({"model": get_model_state_dict(mine.wrapped)}, back)
             again = trainee(recipe, ODD, device, spoilt=True)
             load_model(again, back)
@@ -160,13 +160,13 @@ class TestModelOntoAnotherMesh:
 
     @pytest.mark.law("values")
     @pytest.mark.world(8)
-    def test_hybrid(self, device: Any, world: Any) -> None:
+    def test_hybrid(self, device: Any, shared: Path) -> None:
         """What HSDP over 2x2x2 saved fully_shard loads there, and the other way round."""
         for recipe, target in (("hsdp", "fully_shard-hybrid"), ("fully_shard-hybrid", "hsdp")):
             source = trainee(recipe, MLP, device)
-            save({"model": get_model_state_dict(source.wrapped)}, world.shared / recipe)
+            save({"model": get_model_state_dict(source.wrapped)}, shared / recipe)
             mine = trainee(target, MLP, device, spoilt=True)
-            load_model(mine, world.shared / recipe)
+            load_model(mine, shared / recipe)
             assert_loaded(mine, whole(MLP), f"{recipe} to {target}")
 
 
@@ -181,17 +181,17 @@ class TestModelOntoNoMesh:
     @pytest.mark.parametrize("recipe", AT_ONCE)
     # torch warns whoever loads without a process group that it takes him to be alone.
     @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-    def test_one_process_alone(self, device: Any, world: Any, recipe: str) -> None:
+    def test_one_process_alone(self, device: Any, world: Any, shared: Path, recipe: str) -> None:
         """One process loads what four saved into plain tensors, or into a torch.save file."""
-        folder, expected = world.shared / "saved", whole(ODD)
+        folder, expected = shared / "saved", whole(ODD)
         save({"model": get_model_state_dict(trainee(recipe, ODD, device).wrapped)}, folder)
         if world.rank == 2:
             state = {"model": blank(expected)}
             state_dict_loader.load(state, checkpoint_id=folder, no_dist=True)
             for name, full in expected.items():
                 assert_same(state["model"][name], full, f"loaded: {name}")
-            dcp_to_torch_save(folder, world.shared / "one.pt")
-            found = torch.load(world.shared / "one.pt", weights_only=True)["model"]
+            dcp_to_torch_save(folder, shared / "one.pt")
+            found = torch.load(shared / "one.pt", weights_only=True)["model"]
             assert set(found) == set(expected), f"in the file: {sorted(found)}"
             for name, full in expected.items():
                 assert_same(found[name], full, f"in the file: {name}")
@@ -199,13 +199,15 @@ class TestModelOntoNoMesh:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", ["fsdp1", "fully_shard"])
-    def test_what_was_never_sharded(self, device: Any, world: Any, recipe: str) -> None:
+    def test_what_was_never_sharded(
+        self, device: Any, world: Any, shared: Path, recipe: str
+    ) -> None:
         """A full state dict that rank 0 wrote with torch.save reaches a sharded model."""
         if world.rank == 0:
-            torch.save(whole(MLP), world.shared / "full.pt")
+            torch.save(whole(MLP), shared / "full.pt")
         dist.barrier()
         mine = trainee(recipe, MLP, device, spoilt=True)
-        state = torch.load(world.shared / "full.pt") if world.rank == 0 else {}
+        state = torch.load(shared / "full.pt") if world.rank == 0 else {}
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(mine.wrapped, state, options=options)
         assert_loaded(mine, whole(MLP), "from the file")
@@ -227,10 +229,10 @@ class TestOptimizerOntoAnotherMesh:
     @pytest.mark.world(4)
     @pytest.mark.parametrize(("source", "target", "shape"), OPTIMIZER_ROADS, ids=str)
     def test_as_many_ranks(
-        self, device: Any, world: Any, source: str, target: str, shape: tuple[int, int]
+        self, device: Any, shared: Path, source: str, target: str, shape: tuple[int, int]
     ) -> None:
         """Model and optimizer saved on 2x2 are loaded on another mesh, and train on from there."""
-        folder = world.shared / "saved"
+        folder = shared / "saved"
         old = RECIPES[source].make(MLP, device)
         optimizer = OPTIMIZERS["sgd"](old.wrapped)
         train_wrapped(old, optimizer, 0, STEPS)
@@ -259,9 +261,11 @@ class TestOptimizerOntoAnotherMesh:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("target", [(4, 1), (1, 4), (2, 1)], ids=str)
-    def test_uneven_shards(self, device: Any, world: Any, target: tuple[int, int]) -> None:
+    def test_uneven_shards(
+        self, device: Any, world: Any, shared: Path, target: tuple[int, int]
+    ) -> None:
         """Uneven shards of moments reach another mesh, and one of half the ranks."""
-        folder = world.shared / "saved"
+        folder = shared / "saved"
         old = RECIPES["fully_shard"].make(ODD, device)
         optimizer = _stepped(old.wrapped)
         model_state, optimizer_state = get_state_dict(old.wrapped, optimizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -251,7 +252,7 @@ class TestMeshesWithoutRankZero:
     @pytest.mark.law("group")
     @pytest.mark.world(4, collective=8, limit=25)
     @pytest.mark.parametrize("recipe", FLAT)
-    def test_only_its_ranks_call(self, device: Any, world: Any, recipe: str) -> None:
+    def test_only_its_ranks_call(self, device: Any, world: Any, shared: Path, recipe: str) -> None:
         """On a mesh of ranks 1 and 3 these alone get, set and save state dicts."""
         for shape in [(1, 2), (2, 1)] if recipe != "fsdp1" else [(2, 1)]:
             table = torch.tensor([1, 3], dtype=torch.int).reshape(shape)
@@ -266,7 +267,7 @@ class TestMeshesWithoutRankZero:
             state = get_model_state_dict(mine.wrapped, options=FULL)
             assert_full(state, expected, device, what)
 
-            folder = world.shared / what
+            folder = shared / what
             group = grid.get_group("tp" if shape == (1, 2) else "dp")
             state_dict_saver.save({"model": sharded}, checkpoint_id=folder, process_group=group)
             new = made(MLP, device, grid=grid, change=dress_and_spoil)

@@ -1,4 +1,4 @@
-"""What all ranks say of one call, exchanged through files: no collective, so nothing can hang.
+"""What all ranks say of one call, exchanged by no collective, so that nothing can hang.
 
 A call that must fail on every rank alike is made with `attempt`, and its outcomes compared with
 `everywhere`, which also names a rank that never came back from the call.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,13 +25,14 @@ def attempt(call: Callable[[], Any]) -> BaseException | None:
 
 def exchange(world: Any, value: Any, name: str = "outcome", patience: float = 6.0) -> list[Any]:
     """Each rank's value (JSON), in rank order; an AssertionError names ranks that gave none."""
-    folder: Path = world.shared
-    step = folder / f".{name}.{world.rank}"
-    step.write_text(json.dumps(value))
-    step.rename(folder / f"{name}.{world.rank}")
+    world.post(name, json.dumps(value))
     deadline = time.monotonic() + patience
+    told: dict[int, str] = {}
     while True:
-        missing = [r for r in range(world.size) if not (folder / f"{name}.{r}").exists()]
+        for rank in range(world.size):
+            if rank not in told and (text := world.read(name, rank)) is not None:
+                told[rank] = text
+        missing = [r for r in range(world.size) if r not in told]
         if not missing:
             break
         if time.monotonic() > deadline:
@@ -41,7 +41,7 @@ def exchange(world: Any, value: Any, name: str = "outcome", patience: float = 6.
                 f"it hangs in the call, while this rank got {value!r}"
             )
         time.sleep(0.002)
-    return [json.loads((folder / f"{name}.{r}").read_text()) for r in range(world.size)]
+    return [json.loads(told[r]) for r in range(world.size)]
 
 
 def assert_raises_everywhere(

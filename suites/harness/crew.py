@@ -1,0 +1,285 @@
+"""The ranks of one world on this machine: start them, look at them, end them.
+
+A world has one crew a machine. Everything that needs a rank's process (its pid, its files, its
+signals) happens here; the world that judges the check may be on another machine and sees looks.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from harness import leaks, processes, rank, stacks
+from harness.channel import Frame, ParentEnd, pair
+from harness.requirements import WorldSpec
+
+TERM_GRACE = 0.5
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine of a run."""
+
+    index: int = 0
+    host: str = ""
+
+    def __str__(self) -> str:
+        return f"node {self.index} ({self.host})"
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a crew is started from; goes over the wire as JSON."""
+
+    world: int
+    """A number of its own for each world of a run."""
+    spec: WorldSpec
+    ranks: tuple[int, ...]
+    node: Node
+    seed: int
+    store: rank.StoreAddress | None
+    """Where ranks on several machines meet; None: in a file of the crew's folder."""
+    shared: str = ""
+    """The folder that all machines see; empty: the crew's own."""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Orders:
+        known = dict(data)
+        known["spec"] = WorldSpec(**known["spec"])
+        known["node"] = Node(**known["node"])
+        known["ranks"] = tuple(known["ranks"])
+        known["store"] = rank.StoreAddress(**known["store"]) if known["store"] else None
+        return cls(**known)
+
+
+@dataclass
+class Look:
+    """What is new about one rank, and how its process stands."""
+
+    rank: int
+    frames: list[Frame] = field(default_factory=list)
+    exitcode: int | None = None
+    closed: bool = False
+    garbage: bool = False
+    """Something other than the harness wrote into the rank's channel."""
+
+
+@dataclass
+class Evidence:
+    """What a rank's machine can tell of it: its process state, its stack and its output."""
+
+    state: str = ""
+    stack: str = ""
+    """For a silent rank the dump that it was asked for; else what faulthandler wrote."""
+    log: str = ""
+
+
+class Part(Protocol):
+    """A crew, here or on another machine."""
+
+    node: Node
+    ranks: tuple[int, ...]
+
+    @property
+    def lost(self) -> str:
+        """Why the machine is lost, in words; empty while it answers."""
+
+    def launch(self) -> None: ...
+    def send(self, rank: int, kind: str, **payload: Any) -> None: ...
+    def looks(self) -> list[Look]: ...
+    def sources(self) -> list[Any]: ...
+    def evidence(self, silent: Iterable[int]) -> dict[int, Evidence]: ...
+    def end(self) -> list[str]: ...
+
+
+Starter = Callable[[rank.Seat, socket.socket], Any]
+"""Starts the process of one rank, and returns it."""
+
+_live: list[Crew] = []
+"""Crews of this process that have not ended: one runs a check, another may be starting."""
+
+connections: list[Any] = []
+"""Whatever else a forked rank has no business with, and closes."""
+
+
+class Crew:
+    """The ranks of one world that run on this machine, as children of this process."""
+
+    lost = ""
+
+    def __init__(self, orders: Orders, start: Starter) -> None:
+        self.orders = orders
+        self.node = orders.node
+        self.ranks = orders.ranks
+        self._start = start
+        self._folder = Path(tempfile.mkdtemp(prefix="shardproof-"))
+        # What a running check may have orphaned by now is that check's, and not known.
+        self._known: frozenset[int] = (
+            _live[0]._known if _live else frozenset(processes.children(os.getpid()))
+        )
+        self._segments: frozenset[str] = (
+            _live[0]._segments if _live else frozenset(os.listdir("/dev/shm"))
+        )
+        self._group = 0
+        self._seats: dict[int, rank.Seat] = {}
+        self._processes: dict[int, Any] = {}
+        self._channels: dict[int, ParentEnd] = {}
+        _live.append(self)
+
+    def launch(self) -> None:
+        """Start all ranks, which then join their process group by themselves."""
+        for place, number in enumerate(self.ranks):
+            ours, theirs = pair()
+            self._channels[number] = ours
+            seat = self._seat(number, place)
+            seat.home.mkdir()
+            self._seats[number] = seat
+            # Python swallows what a signal's handler raises in a callback of fork.
+            with processes.signals_held_back():
+                process = self._processes[number] = self._start(seat, theirs)
+                theirs.close()
+                if not self._group:
+                    self._group = process.pid
+                    # The child does it, too: whoever comes first.
+                    try:
+                        os.setpgid(process.pid, process.pid)
+                    except (PermissionError, ProcessLookupError):
+                        processes.state(process.pid)  # it went on to exec, in its group already
+
+    def _seat(self, number: int, place: int) -> rank.Seat:
+        return rank.Seat(
+            spec=self.orders.spec,
+            rank=number,
+            local_rank=place,
+            local_size=len(self.ranks),
+            node=self.node.index,
+            group=self._group,
+            parent=os.getpid(),
+            folder=str(self._folder),
+            seed=self.orders.seed,
+            store=self.orders.store,
+            shared=self.orders.shared,
+        )
+
+    @property
+    def pids(self) -> frozenset[int]:
+        """The processes of its ranks."""
+        return frozenset(int(p.pid) for p in self._processes.values())
+
+    def send(self, rank: int, kind: str, **payload: Any) -> None:
+        """Say something to one rank."""
+        self._channels[rank].send(kind, **payload)
+
+    def looks(self) -> list[Look]:
+        """What has come from each rank since the last look, and how it stands."""
+        found = []
+        for number, process in self._processes.items():
+            channel = self._channels[number]
+            exitcode = process.exitcode  # before the frames: what it sent last is still read
+            frames = channel.frames()
+            found.append(Look(number, frames, exitcode, channel.closed, channel.garbage))
+        return found
+
+    def sources(self) -> list[Any]:
+        """What to wait on for the next look."""
+        waiting: list[Any] = [c for c in self._channels.values() if not c.closed]
+        return waiting + [p.sentinel for p in self._processes.values() if p.exitcode is None]
+
+    def evidence(self, silent: Iterable[int]) -> dict[int, Evidence]:
+        """Outputs and stacks; ranks that never answered are made to show where they stand."""
+        asked = {int(self._processes[r].pid): r for r in silent}
+        dumps = stacks.ask({pid: self._seats[r].stack for pid, r in asked.items()}) if asked else {}
+        found = {
+            number: Evidence(stack=_read(seat.stack), log=_read(seat.log))
+            for number, seat in self._seats.items()
+        }
+        for pid, (state, dump) in dumps.items():
+            found[asked[pid]].state, found[asked[pid]].stack = state, dump
+        return found
+
+    def end(self) -> list[str]:
+        """End whatever is left of the crew; returns what had to be ended besides its ranks."""
+        if self._group:
+            self._kill_group()
+        for process in self._processes.values():
+            process.join()
+        for channel in self._channels.values():
+            channel.close()
+        _live.remove(self)
+        spared: frozenset[int] = frozenset().union(*(crew.pids for crew in _live))
+        ranks = self.pids
+        strays = processes.reap(self._known | _tracker() | spared)
+        segments = leaks.remove_segments(self._segments, set(ranks))
+        shutil.rmtree(self._folder, ignore_errors=True)
+        found = [f"process {pid} ({command})" for pid, command in strays if pid not in ranks]
+        return found + [f"shared-memory segment /dev/shm/{name}" for name in segments]
+
+    def _kill_group(self) -> None:
+        alive = [p for p in self._processes.values() if p.exitcode is None]
+        if not alive and not processes.group_members(self._group):
+            return
+        self._signal_group(signal.SIGTERM)
+        deadline = time.monotonic() + TERM_GRACE
+        while time.monotonic() < deadline and processes.group_members(self._group):
+            for process in alive:
+                process.join(0)
+            time.sleep(0.005)
+        if processes.group_members(self._group):
+            self._signal_group(signal.SIGKILL)
+        for process in alive:  # a rank that had not yet joined the group
+            processes.signal_quietly(process.pid, signal.SIGKILL)
+
+    def _signal_group(self, number: signal.Signals) -> None:
+        try:
+            os.killpg(self._group, number)
+        except ProcessLookupError:
+            self._group = 0
+
+
+def _tracker() -> frozenset[int]:
+    from multiprocessing import resource_tracker
+
+    # Spawning starts one tracker for the parent's whole life.
+    pid = getattr(resource_tracker._resource_tracker, "_pid", None)
+    return frozenset({pid} if pid else set())
+
+
+def forking(body: Callable[[rank.Seat, socket.socket], None]) -> Starter:
+    """Ranks that are forks of this process, and in which `body` does not return."""
+
+    def start(seat: rank.Seat, sock: socket.socket) -> Any:
+        import torch.multiprocessing
+
+        context: Any = torch.multiprocessing.get_context("fork")
+        process = context.Process(target=_forked, args=(seat, sock, body))
+        process.start()
+        return process
+
+    return start
+
+
+def _forked(
+    seat: rank.Seat, sock: socket.socket, body: Callable[[rank.Seat, socket.socket], None]
+) -> None:
+    for crew in _live:
+        for channel in crew._channels.values():
+            channel.close()
+    for connection in connections:
+        connection.close()
+    rank.settle(seat)
+    body(seat, sock)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""

@@ -1,0 +1,157 @@
+"""One rank as the world that judges it sees it: from looks and frames to a record."""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.channel import Frame
+from harness.crew import Evidence, Look, Part
+from harness.stacks import collective_of_dump
+from harness.verdicts import Fate, RankRecord
+
+_EXIT_GRACE = 2.0
+"""Seconds between a rank's closing its channel and its exit that are taken for one event."""
+
+
+@dataclass
+class Member:
+    """One rank of a world."""
+
+    part: Part
+    record: RankRecord
+    ready: bool = False
+    answered: bool = False
+    left: bool = False
+    """It said what it leaked, which is the last thing that a rank says of a check."""
+    leaks: list[str] = field(default_factory=list)
+    failing: Frame | None = None
+    """What it said when its body raised; the report, with the details, takes longer."""
+    evidence: Evidence = field(default_factory=Evidence)
+    closed_at: float = 0.0
+
+    @property
+    def gone(self) -> bool:
+        return self.record.exitcode is not None
+
+    @property
+    def failed(self) -> bool:
+        return self.record.fate not in {Fate.SILENT, Fate.PASSED}
+
+    def send(self, kind: str, **payload: Any) -> None:
+        """Say something to the rank."""
+        self.part.send(self.record.rank, kind, **payload)
+
+    def take(self, look: Look) -> None:
+        """Take in what is new about the rank."""
+        for frame in look.frames:
+            self._take_frame(frame)
+        if look.garbage and not self.failed:
+            self._end(Fate.DIED, "wrote into the harness's own channel")
+        if look.exitcode is not None and self.record.exitcode is None:
+            self.record.exitcode = look.exitcode
+            if not self.failed and not (self.left and look.exitcode == 0):
+                self._end(Fate.DIED, self._death(look.exitcode))
+        elif look.closed and look.exitcode is None and not self.failed and not self.left:
+            # Either it is on its way out, and its exit code will tell, or the check has closed
+            # descriptors that it does not own.
+            self.closed_at = self.closed_at or time.monotonic()
+            if time.monotonic() - self.closed_at > _EXIT_GRACE:
+                self._end(Fate.DIED, "closed the channel to the harness without an answer")
+
+    def lose(self, why: str) -> None:
+        """Its machine is lost: the environment's doing, unless the rank had failed before."""
+        if not self.failed and not (self.left and self.gone):
+            self._end(Fate.BROKEN, why)
+
+    def settle_without_report(self) -> None:
+        """Take what the rank said when it raised, where its report did not come in time."""
+        if self.failing is not None and self.record.fate is Fate.SILENT:
+            self._answer(self.failing)
+
+    def close_case(self, evidence: Evidence) -> None:
+        """Complete the record from what the rank's machine can tell."""
+        record = self.record
+        self.evidence = evidence
+        if record.fate is Fate.SILENT:
+            record.details = evidence.stack
+            record.waiting_in = collective_of_dump(evidence.stack)
+            record.message = record.message or _silence(record, evidence.state)
+            record.at = time.monotonic()
+        if record.fate is Fate.DIED and not record.details:
+            record.details = evidence.stack  # what faulthandler wrote when the fatal signal came
+        record.output_tail = evidence.log[-4000:]
+
+    def next_check(self) -> None:
+        """Forget the last check, in a world that is used again."""
+        old = self.record
+        self.record = RankRecord(old.rank, old.node, old.host, old.local_rank, old.where)
+        self.answered = self.left = False
+        self.failing = None
+        self.leaks = []
+
+    def _end(self, fate: Fate, message: str, at: float | None = None, details: str = "") -> None:
+        self.record.fate = fate
+        self.record.message = message
+        self.record.details = details
+        self.record.at = at or time.monotonic()
+
+    def _take_frame(self, frame: Frame) -> None:
+        kind = frame["kind"]
+        if kind == "ready":
+            self.ready = True
+        elif kind == "phase":
+            self.record.phase = frame["phase"]
+        elif kind == "broken":
+            self._end(Fate.BROKEN, frame["message"], frame["at"], frame["details"])
+        elif kind == "leaks":
+            self.left = True
+            self.leaks = frame["leaks"]
+            if self.leaks and not self.failed:
+                self._end(Fate.LEAKED, "left behind: " + "; ".join(self.leaks), frame["at"])
+        elif kind == "failing":
+            self.failing = frame
+        elif kind == "answer":
+            self.answered = True
+            self.record.seconds = frame["seconds"]
+            self.record.extra["mesh"] = frame.get("mesh", "")
+            self._answer(frame)
+
+    def _answer(self, frame: Frame) -> None:
+        if frame["outcome"] == "passed":
+            self.record.fate, self.record.phase = Fate.PASSED, "parked"
+            self.record.at = frame["at"]
+            return
+        fate = Fate.RAISED if frame["outcome"] == "raised" else Fate.BROKEN
+        error = frame.get("kind_of_error", "error")
+        if error in {Fate.PEER_LOST, Fate.COLLECTIVE_TIMEOUT}:
+            fate = Fate(error)
+        self._end(fate, frame["message"], frame["failed_at"], frame.get("details", ""))
+        self.record.phase = frame.get("phase", self.record.phase)
+        self.record.waiting_in = frame.get("waiting_in", "")
+        self.record.extra["sections"] = frame.get("sections", [])
+
+    def _death(self, exitcode: int) -> str:
+        phase = self.record.phase
+        when = {
+            "start": "before it was ready",
+            "parked": "after its body had passed",
+        }.get(phase, f"in {phase}, without an answer")
+        if exitcode < 0:
+            try:
+                name = signal.Signals(-exitcode).name
+            except ValueError:
+                name = f"signal {-exitcode}"
+            return f"killed by {name} {when}"
+        return f"exited with {exitcode} {when}"
+
+
+def _silence(record: RankRecord, state: str) -> str:
+    where = f"never answered; last phase: {record.phase}"
+    if state == "T":
+        return f"{where}; it was stopped (SIGSTOP)"
+    if record.waiting_in:
+        return f"{where}; waiting in {record.waiting_in}"
+    return where
