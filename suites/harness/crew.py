@@ -145,7 +145,8 @@ class Crew:
             seat = self._seat(number, place)
             seat.home.mkdir()
             self._seats[number] = seat
-            # Python swallows what a signal's handler raises in a callback of fork.
+            # Python swallows what a signal's handler raises in a callback of fork, and a lock that
+            # the callback was to give back stays taken in every process forked later.
             with processes.signals_held_back():
                 process = self._processes[number] = self._start(seat, theirs)
                 theirs.close()

@@ -5,6 +5,10 @@ Decided in the parent, before any rank starts: a rank may never skip.
 
 from __future__ import annotations
 
+import functools
+import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,8 +55,34 @@ def _accelerator() -> str:
     return "" if torch.accelerator.is_available() else "an accelerator"
 
 
+@functools.cache
+def _docker() -> str:
+    if not shutil.which("docker"):
+        return "Docker: there is no docker command on this machine"
+    for words, what in (
+        (["docker", "version", "--format", "{{.Server.Version}}"], "an engine that answers"),
+        (["docker", "compose", "version"], "Docker's compose plugin"),
+        (["docker", "buildx", "version"], "Docker's buildx plugin"),
+    ):
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+        except subprocess.TimeoutExpired:
+            return f"{what}: '{' '.join(words)}' did not end within 30 s"
+        if done.returncode:
+            said = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it said nothing"]
+            return f"{what} (DOCKER_HOST names one): {said[0]}"
+    return ""
+
+
+def _cuda_image() -> str:
+    named = os.environ.get("SHARDPROOF_CUDA_IMAGE")
+    return "" if named else "an image built with CUDA, named in SHARDPROOF_CUDA_IMAGE"
+
+
 FEATURES: dict[str, Callable[[], str]] = {
     "accelerator": _accelerator,
+    "docker": _docker,
+    "cuda image": _cuda_image,
 }
 """Name to a probe that says in words what is missing, or nothing."""
 

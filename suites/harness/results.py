@@ -129,6 +129,8 @@ def _relative(file: str, root: Path) -> str:
 
 
 def _commit(root: Path) -> str:
+    if given := os.environ.get("SHARDPROOF_COMMIT"):  # an image has the source, not its history
+        return given
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
