@@ -1,0 +1,121 @@
+"""The steps of a night, each a command that a person could type."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from report.read import BadResultsError, read
+
+ROOT = Path(__file__).parents[2]
+ORDERS = ("normal", "reverse")
+SUITES = "suites/conformance suites/integration"
+LIMIT = 4 * 3600.0
+"""Seconds for one step; the steps' own limits are shorter."""
+
+
+class EnvironmentFailedError(Exception):
+    """A step could not judge: the night says nothing of the subject."""
+
+
+@dataclass
+class Step:
+    """One command of the night."""
+
+    name: str
+    command: list[str]
+    status: int
+    seconds: float
+    log: str
+
+
+@dataclass
+class Night:
+    """What the commands of one night are given, and what they left."""
+
+    folder: Path
+    device: str
+    backend: str
+    subject: str
+    torch: str | None
+    """Another torch than the pinned one."""
+    quick: bool
+    selection: list[str]
+    """Words for the suites: -k EXPRESSION."""
+    steps: list[Step] = field(default_factory=list)
+
+    def preflight(self) -> None:
+        """The machine is fit, or the night ends here."""
+        if self._run("preflight", ["ci/preflight", *self._machine()]):
+            raise EnvironmentFailedError("the preflight failed")
+
+    def judge(self) -> list[dict[str, Any]]:
+        """Every suite in both orders; the results of each."""
+        found = []
+        for order in ORDERS:
+            words = ["ci/conformance", "--subject", self.subject, *self._machine()]
+            words += ["--torch", self.torch] if self.torch else []
+            run = self.folder / order
+            words += ["--order", order, "--run-dir", str(run), *self.selection]
+            status = self._run(order, words, SHARDPROOF_SUITES=SUITES)
+            try:
+                results = read(run)
+            except BadResultsError as error:
+                raise EnvironmentFailedError(f"order {order}: {error}") from None
+            if status not in {0, 1}:
+                raise EnvironmentFailedError(
+                    f"order {order} ended with {status}: the environment or the harness failed"
+                )
+            found.append(results)
+        return found
+
+    def measure(self) -> list[Path]:
+        """The benchmarks, twice: what each run left."""
+        found = []
+        for number in (1, 2):
+            journal = self.folder / f"benchmarks-{number}.jsonl"
+            words = ["ci/bench", *self._machine(), "--journal", str(journal)]
+            words += ["--quick"] if self.quick else []
+            if status := self._run(f"benchmarks-{number}", words):
+                raise EnvironmentFailedError(f"benchmarks ended with {status}")
+            found.append(journal)
+        return found
+
+    def _machine(self) -> list[str]:
+        return ["--device", self.device, "--backend", self.backend]
+
+    def _run(self, name: str, words: list[str], **variables: str) -> int:
+        log = self.folder / f"{name}.log"
+        print(f"--- {name}: {shlex.join(words)}", flush=True)
+        began = time.monotonic()
+        with log.open("w") as out:
+            status = subprocess.run(
+                words,
+                cwd=ROOT,
+                env=os.environ | variables,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                timeout=LIMIT,
+                check=False,
+            ).returncode
+        seconds = time.monotonic() - began
+        self.steps.append(Step(name, words, status, round(seconds, 1), log.name))
+        print(f"    ended with {status} after {seconds:.0f} s", flush=True)
+        if status:
+            print("".join(f"    {line}\n" for line in log.read_text().splitlines()[-15:]), end="")
+        return status
+
+
+def room(folder: Path, gigabytes: float = 1.0) -> None:
+    """Raise EnvironmentFailedError where a night would not find room for what it leaves."""
+    free = shutil.disk_usage(folder).free / 1e9
+    if free < gigabytes:
+        raise EnvironmentFailedError(
+            f"{folder}: {free:.1f} GB are free; a night needs {gigabytes:g}"
+        )

@@ -1,0 +1,136 @@
+"""What a night found, for a person and for the next night."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nightly import speed, verdicts
+from nightly.chain import ORDERS, Step
+from nightly.speed import Speed
+from nightly.verdicts import Comparison
+
+SHOWN = 50
+"""Lines of a list in the report; night.json has them all."""
+
+
+@dataclass
+class Found:
+    """The outcome of one night."""
+
+    title: str
+    results: list[dict[str, Any]]
+    """Of each order."""
+    now: dict[str, str]
+    compared: Comparison
+    split: dict[str, list[str]]
+    """Checks whose verdict depends on the order, to what each order says."""
+    speed: Speed | None
+    steps: list[Step]
+
+    @property
+    def bad(self) -> dict[str, str]:
+        """The verdicts that nothing expects."""
+        return verdicts.unexpected(self.now)
+
+    @property
+    def wrong(self) -> bool:
+        """Whether something is to be mended; a verdict that changed for the better is not."""
+        slow = self.speed is not None and bool(self.speed.slower or self.speed.gone)
+        return bool(self.bad or self.split or self.compared.lost or slow)
+
+    @property
+    def news(self) -> bool:
+        """Whether tonight differs from the night before."""
+        return bool(self.compared.changed or self.compared.lost)
+
+    def findings(self) -> Iterator[str]:
+        """Each reason for which the night is not green, in one line."""
+        compared, fast = self.compared, self.speed
+        if self.bad:
+            yield f"{len(self.bad)} unexpected verdicts"
+        if compared.changed:
+            yield f"{len(compared.changed)} verdicts changed since the last night"
+        if compared.lost:
+            yield (
+                f"{len(compared.lost)} checks gave a verdict before and give none now "
+                f"({compared.ran_now} ran, {compared.ran_before} before); "
+                "--accept, where that is meant"
+            )
+        if self.split:
+            yield f"{len(self.split)} checks depend on the order"
+        if fast is not None and not fast.measured:
+            yield "no benchmark gave a number in both runs"
+        if fast is not None and fast.slower:
+            yield f"{len(fast.slower)} benchmarks are slower than in the last green night"
+        if fast is not None and fast.gone:
+            yield f"{len(fast.gone)} benchmarks of the last green night gave no number"
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, for machines."""
+        return {
+            "title": self.title,
+            "wrong": self.wrong,
+            "news": self.news,
+            "findings": list(self.findings()),
+            "compared": dataclasses.asdict(self.compared),
+            "unexpected": self.bad,
+            "order": self.split,
+            "speed": dataclasses.asdict(self.speed) if self.speed else None,
+            "steps": [dataclasses.asdict(step) for step in self.steps],
+        }
+
+    def markdown(self) -> str:
+        """The night for a person."""
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        run = self.results[0]["run"]
+        yield f"# {self.title}"
+        yield ""
+        yield (
+            f"commit {run['commit'] or 'unknown'}; torch {run['torch']}; "
+            f"{self.compared.ran_now} checks ran"
+        )
+        yield ""
+        yield from [f"- **{f}**" for f in self.findings()] or ["Nothing to report."]
+        changed = self.compared.changed.items()
+        yield from _list("Changed", [f"`{c}`: {a} -> **{b}**" for c, (a, b) in changed])
+        yield from _list("Unexpected", [self._failure(check) for check in self.bad])
+        yield from _list("Lost", [f"`{c}`: was {v}" for c, v in self.compared.lost.items()])
+        yield from _list(
+            "Depend on the order",
+            [
+                f"`{check}`: " + ", ".join(f"{o} {v}" for o, v in zip(ORDERS, said, strict=True))
+                for check, said in self.split.items()
+            ],
+        )
+        if fast := self.speed:
+            yield from _list(
+                f"Slower (gate: {speed.SPREADS:g} x the {fast.spread:.0%} between two runs)",
+                [f"{n}: {a:.2f} -> **{b:.2f}** x the floor" for n, (a, b) in fast.slower.items()],
+            )
+            yield from _list("Without a number", fast.gone)
+        yield from _list(
+            "Steps", [f"{s.name}: exit {s.status}, {s.seconds:g} s" for s in self.steps]
+        )
+
+    def _failure(self, check: str) -> str:
+        verdict = self.bad[check]
+        for results in self.results:
+            for one in results["checks"]:
+                if one["id"] == check and one["verdict"] == verdict:
+                    return f"`{check}`: **{verdict}**: {one['message'][:300]}\n  `{one['command']}`"
+        return f"`{check}`: **{verdict}**"
+
+
+def _list(title: str, lines: list[str]) -> Iterator[str]:
+    if lines:
+        yield ""
+        yield f"## {title}"
+        yield ""
+        yield from (f"- {line}" for line in lines[:SHOWN])
+        if len(lines) > SHOWN:
+            yield f"- and {len(lines) - SHOWN} more, in night.json"

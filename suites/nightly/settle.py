@@ -1,0 +1,42 @@
+"""The command `ci/nightly-issue`: what the last nights found, told to the tracker.
+
+Reads night.json and report.md alone, with nothing but Python's own library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from nightly.issue import Tracker, TrackerError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Settle the issue of each thing that was judged; 0 done, 2 usage, 3 no night or no tracker."""
+    parser = argparse.ArgumentParser(prog="ci/nightly-issue", description=__doc__)
+    parser.add_argument("repository", metavar="OWNER/NAME")
+    parser.add_argument("--state", type=Path, default=Path("out/nightly"), metavar="DIR")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
+    options = parser.parse_args(arguments)
+    nights = sorted(options.state.glob("*/last.json"))
+    if not nights:
+        print(f"ci/nightly-issue: no night in {options.state}: run ci/nightly first")
+        return 3
+    tracker = Tracker(options.repository, options.dry_run)
+    try:
+        for last in nights:
+            folder = last.parent / json.loads(last.read_text())["night"]
+            found = json.loads((folder / "night.json").read_text())
+            body = (folder / "report.md").read_text()
+            done = tracker.settle(found["title"], body, wrong=found["wrong"], news=found["news"])
+            print(f"{folder}: {done}")
+    except TrackerError as error:
+        print(f"ci/nightly-issue: {error}", file=sys.stderr)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
