@@ -68,6 +68,17 @@ def test_a_check_takes_no_mark_that_hides_it(suite: Suite, mark: str) -> None:
     assert outcome.exit == 2
 
 
+def test_a_plain_test_without_what_it_needs_is_one_precondition(suite: Suite) -> None:
+    source = (
+        "import pytest\n@pytest.mark.needs('accelerator')\ndef test_it(): assert False\n"
+        "def test_other(): pass\n"
+    )
+    outcome = Session(suite(source), env={"CUDA_VISIBLE_DEVICES": ""}).finish()
+    assert [c["verdict"] for c in outcome.results["checks"]] == ["precondition", "pass"]
+    assert outcome.results["run"]["selected"] == 2
+    assert outcome.exit == 0
+
+
 def test_a_smaller_world_leaves_larger_checks_as_preconditions(suite: Suite) -> None:
     source = (
         "import pytest\n@pytest.mark.world(2, 3)\ndef test_it(rank): pass\n"

@@ -94,6 +94,7 @@ class Run:
         self._deadline = time.monotonic() + settings.session_limit
         self._checks: list[dict[str, Any]] = []
         self._plain: dict[str, Judgement] = {}
+        self._decided: set[str] = set()
         self._items: dict[str, pytest.Item] = {}
         self._collected: list[str] = []
         self._machines: Machines = OneMachine(settings, starter(config, settings, self._find))
@@ -231,6 +232,7 @@ class Run:
     # --- reporting ----------------------------------------------------------------------------
 
     def _report(self, item: pytest.Item, judgement: Judgement, began: float) -> None:
+        self._decided.add(item.nodeid)
         entry = self._settle(item, judgement)
         self._note(item, judgement, entry)
         report = _test_report(item, judgement, entry, began)
@@ -266,7 +268,7 @@ class Run:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Gather the phases of plain items into one verdict each."""
-        if hasattr(report, "verdict") or requirements.is_check(self._items[report.nodeid]):
+        if report.nodeid in self._decided:
             return
         item = self._items[report.nodeid]
         judgement = self._plain.setdefault(report.nodeid, Judgement(Verdict.PASS))
