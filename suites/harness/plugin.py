@@ -292,6 +292,8 @@ class Run:
     def pytest_sessionfinish(
         self, session: pytest.Session, exitstatus: int | pytest.ExitCode
     ) -> Iterator[None]:
+        # A node that goes takes others' supervisors with it, who end this run before the check is.
+        self._stopped = self._stopped or self._machines.lost
         self._worlds.close()
         session.exitstatus = self._exit_code(session, int(exitstatus))
         self._nodes = self._machines.as_json()

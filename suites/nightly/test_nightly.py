@@ -59,8 +59,8 @@ def test_the_gate_is_three_spreads_of_tonight() -> None:
     assert ratios == first
     assert quiet.gone == ["gone"]
     for factor, slower in ((1.3, []), (1.4, ["3"])):
-        slow = [times | {"3": times["3"] * factor} for times in (first, second)]
-        assert list(speed.judge(*slow, green)[0].slower) == slower
+        one, two = (times | {"3": times["3"] * factor} for times in (first, second))
+        assert list(speed.judge(one, two, green)[0].slower) == slower
 
 
 def test_the_ratio_of_an_arm_without_a_number_is_none(tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ SHARED_MEMORY = Path("/dev/shm")
 INFINIBAND = Path("/sys/class/infiniband")
 
 SHARED_MEMORY_BYTES = {False: 64 << 20, True: 1 << 30}
-"""By whether GPUs are used. Without: what Docker gives by default, in which every suite passes.
-With: what NCCL's manual asks of a container,
+"""By whether GPUs are used. Without: what Docker gives by default, in which conformance and
+integration pass. With: what NCCL's manual asks of a container,
 https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/troubleshooting.html#shared-memory"""
 
 OPEN_FILES = 256
-"""Every suite passes with this soft limit; a world of 8 ranks needs most."""
+"""Conformance and integration, worlds of 8 ranks among them, pass with this limit."""
 
 FREE_DISK_BYTES = 256 << 20
 """Results and logs of a run are some ten MiB; core dumps of a run that crashes are not."""
