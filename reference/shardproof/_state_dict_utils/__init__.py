@@ -12,17 +12,19 @@ from shardproof._state_dict_utils.copying import (
 )
 from shardproof._state_dict_utils.distribute import _distribute_state_dict, _distribute_tensors
 from shardproof._state_dict_utils.flatten import (
-    CONTAINER_TYPE,
-    FLATTEN_MAPPING,
-    OBJ_PATH,
-    PATH_ITEM,
-    STATE_DICT_TYPE,
     _flatten_state_dict,
     _set_element,
     _traverse_state_dict,
     _unflatten_state_dict,
 )
 from shardproof._state_dict_utils.gather import _all_gather_sharded_tensor, _gather_state_dict
+from shardproof._state_dict_utils.paths import (
+    CONTAINER_TYPE,
+    FLATTEN_MAPPING,
+    OBJ_PATH,
+    PATH_ITEM,
+    STATE_DICT_TYPE,
+)
 from shardproof._state_dict_utils.staging import _create_cpu_state_dict
 from shardproof._state_dict_utils.traverse import (
     CompanionMismatch,

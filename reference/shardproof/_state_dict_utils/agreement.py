@@ -1,25 +1,28 @@
 """The law of symmetry: ranks agree on what they are about to do, or all raise the same error.
 
-Each rank contributes a digest of its plan and its own error, if it has one. Equal digests and no
-error cost one small collective a domain dimension. Otherwise the details are exchanged, so that
-every rank comes to the same verdict from the same facts.
+Each rank contributes a digest of its plan and whether it has an error. Equal digests and no error
+cost one small collective a domain dimension. Otherwise the details are exchanged, so that every
+rank comes to the same verdict from the same facts; only then are they written down at all.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from shardproof._state_dict_utils.wire import Domain, collect
 
-_HEADER = struct.Struct("<32sqBB")
+_HEADER = struct.Struct("<32sBB")
+_LENGTH = struct.Struct("<q")
+_AGAIN, _FLAG = 1, 2
 
 _RAISABLE: tuple[type[Exception], ...] = (
     KeyError,
@@ -56,8 +59,7 @@ class Failure:
         return kinds[self.kind](self.message)
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """What a rank knows of one distributed leaf.
 
     Attributes:
@@ -81,44 +83,45 @@ def exchange(
     domain: Domain,
     plan: Any,
     failure: Failure | None,
-    digest: Any = None,
-    more: bool = False,
-    always: bool = False,
-) -> tuple[list[tuple[Failure | None, Any]] | None, bool]:
+    digest: bytes = b"",
+    flags: int = 0,
+) -> tuple[list[tuple[Failure | None, Any]] | None, int]:
     """Tell all members of a domain this rank's plan and error.
 
     Args:
         domain: this rank is a member.
         plan: any picklable object.
         failure: this rank's own error.
-        digest: what has to be equal; ``plan`` where None.
-        more: a flag that is or-ed over the members.
-        always: exchange the plans even where the digests agree.
+        digest: what has to be equal.
+        flags: a byte of flags, or-ed over the members.
 
     Returns:
-        (per member its error and plan, or None where all agree and nobody failed; the flag).
+        (per member its error and plan, or None where all agree and nobody failed; the flags).
 
-    Collectives: one per dimension of the domain with more than one member, twice that where
-    plans are exchanged.
+    Collectives: one per dimension of the domain with more than one member, three where plans are
+    exchanged.
 
     """
     stages = [domain.stage(d) for d, group in enumerate(domain.groups) if group is not None]
-    body = zlib.compress(pickle.dumps((failure, plan)), 1)
-    mark = hashlib.sha256(repr(plan if digest is None else digest).encode()).digest()
-    header = _HEADER.pack(mark, len(body), failure is not None, more)
+    header = _HEADER.pack(hashlib.sha256(digest).digest(), failure is not None, flags)
     rows = [_HEADER.unpack(row) for row in _collect_bytes(domain, stages, header, len(header))]
-    flag = any(row[3] for row in rows)
-    same = len({row[0] for row in rows}) == 1 and not any(row[2] for row in rows)
-    if same and not always:
-        return None, flag
-    width = max(row[1] for row in rows)
-    bodies = _collect_bytes(domain, stages, body, width)
+    for row in rows:
+        flags |= row[2]
+    same = len({row[0] for row in rows}) == 1 and not any(row[1] for row in rows)
+    if same:
+        return None, flags
+    body = zlib.compress(pickle.dumps((failure, plan)), 1)
+    size = _LENGTH.pack(len(body))
+    lengths = [
+        int(_LENGTH.unpack(row)[0]) for row in _collect_bytes(domain, stages, size, len(size))
+    ]
+    bodies = _collect_bytes(domain, stages, body, max(lengths))
     told = [
         # The peers of a process group run the same program: they are trusted as torch trusts them.
-        pickle.loads(zlib.decompress(data[: row[1]]))  # noqa: S301
-        for row, data in zip(rows, bodies, strict=True)
+        pickle.loads(zlib.decompress(data[:length]))  # noqa: S301
+        for length, data in zip(lengths, bodies, strict=True)
     ]
-    return told, flag
+    return told, flags
 
 
 def first_failure(domain: Domain, told: Sequence[tuple[Failure | None, Any]]) -> Failure | None:
@@ -132,29 +135,32 @@ def first_failure(domain: Domain, told: Sequence[tuple[Failure | None, Any]]) ->
 
 
 def agree_on_entries(
-    domains: Sequence[Domain], entries: Entries, failure: Failure | None
-) -> tuple[Failure | None, dict[Domain, list[Entries]]]:
+    domains: Sequence[Domain], entries: Entries, failure: Failure | None, flag: bool
+) -> tuple[Failure | None, dict[Domain, list[Entries]], list[Domain]]:
     """Agree on the distributed leaves over several domains.
 
     Args:
         domains: those that this rank is a member of, in the order of their keys.
         entries: this rank's leaves by path.
         failure: this rank's own error.
+        flag: something that others have to know where one rank says it.
 
     Returns:
         (the error that all have to raise or None; the members' entries per domain where they
-        are not all the same). Nothing is raised before all domains were asked: other ranks wait
-        in them.
+        are not all the same; the domains in which the flag is up). Nothing
+        is raised before all domains were asked: other ranks wait in them.
 
     """
     details: dict[Domain, list[Entries]] = {}
     again: list[Domain] = []
+    flagged: list[Domain] = []
+    flags = _AGAIN * (len(domains) > 1) | _FLAG * flag
     for domain in domains:
-        told, more = exchange(
-            domain, dict(entries), failure, _digest(domain, entries), more=len(domains) > 1
-        )
-        if more:
+        told, raised = exchange(domain, dict(entries), failure, _digest(domain, entries), flags)
+        if raised & _AGAIN:
             again.append(domain)
+        if raised & _FLAG:
+            flagged.append(domain)
         if told is None:
             continue
         details[domain] = [plan for _, plan in told]
@@ -165,19 +171,23 @@ def agree_on_entries(
         told, _ = exchange(domain, None, failure)
         if told is not None and (found := first_failure(domain, told)):
             failure = found
-    return failure, details
+    return failure, details, flagged
 
 
-def _digest(domain: Domain, entries: Entries) -> list[tuple[Any, ...]]:
+def _digest(domain: Domain, entries: Entries) -> bytes:
+    """What members have to agree on, column by column: most leaves share a few summaries."""
     mine = set(domain.members)
-    facts: list[tuple[Any, ...]] = []
-    for path in sorted(entries):
-        entry = entries[path]
-        # Ranks of sibling meshes hold the same leaf over other members: no reason to differ.
-        members = entry.members if set(entry.members) == mine else ()
-        tie = entry.tie if entry.tie not in (None, path) else ""
-        facts.append((path, entry.summary, members, tie))
-    return facts
+    kinds: dict[tuple[str, tuple[int, ...]], int] = {}
+    numbers: list[int] = []
+    ties: list[str] = []
+    paths = sorted(entries)
+    for path in paths:
+        members, summary, tie = entries[path]
+        numbers.append(kinds.setdefault((summary, members), len(kinds)))
+        ties.append("" if tie is None or tie == path else tie)
+    # Ranks of sibling meshes hold the same leaf over other members: no reason to differ.
+    told = [(text, members if set(members) == mine else ()) for text, members in kinds]
+    return json.dumps([told, paths, numbers, ties]).encode()
 
 
 def _entries_verdict(domain: Domain, told: Sequence[Entries]) -> Failure | None:
@@ -212,4 +222,4 @@ def _entries_verdict(domain: Domain, told: Sequence[Entries]) -> Failure | None:
 def _collect_bytes(domain: Domain, stages: Sequence[Any], data: bytes, width: int) -> list[bytes]:
     payload = torch.frombuffer(bytearray(data.ljust(width, b"\0")), dtype=torch.uint8)
     rows = collect(stages, payload.to(domain.device)).cpu()
-    return [bytes(row.tolist()) for row in rows]
+    return [row.numpy().tobytes() for row in rows]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,22 +18,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils.agreement import Failure, exchange, first_failure
-from shardproof._state_dict_utils.layout import Block, full_block
-from shardproof._state_dict_utils.targets import Target, plain_full_tensor
-from shardproof._state_dict_utils.tensors import CPU, bits, geometry
-from shardproof._state_dict_utils.wire import (
-    Domain,
-    Parcel,
-    Piece,
-    Stream,
-    as_bytes,
-    block_bytes,
-    broadcast,
-    group_domain,
-    pack,
-    scatter,
-    stream_order,
-)
+from shardproof._state_dict_utils.targets import WHOLE, Place, Places, Target, plain_full_tensor
+from shardproof._state_dict_utils.tensors import CPU, bits, geometry, is_ordinary
+from shardproof._state_dict_utils.transport import Need, Offer, Transport
+from shardproof._state_dict_utils.wire import Domain, broadcast, group_domain
 
 _LENGTH = struct.Struct("<q")
 
@@ -43,23 +31,6 @@ class _TensorInfo(NamedTuple):
 
     size: torch.Size
     dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class _Offer:
-    """What the source has for one key.
-
-    Attributes:
-        kind: ``tensor``, ``scalar`` (0-dim, its bytes travel in the offer) or ``value``.
-        root: for a tensor, the first key with the same memory.
-
-    """
-
-    kind: str
-    size: tuple[int, ...] = ()
-    dtype: torch.dtype | None = None
-    value: Any = None
-    root: Any = None
 
 
 @dataclass
@@ -72,12 +43,25 @@ class _Plan:
     scalars: list[tuple[Target, torch.Tensor]] = field(default_factory=list)
     winners: dict[Any, Target] = field(default_factory=dict)
 
-    def needs(self) -> dict[Any, list[Block]]:
-        """Root key -> the distinct blocks of it that this rank needs."""
-        return {
-            root: list(dict.fromkeys(t.block for t in targets if t.block is not None))
-            for root, targets in self.targets.items()
-        }
+    def needs(self, domain: Domain) -> dict[Any, tuple[Need, ...]]:
+        """Root key -> what this rank needs of it, told alike on all ranks where it is alike."""
+        every = set(domain.members)
+        # A replicated target on a mesh of all these ranks needs what a plain one needs.
+        seen: dict[Place, Place] = {WHOLE: WHOLE}
+        found: dict[Any, tuple[Need, ...]] = {}
+        for root, targets in self.targets.items():
+            needs = []
+            for target in targets:
+                place = seen.get(target.place)
+                if place is None:
+                    place = target.place
+                    whole = not place.cuts and every <= set(place.members)
+                    place = seen[place] = WHOLE if whole else place
+                needs.append((place, target.receives_directly(domain.device)))
+            found[root] = tuple(dict.fromkeys(needs)) if len(needs) > 1 else tuple(needs)
+            if len(targets) > 1:
+                found[root] = tuple(dict.fromkeys((place, False) for place, _ in needs))
+        return found
 
 
 @torch.no_grad()
@@ -114,8 +98,10 @@ def _broadcast_state_dict(
             that cannot be pickled, or a target is a ShardedTensor.
         ValueError: shapes or dtypes of full tensor and target do not fit.
 
-    All ranks of the group have to call it. Collectives: two broadcasts for the offer, one or two
-    all-gathers to agree, and one broadcast or scatter per bucket.
+    All ranks of the group have to call it. Collectives: two broadcasts for the offer, one
+    all-gather to agree (three where the ranks need different parts, or one refuses), and one
+    broadcast or scatter per bucket, or per tensor of an eighth of a bucket or more that can be
+    sent from where it lies to where it belongs.
 
     """
     _run(
@@ -182,32 +168,37 @@ def _run(
             failure = Failure.of(error)
     else:
         raise refused.error()
-    needs = plan.needs()
-    told, _ = exchange(domain, needs, failure, list(needs.items()))
+    needs = plan.needs(domain)
+    told, _ = exchange(domain, needs, failure, _digest(offers, needs))
     if told is not None and (found := first_failure(domain, told)):
         raise found.error()
-    everyone = [needs for _ in domain.members] if told is None else [n for _, n in told]
+    everyone = None if told is None else [wanted for _, wanted in told]
 
     opened = {id(target): target.open() for target in plan.winners.values()}
     results = {key: opened[id(target)] for key, target in plan.winners.items()}
     for target, value in plan.scalars:
         target.take(value)
-    if source:
-        for root, targets in plan.targets.items():
-            for target in targets:
-                target.take(full[root].detach())
-    _transport(domain, group, offers, everyone, full if source else None, plan)
+    Transport(domain, group, full if source else None, plan.targets).run(offers, needs, everyone)
     local.update(plan.values)
     local.update(results)
     for key in plan.removed:
         del local[key]
 
 
+def _digest(offers: dict[Any, Offer], needs: dict[Any, tuple[Need, ...]]) -> bytes:
+    """The needs in words, the same on ranks that need the same places."""
+    numbers: dict[Need, int] = {}
+    columns = [
+        [numbers.setdefault(need, len(numbers)) for need in needs.get(key, ())] for key in offers
+    ]
+    return repr((list(numbers), columns)).encode()
+
+
 def _offers(
     full: dict[str, Any], keys: list[str] | None
-) -> tuple[dict[Any, _Offer], Failure | None]:
+) -> tuple[dict[Any, Offer], Failure | None]:
     """What the source has, in the order of its state dict."""
-    offers: dict[Any, _Offer] = {}
+    offers: dict[Any, Offer] = {}
     roots: dict[Hashable, Any] = {}
     try:
         for key in full if keys is None else keys:
@@ -217,16 +208,17 @@ def _offers(
             if not isinstance(value, torch.Tensor):
                 if keys is not None:
                     raise TypeError(f"{key!r}: expected a full tensor, got {type(value)}")
-                offers[key] = _Offer("value", value=value)
+                offers[key] = Offer("value", value=value)
                 continue
             plain = plain_full_tensor(key, value)
             size = tuple(plain.size())
             if not size and keys is None:
-                raw = bytes(as_bytes(bits(plain).cpu()).tolist())
-                offers[key] = _Offer("scalar", size, plain.dtype, raw)
+                raw = bits(plain).cpu().reshape(1).view(torch.uint8).numpy().tobytes()
+                offers[key] = Offer("scalar", size, plain.dtype, raw)
                 continue
             root = roots.setdefault(geometry(plain) if plain.numel() else id(plain), key)
-            offers[key] = _Offer("tensor", size, plain.dtype, root=root)
+            flat = plain.is_contiguous() and not plain.is_neg() and is_ordinary(plain)
+            offers[key] = Offer("tensor", size, plain.dtype, None, root, flat)
     except Exception as error:
         return {}, Failure.of(error)
     return offers, None
@@ -235,20 +227,21 @@ def _offers(
 def _tell(
     domain: Domain,
     group: dist.ProcessGroup,
-    offers: dict[Any, _Offer],
+    offers: dict[Any, Offer],
     failure: Failure | None,
-) -> tuple[dict[Any, _Offer], Failure | None]:
+) -> tuple[dict[Any, Offer], Failure | None]:
     """Send the source's offers, or its error, to all."""
     if failure is not None:
         failure = Failure(failure.kind, f"{domain.name(0)}: {failure.message}", True)
     body = b""
     if domain.index() == 0:
         try:
-            body = pickle.dumps((offers, failure))
+            # By columns: a key costs a sixth of what it costs as a pickled record.
+            body = pickle.dumps((list(offers), list(zip(*offers.values(), strict=True)), failure))
         except Exception as error:
             culprit = _unpicklable(offers)
             text = f"{domain.name(0)}: {culprit!r}: expected a value that can be pickled: {error}"
-            body = pickle.dumps(({}, Failure("TypeError", text, True)))
+            body = pickle.dumps(([], [], Failure("TypeError", text, True)))
     head = _as_tensor(_LENGTH.pack(len(body)), domain.device)
     broadcast(group, head)
     length = int(_LENGTH.unpack(bytes(head.tolist()))[0])
@@ -256,11 +249,12 @@ def _tell(
     broadcast(group, data)
     received = data.cpu().numpy().tobytes()
     # The peers of a process group run the same program: they are trusted as torch trusts them.
-    told: tuple[dict[Any, _Offer], Failure | None] = pickle.loads(received)  # noqa: S301
-    return told
+    keys, columns, refused = pickle.loads(received)  # noqa: S301
+    records = map(Offer._make, zip(*columns, strict=True))
+    return dict(zip(keys, records, strict=True)), refused
 
 
-def _unpicklable(offers: dict[Any, _Offer]) -> Any:
+def _unpicklable(offers: dict[Any, Offer]) -> Any:
     """The first key whose offer cannot be sent."""
     for key, offer in offers.items():
         try:
@@ -275,7 +269,7 @@ def _as_tensor(data: bytes, device: torch.device) -> torch.Tensor:
 
 
 def _check_infos(
-    full: dict[str, Any], keys: list[str], offers: dict[Any, _Offer], source: bool
+    full: dict[str, Any], keys: list[str], offers: dict[Any, Offer], source: bool
 ) -> None:
     if set(keys) != set(offers):
         raise ValueError(f"keys {sorted(keys)}, expected the first rank's {sorted(offers)}")
@@ -289,7 +283,7 @@ def _check_infos(
 
 
 def _plan(
-    offers: dict[Any, _Offer],
+    offers: dict[Any, Offer],
     local: dict[str, Any],
     device: torch.device,
     strict: bool,
@@ -297,6 +291,7 @@ def _plan(
     whole: bool,
 ) -> _Plan:
     plan = _Plan()
+    places = Places()
     last: dict[Hashable, Any] = {}
     found: dict[Any, Target] = {}
     for key, offer in offers.items():
@@ -311,14 +306,12 @@ def _plan(
         if offer.kind == "scalar" and not isinstance(value, DTensor):
             meta = isinstance(value, torch.Tensor) and value.is_meta
             here = device if meta else CPU
-        target = Target(
-            key, value, offer.size, offer.dtype, here, in_place=True, cpu_offload=cpu_offload
-        )
+        target = Target(key, value, offer.size, offer.dtype, here, True, places, cpu_offload)
         found[key] = target
         # Tied targets share memory, so only the last one's values could remain: only they travel.
-        last[target.tie()] = key
+        last[target.tie] = key
     for key, target in found.items():
-        winner = found[last[target.tie()]]
+        winner = found[last[target.tie]]
         plan.winners[key] = winner
         if winner is not target:
             continue
@@ -332,74 +325,3 @@ def _plan(
     if strict and not whole:
         plan.removed = [key for key in local if key not in offers]
     return plan
-
-
-def _transport(
-    domain: Domain,
-    group: dist.ProcessGroup,
-    offers: dict[Any, _Offer],
-    everyone: Sequence[dict[Any, list[Block]]],
-    full: dict[str, Any] | None,
-    plan: _Plan,
-) -> None:
-    """Move the bytes. The source has taken its own part already."""
-    others = everyone[1:]
-    together: list[Parcel] = []
-    apart: list[Parcel] = []
-    roots: dict[str, Any] = {}
-    for number, (key, offer) in enumerate(offers.items()):
-        blocks = [needs.get(key, []) for needs in others]
-        if offer.kind != "tensor" or not any(blocks):
-            continue
-        assert offer.dtype is not None
-        name = f"{number:012d}"
-        roots[name] = key
-        if all(wanted == [full_block(offer.size)] for wanted in blocks):
-            together.append(Parcel(name, offer.dtype, blocks[:1]))
-        else:
-            apart.append(Parcel(name, offer.dtype, [[], *blocks]))
-    me = domain.index()
-    for parcels, scattered in ((stream_order(together), False), (stream_order(apart), True)):
-        tensors = [full[roots[p.name]].detach() if full is not None else None for p in parcels]
-        targets = [plan.targets.get(roots[p.name], []) for p in parcels]
-        participants = len(domain.members) if scattered else 1
-        for width, pieces in Stream(parcels, participants).buckets():
-            rows = None
-            if full is not None or not scattered:
-                rows = torch.empty((participants, width), dtype=torch.uint8, device=domain.device)
-            if full is not None and rows is not None:
-                for taker, row in enumerate(rows):
-                    _fill(row, taker, pieces[taker], parcels, tensors)
-            if scattered:
-                mine = torch.empty(width, dtype=torch.uint8, device=domain.device)
-                scatter(group, mine, rows)
-            else:
-                assert rows is not None
-                mine = rows[0]
-                broadcast(group, mine)
-            if full is None:
-                at = me if scattered else 0
-                for piece in pieces[at]:
-                    block = parcels[piece.parcel].blocks[at][piece.block]
-                    data = mine[piece.at : piece.end]
-                    for target in targets[piece.parcel]:
-                        if target.block == block:
-                            target.write(piece.start, piece.stop, data)
-
-
-def _fill(
-    row: torch.Tensor,
-    taker: int,
-    pieces: Sequence[Piece],
-    parcels: Sequence[Parcel],
-    tensors: Sequence[torch.Tensor | None],
-) -> None:
-    """Write what one participant gets into its row of a bucket."""
-
-    def part(piece: Piece) -> list[torch.Tensor]:
-        tensor = tensors[piece.parcel]
-        assert tensor is not None
-        block = parcels[piece.parcel].blocks[taker][piece.block]
-        return block_bytes(tensor, block, piece.start, piece.stop)
-
-    pack(pieces, part, row)

@@ -8,8 +8,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
 
 Path = tuple[Any, ...]
+
+LEAF_TYPES = frozenset(
+    {torch.Tensor, nn.Parameter, DTensor, ShardedTensor, int, float, bool, str, bytes, type(None)}
+)
+"""The types of nearly all leaves: what is of one of them needs no further questions."""
 
 
 def is_container(value: Any) -> bool:
@@ -19,9 +27,11 @@ def is_container(value: Any) -> bool:
 
 def is_branch(value: Any) -> bool:
     """Whether ``value`` has elements of its own: Mapping, list or tuple, torch.Size included."""
+    # Asking an abstract class is slow, and nearly every leaf is of one of these types.
+    if type(value) in LEAF_TYPES:
+        return False
     if isinstance(value, (dict, list, tuple)):
         return True
-    # Asking an abstract class is slow, and nearly every leaf is one of these.
     return not isinstance(value, (torch.Tensor, int, float, str)) and isinstance(value, Mapping)
 
 
@@ -32,6 +42,8 @@ def path_name(path: Iterable[Any]) -> str:
 
 def leaf_name(path: Path) -> str:
     """A name for a leaf that no other leaf of the state dict has: ``key['inner'][0]``."""
+    if len(path) == 1 and type(path[0]) is str:
+        return path[0]
     first, *rest = path or ("<root>",)
     head = first if isinstance(first, str) else f"[{first!r}]"
     return head + "".join(f"[{item!r}]" for item in rest)

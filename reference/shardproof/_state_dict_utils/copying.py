@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from shardproof._state_dict_utils.containers import Path, is_container
-from shardproof._state_dict_utils.tensors import difference, dressed_tie_key
+from shardproof._state_dict_utils.containers import Path, is_container, path_name
+from shardproof._state_dict_utils.tensors import difference, dressed_tie_key, kind_of
 from shardproof._state_dict_utils.traverse import (
     CompanionMismatch,
-    _identity_func,
-    _iterate_state_dict,
+    Pair,
     check_leaf_type,
     copy_leaf_value,
+    copy_pairs,
     cpu_snapshot,
+    fitting,
     map_leaves,
     on_this_rank,
 )
@@ -99,15 +100,23 @@ def _copy_state_dict(
     """
     if copy_state_dict is None:
         raise CompanionMismatch("<root>: expected a mapping, the companion has NoneType")
-    result: dict[str, Any] = _iterate_state_dict(
-        state_dict,
-        _identity_func,
-        _identity_func,
-        _identity_func,
-        companion_obj=copy_state_dict,
-        type_check=type_check,
-        non_blocking=non_blocking,
-    )
+    pending: dict[int, Pair] = {}
+
+    def pair(path: Path, value: Any, other: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            if type_check:
+                check_leaf_type(path, value)
+            if isinstance(other, torch.Tensor) or is_container(other):
+                raise CompanionMismatch(
+                    f"{path_name(path)}: expected a {kind_of(value)}, the companion has "
+                    f"{kind_of(other)}"
+                )
+            return copy_leaf_value(value)
+        pending[id(other)] = fitting(path, value, other)
+        return other
+
+    result: dict[str, Any] = map_leaves(state_dict, pair, copy_state_dict)
+    copy_pairs(pending.values(), non_blocking)
     return result
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from shardproof._state_dict_utils.targets import Target, plain_full_tensor
+from shardproof._state_dict_utils.targets import Places, Target, plain_full_tensor
 from shardproof._state_dict_utils.tensors import CPU
 
 
@@ -46,6 +46,7 @@ def _distribute_state_dict(
     """
     device = torch.device(device)
     values: dict[str, Any] = {}
+    places = Places()
     found: dict[str, tuple[Target, torch.Tensor]] = {}
     last: dict[Hashable, str] = {}
     for key, value in full_state_dict.items():
@@ -60,19 +61,17 @@ def _distribute_state_dict(
             continue
         meta = isinstance(held, torch.Tensor) and held.is_meta
         scalar = not full.dim() and not meta and not isinstance(held, DTensor)
-        target = Target(
-            key, held, tuple(full.size()), full.dtype, CPU if scalar else device, in_place=False
-        )
+        where = CPU if scalar else device
+        target = Target(key, held, full.size(), full.dtype, where, in_place=False, places=places)
         found[key] = target, full
-        last[target.tie()] = key
+        last[target.tie] = key
     opened: dict[str, Any] = {}
     for key in last.values():
         target, full = found[key]
-        opened[key] = target.open()
-        target.take(full)
+        opened[key] = target.filled(full)
     local_state_dict.update(values)
     for key, (target, _) in found.items():
-        local_state_dict[key] = opened[last[target.tie()]]
+        local_state_dict[key] = opened[last[target.tie]]
 
 
 @torch.no_grad()
@@ -100,6 +99,7 @@ def _distribute_tensors(
 
     """
     device = torch.device(device)
+    places = Places()
     found: dict[str, tuple[Target, torch.Tensor]] = {}
     last: dict[Hashable, str] = {}
     for key in keys:
@@ -108,13 +108,12 @@ def _distribute_tensors(
             continue
         held, value = pair
         full = plain_full_tensor(key, value)
-        target = Target(key, held, tuple(full.size()), full.dtype, device, in_place=True)
+        target = Target(key, held, full.size(), full.dtype, device, in_place=True, places=places)
         found[key] = target, full
-        last[target.tie()] = key
+        last[target.tie] = key
     opened: dict[str, Any] = {}
     for key in last.values():
         target, full = found[key]
-        opened[key] = target.open()
-        target.take(full)
+        opened[key] = target.filled(full)
     for key, (target, _) in found.items():
-        local_state_dict[key] = opened[last[target.tie()]]
+        local_state_dict[key] = opened[last[target.tie]]

@@ -10,79 +10,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from types import MappingProxyType
-from typing import Any, SupportsIndex, cast
+from typing import Any, cast
 
 from shardproof._state_dict_utils.containers import (
-    empty_like_mapping,
+    LEAF_TYPES,
     is_branch,
     path_name,
-    sequence_of,
 )
-
-PATH_ITEM = str | int
-OBJ_PATH = tuple[PATH_ITEM, ...]
-FLATTEN_MAPPING = dict[str, OBJ_PATH]
-STATE_DICT_TYPE = dict[str, Any]
-CONTAINER_TYPE = MutableMapping[PATH_ITEM, Any]
-
-
-class Container:
-    """What a container of the original was: its type, its attributes, how many items it had."""
-
-    __slots__ = ("example", "kind", "length")
-
-    def __init__(self, original: Any) -> None:
-        self.kind = type(original)
-        self.length = len(original)
-        mapping = isinstance(original, Mapping)
-        # A mapping is remembered as an empty one of its type, attributes and all.
-        self.example = empty_like_mapping(original) if mapping else None
-
-    def build(self, children: dict[Any, Any]) -> Any:
-        """A container of this type around ``children``, keyed as the original was."""
-        if self.example is not None:
-            fresh = empty_like_mapping(self.example)
-            fresh.update(children)
-            return MappingProxyType(fresh) if self.kind is MappingProxyType else fresh
-        # A tuple has a fixed length, a list ends with its last element, as upstream's does.
-        length = max(children, default=-1) + 1
-        if issubclass(self.kind, tuple):
-            length = max(length, self.length)
-        items = [children.get(index) for index in range(length)]
-        return sequence_of(self.kind, items)
-
-
-class TypedPath(tuple[PATH_ITEM, ...]):
-    """A path that equals the plain tuple of its items and knows what it leads through.
-
-    Attributes:
-        keys: the original key or index at each step.
-        through: the container that holds each step.
-
-    """
-
-    keys: tuple[Any, ...]
-    through: tuple[Container, ...]
-
-    @classmethod
-    def of(
-        cls, items: OBJ_PATH, keys: tuple[Any, ...], through: tuple[Container, ...]
-    ) -> TypedPath:
-        """A path from its items, keys and containers."""
-        path = cls(items)
-        path.keys = keys
-        path.through = through
-        return path
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        return TypedPath.of, (tuple(self), self.keys, self.through)
-
-
-class TypedMapping(dict[str, OBJ_PATH]):
-    """A mapping from flat keys to paths that also remembers the root, for when it is empty."""
-
-    root: Container | None = None
+from shardproof._state_dict_utils.paths import (
+    FLATTEN_MAPPING,
+    OBJ_PATH,
+    PATH_ITEM,
+    SAME,
+    STATE_DICT_TYPE,
+    Branch,
+    Container,
+    TypedMapping,
+    TypedPath,
+    container_of,
+)
 
 
 class _Node:
@@ -120,8 +66,8 @@ def _traverse_state_dict(
     No collective runs.
 
     """
-    for items, _, _, value in _leaves(state_dict):
-        visitor(items, value)
+    for branch, _, item, value in _leaves(state_dict):
+        visitor((*branch.items, item), value)
 
 
 def _flatten_state_dict(
@@ -145,17 +91,22 @@ def _flatten_state_dict(
     No collective runs.
 
     """
-    found = list(_leaves(state_dict))
-    names = [".".join(map(str, items)) for items, _, _, _ in found]
+    names: list[str] = []
+    paths: list[TypedPath] = []
+    values: list[Any] = []
+    for branch, key, item, value in _leaves(state_dict):
+        path = TypedPath((*branch.items, item))
+        path.branch = branch
+        if key is not item:
+            path.key = key
+        names.append(f"{branch.prefix}{item}")
+        paths.append(path)
+        values.append(value if type(value) in LEAF_TYPES else _own_empty(value))
     if len(set(names)) != len(names):
-        names = _told_apart(names, [(keys, through) for _, keys, through, _ in found])
-    flattened: STATE_DICT_TYPE = {}
-    mapping = TypedMapping()
-    mapping.root = Container(state_dict)
-    for name, (items, keys, through, value) in zip(names, found, strict=True):
-        flattened[name] = _own_empty(value)
-        mapping[name] = TypedPath.of(items, keys, through)
-    return flattened, mapping
+        names = _told_apart(names, [(path.keys, path.through) for path in paths])
+    mapping = TypedMapping(zip(names, paths, strict=True))
+    mapping.root = container_of(state_dict)
+    return dict(zip(names, values, strict=True)), mapping
 
 
 def _unflatten_state_dict(state_dict: STATE_DICT_TYPE, mapping: FLATTEN_MAPPING) -> STATE_DICT_TYPE:
@@ -180,9 +131,26 @@ def _unflatten_state_dict(state_dict: STATE_DICT_TYPE, mapping: FLATTEN_MAPPING)
         if name not in mapping:
             raise KeyError(f"the mapping has no path for the flat key {name!r}")
     root = _Node(getattr(mapping, "root", None), is_list=False)
+    nodes: dict[Branch, _Node] = {}
     for name, path in mapping.items():
-        if name in state_dict:
-            _place(root, path, _own_empty(state_dict[name]))
+        if name not in state_dict:
+            continue
+        value = state_dict[name]
+        if type(value) not in LEAF_TYPES:
+            value = _own_empty(value)
+        if isinstance(path, TypedPath):
+            branch, key = path.branch, path.key
+            node = nodes.get(branch)
+            if node is None:
+                node = nodes[branch] = _descend(root, path, branch.keys, branch.through)
+            if key is SAME:
+                key = path[-1]
+        else:
+            node, key = _descend(root, path, path[:-1], (None,) * len(path)), path[-1]
+        children = node.children
+        if type(children.get(key)) is _Node:
+            raise ValueError(f"{path_name(path)!r} is both a leaf and a container")
+        children[key] = value
     return cast(STATE_DICT_TYPE, _build(root))
 
 
@@ -248,44 +216,41 @@ def _existing(holder: Any, item: PATH_ITEM) -> Any:
     return child
 
 
-def _entries(value: Any) -> Iterator[tuple[PATH_ITEM, Any, Any]]:
-    """(item of the path, original key, value) for each element of a container."""
-    if isinstance(value, Mapping):
-        return ((str(key), key, item) for key, item in value.items())
-    return ((index, index, item) for index, item in enumerate(value))
-
-
-def _leaves(
-    root: Any,
-) -> Iterator[tuple[OBJ_PATH, tuple[Any, ...], tuple[Container, ...], Any]]:
-    """(items, keys, containers, leaf) of each leaf, depth first."""
+def _leaves(root: Any) -> Iterator[tuple[Branch, Any, PATH_ITEM, Any]]:
+    """(branch, key, item of the path, leaf) of each leaf, depth first."""
     above = {id(root)}
-    stack: list[tuple[Any, OBJ_PATH, tuple[Any, ...], tuple[Container, ...], Any]] = [
-        (_entries(root), (), (), (Container(root),), root)
-    ]
-    while stack:
-        entries, items, keys, through, holder = stack[-1]
-        step = next(entries, None)
-        if step is None:
-            stack.pop()
+    branch = Branch(None, (), None, container_of(root), "")
+    stack: list[tuple[Iterator[tuple[Any, Any]], bool, Branch, Any]] = []
+    steps, named, holder = _steps(root), isinstance(root, Mapping), root
+    while True:
+        # Runs of leaves are left in this loop: it is all that a wide dict costs.
+        for key, value in steps:
+            item = key if type(key) is str or not named else str(key)
+            if type(value) in LEAF_TYPES:
+                yield branch, key, item, value
+                continue
+            if not is_branch(value) or len(value) == 0:
+                yield branch, key, item, value
+                continue
+            if id(value) in above:
+                where = path_name((*branch.items, item))
+                raise ValueError(f"the container at {where!r} holds itself")
+            above.add(id(value))
+            stack.append((steps, named, branch, holder))
+            below = (*branch.items, item)
+            branch = Branch(branch, below, key, container_of(value), f"{branch.prefix}{item}.")
+            steps, named, holder = _steps(value), isinstance(value, Mapping), value
+            break
+        else:
             above.discard(id(holder))
-            continue
-        item, key, value = step
-        if not is_branch(value) or len(value) == 0:
-            yield (*items, item), (*keys, key), through, value
-            continue
-        if id(value) in above:
-            raise ValueError(f"the container at {path_name((*items, item))!r} holds itself")
-        above.add(id(value))
-        stack.append(
-            (
-                _entries(value),
-                (*items, item),
-                (*keys, key),
-                (*through, Container(value)),
-                value,
-            )
-        )
+            if not stack:
+                return
+            steps, named, branch, holder = stack.pop()
+
+
+def _steps(value: Any) -> Iterator[tuple[Any, Any]]:
+    """(key or index, value) for each element of a container."""
+    return iter(value.items()) if isinstance(value, Mapping) else enumerate(value)
 
 
 def _own_empty(value: Any) -> Any:
@@ -322,18 +287,14 @@ def _told_apart(
         return names
 
 
-def _place(root: _Node, path: OBJ_PATH, value: Any) -> None:
-    keys = path.keys if isinstance(path, TypedPath) else tuple(path)
-    through = path.through if isinstance(path, TypedPath) else (None,) * len(keys)
+def _descend(
+    root: _Node, path: OBJ_PATH, keys: tuple[Any, ...], through: tuple[Container | None, ...]
+) -> _Node:
+    """The node of the container that holds the last step of ``path``, made where missing."""
     node = root
     for step, key in enumerate(keys):
         if node.container is None:
             node.container = through[step]
-        if step == len(keys) - 1:
-            if isinstance(node.children.get(key), _Node):
-                raise ValueError(f"{path_name(path)!r} is both a leaf and a container")
-            node.children[key] = value
-            return
         child = node.children.get(key)
         if child is None:
             child = _Node(None, is_list=not isinstance(path[step + 1], str))
@@ -341,6 +302,9 @@ def _place(root: _Node, path: OBJ_PATH, value: Any) -> None:
         elif not isinstance(child, _Node):
             raise ValueError(f"{path_name(path)!r} leads through the leaf {key!r}")
         node = child
+    if node.container is None:
+        node.container = through[-1]
+    return node
 
 
 def _build(root: _Node) -> Any:

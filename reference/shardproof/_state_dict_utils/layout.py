@@ -16,6 +16,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
@@ -26,6 +28,9 @@ from torch.distributed.tensor.placement_types import (
     Shard,
     _StridedShard,
 )
+
+# A mesh builds its tensor of ranks anew each time it is asked. Weak: a mesh holds process groups.
+_RANKS: WeakKeyDictionary[DeviceMesh, tuple[int, ...]] = WeakKeyDictionary()
 
 Run = tuple[int, int]
 Runs = tuple[Run, ...]
@@ -94,9 +99,13 @@ def cuts_of(spec: DTensorSpec) -> tuple[Cut, ...]:
         ValueError: a placement of unknown kind.
 
     """
-    ndim = len(spec.shape)
+    return _cuts(len(spec.shape), tuple(spec.placements), getattr(spec, "shard_order", None))
+
+
+@lru_cache(maxsize=4096)
+def _cuts(ndim: int, placements: tuple[Placement, ...], order: Any) -> tuple[Cut, ...]:
     found: list[Cut] = []
-    for mesh_dim, placement in enumerate(spec.placements):
+    for mesh_dim, placement in enumerate(placements):
         if isinstance(placement, _StridedShard):
             splits = int(placement.split_factor)
             found.append(Cut(placement.dim % max(ndim, 1), mesh_dim, splits))
@@ -104,7 +113,6 @@ def cuts_of(spec: DTensorSpec) -> tuple[Cut, ...]:
             found.append(Cut(placement.dim % max(ndim, 1), mesh_dim, 1))
         elif not isinstance(placement, (Replicate, Partial)):
             raise ValueError(f"placement {placement} of unknown kind {type(placement).__name__}")
-    order = getattr(spec, "shard_order", None)
     strided = any(cut.splits != 1 for cut in found)
     if order is None or strided:
         return tuple(found)
@@ -160,7 +168,10 @@ def local_shape(spec: DTensorSpec) -> tuple[int, ...]:
 
 def mesh_ranks(mesh: DeviceMesh) -> tuple[int, ...]:
     """The global ranks of ``mesh``, row-major."""
-    return tuple(int(rank) for rank in mesh.mesh.flatten().tolist())
+    ranks = _RANKS.get(mesh)
+    if ranks is None:
+        ranks = _RANKS[mesh] = tuple(int(rank) for rank in mesh.mesh.flatten().tolist())
+    return ranks
 
 
 def partial_dims(placements: Sequence[Placement]) -> dict[int, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +12,11 @@ import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
+from shardproof._state_dict_utils import stream
 from shardproof._state_dict_utils.agreement import Entries, Entry, Failure
 from shardproof._state_dict_utils.containers import Path, leaf_name
 from shardproof._state_dict_utils.layout import (
     Block,
-    Cut,
     block_at,
     box_block,
     cuts_of,
@@ -24,44 +25,74 @@ from shardproof._state_dict_utils.layout import (
     partial_dims,
 )
 from shardproof._state_dict_utils.reduction import check_reductions
-from shardproof._state_dict_utils.tensors import dtype_of, local_of, settled, shape_of, tie_key
+from shardproof._state_dict_utils.tensors import (
+    dtype_of,
+    is_row_major,
+    local_of,
+    settled,
+    shape_of,
+    tie_key,
+)
 from shardproof._state_dict_utils.traverse import check_leaf_type, map_leaves
 from shardproof._state_dict_utils.wire import Domain, group_domain, mesh_domain
 
 
-@dataclass
+@dataclass(slots=True)
+class Layout:
+    """How tensors are spread over ranks. Leaves of one call that are spread alike share it.
+
+    Attributes:
+        domain: the ranks that share the tensors; None where this rank is none of them.
+        members: the global ranks that have to know of them.
+        shape: the global shape.
+        dtype: of the elements.
+        stride: the global strides where they are not row-major.
+        meta: whether the tensors have no data.
+        summary: all of it in words.
+        dims: the domain's dimensions over which the data differs.
+        reductions: dimension -> pending reduction.
+        blocks: coordinate of the domain -> what the member there holds.
+        here: what this rank holds.
+        large: whether such a tensor is worth collectives of its own.
+
+    """
+
+    domain: Domain | None
+    members: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stride: tuple[int, ...] | None
+    meta: bool
+    summary: str
+    dims: tuple[int, ...] = ()
+    reductions: dict[int, str] = field(default_factory=dict)
+    blocks: Callable[[tuple[int, ...]], list[Block]] = field(default=lambda _: [])
+    here: list[Block] = field(default_factory=list)
+    large: bool = False
+
+    @property
+    def stream(self) -> Hashable:
+        """Equal for leaves that travel together, and sorted the same way on every rank."""
+        assert self.domain is not None
+        return self.domain.key, self.dims, tuple(sorted(self.reductions.items()))
+
+
+@dataclass(slots=True)
 class Leaf:
     """One distributed tensor as this rank sees it.
 
     Attributes:
         path: where it is first met.
         tensor: the DTensor or ShardedTensor.
-        domain: the ranks that share it; None where this rank is none of them.
-        dims: the domain's dimensions over which its data differs.
-        reductions: dimension -> pending reduction.
-        cuts: how a DTensor is sharded.
+        layout: how it is spread.
         local: this rank's parts, detached, in the order of its blocks.
 
     """
 
     path: str
     tensor: torch.Tensor
-    domain: Domain | None
-    dims: tuple[int, ...] = ()
-    reductions: dict[int, str] = field(default_factory=dict)
-    cuts: tuple[Cut, ...] = ()
-    local: list[torch.Tensor] = field(default_factory=list)
-
-    def blocks_at(self, coordinate: Sequence[int]) -> list[Block]:
-        """What the member at a coordinate of the domain holds."""
-        if isinstance(self.tensor, DTensor):
-            assert self.domain is not None
-            shape = tuple(self.tensor._spec.shape)
-            return [block_at(shape, self.domain.shape, self.cuts, tuple(coordinate))]
-        assert isinstance(self.tensor, ShardedTensor)
-        assert self.domain is not None
-        rank = self.domain.members[coordinate[0]]
-        return [block for owner, block in _shards(self.tensor) if owner == rank]
+    layout: Layout
+    local: list[torch.Tensor]
 
 
 class Found:
@@ -79,6 +110,9 @@ class Found:
         self.domains: list[Domain] = []
         self.failure: Failure | None = None
         self._entries: Entries | None = None
+
+    def __iter__(self) -> Iterator[Leaf]:
+        return iter(self.leaves.values())
 
     def fail(self, error: Exception) -> None:
         """Remember the first error: it is raised only after all ranks were told."""
@@ -99,12 +133,7 @@ class Found:
             tie: str | None = None
             if any(part.numel() for part in leaf.local):
                 tie = first.setdefault(tie_key(leaf.tensor), path)
-            members: tuple[int, ...] = ()
-            if leaf.domain is not None:
-                members = leaf.domain.members
-            elif isinstance(leaf.tensor, DTensor):
-                members = mesh_ranks(leaf.tensor.device_mesh)
-            found[path] = Entry(members, summary(leaf.tensor), tie)
+            found[path] = Entry(leaf.layout.members, leaf.layout.summary, tie)
         return found
 
 
@@ -116,7 +145,8 @@ def find(
 ) -> Found:
     """Find the distributed leaves of a state dict. Raises nothing, communicates nothing."""
     found = Found()
-    domains: dict[Any, Domain] = {}
+    domains = _Domains(pg, device)
+    layouts: dict[Hashable, Layout] = {}
 
     def add(path: Path, value: Any, _: Any) -> None:
         if type_check:
@@ -126,21 +156,26 @@ def find(
                 found.fail(error)
         if not isinstance(value, (DTensor, ShardedTensor)):
             return
-        leaf = Leaf(leaf_name(path), value, None)
-        found.leaves[leaf.path] = leaf
+        name = leaf_name(path)
         try:
-            key, domain = _domain_of(value, pg, device, domains)
-            leaf.domain = None if domain is None else domains.setdefault(key, domain)
-            _examine(leaf)
+            key: Hashable = id(value)
+            if isinstance(value, DTensor):
+                spec = value._spec
+                order = getattr(spec, "shard_order", None)
+                key = (spec.mesh, spec.placements, spec.shape, spec.stride, order)
+                key = (key, value.dtype, value._local_tensor.is_meta)
+            layout = layouts.get(key)
+            if layout is None:
+                layout = layouts[key] = _layout_of(value, domains)
+            leaf = found.leaves[name] = Leaf(name, value, layout, [])
+            if layout.domain is not None:
+                leaf.local = _parts(value, layout)
+                _check_parts(leaf)
         except (ValueError, RuntimeError) as error:
-            found.fail(type(error)(f"{leaf.path!r}: {error}"))
+            found.fail(type(error)(f"{name!r}: {error}"))
 
     map_leaves(state_dict, add, refuse=found.fail)
-    unique = {domain.key: domain for domain in domains.values()}
-    found.domains = [unique[key] for key in sorted(unique)]
-    for leaf in found.leaves.values():
-        if leaf.domain is not None:
-            leaf.domain = unique[leaf.domain.key]
+    found.domains = domains.in_order()
     return found
 
 
@@ -173,25 +208,26 @@ def is_meta(tensor: torch.Tensor) -> bool:
     return not isinstance(tensor, ShardedTensor) and tensor.is_meta
 
 
-def _domain_of(
-    tensor: DTensor | ShardedTensor,
-    pg: dist.ProcessGroup | None,
-    device: torch.device | None,
-    known: dict[Any, Domain],
-) -> tuple[Any, Domain | None]:
-    if isinstance(tensor, DTensor):
-        mesh = tensor.device_mesh
-        key: Any = ("mesh", mesh)
-        if key in known:
-            return key, known[key]
-        return key, None if my_coordinate(mesh) is None else mesh_domain(mesh)
-    group = pg if pg is not None else tensor._process_group
-    key = ("group", group)
-    if key in known:
-        return key, known[key]
-    if dist.get_rank(group) < 0:
-        return key, None
-    return key, group_domain(group, device)
+class _Domains:
+    """The domains of a call, one object for each set of ranks."""
+
+    def __init__(self, pg: dist.ProcessGroup | None, device: torch.device | None) -> None:
+        self._pg, self._device = pg, device
+        self._by_key: dict[Any, Domain] = {}
+
+    def of(self, tensor: DTensor | ShardedTensor) -> Domain | None:
+        """The ranks that share a tensor; None where this rank is none of them."""
+        if isinstance(tensor, DTensor):
+            mesh = tensor.device_mesh
+            domain = None if my_coordinate(mesh) is None else mesh_domain(mesh)
+        else:
+            group = self._pg if self._pg is not None else tensor._process_group
+            domain = None if dist.get_rank(group) < 0 else group_domain(group, self._device)
+        return None if domain is None else self._by_key.setdefault(domain.key, domain)
+
+    def in_order(self) -> list[Domain]:
+        """Those met, in the order in which all ranks visit them."""
+        return [self._by_key[key] for key in sorted(self._by_key)]
 
 
 def _shards(tensor: ShardedTensor) -> list[tuple[int, Block]]:
@@ -205,43 +241,68 @@ def _shards(tensor: ShardedTensor) -> list[tuple[int, Block]]:
     return found
 
 
-def _examine(leaf: Leaf) -> None:
-    """Check the leaf on this rank and fill in what the transport needs."""
-    domain, tensor = leaf.domain, leaf.tensor
+def _layout_of(tensor: DTensor | ShardedTensor, domains: _Domains) -> Layout:
+    domain = domains.of(tensor)
+    members: tuple[int, ...] = ()
+    if domain is not None:
+        members = domain.members
+    elif isinstance(tensor, DTensor):
+        members = mesh_ranks(tensor.device_mesh)
+    whole, dtype = shape_of(tensor), dtype_of(tensor)
+    stride = tuple(tensor._spec.stride) if isinstance(tensor, DTensor) else None
+    if stride is not None and is_row_major(whole, stride):
+        stride = None
+    layout = Layout(domain, members, whole, dtype, stride, is_meta(tensor), summary(tensor))
+    layout.large = math.prod(whole) * dtype.itemsize >= stream.alone_bytes()
     if domain is None:
-        return
+        return layout
     if isinstance(tensor, DTensor):
         spec = tensor._spec
         reductions = partial_dims(spec.placements)
-        leaf.cuts = cuts_of(spec)
-        split = {cut.mesh_dim for cut in leaf.cuts} | set(reductions)
-        leaf.dims = tuple(d for d in sorted(split) if domain.shape[d] > 1)
-        leaf.reductions = {d: op for d, op in reductions.items() if domain.shape[d] > 1}
-        check_reductions(list(leaf.reductions.values()))
-        leaf.local = [local_of(tensor)]
-        shapes = [block.shape for block in leaf.blocks_at(domain.coordinate(domain.index()))]
+        cuts, shape, mesh_shape = cuts_of(spec), tuple(spec.shape), domain.shape
+        split = {cut.mesh_dim for cut in cuts} | set(reductions)
+        layout.dims = tuple(d for d in sorted(split) if domain.shape[d] > 1)
+        layout.reductions = {d: op for d, op in reductions.items() if domain.shape[d] > 1}
+        check_reductions(list(layout.reductions.values()))
+        layout.blocks = lambda coordinate: [block_at(shape, mesh_shape, cuts, coordinate)]
     else:
-        assert isinstance(tensor, ShardedTensor)
         shards = _shards(tensor)
-        strangers = sorted({rank for rank, _ in shards} - set(domain.members))
+        ranks = domain.members
+        strangers = sorted({rank for rank, _ in shards} - set(ranks))
         if strangers:
-            raise ValueError(f"shards on global ranks {strangers}, expected {domain.members}")
-        leaf.dims = (0,) if len(domain.members) > 1 else ()
-        mine = [block for rank, block in shards if rank == dist.get_rank()]
-        held = {
-            (tuple(s.metadata.shard_offsets), tuple(s.metadata.shard_sizes)): s.tensor
-            for s in tensor.local_shards()
-        }
-        for block in mine:
-            part = held.get((block.starts or (), block.shape))
-            if part is None:
-                raise ValueError(f"the metadata has a shard at {block.starts} that is not here")
-            leaf.local.append(settled(part).detach())
-        shapes = [block.shape for block in mine]
-    got = [tuple(part.shape) for part in leaf.local]
-    if got != shapes:
-        raise ValueError(f"local shape {got[0]} on this rank, expected {shapes[0]}")
-    dtype = dtype_of(tensor)
-    wrong = [part.dtype for part in leaf.local if part.dtype != dtype]
-    if wrong:
-        raise ValueError(f"local dtype {wrong[0]} on this rank, expected {dtype}")
+            raise ValueError(f"shards on global ranks {strangers}, expected {ranks}")
+        layout.dims = (0,) if len(ranks) > 1 else ()
+        layout.blocks = lambda coordinate: [
+            block for rank, block in shards if rank == ranks[coordinate[0]]
+        ]
+    layout.here = layout.blocks(domain.coordinate(domain.index()))
+    return layout
+
+
+def _parts(tensor: DTensor | ShardedTensor, layout: Layout) -> list[torch.Tensor]:
+    """This rank's parts, detached, in the order of its blocks."""
+    if isinstance(tensor, DTensor):
+        return [local_of(tensor)]
+    held = {
+        (tuple(s.metadata.shard_offsets), tuple(s.metadata.shard_sizes)): s.tensor
+        for s in tensor.local_shards()
+    }
+    parts: list[torch.Tensor] = []
+    for block in layout.here:
+        part = held.get((block.starts or (), block.shape))
+        if part is None:
+            raise ValueError(f"the metadata has a shard at {block.starts} that is not here")
+        parts.append(settled(part).detach())
+    return parts
+
+
+def _check_parts(leaf: Leaf) -> None:
+    """Refuse parts of another shape or dtype than the layout says."""
+    dtype = leaf.layout.dtype
+    for part, block in zip(leaf.local, leaf.layout.here, strict=True):
+        if part.shape != block.shape:
+            raise ValueError(
+                f"local shape {tuple(part.shape)} on this rank, expected {block.shape}"
+            )
+        if part.dtype != dtype:
+            raise ValueError(f"local dtype {part.dtype} on this rank, expected {dtype}")

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from shardproof._state_dict_utils.containers import Path
 from shardproof._state_dict_utils.tensors import (
     CPU,
+    MOVABLE,
     allocate_like,
     bit_dtype,
     is_ordinary,
@@ -88,6 +89,8 @@ def _allocate_leaf(
 
 
 def _buffer_like(tensor: torch.Tensor, *, pin_memory: bool, share_memory: bool) -> torch.Tensor:
+    if not (pin_memory or share_memory) and tensor.dtype in MOVABLE and is_ordinary(tensor):
+        return torch.empty_like(tensor, device=CPU)
     tensor = settled(tensor)
     pinnable = pin_memory and tensor.numel() > 0
     if not is_ordinary(tensor):

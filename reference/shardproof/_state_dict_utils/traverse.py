@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Final
 
 import torch
@@ -17,6 +17,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils.containers import (
+    LEAF_TYPES,
     Path,
     empty_like_mapping,
     is_container,
@@ -25,6 +26,7 @@ from shardproof._state_dict_utils.containers import (
 )
 from shardproof._state_dict_utils.tensors import (
     CPU,
+    copy_all,
     copy_leaf,
     difference,
     dress_like,
@@ -32,6 +34,7 @@ from shardproof._state_dict_utils.tensors import (
     geometry,
     kind_of,
     local_of,
+    matching,
     requires_grad_of,
     tie_key,
     unwritable,
@@ -51,6 +54,8 @@ LeafFunction = Callable[[Path, Any, Any], Any]
 _IMMUTABLE = (int, float, complex, str, bytes, type(None), frozenset)
 _IMMUTABLE_TORCH = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
 _MUTABLE = (io.BytesIO, set, bytearray)
+_SUPPORTED = (torch.Tensor, *_IMMUTABLE, *_IMMUTABLE_TORCH, *_MUTABLE)
+_SHARED = (*_IMMUTABLE[:-1], *_IMMUTABLE_TORCH)
 
 
 class CompanionMismatch(Exception):  # noqa: N818  (upstream's name)
@@ -101,9 +106,9 @@ def _visit(
     refuse: Callable[[Exception], None] | None,
 ) -> Any:
     # One frame per level, no comprehensions: deep nesting must not meet the recursion limit.
-    mapping = isinstance(value, Mapping)
-    if not mapping and not is_container(value):
+    if not is_container(value):
         return leaf(path, value, companion)
+    mapping = isinstance(value, Mapping)
     if id(value) in above:
         error = ValueError(f"the container at {path_name(path)!r} holds itself")
         if refuse is None:
@@ -118,7 +123,12 @@ def _visit(
         result = empty_like_mapping(value)
         for key, item in value.items():
             other = companion[key] if paired else ABSENT
-            result[key] = _visit(item, other, (*path, key), above, leaf, refuse)
+            below = (*path, key)
+            # The one call saved here is most of what a walk costs.
+            if type(item) in LEAF_TYPES:
+                result[key] = leaf(below, item, other)
+            else:
+                result[key] = _visit(item, other, below, above, leaf, refuse)
     else:
         items = []
         for index, item in enumerate(value):
@@ -138,6 +148,8 @@ def _require_same_container(value: Any, companion: Any, path: Path) -> None:
             raise CompanionMismatch(
                 f"{where}: expected a mapping, the companion has {kind_of(companion)}"
             )
+        if companion.keys() == value.keys():
+            return
         missing = [key for key in value if key not in companion]
         extra = [key for key in companion if key not in value]
         if missing or extra:
@@ -163,7 +175,7 @@ def check_leaf_type(path: Path, value: Any) -> None:
         ValueError: names the path and the type.
 
     """
-    if isinstance(value, (torch.Tensor, *_IMMUTABLE, *_IMMUTABLE_TORCH, *_MUTABLE)):
+    if isinstance(value, _SUPPORTED):
         return
     raise ValueError(
         f"{path_name(path)}: unexpected value of type {type(value)}; expected a tensor, a number, "
@@ -173,7 +185,7 @@ def check_leaf_type(path: Path, value: Any) -> None:
 
 def copy_leaf_value(value: Any) -> Any:
     """A leaf that is no tensor, safe from later changes of the original."""
-    if isinstance(value, (*_IMMUTABLE[:-1], *_IMMUTABLE_TORCH)):
+    if isinstance(value, _SHARED):
         return value
     return copy.deepcopy(value)
 
@@ -181,6 +193,45 @@ def copy_leaf_value(value: Any) -> Any:
 def on_this_rank(ranks_only: tuple[int, ...], pg: dist.ProcessGroup | None) -> bool:
     """Whether the caller wants a result here; ``ranks_only`` counts in the numbering of ``pg``."""
     return not ranks_only or dist.get_rank(pg) in ranks_only
+
+
+Pair = tuple[Any, Any, tuple[torch.Tensor, torch.Tensor] | None]
+"""(target leaf, source leaf, the memory of both where copying that is all there is to do)."""
+
+
+def fitting(path: Path, value: Any, other: Any) -> Pair:
+    """The tensor ``value`` and the companion that takes it.
+
+    Raises:
+        CompanionMismatch: it cannot; names the path and the reason.
+
+    """
+    if is_tensor(other):
+        memory = matching(other, value)
+        if memory is not None:
+            return other, value, memory
+    if reason := difference(value, other) or unwritable(other):
+        raise CompanionMismatch(f"{path_name(path)}: {reason} in the companion")
+    if without_data(value) != without_data(other):
+        bare = "the companion" if without_data(other) else "the state dict"
+        raise CompanionMismatch(f"{path_name(path)}: {bare} has a tensor on meta, without data")
+    return other, value, None
+
+
+def copy_pairs(pairs: Iterable[Pair], non_blocking: bool) -> None:
+    """Copy leaves, once all of them were found to fit."""
+    targets: list[torch.Tensor] = []
+    sources: list[torch.Tensor] = []
+    with torch.no_grad():
+        for target, source, memory in pairs:
+            if target is source:
+                continue
+            if memory is None:
+                copy_leaf(target, source, non_blocking)
+            else:
+                targets.append(memory[0])
+                sources.append(memory[1])
+        copy_all(targets, sources, non_blocking)
 
 
 def cpu_snapshot(tensor: torch.Tensor, shared: dict[Hashable, torch.Tensor]) -> torch.Tensor:
@@ -191,14 +242,15 @@ def cpu_snapshot(tensor: torch.Tensor, shared: dict[Hashable, torch.Tensor]) -> 
 
     def plain(source: torch.Tensor) -> torch.Tensor:
         key = geometry(source)
-        if key not in shared:
-            shared[key] = fresh_copy(source, CPU)
-        return shared[key].detach()
+        if key in shared:
+            return shared[key].detach()
+        shared[key] = fresh_copy(source, CPU)
+        return shared[key]
 
-    if isinstance(tensor, ShardedTensor):
-        return with_shards(tensor, plain, CPU, requires_grad_of(tensor))
     if isinstance(tensor, DTensor):
         return dress_like(with_local(tensor, plain(local_of(tensor))), tensor)
+    if isinstance(tensor, ShardedTensor):
+        return with_shards(tensor, plain, CPU, requires_grad_of(tensor))
     return dress_like(plain(tensor), tensor)
 
 
@@ -260,7 +312,7 @@ def _iterate_state_dict(
     here = on_this_rank(ranks_only, pg)
     results: dict[Hashable, Any] = {}
     copied: dict[Hashable, torch.Tensor] = {}
-    pending: dict[int, tuple[Any, Any]] = {}
+    pending: dict[int, Pair] = {}
 
     def apply(path: Path, value: Any, other: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -277,12 +329,7 @@ def _iterate_state_dict(
         result = results[key]
         if other is ABSENT or not here:
             return result
-        if reason := difference(result, other) or unwritable(other):
-            raise CompanionMismatch(f"{path_name(path)}: {reason} in the companion")
-        if without_data(result) != without_data(other):
-            bare = "the companion" if without_data(other) else "the state dict"
-            raise CompanionMismatch(f"{path_name(path)}: {bare} has a tensor on meta, without data")
-        pending[id(other)] = (other, result)
+        pending[id(other)] = fitting(path, result, other)
         return other
 
     def call(value: torch.Tensor, other: Any) -> Any:
@@ -296,9 +343,7 @@ def _iterate_state_dict(
         return cpu_snapshot(result, copied) if offload and is_tensor(result) else result
 
     rebuilt = map_leaves(iter_object, apply, companion)
-    for target, source in pending.values():
-        if target is not source:
-            copy_leaf(target, source, non_blocking)
+    copy_pairs(pending.values(), non_blocking)
     if here:
         return rebuilt
     return {} if isinstance(iter_object, Mapping) else None

@@ -1,29 +1,19 @@
-"""Bytes between ranks: who takes part, in what order, and how tensors share a bucket.
+"""Bytes between ranks: who takes part, in what order, over which group.
 
-All data travels as uint8, since a backend may refuse a dtype but not its bytes. The tensors of a
-call are laid end to end, widest elements first so that nothing needs padding, and the stream is
-cut into buckets: the number of collectives grows with the bytes, never with the tensors, and the
-extra memory of a rank is about one bucket.
+All data travels as uint8, since a backend may refuse a dtype but not its bytes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardproof._state_dict_utils.layout import Block, mesh_ranks, rectangles
-from shardproof._state_dict_utils.tensors import CPU, bit_dtype, bits
-
-#: The bytes that one bucket may take on a rank, all participants together.
-BUCKET_BYTES = 64 * 1024 * 1024
-
-# The widest element: a cut at a multiple of it is a cut between elements of every dtype.
-_WIDEST = 16
+from shardproof._state_dict_utils.layout import mesh_ranks
+from shardproof._state_dict_utils.tensors import CPU
 
 
 @dataclass(frozen=True)
@@ -32,6 +22,11 @@ class Stage:
 
     group: dist.ProcessGroup
     places: tuple[int, ...]
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the group counts its ranks as the dimension does."""
+        return self.places == tuple(range(len(self.places)))
 
 
 @dataclass(frozen=True)
@@ -124,10 +119,17 @@ def transport_device(
     return torch.device(str(kind), torch.get_device_module(kind).current_device())
 
 
-def all_gather(group: dist.ProcessGroup, payload: torch.Tensor) -> torch.Tensor:
-    """The 1-D byte tensors of all ranks, one row per group rank. One collective."""
+def all_gather(
+    group: dist.ProcessGroup, payload: torch.Tensor, into: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The 1-D byte tensors of all ranks, one row per group rank. One collective.
+
+    ``into`` is contiguous memory for them, made where it is not given.
+    """
     size = dist.get_world_size(group)
-    rows = torch.empty(size * payload.numel(), dtype=torch.uint8, device=payload.device)
+    rows = into
+    if rows is None:
+        rows = torch.empty(size * payload.numel(), dtype=torch.uint8, device=payload.device)
     if payload.numel():
         # Renamed upstream; the old name warns where the new one exists.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -167,165 +169,25 @@ def collect_to(
 
 def _placed(rows: torch.Tensor, stage: Stage) -> torch.Tensor:
     """Rows in group order -> rows in the order of places."""
-    if stage.places == tuple(range(len(stage.places))):
+    if stage.in_order:
         return rows
     order = sorted(range(len(stage.places)), key=stage.places.__getitem__)
     return rows[order]
 
 
-@dataclass
-class Parcel:
-    """One tensor that travels: its dtype and, per participant, the blocks it sends or gets."""
-
-    name: str
-    dtype: torch.dtype
-    blocks: Sequence[Sequence[Block]]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of one block in one bucket: elements [start, stop), at byte ``at`` of the bucket."""
-
-    parcel: int
-    block: int
-    start: int
-    stop: int
-    at: int
-    end: int
-
-
-def stream_order(parcels: Sequence[Parcel]) -> list[Parcel]:
-    """The order in which tensors follow each other, the same on every rank."""
-    return sorted(parcels, key=lambda parcel: (-parcel.dtype.itemsize, parcel.name))
-
-
-class Stream:
-    """The byte streams of all participants, cut into buckets.
-
-    Args:
-        parcels: in :func:`stream_order`.
-        participants: how many streams there are.
-
-    """
-
-    def __init__(self, parcels: Sequence[Parcel], participants: int) -> None:
-        self.parcels = parcels
-        self.participants = participants
-        self.lengths = [
-            sum(p.dtype.itemsize * block.numel for p in parcels for block in p.blocks[i])
-            for i in range(participants)
-        ]
-        self.longest = max(self.lengths, default=0)
-        share = BUCKET_BYTES // max(participants, 1) // _WIDEST * _WIDEST
-        self.width = max(share, _WIDEST)
-
-    def buckets(self) -> Iterator[tuple[int, list[list[Piece]]]]:
-        """(bytes of the bucket per participant, pieces per participant), bucket by bucket."""
-        walks = [self._pieces(i) for i in range(self.participants)]
-        pending = [next(walk, None) for walk in walks]
-        for number in range(math.ceil(self.longest / self.width)):
-            pieces: list[list[Piece]] = [[] for _ in walks]
-            for i, walk in enumerate(walks):
-                while (head := pending[i]) is not None and head[0] == number:
-                    pieces[i].append(head[1])
-                    pending[i] = next(walk, None)
-            left = min(self.width, self.longest - number * self.width)
-            # Rows follow each other in one buffer, and each has to start where any dtype may.
-            yield -(-left // _WIDEST) * _WIDEST, pieces
-
-    def _pieces(self, participant: int) -> Iterator[tuple[int, Piece]]:
-        at = 0
-        for index, parcel in enumerate(self.parcels):
-            size = parcel.dtype.itemsize
-            for number, block in enumerate(parcel.blocks[participant]):
-                done, end = 0, at + block.numel * size
-                while at < end:
-                    bucket, offset = divmod(at, self.width)
-                    stop = min(end, (bucket + 1) * self.width)
-                    count = (stop - at) // size
-                    yield (
-                        bucket,
-                        Piece(index, number, done, done + count, offset, offset + stop - at),
-                    )
-                    done, at = done + count, stop
-
-
-def pack(
-    pieces: Sequence[Piece],
-    source: Callable[[Piece], list[torch.Tensor]],
-    bucket: torch.Tensor,
+def broadcast(
+    group: dist.ProcessGroup, data: torch.Tensor, meanwhile: Callable[[], None] | None = None
 ) -> None:
-    """Write pieces into a bucket. ``source`` gives the 1-D byte tensors that make up a piece."""
-    parts = [part.to(bucket.device) for piece in pieces for part in source(piece)]
-    if parts:
-        torch.cat(parts, out=bucket[: pieces[-1].end])
-
-
-def as_bytes(values: torch.Tensor) -> torch.Tensor:
-    """The elements of an integer tensor as 1-D bytes, row-major; a view where it is contiguous."""
-    flat = values.reshape(-1)
-    if flat.stride(0) != 1:
-        flat = flat.clone(memory_format=torch.contiguous_format)
-    return flat.view(torch.uint8)
-
-
-def shard_bytes(tensor: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
-    """The bytes of the row-major elements [start, stop) of a tensor of any strides."""
-    whole = bits(tensor)
-    if whole.is_contiguous():
-        return [as_bytes(whole.view(-1)[start:stop])]
-    return [
-        as_bytes(whole[tuple(slice(lo, hi) for lo, hi in box)])
-        for box, _, _ in rectangles(tensor.shape, start, stop)
-    ]
-
-
-def block_bytes(full: torch.Tensor, block: Block, start: int, stop: int) -> list[torch.Tensor]:
-    """As :func:`shard_bytes`, for the shard ``block`` of the global tensor ``full``."""
-    whole = bits(full)
-    if block.region is not None and stop - start == block.numel:
-        return [as_bytes(whole[block.region])]
-    found: list[torch.Tensor] = []
-    for box, _, _ in rectangles(block.shape, start, stop):
-        regions = list(block.regions(box))
-        if len(regions) == 1:
-            part = whole[regions[0][0]]
-        else:
-            part = torch.empty([hi - lo for lo, hi in box], dtype=whole.dtype, device=whole.device)
-            for there, here in regions:
-                part[here] = whole[there]
-        found.append(as_bytes(part))
-    return found
-
-
-def broadcast(group: dist.ProcessGroup, data: torch.Tensor) -> None:
-    """Broadcast bytes from the group's first rank. One collective."""
+    """Broadcast bytes from the group's first rank; do something ``meanwhile``. One collective."""
+    pending = None
     if data.numel() and dist.get_world_size(group) > 1:
-        dist.broadcast(data, group=group, group_src=0)
+        pending = dist.broadcast(data, group=group, group_src=0, async_op=meanwhile is not None)
+    if meanwhile is not None:
+        meanwhile()
+    if pending is not None:
+        pending.wait()
 
 
 def scatter(group: dist.ProcessGroup, into: torch.Tensor, rows: torch.Tensor | None) -> None:
     """Scatter one row of bytes to each rank from the group's first rank. One collective."""
     dist.scatter(into, None if rows is None else list(rows), group=group, group_src=0)
-
-
-def deliver(
-    data: torch.Tensor,
-    block: Block,
-    piece: Piece,
-    write: Callable[[tuple[slice, ...], torch.Tensor], object],
-) -> None:
-    """Hand the elements of a piece to ``write(region of the global tensor, values)``."""
-    if block.region is not None and piece.stop - piece.start == block.numel:
-        write(block.region, data.view(block.shape))
-        return
-    for box, at, count in rectangles(block.shape, piece.start, piece.stop):
-        part = data[at - piece.start : at - piece.start + count]
-        part = part.view([hi - lo for lo, hi in box])
-        for there, here in block.regions(box):
-            write(there, part[here])
-
-
-def as_bits(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Bytes as the integers that carry ``dtype``."""
-    return data.view(bit_dtype(dtype))

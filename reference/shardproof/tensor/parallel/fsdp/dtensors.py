@@ -26,20 +26,17 @@ from shardproof._state_dict_utils.layout import (
     local_shape,
     my_coordinate,
 )
+from shardproof._state_dict_utils.stream import carried
 from shardproof._state_dict_utils.tensors import (
     allocate,
-    bit_dtype,
+    carrier,
+    dtensor,
     fresh_copy,
     is_ordinary,
     local_of,
     settled,
 )
-from shardproof._state_dict_utils.wire import (
-    as_bits,
-    collect,
-    mesh_domain,
-    shard_bytes,
-)
+from shardproof._state_dict_utils.wire import collect, mesh_domain
 from shardproof.tensor.parallel.fsdp.meshes import (
     chunk_placements,
     fsdp_dims,
@@ -103,13 +100,10 @@ def _chunk_dtensor(
         assert coordinate is not None
         local = _chunk(local, tensor_dim, [(mesh_shape[d], coordinate[d]) for d in over])
     meta = TensorMeta(torch.Size(tensor.shape), _dense_stride(tensor), tensor.dtype)
-    make: Any = DTensor
-    chunk: DTensor = make(
+    return dtensor(
         fresh_copy(local, local.device),
         DTensorSpec(root, placements, tensor_meta=meta),
-        requires_grad=False,
     )
-    return chunk
 
 
 def _placements_on(root: DeviceMesh, tensor: DTensor, dims: Sequence[int]) -> dict[int, Placement]:
@@ -266,10 +260,10 @@ def _gather_into(
                 f"expected {blocks[index].shape}, {dtype} of {shape} with "
                 f"{tuple(tensor.placements)}"
             )
-    memory = whole.view(bit_dtype(dtype))
+    memory = whole.view(carrier(dtype))
     for row, block in zip(rows, blocks, strict=True):
         data = row[_HEADER_BYTES : _HEADER_BYTES + block.numel * dtype.itemsize]
-        _write(memory, target, as_bits(data, dtype).view(block.shape), block)
+        _write(memory, target, data.view(carrier(dtype)).view(block.shape), block)
 
 
 def _message(local: torch.Tensor, good: bool, size: int, device: torch.device) -> torch.Tensor:
@@ -279,10 +273,9 @@ def _message(local: torch.Tensor, good: bool, size: int, device: torch.device) -
     message = torch.empty(size, dtype=torch.uint8, device=device)
     message[:_HEADER_BYTES].copy_(header.view(torch.uint8))
     if good and local.numel():
-        at = _HEADER_BYTES
-        for part in shard_bytes(local, 0, local.numel()):
-            message[at : at + part.numel()].copy_(part)
-            at += part.numel()
+        room = message[_HEADER_BYTES : _HEADER_BYTES + local.numel() * local.dtype.itemsize]
+        values = carried(local)
+        room.view(values.dtype).view(values.shape).copy_(values)
     return message
 
 

@@ -1,0 +1,268 @@
+"""From one rank to all: what each needs of the source's full tensors, and how it gets there.
+
+Broadcast where every rank needs a tensor whole, scattered where each needs a part. Small tensors
+share buckets; a large one is sent from where it lies to where it belongs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from shardproof._state_dict_utils import stream
+from shardproof._state_dict_utils.grid import Grid, grid_of
+from shardproof._state_dict_utils.layout import Block, full_block
+from shardproof._state_dict_utils.stream import (
+    Parcel,
+    Piece,
+    Stream,
+    block_elements,
+    carried,
+    pack,
+    sections,
+)
+from shardproof._state_dict_utils.targets import Place, Target
+from shardproof._state_dict_utils.tensors import carrier, copy_all
+from shardproof._state_dict_utils.wire import Domain, broadcast, scatter
+
+
+class Offer(NamedTuple):
+    """What the source has for one key.
+
+    Attributes:
+        kind: ``tensor``, ``scalar`` (0-dim, its bytes travel in the offer) or ``value``.
+        size: of a tensor.
+        dtype: of a tensor.
+        value: the bytes of a scalar, or a value.
+        root: for a tensor, the first key with the same memory.
+        flat: whether a tensor's memory can be sent as it is.
+
+    """
+
+    kind: str
+    size: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+    value: Any = None
+    root: Any = None
+    flat: bool = False
+
+
+Need = tuple[Place, bool]
+"""(what is needed of a full tensor, whether it can be received right where it belongs)."""
+
+
+class Transport:
+    """Moves the bytes, once all ranks know what all ranks need.
+
+    Args:
+        domain: the ranks.
+        group: theirs; its first rank is the source.
+        full: the full tensors, on the source.
+        targets: root key -> what this rank fills from it.
+
+    """
+
+    def __init__(
+        self,
+        domain: Domain,
+        group: dist.ProcessGroup,
+        full: dict[str, Any] | None,
+        targets: dict[Any, list[Target]],
+    ) -> None:
+        self.domain, self.group, self.full, self.targets = domain, group, full, targets
+        self.me = domain.index()
+        self._blocks: dict[Hashable, list[list[Block]]] = {}
+        self._grids: dict[int, Grid | None] = {}
+
+    def run(
+        self,
+        offers: dict[Any, Offer],
+        needs: dict[Any, tuple[Need, ...]],
+        everyone: Sequence[dict[Any, tuple[Need, ...]]] | None,
+    ) -> None:
+        """Run the collectives. ``everyone`` is what each rank needs where that is not ``needs``."""
+        together: list[Parcel] = []
+        apart: list[Parcel] = []
+        roots: dict[str, Any] = {}
+        ranks = len(self.domain.members)
+        for number, (key, offer) in enumerate(offers.items()):
+            if offer.kind != "tensor":
+                continue
+            wants = (
+                (needs.get(key, ()),) * ranks
+                if everyone is None
+                else tuple(told.get(key, ()) for told in everyone)
+            )
+            blocks = self._parts(offer.size, wants)
+            if not any(blocks[1:]):
+                self._keep(key)
+                continue
+            assert offer.dtype is not None
+            name = f"{number:012d}"
+            roots[name] = key
+            everywhere = all(held == [full_block(offer.size)] for held in blocks[1:])
+            if self._travels_alone(offer, wants, blocks, everywhere):
+                self._send_alone(key, scattered=not everywhere)
+            elif everywhere:
+                self._keep(key)
+                together.append(Parcel(name, offer.dtype, self._once(offer.size)))
+            else:
+                apart.append(Parcel(name, offer.dtype, blocks))
+        for parcels, scattered in ((together, False), (apart, True)):
+            self._run_stream(parcels, roots, scattered)
+
+    def _parts(
+        self, size: tuple[int, ...], wants: tuple[tuple[Need, ...], ...]
+    ) -> list[list[Block]]:
+        """The distinct blocks that each rank needs; the same list for what is alike."""
+        found = self._blocks.get((size, wants))
+        if found is None:
+            found = []
+            for rank, needs in zip(self.domain.members, wants, strict=True):
+                held = (place.block(size, rank) for place, _ in needs)
+                found.append(list(dict.fromkeys(b for b in held if b is not None and b.numel)))
+            self._blocks[size, wants] = found
+        return found
+
+    def _once(self, size: tuple[int, ...]) -> list[list[Block]]:
+        return self._blocks.setdefault(size, [[full_block(size)]])
+
+    def _grid(self, size: tuple[int, ...], blocks: Sequence[Sequence[Block]]) -> Grid | None:
+        if id(blocks) not in self._grids:
+            self._grids[id(blocks)] = grid_of(size, blocks)
+        return self._grids[id(blocks)]
+
+    def _keep(self, key: Any) -> None:
+        """What the source needs itself of a tensor that it has whole."""
+        if self.full is not None:
+            for target in self.targets.get(key, ()):
+                target.take(self.full[key].detach())
+
+    def _travels_alone(
+        self,
+        offer: Offer,
+        wants: tuple[tuple[Need, ...], ...],
+        blocks: list[list[Block]],
+        everywhere: bool,
+    ) -> bool:
+        """Whether a tensor is so large that it is sent from where it lies to where it belongs.
+
+        That saves the copies into and out of a bucket. The answer rests on what all ranks know.
+        """
+        assert offer.dtype is not None
+        if math.prod(offer.size) * offer.dtype.itemsize < stream.alone_bytes():
+            return False
+        if not offer.flat or any(len(n) != 1 or not n[0][1] for n in wants[1:]):
+            return False
+        if everywhere:
+            return True
+        grid = self._grid(offer.size, blocks)
+        return grid is not None and grid.stacked and len(wants[0]) == 1 and wants[0][0][1]
+
+    def _send_alone(self, key: Any, scattered: bool) -> None:
+        memory = None
+        for target in self.targets.get(key, ()):
+            assert target.memory is not None
+            memory = target.memory.view(-1).view(torch.uint8)
+        data = None
+        if self.full is not None:
+            data = self.full[key].detach().view(-1).view(torch.uint8).to(self.domain.device)
+        if not scattered:
+            data = memory if data is None else data
+            assert data is not None
+            # What is sent is only read, so the source may copy it for itself at the same time.
+            broadcast(self.group, data, partial(self._keep, key))
+            return
+        assert memory is not None
+        rows = None if data is None else data.view(len(self.domain.members), -1)
+        scatter(self.group, memory, rows)
+
+    def _run_stream(
+        self, parcels: Sequence[Parcel], roots: dict[str, Any], scattered: bool
+    ) -> None:
+        participants = len(self.domain.members) if scattered else 1
+        todo = Stream(parcels, participants)
+        keys = [roots[parcel.name] for parcel in todo.parcels]
+        for width, pieces in todo.buckets():
+            rows = None
+            if self.full is not None or not scattered:
+                shape = (participants, width)
+                rows = torch.empty(shape, dtype=torch.uint8, device=self.domain.device)
+            if self.full is not None and rows is not None:
+                self._fill(rows, pieces, todo.parcels, keys)
+            if scattered:
+                mine = torch.empty(width, dtype=torch.uint8, device=self.domain.device)
+                scatter(self.group, mine, rows)
+                self._unpack(mine, pieces[self.me], todo.parcels, keys, self.me)
+            else:
+                assert rows is not None
+                broadcast(self.group, rows[0])
+                if self.full is None:
+                    self._unpack(rows[0], pieces[0], todo.parcels, keys, 0)
+
+    def _unpack(
+        self,
+        mine: torch.Tensor,
+        pieces: Sequence[Piece],
+        parcels: Sequence[Parcel],
+        keys: Sequence[Any],
+        column: int,
+    ) -> None:
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for dtype, run in sections(pieces, parcels):
+            data = mine[run[0].at : run[-1].end].view(carrier(dtype))
+            parts = data.split_with_sizes([p.stop - p.start for p in run])
+            for piece, part in zip(run, parts, strict=True):
+                block = parcels[piece.parcel].blocks[column][piece.block]
+                for target in self.targets.get(keys[piece.parcel], ()):
+                    if target.block is block or target.block == block:
+                        pairs.extend(target.landing(piece.start, piece.stop, part))
+        copy_all([memory for memory, _ in pairs], [part for _, part in pairs])
+
+    def _fill(
+        self,
+        rows: torch.Tensor,
+        pieces: Sequence[Sequence[Piece]],
+        parcels: Sequence[Parcel],
+        keys: Sequence[Any],
+    ) -> None:
+        """Write what each participant gets into its row of a bucket."""
+        assert self.full is not None
+        full = self.full
+        if len(rows) == 1 or pieces[0] is not pieces[-1]:
+            for taker, row in enumerate(rows):
+                takes = [parcel.blocks[taker] for parcel in parcels]
+
+                def part(
+                    piece: Piece, takes: Sequence[Sequence[Block]] = takes
+                ) -> list[torch.Tensor]:
+                    tensor = full[keys[piece.parcel]].detach()
+                    block = takes[piece.parcel][piece.block]
+                    return block_elements(tensor, block, piece.start, piece.stop)
+
+                pack(pieces[taker], parcels, part, row)
+            return
+        into: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        for dtype, run in sections(pieces[0], parcels):
+            data = rows[:, run[0].at : run[-1].end].view(carrier(dtype))
+            parts = data.split_with_sizes([p.stop - p.start for p in run], dim=1)
+            for piece, room in zip(run, parts, strict=True):
+                blocks = parcels[piece.parcel].blocks
+                tensor = carried(full[keys[piece.parcel]].detach())
+                grid = self._grid(tuple(tensor.size()), blocks)
+                if grid is not None and room.size(1) == grid.numel:
+                    source = grid.of(tensor)
+                    into.append(grid.rows(room, source))
+                    values.append(source)
+                    continue
+                for taker, row in enumerate(room):
+                    block = blocks[taker][piece.block]
+                    found = block_elements(tensor, block, piece.start, piece.stop)
+                    torch.cat(found, out=row)
+        copy_all(into, values)
