@@ -73,7 +73,9 @@ def test_a_killed_node_is_named(project: Project, client: DockerClient) -> None:
 
 
 def test_a_node_that_is_cut_off_is_named(project: Project, client: DockerClient) -> None:
-    network = client.networks.get(f"{project.name}_default")
-    said = lose(project, client, lambda node: network.disconnect(node, force=True))
+    def cut(node: Container) -> None:
+        client.networks.get(f"{project.name}_default").disconnect(node, force=True)
+
+    said = lose(project, client, cut)
     assert_named(project, said)
     assert "no sign of life for 1" in said

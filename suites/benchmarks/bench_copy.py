@@ -1,0 +1,199 @@
+"""State dicts copied, staged on the CPU, compared: work of one rank, no communication."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from benchmarks.measured import COUNTS, Measured
+from benchmarks.settings import TORCH, Settings
+
+if TYPE_CHECKING:
+    from benchmarks.bed import Bed, Work
+
+
+class OffloadStateDictToCpu(Measured):
+    """A snapshot of a sharded state dict in CPU memory; floor: one copy of its bytes."""
+
+    functions = ("_state_dict_utils._offload_state_dict_to_cpu",)
+    regimes = ("many", "model", "large")
+    sizes = (2,)
+    absent: ClassVar[dict[str, str]] = {
+        TORCH: "on the CPU it aliases what is there already: nothing is copied"
+    }
+
+    @classmethod
+    def missing(cls, arm: str, settings: Settings) -> str:
+        return super().missing(arm, settings) if settings.device == "cpu" else ""
+
+    def work(self, bed: Bed) -> Work:
+        from benchmarks.bed import Work
+
+        offload, sharded = bed.function(self.functions[0]), bed.sharded()
+
+        def check(got: Any) -> None:
+            for leaf in bed.leaves:
+                mine, theirs = got[leaf.name]._local_tensor, sharded[leaf.name]._local_tensor
+                assert mine.device.type == "cpu", f"{leaf.name}: on {mine.device}"
+                assert mine.data_ptr() != theirs.data_ptr(), f"{leaf.name}: not copied"
+                bed.same(mine, bed.mine(leaf), leaf.name)
+
+        return Work(lambda: offload(sharded), check)
+
+    def floor(self, bed: Bed) -> Work:
+        return bed.copies(bed.held)
+
+
+class OffloadWholeStateDictToCpu(OffloadStateDictToCpu):
+    """A snapshot of a whole state dict in CPU memory; floor: one copy of its bytes."""
+
+    sizes = (1,)
+
+    def work(self, bed: Bed) -> Work:
+        from benchmarks.bed import Work
+
+        offload, whole = bed.function(self.functions[0]), bed.whole()
+
+        def check(got: Any) -> None:
+            bed.are_whole(got)
+            same = [name for name, t in whole.items() if t.data_ptr() == got[name].data_ptr()]
+            assert not same, f"{same[0]}: not copied"
+
+        return Work(lambda: offload(whole), check)
+
+    def floor(self, bed: Bed) -> Work:
+        return bed.copies(bed.total)
+
+
+class CopyStateDict(Measured):
+    """One state dict's values into another's tensors; floor: one copy of the bytes."""
+
+    functions = ("_state_dict_utils._copy_state_dict",)
+    regimes = ("many", "model", "large")
+    sizes = (1,)
+
+    def work(self, bed: Bed) -> Work:
+        import torch
+
+        from benchmarks.bed import Work
+
+        copy, source = bed.function(self.functions[0]), bed.whole()
+        target = {name: torch.zeros_like(t, device="cpu") for name, t in source.items()}
+
+        def reset() -> None:
+            for tensor in target.values():
+                tensor.zero_()
+
+        return Work(lambda: copy(source, target), bed.are_whole, reset)
+
+    def floor(self, bed: Bed) -> Work:
+        return bed.copies(bed.total, fresh=False)
+
+
+class CreateCpuStateDict(Measured):
+    """New CPU tensors like a sharded state dict's; floor: the same tensors, allocated bare."""
+
+    functions = ("_state_dict_utils._create_cpu_state_dict",)
+    regimes: ClassVar[tuple[str, ...]] = ("many", "large")
+    sizes: ClassVar[tuple[int, ...]] = (2,)
+    arguments: ClassVar[dict[str, bool]] = {}
+
+    def work(self, bed: Bed) -> Work:
+        from benchmarks.bed import Work
+
+        create, sharded = bed.function(self.functions[0]), bed.sharded()
+
+        def check(got: Any) -> None:
+            assert list(got) == list(sharded), "keys differ"
+            for name, tensor in sharded.items():
+                mine, like = got[name]._local_tensor, tensor._local_tensor
+                assert mine.device.type == "cpu", f"{name}: on {mine.device}"
+                assert (mine.shape, mine.dtype) == (like.shape, like.dtype), f"{name}: {mine.shape}"
+                assert mine.data_ptr() != like.data_ptr(), f"{name}: not new"
+                if self.arguments.get("share_memory"):
+                    assert mine.is_shared(), f"{name}: not shared"
+                if self.arguments.get("pin_memory"):
+                    assert mine.is_pinned(), f"{name}: not pinned"
+
+        return Work(lambda: create(sharded, **self.arguments), check)
+
+    def floor(self, bed: Bed) -> Work:
+        import torch
+
+        share = self.arguments.get("share_memory", False)
+        pin = self.arguments.get("pin_memory", False)
+
+        def least(leaf: Any) -> Any:
+            count = leaf.nbytes // leaf.parts(bed.size)
+            made = torch.empty(count, dtype=torch.uint8, pin_memory=pin)
+            return made.share_memory_() if share else made
+
+        return bed.each(bed.leaves, least)
+
+
+class CreateSharedCpuStateDict(CreateCpuStateDict):
+    """The same in shared memory, as asynchronous staging asks; floor: the same tensors, bare."""
+
+    regimes = ("model",)
+    arguments: ClassVar[dict[str, bool]] = {"share_memory": True}
+
+
+class CreatePinnedCpuStateDict(CreateCpuStateDict):
+    """The same in pinned memory, as staging from a device asks; floor: the same tensors, bare."""
+
+    device_only = True
+    arguments: ClassVar[dict[str, bool]] = {"pin_memory": True}
+
+
+class StageFromDevice(Measured):
+    """Values from the device into pinned CPU tensors; floor: one copy into pinned memory."""
+
+    functions = ("_state_dict_utils._copy_state_dict", "_state_dict_utils._create_cpu_state_dict")
+    regimes = ("many", "large")
+    sizes = (1,)
+    device_only = True
+
+    def work(self, bed: Bed) -> Work:
+        from benchmarks.bed import Work
+
+        copy, create = map(bed.function, self.functions)
+        source = bed.whole()
+        staged = create(source, pin_memory=True)
+
+        def reset() -> None:
+            for tensor in staged.values():
+                tensor.zero_()
+
+        def call() -> Any:
+            got = copy(source, staged, non_blocking=True)
+            bed.synchronize()
+            return got
+
+        return Work(call, bed.are_whole, reset)
+
+    def floor(self, bed: Bed) -> Work:
+        return bed.copies(bed.total, fresh=False, pinned=True)
+
+
+class CheckStateDictSimilarity(Measured):
+    """Whether two state dicts agree in kinds, shapes, dtypes; floor: a bare loop that compares."""
+
+    functions = ("_state_dict_utils._check_state_dict_similarity",)
+    regimes = ("many",)
+    sizes = (1,)
+    tracks = COUNTS
+
+    def work(self, bed: Bed) -> Work:
+        from benchmarks.bed import Work
+
+        similar = bed.function(self.functions[0])
+        one, other = bed.whole(), bed.whole()
+
+        def check(got: bool) -> None:
+            assert got is True, f"equal dicts are {got}"
+
+        return Work(lambda: similar(one, other), check)
+
+    def floor(self, bed: Bed) -> Work:
+        one, other = bed.whole(), bed.whole()
+        pairs = list(zip(one.values(), other.values(), strict=True))
+        return bed.each(pairs, lambda p: p[0].shape == p[1].shape and p[0].dtype == p[1].dtype)

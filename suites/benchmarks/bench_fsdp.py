@@ -1,0 +1,293 @@
+"""What FSDP1 asks for each weight of a tensor-parallel model: chunks, boxes, metadata, gathers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from benchmarks.measured import Measured
+from benchmarks.settings import TORCH
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Placement
+
+    from benchmarks.bed import Bed, Work
+    from benchmarks.settings import Leaf
+
+PATH = "tensor.parallel.fsdp."
+
+
+def root(bed: Bed) -> DeviceMesh:
+    """The mesh of FSDP x TP: all ranks, two of them for TP."""
+    return bed.mesh(bed.size // 2, 2)
+
+
+def held(leaf: Leaf) -> Placement | None:
+    """How TP holds the leaf; None: not at all."""
+    from conformance.kit.layouts import S
+
+    return {"S0": S(0), "S1": S(1), "R": None}[leaf.placement]
+
+
+def _chunk_bytes(bed: Bed) -> int:
+    return sum(
+        leaf.nbytes // (bed.size // 2) // (1 if leaf.placement == "R" else 2) for leaf in bed.leaves
+    )
+
+
+class ChunkDtensor(Measured):
+    """FSDP's chunk of each weight, as a DTensor over both meshes; floor: one copy of the chunks."""
+
+    functions = (f"{PATH}_chunk_dtensor",)
+    absent: ClassVar[dict[str, str]] = {
+        TORCH: "of a weight that TP shards by row, ranks get other rows than FSDP's chunk"
+    }
+
+    def work(self, bed: Bed) -> Work:
+        from benchmarks.bed import Work
+        from conformance.kit.fsdp1 import assert_chunked, fsdp_mesh, fsdp_rank, given
+
+        chunk, mesh = bed.function(self.functions[0]), root(bed)
+        line, rank = fsdp_mesh(mesh), fsdp_rank(mesh)
+        weights = [given(bed.full(leaf).to(bed.device), mesh, held(leaf)) for leaf in bed.leaves]
+
+        def check(got: list[Any]) -> None:
+            for leaf, tensor in zip(bed.leaves, got, strict=True):
+                assert_chunked(tensor, bed.full(leaf), mesh, held(leaf), leaf.name)
+
+        return Work(lambda: [chunk(w, rank, line) for w in weights], check)
+
+    def floor(self, bed: Bed) -> Work:
+        return bed.copies(_chunk_bytes(bed))
+
+
+class AllGatherDtensor(Measured):
+    """TP's part of each weight from FSDP's chunks; floor: one all-gather among FSDP's ranks."""
+
+    functions = (f"{PATH}_all_gather_dtensor",)
+
+    def work(self, bed: Bed) -> Work:
+        from benchmarks.bed import Work
+        from conformance.kit.fsdp1 import sharded, tp_local
+        from conformance.kit.layouts import dtensor
+
+        gather, mesh = bed.function(self.functions[0]), root(bed)
+        chunks = [
+            dtensor(bed.full(leaf).to(bed.device), mesh, sharded(mesh, held(leaf)))
+            for leaf in bed.leaves
+        ]
+
+        def check(got: list[Any]) -> None:
+            for leaf, tensor in zip(bed.leaves, got, strict=True):
+                bed.same(tensor, tp_local(bed.full(leaf), mesh, held(leaf)), leaf.name)
+
+        return Work(lambda: [gather(c, mesh) for c in chunks], check)
+
+    def floor(self, bed: Bed) -> Work:
+        import torch
+        import torch.distributed as dist
+
+        from benchmarks.bed import Work
+
+        group, count = root(bed).get_group(0), bed.size // 2
+        mine = torch.full((_chunk_bytes(bed),), 7, dtype=torch.uint8, device=bed.device)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+        def call() -> torch.Tensor:
+            out = mine.new_empty(len(mine) * count)
+            gather(out, mine, group=group)
+            return out
+
+        return Work(call, lambda got: bed.same(got, mine.repeat(count), "the gathered bytes"))
+
+
+class ChunkTensor(Measured):
+    """FSDP's rows of each plain weight, as ShardedTensors; floor: one copy of the rows."""
+
+    functions = (f"{PATH}_chunk_tensor",)
+    sizes = (2,)
+
+    def work(self, bed: Bed) -> Work:
+        import torch.distributed as dist
+
+        from benchmarks.bed import Work
+
+        chunk, group = bed.function(self.functions[0]), dist.group.WORLD
+        weights = [bed.full(leaf).to(bed.device) for leaf in bed.leaves]
+
+        def check(got: list[Any]) -> None:
+            for leaf, whole, tensor in zip(bed.leaves, weights, got, strict=True):
+                (shard,) = tensor.local_shards()
+                bed.same(shard.tensor, whole.chunk(bed.size)[bed.rank], leaf.name)
+
+        return Work(lambda: [chunk(w, bed.rank, bed.size, bed.size, group) for w in weights], check)
+
+    def floor(self, bed: Bed) -> Work:
+        return bed.copies(bed.total // bed.size)
+
+
+class Boxes(Measured):
+    """Where each weight's shard lies in the whole; floor: (offset, size) by hand in a loop."""
+
+    functions = (f"{PATH}_get_box", f"{PATH}_get_box_for", f"{PATH}_get_local_box")
+    sizes: ClassVar[tuple[int, ...]] = (2,)
+
+    def work(self, bed: Bed) -> Work:
+        from benchmarks.bed import Work
+
+        box, box_for, local_box = map(bed.function, self.functions)
+        sharded = list(bed.sharded().values())
+
+        def check(got: list[Any]) -> None:
+            for leaf, (_, other, mine) in zip(bed.leaves, got, strict=True):
+                assert other == _box(leaf, bed.size, bed.size - 1), f"{leaf.name}: {other}"
+                assert mine == _box(leaf, bed.size, bed.rank), f"{leaf.name}: {mine}"
+
+        return Work(
+            lambda: [(box(t), box_for(t, bed.size - 1), local_box(t)) for t in sharded], check
+        )
+
+    def floor(self, bed: Bed) -> Work:
+        return bed.each(bed.leaves, lambda leaf: _box(leaf, bed.size, bed.rank))
+
+
+def _box(leaf: Leaf, size: int, index: int) -> tuple[Any, Any]:
+    import torch
+
+    offsets, sizes = [0] * len(leaf.shape), list(leaf.shape)
+    if leaf.placement != "R":
+        dim = int(leaf.placement[1])
+        sizes[dim] //= size
+        offsets[dim] = sizes[dim] * index
+    return torch.Size(offsets), torch.Size(sizes)
+
+
+class ShardMetadataOf(Measured):
+    """Each weight described in ShardedTensor's terms; floor: its boxes by hand."""
+
+    functions = (
+        f"{PATH}_create_sharded_tensor_md_from_dt",
+        f"{PATH}_create_shard_md_from_dt",
+        f"{PATH}_get_dt_pg",
+    )
+    sizes: ClassVar[tuple[int, ...]] = (2,)
+
+    def work(self, bed: Bed) -> Work:
+        from benchmarks.bed import Work
+
+        describe, shard, group_of = map(bed.function, self.functions)
+        sharded = list(bed.sharded().values())
+
+        def check(got: list[Any]) -> None:
+            for leaf, (whole, mine) in zip(bed.leaves, got, strict=True):
+                parts = bed.size if leaf.placement != "R" else 1
+                assert len(whole.shards_metadata) == parts, f"{leaf.name}: {whole}"
+                for index, part in enumerate([*whole.shards_metadata, mine]):
+                    box = _box(leaf, bed.size, index if index < parts else bed.rank)
+                    found = (list(part.shard_offsets), list(part.shard_sizes))
+                    assert found == (list(box[0]), list(box[1])), f"{leaf.name}: {part}"
+
+        return Work(
+            lambda: [(describe(t, group_of(t)), shard(t, bed.rank)) for t in sharded], check
+        )
+
+    def floor(self, bed: Bed) -> Work:
+        return bed.each(bed.leaves, lambda leaf: [_box(leaf, bed.size, r) for r in range(bed.size)])
+
+
+class RewriteSpec(Measured):
+    """Sharding specs moved to their tensor's device; floor: the spec, copied deep."""
+
+    functions = (f"{PATH}_rewrite_spec_if_needed",)
+    sizes = (2,)
+
+    def work(self, bed: Bed) -> Work:
+        from benchmarks.bed import Work
+
+        rewrite, specs = bed.function(self.functions[0]), self._specs(bed)
+
+        def check(got: list[Any]) -> None:
+            for (_, tensor), spec in zip(specs, got, strict=True):
+                device = spec.placements[bed.rank].device()
+                assert device == tensor.device, f"on {device}, expected {tensor.device}"
+
+        return Work(lambda: [rewrite(spec, t, bed.rank) for spec, t in specs], check)
+
+    def floor(self, bed: Bed) -> Work:
+        import copy
+
+        return bed.each(self._specs(bed), lambda pair: copy.deepcopy(pair[0]))
+
+    def _specs(self, bed: Bed) -> list[Any]:
+        from torch.distributed._shard.sharding_spec import ChunkShardingSpec
+
+        places = [f"rank:{r}/meta" for r in range(bed.size)]
+        return [
+            (ChunkShardingSpec(dim=0, placements=list(places)), bed.full(leaf).to(bed.device))
+            for leaf in bed.leaves
+        ]
+
+
+class PreLoadStateDict(Measured):
+    """The shards from which FSDP1 loads each weight; floor: local_shards() in a loop."""
+
+    functions = (f"{PATH}_pre_load_state_dict",)
+    sizes = (2,)
+
+    def work(self, bed: Bed) -> Work:
+        from benchmarks.bed import Work
+
+        load, sharded = bed.function(self.functions[0]), self._sharded(bed)
+
+        def check(got: list[Any]) -> None:
+            for leaf, tensor, (same, shards) in zip(bed.leaves, sharded, got, strict=True):
+                assert same is tensor, f"{leaf.name}: another tensor"
+                mine = bed.full(leaf).chunk(bed.size)[bed.rank]
+                bed.same(shards[0].tensor, mine, leaf.name)
+
+        return Work(lambda: [load(t) for t in sharded], check)
+
+    def floor(self, bed: Bed) -> Work:
+        return bed.each(self._sharded(bed), lambda t: t.local_shards())
+
+    def _sharded(self, bed: Bed) -> list[Any]:
+        from conformance.kit.layouts import rows, sharded_tensor
+
+        wholes = [bed.full(leaf).to(bed.device) for leaf in bed.leaves]
+        return [
+            sharded_tensor(w, rows(w.shape, [w.shape[0] // bed.size] * bed.size)) for w in wholes
+        ]
+
+
+class Extensions(Measured):
+    """Each weight through FSDP1's flatten and unflatten; floor: a DTensor made bare."""
+
+    functions = (f"{PATH}DTensorExtensions",)
+    sizes = (2,)
+
+    def work(self, bed: Bed) -> Work:
+        import torch
+        from torch.distributed.fsdp import _fsdp_extensions as fsdp
+        from torch.distributed.fsdp._common_utils import _FSDPDeviceHandle
+
+        from benchmarks.bed import Work
+
+        handle: Any = _FSDPDeviceHandle.from_device(torch.device(bed.device.type))
+        extensions = bed.function(self.functions[0])(handle)
+        sharded = list(bed.sharded().values())
+
+        def call() -> list[Any]:
+            flat = [fsdp._ext_pre_flatten_transform(t, extensions) for t in sharded]
+            return [fsdp._ext_post_unflatten_transform(t, e, extensions) for t, e in flat]
+
+        def check(got: list[Any]) -> None:
+            for leaf, tensor in zip(bed.leaves, got, strict=True):
+                bed.is_sharded(tensor, leaf)
+
+        return Work(call, check)
+
+    def floor(self, bed: Bed) -> Work:
+        from torch.distributed.tensor import DTensor
+
+        pairs = [(t._local_tensor, t._spec) for t in bed.sharded().values()]
+        return bed.each(pairs, lambda p: DTensor(*p, requires_grad=False))

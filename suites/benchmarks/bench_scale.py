@@ -1,0 +1,67 @@
+"""Rank 0 of worlds up to 16,384: what a call costs besides its communication, and how it grows.
+
+Torch's fake process group moves nothing, so one process stands for rank 0 of a world of any size.
+Each benchmark states how its counts grow with the world; `ci/bench --check` holds them to it. The
+model is the same in every world: 20 matrices of 1 MiB, sharded by row over all ranks. Results are
+checked as far as there are any: nothing arrives from other ranks.
+"""
+
+from __future__ import annotations
+
+from benchmarks import bench_broadcast, bench_fsdp, bench_gather, bench_tensor_parallel
+from benchmarks.measured import CONSTANT, LINEAR, SCALE
+
+WORLDS = (8, 64, 512, 4096, 16384)
+
+FLAT = {"collectives": CONSTANT, "calls": CONSTANT, "peak": CONSTANT}
+LINES = {"collectives": CONSTANT, "calls": LINEAR, "peak": LINEAR}
+LISTS = {"collectives": CONSTANT, "calls": LINEAR, "peak": CONSTANT}
+
+
+class GatherAtScale(bench_gather.GatherStateDict):
+    """Rank 0's part of a gather; floor: one all-gather's buffers, filled by one copy each."""
+
+    fake, regimes, sizes, tracks = True, ("scale",), WORLDS, SCALE
+    growth = LINES
+
+
+class BroadcastAtScale(bench_broadcast.BroadcastStateDict):
+    """Rank 0's part of a broadcast, which reads and packs the whole model; floor: a scatter."""
+
+    fake, regimes, sizes, tracks = True, ("scale",), WORLDS, SCALE
+    growth = LINES
+
+
+class DistributeAtScale(bench_broadcast.DistributeStateDict):
+    """A rank cuts its part out of its own whole state dict; floor: one copy of the part."""
+
+    fake, regimes, sizes, tracks = True, ("scale",), WORLDS, SCALE
+    growth = LISTS
+
+
+class BoxesAtScale(bench_fsdp.Boxes):
+    """Where each weight's shard lies; floor: by hand in a loop."""
+
+    fake, regimes, sizes, tracks = True, ("scale",), WORLDS, SCALE
+    growth = FLAT
+
+
+class ShardMetadataAtScale(bench_fsdp.ShardMetadataOf):
+    """Each weight described in ShardedTensor's terms, which list every rank; floor: boxes."""
+
+    fake, regimes, sizes, tracks = True, ("scale",), WORLDS, SCALE
+    growth = LISTS
+
+
+class LocalizeAtScale(bench_tensor_parallel.LocalizeDtensor):
+    """Weights become local Parameters, as after a forward; floor: one setattr each."""
+
+    fake, regimes, sizes, tracks = True, ("scale",), WORLDS, SCALE
+    growth = FLAT
+
+
+class ReconstructAtScale(bench_tensor_parallel.ReconstructDtensor):
+    """Local Parameters give way to DTensors, as before a forward; floor: one setattr each."""
+
+    fake, regimes, sizes, tracks = True, ("scale",), WORLDS, SCALE
+    growth = FLAT

@@ -1,0 +1,195 @@
+"""ci/bench: run the asv benchmarks, compare revisions, hold counts to their baseline."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import clean, interpreter
+from benchmarks.settings import PREFIX, Settings
+from harness import warm
+
+ROOT = Path(__file__).parents[2]
+MACHINE = Path.home() / ".asv-machine.json"
+ROUNDS = 4
+"""Interleaved rounds of a comparison."""
+COMPARED = r"(time_call|track_(collectives|received|peak|calls))$"
+"""What a comparison looks at: a ratio has no samples to tell a change from noise by."""
+FACTOR = 1.15
+"""Ratio of times that a comparison takes for a change: two runs of one code agree within this."""
+
+
+def main() -> int:
+    """Do what the command line asks; 0 ok, 1 a regression, 2 wrong usage, 3 nothing measured."""
+    warm.limit_threads()  # before anything imports torch or numpy
+    options = _options()
+    settings = Settings(options.quick, options.device, options.backend)
+    if options.check or options.update_baseline:
+        return _counted(options, settings)
+    if options.table:
+        from benchmarks import table
+
+        return table.main(settings)
+    if options.publish:
+        return _publish()
+    settings = settings.with_(smallest=options.quick)
+    os.environ.update(settings.environment())
+    os.environ[f"{PREFIX}OWNER"] = str(os.getpid())
+    _know_machine()
+    if options.compare:
+        return _compare(options.compare, options.bench)
+    return _run(options.bench)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="ci/bench",
+        description=__doc__,
+        epilog="Ends with 0: ok; 1: a regression or a failed benchmark; 2: wrong usage; "
+        "3: nothing was measured.",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--compare", metavar="REV", help="measure REV and HEAD in interleaved rounds")
+    what.add_argument("--publish", action="store_true", help="write .asv/html from saved results")
+    what.add_argument("--check", action="store_true", help="fail when a count rose over baseline")
+    what.add_argument("--update-baseline", action="store_true", help="write baseline.json anew")
+    what.add_argument(
+        "--table", action="store_true", help="torch, reference and floor side by side"
+    )
+    parser.add_argument("--quick", action="store_true", help="small models, few samples")
+    parser.add_argument("--bench", metavar="REGEX", help="only benchmarks whose name matches")
+    parser.add_argument("--device", default="cpu", metavar="TYPE", help="default: %(default)s")
+    parser.add_argument("--backend", metavar="NAME", help="default: the device's own")
+    options = parser.parse_args()
+    if (options.device, options.backend) == ("cpu", None):
+        options.backend = "gloo"
+        return options
+    import pytest
+
+    from harness.options import _backend, _device
+
+    try:
+        options.backend = _backend(options.backend, _device(options.device))
+    except pytest.UsageError as error:
+        parser.error(str(error))
+    return options
+
+
+def _counted(options: argparse.Namespace, settings: Settings) -> int:
+    from benchmarks import baseline
+    from benchmarks.session.world import WorldError
+
+    quick = settings.with_(quick=True)
+    try:
+        return baseline.check(quick) if options.check else baseline.update(quick)
+    except (WorldError, ValueError) as error:
+        print(f"ci/bench: nothing to compare: {error}", file=sys.stderr)
+        return 3
+
+
+def _asv(*arguments: str) -> int:
+    command = [sys.executable, "-m", "asv", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def _know_machine() -> None:
+    """Let asv describe the machine by itself, where it would ask."""
+    if not MACHINE.exists() and _asv("machine", "--yes"):
+        raise SystemExit("asv machine --yes failed")
+
+
+def _run(bench: str | None) -> int:
+    """Measure the working tree; saved for the site when HEAD is what was measured."""
+    extra = ["--bench", bench] if bench else []
+    saved = clean(ROOT)
+    if saved:
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        extra += ["--set-commit-hash", head.stdout.strip()]
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Path(folder, "journal")
+        os.environ[f"{PREFIX}JOURNAL"] = str(journal)
+        environment = f"existing:{interpreter(ROOT)}"
+        status = _asv("run", "--show-stderr", "--environment", environment, *extra)
+        measured = _journal(journal)
+    return _outcome(status, measured, saved)
+
+
+def _journal(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _outcome(status: int, measured: list[dict[str, Any]], saved: bool) -> int:
+    """The exit code, and in words what was measured."""
+    numbers = sum(bool(arm["seconds"]) for one in measured for arm in one["arms"].values())
+    wrong = [
+        f"{one['benchmark']} {one['regime']} x{one['size']}, {name}: {arm['wrong']}"
+        for one in measured
+        for name, arm in one["arms"].items()
+        if arm["wrong"]
+    ]
+    for line in dict.fromkeys(wrong):
+        print(f"no number: {line}")
+    print(f"{len(measured)} measurements, {numbers} timed; asv ended with {status}")
+    if not saved:
+        print("not a clean checkout of a commit (reference/, suites/): not saved for the site")
+    if not numbers:
+        print("ci/bench: nothing was measured", file=sys.stderr)
+        return 3
+    return 1 if status or wrong else 0
+
+
+def _compare(revision: str, bench: str | None) -> int:
+    """Interleaved rounds of two commits, in the overlay environment."""
+    if not clean(ROOT):
+        print("uncommitted changes: what is compared is the commits, not the working tree")
+    extra = ["--bench", bench or COMPARED]
+    with tempfile.NamedTemporaryFile("w+", suffix=".txt") as log:
+        command = [
+            *(sys.executable, "-m", "asv", "continuous", "--interleave-rounds"),
+            *("--append-samples", "--no-only-changed", "--show-stderr"),
+            *("-a", f"rounds={ROUNDS}", "--factor", str(FACTOR), *extra, revision, "HEAD"),
+        ]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                log.write(line)
+            status = process.wait()
+        log.seek(0)
+        compared = len(re.findall(r"^\| *[-+]? *\|.*\S", log.read(), re.MULTILINE))
+    if not compared:
+        print("ci/bench: nothing was compared", file=sys.stderr)
+        return 3
+    return 1 if status else 0
+
+
+def _publish() -> int:
+    """The site; 3 when there is no point in any graph."""
+    if status := _asv("publish"):
+        return 3 if status else 0
+    points = 0
+    graphs = ROOT / ".asv" / "html" / "graphs"
+    for file in graphs.rglob("bench_*.json"):
+        points += _points(json.loads(file.read_text()))
+    print(f"{points} points; open .asv/html/index.html through: .venv/bin/asv preview")
+    return 0 if points else 3
+
+
+def _points(series: list[Any]) -> int:
+    """How many numbers a graph of asv holds: [[revision, value or values], ...]."""
+    values = [v for _, y in series for v in (y if isinstance(y, list) else [y])]
+    return sum(isinstance(v, (int, float)) and not math.isnan(v) for v in values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The cost model of the reference as formulas; COST.md explains them, test_cost.py counts.
+
+Terms: `leaves` of a model, n ranks in the group. A leaf that is sharded over p of its parts leaves
+size/p on a rank. Nothing here imports torch, so that it runs where a cluster is planned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.settings import Leaf
+
+BUCKET = 16 << 20
+"""Bytes that small tensors share a collective for, all ranks together (SHARDPROOF_BUCKET_MIB)."""
+ALONE = BUCKET // 8
+"""Bytes from which on a tensor may have a collective of its own."""
+AGREEMENT = 64
+"""Most bytes with which a rank states what it is about to do, so that all can compare."""
+ENTRY = 96
+"""Most bytes, besides its name, with which the source of a broadcast describes one tensor."""
+STEPS = 4
+"""Most collectives that a call needs besides the tensors': to agree, and to tell sizes."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes and collectives of one call, on the rank that has most of them."""
+
+    payload: int
+    """Bytes of tensors that the rank receives: no implementation can do with fewer."""
+    overhead: int
+    """Most bytes received besides."""
+    collectives: int
+    """Most collectives issued."""
+
+    @property
+    def received(self) -> int:
+        """Most bytes received."""
+        return self.payload + self.overhead
+
+
+def _held(leaves: Sequence[Leaf], n: int) -> int:
+    return sum(leaf.nbytes // leaf.parts(n) for leaf in leaves)
+
+
+def _total(leaves: Sequence[Leaf]) -> int:
+    return sum(leaf.nbytes for leaf in leaves)
+
+
+def _transfers(leaves: Sequence[Leaf]) -> int:
+    """Most collectives for the tensors: one for each large one, the others in (half) buckets."""
+    large = sum(leaf.nbytes >= ALONE for leaf in leaves)
+    shared = sum(leaf.nbytes for leaf in leaves if leaf.nbytes < ALONE)
+    return large + math.ceil(2 * shared / BUCKET)
+
+
+def gather(leaves: Sequence[Leaf], n: int, meshes: int = 1) -> Cost:
+    """`_gather_state_dict` of n ranks: everything that a rank does not hold, once.
+
+    `meshes`: how many meshes or submeshes, of how many dimensions in all, the leaves lie on.
+    """
+    payload = _total(leaves) - _held(leaves, n)
+    most = meshes * STEPS + _transfers(leaves)
+    return Cost(payload, AGREEMENT * (n - 1) * meshes, most)
+
+
+def broadcast(leaves: Sequence[Leaf], n: int) -> Cost:
+    """`_broadcast_state_dict` to n ranks: what a rank holds of each leaf, and each leaf's entry."""
+    names = sum(len(leaf.name) for leaf in leaves)
+    overhead = AGREEMENT * (n - 1) + 2 * names + ENTRY * len(leaves) + 1024
+    return Cost(_held(leaves, n), overhead, 2 * STEPS + _transfers(leaves))
+
+
+def distribute(leaves: Sequence[Leaf], n: int) -> Cost:
+    """`_distribute_state_dict`: every rank cuts from what it holds; nothing moves."""
+    return Cost(0, 0, 0)

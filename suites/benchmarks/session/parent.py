@@ -1,0 +1,193 @@
+"""The warm parent: torch imported once, data made once, a fresh world forked a measurement."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.measured import COUNTED, TRACKS, Measured
+from benchmarks.session.statistics import quiet, ratio, slowest
+from benchmarks.settings import ARMS, FLOOR, TORCH, Settings, leaves
+from harness import processes, warm
+
+if TYPE_CHECKING:
+    import torch
+
+    from benchmarks.bed import Bed, Work
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One measurement, as ranks get it."""
+
+    benchmark: Measured
+    regime: str
+    size: int
+    settings: Settings
+    data: dict[str, torch.Tensor]
+    """The whole tensors of the regime on the CPU, in pages that all ranks share."""
+    arms: tuple[str, ...]
+    timed: bool = True
+    counted: bool = True
+
+    @property
+    def fake(self) -> bool:
+        return self.benchmark.fake
+
+    @property
+    def budget(self) -> float:
+        return self.settings.budget
+
+    @property
+    def rounds(self) -> tuple[int, int]:
+        return self.settings.rounds
+
+    def work(self, bed: Bed) -> Work:
+        return self.benchmark.work(bed)
+
+    def floor(self, bed: Bed) -> Work:
+        return self.benchmark.floor(bed)
+
+
+def named(module: str, name: str) -> Measured:
+    """The benchmark of that name; LookupError with what there is instead."""
+    found = getattr(importlib.import_module(module), name, None)
+    if not (isinstance(found, type) and issubclass(found, Measured)):
+        raise LookupError(f"{module} has no benchmark {name}")
+    return found()
+
+
+class Parent:
+    """Measures whatever it is asked; one at a time, in the process that made it."""
+
+    def __init__(self, settings: Settings) -> None:
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        warm.limit_threads()
+        processes.adopt_orphans()
+        warm.warm_up()
+        self.settings = settings
+        self._data: dict[str, dict[str, torch.Tensor]] = {}
+        journal = os.environ.get("SHARDPROOF_BENCH_JOURNAL")
+        self._journal = Path(journal) if journal else None
+
+    def measure(
+        self, benchmark: Measured, regime: str, size: int, **how: Any
+    ) -> dict[str, dict[str, Any]]:
+        """One measurement in a world of its own; see `measure_all`."""
+        (found,) = self.measure_all([(benchmark, regime, size)], **how)
+        return found
+
+    def measure_all(
+        self,
+        wanted: Sequence[tuple[Measured, str, int]],
+        *,
+        arms: tuple[str, ...] = ARMS,
+        timed: bool = True,
+        counted: bool = True,
+        abandoned: Callable[[], None] = lambda: None,
+    ) -> Iterator[dict[str, dict[str, Any]]]:
+        """(benchmark, regime, size) one after the other in one world; all of one size.
+
+        Of each: arm to its numbers, which are wrong, seconds (of each round, the slowest rank's),
+        median, and the tracks. Raises `world.WorldError` with the rank and the cause when the world
+        gives no answer, RuntimeError when ranks cannot be forked.
+        """
+        from benchmarks.session.world import MeasuredWorld
+
+        tasks = [self._task(b, r, s, arms, timed, counted) for b, r, s in wanted]
+        world = MeasuredWorld(self._spec(tasks[0].size), SEED, tasks)
+        with world.ended():
+            if reason := warm.unfit():
+                raise RuntimeError(reason)
+            world.launch()
+            world.gather()
+            for number, task in enumerate(tasks):
+                by_rank = world.measured(number, abandoned)
+                found = {arm: _merged([r[arm] for r in by_rank]) for arm in task.arms}
+                _relate(found)
+                self._note(task, found)
+                yield found
+
+    def fresh_worlds(self, size: int, count: int) -> list[float]:
+        """Seconds that each of `count` worlds took from nothing to ready, and to its end."""
+        from benchmarks.session.world import MeasuredWorld
+
+        seconds = []
+        benchmark = named("benchmarks.bench_gather", "GatherStateDict")
+        task = Task(benchmark, "", size, self.settings, {}, ())
+        for _ in range(count):
+            begin = time.perf_counter()
+            world = MeasuredWorld(self._spec(size), SEED, [task])
+            with world.ended():
+                world.launch()
+                world.gather()
+            seconds.append(time.perf_counter() - begin)
+        return seconds
+
+    def _task(
+        self,
+        benchmark: Measured,
+        regime: str,
+        size: int,
+        arms: tuple[str, ...],
+        timed: bool,
+        counted: bool,
+    ) -> Task:
+        here = tuple(a for a in arms if not benchmark.missing(a, self.settings))
+        return Task(benchmark, regime, size, self.settings, self.data(regime), here, timed, counted)
+
+    def data(self, regime: str) -> dict[str, torch.Tensor]:
+        """The whole tensors of the regime, made once."""
+        from benchmarks.bed import values
+
+        if regime not in self._data:
+            made = leaves(regime, self.settings.quick)
+            self._data[regime] = {leaf.name: values(n, leaf) for n, leaf in enumerate(made)}
+        return self._data[regime]
+
+    def _spec(self, size: int) -> Any:
+        from harness.requirements import WorldSpec
+
+        own = self.settings
+        return WorldSpec(size, own.backend, own.device, own.collective, own.limit, reuse=False)
+
+    def _note(self, task: Task, found: dict[str, Any]) -> None:
+        if self._journal is not None:
+            line = {
+                "benchmark": type(task.benchmark).__name__,
+                "regime": task.regime,
+                "size": task.size,
+                "arms": found,
+            }
+            with self._journal.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _merged(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """One arm's numbers over all ranks: of each the largest."""
+    merged: dict[str, Any] = {"wrong": next((r["wrong"] for r in ranks if r["wrong"]), "")}
+    seconds = [] if merged["wrong"] else slowest([r["seconds"] for r in ranks])
+    merged["seconds"] = seconds
+    if seconds:
+        merged["median"] = quiet(seconds)
+    for name in COUNTED:
+        if not merged["wrong"] and all(name in r for r in ranks):
+            merged[name] = max(r[name] for r in ranks)
+    return merged
+
+
+def _relate(found: dict[str, dict[str, Any]]) -> None:
+    for arm, numbers in found.items():
+        for other, name in ((FLOOR, "ratio_to_floor"), (TORCH, "ratio_to_torch")):
+            theirs = found.get(other, {}).get("seconds")
+            if other != arm and theirs and numbers["seconds"]:
+                assert name in TRACKS
+                numbers[name] = ratio(numbers["seconds"], theirs)

@@ -1,0 +1,139 @@
+"""The rank's side: each arm in turns in one world, each result checked before its time counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import time
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.bed import Bed, Work
+from benchmarks.session.counting import PEAKS, count
+from benchmarks.settings import FLOOR, REFERENCE
+
+if TYPE_CHECKING:
+    from benchmarks.session.parent import Task
+
+SHORTEST = 0.002
+"""Seconds that a sample lasts at least; shorter calls are repeated within one."""
+MOST_CALLS = 2000
+
+
+def measure(task: Task, rank: int, device: torch.device) -> dict[str, Any]:
+    """Try, count and time each arm; arm to `wrong`, `seconds`, `collectives`, `received`, `peak`.
+
+    Every rank of the world calls it. `wrong` says why an arm has no number. Samples are this
+    rank's seconds a call; the parent takes the largest over the ranks.
+    """
+    bed = Bed(task, rank, device)
+    found: dict[str, dict[str, Any]] = {}
+    works: dict[str, Work] = {}
+    for arm in task.arms:
+        bed.arm = arm
+        wrong, work = _build(task, bed)
+        found[arm] = {"wrong": wrong, "seconds": []}
+        if not wrong:
+            works[arm] = work
+    if task.timed and works:
+        _time(task, bed, works, found)
+    if task.counted:
+        for arm, work in works.items():
+            peaks = PEAKS if arm == REFERENCE else 1  # the baseline holds the reference's
+            found[arm] |= dataclasses.asdict(count(work.call, work.reset, device, peaks))
+    return found
+
+
+def _build(task: Task, bed: Bed) -> tuple[str, Work]:
+    """Build the arm's work and do it twice: a first call does what later ones do not.
+
+    All ranks agree after each step, so that none is alone in the next call's collectives.
+    """
+    work = Work(lambda: None, lambda _: None)
+
+    def build() -> None:
+        nonlocal work
+        work = task.floor(bed) if bed.arm == FLOOR else task.work(bed)
+
+    def once() -> None:
+        work.reset()
+        work.check(work.call())
+
+    for step in (build, once, once):
+        if wrong := bed.agree(_attempt(step)):
+            return wrong, work
+    return "", work
+
+
+def _attempt(step: Callable[[], None]) -> str:
+    try:
+        step()
+    except AssertionError as error:
+        return f"its result is wrong: {_line(error)}"
+    except Exception as error:
+        print(traceback.format_exc(), flush=True)
+        return f"it raises {type(error).__name__}: {_line(error)}"
+    return ""
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or "(no text)").partition("\n")[0][:500]
+
+
+def _time(task: Task, bed: Bed, works: dict[str, Work], found: dict[str, dict[str, Any]]) -> None:
+    number = {arm: _calls(bed, work) for arm, work in works.items()}
+    fewest, most = task.rounds
+    begin, done = time.monotonic(), 0
+    order = list(works)
+    while order:
+        turn = done % len(order)
+        for arm in order[turn:] + order[:turn]:
+            seconds, wrong = _sample(bed, works[arm], number[arm])
+            found[arm]["seconds"].append(seconds)
+            found[arm]["wrong"] = found[arm]["wrong"] or wrong
+        done += 1
+        # One rank's clock decides for all, or some would stay alone in the next collective.
+        spent = bed.largest(time.monotonic() - begin)
+        if done >= most or (done >= fewest and spent * (done + 1) / done > task.budget):
+            break
+    for arm in works:
+        found[arm]["wrong"] = bed.agree(found[arm]["wrong"])
+
+
+def _calls(bed: Bed, work: Work) -> int:
+    """Calls a sample: one where the call must be reset, else as many as fill a sample."""
+    if work.resets:
+        return 1
+    took, _ = _sample(bed, work, 1)
+    shortest = bed.largest(took)
+    return max(1, min(MOST_CALLS, math.ceil(SHORTEST / max(shortest, 1e-9))))
+
+
+def _sample(bed: Bed, work: Work, number: int) -> tuple[float, str]:
+    """Seconds a call on this rank, and what is wrong with the results of these very calls."""
+    work.reset()
+    results: list[Any] = []
+    gc.collect(1)
+    gc.disable()
+    try:
+        bed.synchronize()
+        if dist.get_world_size() > 1 and not bed.fake:
+            dist.barrier()
+        begin = time.perf_counter()
+        for _ in range(number):
+            results.append(work.call())
+        bed.synchronize()
+        seconds = (time.perf_counter() - begin) / number
+    finally:
+        gc.enable()
+    try:
+        for result in results:
+            work.check(result)
+    except AssertionError as error:
+        return seconds, f"its result is wrong: {_line(error)}"
+    return seconds, ""

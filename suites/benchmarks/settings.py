@@ -1,0 +1,188 @@
+"""What a run is asked for, and the regimes: how many tensors of which size a model has.
+
+Free of torch: asv imports it in every process. The environment carries the settings, because asv
+hands nothing else to its benchmarks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+
+PREFIX = "SHARDPROOF_BENCH_"
+
+TORCH, REFERENCE, FLOOR = "torch.distributed", "shardproof", "floor"
+ARMS = (TORCH, REFERENCE, FLOOR)
+"""What is measured side by side: the two subjects, and the physical limit for the same bytes."""
+
+WIDTH = {
+    "float64": 8,
+    "int64": 8,
+    "float32": 4,
+    "int32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "uint8": 1,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run of benchmarks."""
+
+    quick: bool = False
+    device: str = "cpu"
+    backend: str = "gloo"
+    smallest: bool = False
+    """Only the smallest world of each benchmark: to see that everything runs."""
+    seconds: float = 0.0
+    """Time for the rounds of one measurement; 0: the default of quick or full."""
+    deadline: float = 0.0
+    """Seconds after which a measurement is ended, and fails; 0: the default of quick or full."""
+
+    @classmethod
+    def from_environment(cls) -> Settings:
+        """Read from SHARDPROOF_BENCH_QUICK, _SMALLEST, _DEVICE, _BACKEND, _SECONDS, _DEADLINE."""
+        get = {k.removeprefix(PREFIX): v for k, v in os.environ.items() if k.startswith(PREFIX)}
+        return cls(
+            quick=get.get("QUICK", "") not in {"", "0"},
+            smallest=get.get("SMALLEST", "") not in {"", "0"},
+            device=get.get("DEVICE", cls.device),
+            backend=get.get("BACKEND", cls.backend),
+            seconds=float(get.get("SECONDS", 0.0)),
+            deadline=float(get.get("DEADLINE", 0.0)),
+        )
+
+    def environment(self) -> dict[str, str]:
+        """The variables that `from_environment` reads back."""
+        return {
+            f"{PREFIX}QUICK": "1" if self.quick else "",
+            f"{PREFIX}SMALLEST": "1" if self.smallest else "",
+            f"{PREFIX}DEVICE": self.device,
+            f"{PREFIX}BACKEND": self.backend,
+            f"{PREFIX}SECONDS": str(self.seconds),
+            f"{PREFIX}DEADLINE": str(self.deadline),
+        }
+
+    @property
+    def budget(self) -> float:
+        """Seconds for the rounds of one measurement."""
+        return self.seconds or (0.3 if self.quick else 6.0)
+
+    @property
+    def rounds(self) -> tuple[int, int]:
+        """Fewest and most rounds of one measurement."""
+        return (3, 9) if self.quick else (5, 60)
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which a measurement is ended, and fails."""
+        return self.deadline or (60.0 if self.quick else 300.0)
+
+    @property
+    def collective(self) -> float:
+        """Seconds after which one collective is given up."""
+        return min(30.0 if self.quick else 120.0, self.limit / 2)
+
+    def regime(self, name: str) -> str:
+        """The regime's name as a parameter of asv: results of other sizes must not mix."""
+        return f"quick {name}" if self.quick else name
+
+    def where(self) -> str:
+        """Backend and device, for the names of worlds."""
+        return f"{self.backend} on {self.device}"
+
+    def with_(self, **changes: object) -> Settings:
+        """The same settings with some changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor of a model, by its whole shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    placement: str = "S0"
+    """One of S0, S1, R over all ranks; two of them, as S0-R, over a mesh of size/2 x 2."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * WIDTH[self.dtype]
+
+    def parts(self, size: int) -> int:
+        """Into how many different parts a world of that size cuts it."""
+        dims = self.placement.split("-")
+        if len(dims) == 1:
+            return 1 if dims[0] == "R" else size
+        return math.prod(n for n, d in zip((size // 2, 2), dims, strict=True) if d != "R")
+
+
+def leaves(regime: str, quick: bool) -> list[Leaf]:
+    """The tensors of a regime.
+
+    many: 2000 of 4 KiB. model: the shapes of a transformer of 1 billion parameters, its width and
+    vocabulary divided by 8. large: 4 of 64 MiB. mixed: dtypes and placements over a 2-D mesh.
+    one: one tensor of 64 MiB. scale: 20 matrices that 16,384 ranks can share.
+    """
+    return _REGIMES[regime](quick)
+
+
+def _many(quick: bool) -> list[Leaf]:
+    return [Leaf(f"layer{n}.weight", (32, 32)) for n in range(200 if quick else 2000)]
+
+
+def _large(quick: bool) -> list[Leaf]:
+    return [Leaf(f"layer{n}.weight", (256 if quick else 4096, 4096)) for n in range(4)]
+
+
+def _one(quick: bool) -> list[Leaf]:
+    return [Leaf("weight", (256 if quick else 4096, 4096))]
+
+
+def _model(quick: bool) -> list[Leaf]:
+    layers, width, words = (2, 64, 512) if quick else (16, 256, 4000)
+    found = [Leaf("embed.weight", (words, width))]
+    for n in range(layers):
+        at = f"layers.{n}."
+        found += [Leaf(f"{at}attention.{p}.weight", (width, width)) for p in ("q", "k", "v")]
+        found += [
+            Leaf(f"{at}attention.o.weight", (width, width), placement="S1"),
+            Leaf(f"{at}mlp.gate.weight", (4 * width, width)),
+            Leaf(f"{at}mlp.up.weight", (4 * width, width)),
+            Leaf(f"{at}mlp.down.weight", (width, 4 * width), placement="S1"),
+            Leaf(f"{at}norm1.weight", (width,), placement="R"),
+            Leaf(f"{at}norm2.weight", (width,), placement="R"),
+        ]
+    return [
+        *found,
+        Leaf("norm.weight", (width,), placement="R"),
+        Leaf("head.weight", (words, width)),
+    ]
+
+
+def _mixed(quick: bool) -> list[Leaf]:
+    dtypes = ("float32", "bfloat16", "int64", "float16", "float64", "int32")
+    placed = ("S0-R", "R-S0", "S0-S1", "S1-S0", "R-R", "R-S1", "S0-R")
+    rows = 32 if quick else 128
+    return [
+        Leaf(f"part{n}.value", (rows, 8 * (1 + n % 16)), dtypes[n % 6], placed[n % 7])
+        for n in range(42 if quick else 336)
+    ]
+
+
+def _scale(quick: bool) -> list[Leaf]:
+    return [Leaf(f"layer{n}.weight", (16384, 16), placement="S0") for n in range(20)]
+
+
+_REGIMES = {
+    "many": _many,
+    "model": _model,
+    "large": _large,
+    "mixed": _mixed,
+    "one": _one,
+    "scale": _scale,
+}

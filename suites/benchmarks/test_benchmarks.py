@@ -1,0 +1,221 @@
+"""The set of benchmarks is whole, asv sees all of it, and a run that measured nothing fails."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from asv_runner.discovery import disc_benchmarks
+
+from benchmarks import baseline, command, measured
+from benchmarks.listing import HERE, benchmarks
+from benchmarks.settings import REFERENCE, Settings
+
+SUITES = HERE.parent
+QUICK = Settings(quick=True)
+DDP = (
+    "_get_submodule_n_params",
+    "_localize_dtensor",
+    "_pre_dp_module_transform",
+    "_reconstruct_dtensor",
+    "_update_module_param",
+)
+"""Upstream's module exports nothing; these are the contract's."""
+
+
+def contract() -> set[str]:
+    """Module.name of every function and class of the set."""
+    found = {f"tensor.parallel.ddp.{name}" for name in DDP}
+    for name in (
+        "_state_dict_utils",
+        "tensor.parallel._data_parallel_utils",
+        "tensor.parallel.fsdp",
+    ):
+        module = importlib.import_module(f"{REFERENCE}.{name}")
+        found |= {
+            f"{name}.{n}"
+            for n in module.__all__
+            if inspect.isfunction(getattr(module, n)) or inspect.isclass(getattr(module, n))
+        }
+    return found
+
+
+def test_every_function_of_the_contract_is_measured() -> None:
+    covered = {function for b in benchmarks() for function in b.functions}
+    # STATE_DICT_TYPE and its kin are types for annotations: nothing runs.
+    types = {n for n in contract() if n.rpartition(".")[2].isupper()}
+    assert contract() - types - covered == set()
+    assert covered - contract() == set(), "no such function"
+
+
+def test_asv_finds_each_benchmark_once() -> None:
+    """The classes of bench_*.py with all their tracks, and nothing else of the package."""
+    names = [b.name for b in disc_benchmarks(str(HERE))]
+    expected = [
+        f"{type(b).__module__.partition('.')[2]}.{type(b).__name__}.{kind}"
+        for b in benchmarks()
+        for kind in ("time_call", *(f"track_{t}" for t in b.tracks))
+    ]
+    expected += ["bench_harness.FreshWorld.time_call", "bench_harness.TrivialCheck.time_call"]
+    assert sorted(names) == sorted(expected)
+
+
+def test_every_track_has_a_unit() -> None:
+    for found in disc_benchmarks(str(HERE)):
+        assert found.unit != "unit", found.name
+        assert found.version == "1", found.name
+
+
+def test_each_benchmark_states_itself() -> None:
+    for b in benchmarks():
+        name = type(b).__name__
+        assert b.functions, f"{name}: measures no function"
+        assert "floor" in (type(b).__doc__ or ""), f"{name}: its docstring states no floor"
+        assert list(b.sizes) == sorted(b.sizes), f"{name}: sizes {b.sizes}"
+        assert set(b.tracks) <= set(measured.TRACKS), f"{name}: {b.tracks}"
+        assert not b.missing(REFERENCE, QUICK) or b.device_only, f"{name}: lacks the reference"
+
+
+def test_what_is_left_out_cannot_be_measured() -> None:
+    """An arm that is declared absent really fails: else it must be measured."""
+    absent = [
+        (type(b).__module__, type(b).__name__, arm)
+        for b in benchmarks()
+        if not b.device_only
+        for arm in b.absent
+    ]
+    assert absent
+    found = in_a_process(
+        "found = {}\n"
+        f"for module, name, arm in {absent!r}:\n"
+        "    b = named(module, name)\n"
+        "    type(b).absent = {}\n"
+        "    regime, size = b.grid(s)[0]\n"
+        "    got = p.measure(b, regime, size, arms=(arm,), timed=False, counted=False)\n"
+        "    found[name] = got[arm]['wrong']\n"
+        "print(json.dumps(found))"
+    )
+    assert all(json.loads(found).values()), found
+
+
+def in_a_process(code: str, *, status: int = 0) -> str:
+    """Run with `p`, a Parent with quick settings `s`; what it prints."""
+    head = (
+        "import json, sys\nfrom harness import warm\nwarm.limit_threads()\n"
+        "from benchmarks import baseline\n"
+        "from benchmarks.session.parent import Parent, named\n"
+        "from benchmarks.settings import Settings\n"
+        "s = Settings(quick=True)\n"
+    )
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"{head}p = Parent(s)\n{code}" if "baseline." not in code else head + code,
+        ],
+        env=os.environ | {"PYTHONPATH": str(SUITES)},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == status, ran.stdout
+    return ran.stdout
+
+
+def test_check_fails_on_a_rise(tmp_path: Path) -> None:
+    """One collective more than the baseline has: exit 1 and its name; equal counts: exit 0."""
+    files = [str(tmp_path / name) for name in ("same.json", "lower.json")]
+    said = in_a_process(
+        "b = named('benchmarks.bench_gather', 'GatherStateDictToFirst')\n"
+        "baseline.benchmarks = lambda: [b]\n"
+        "from pathlib import Path\n"
+        f"same, lower = map(Path, {files!r})\n"
+        "assert baseline.update(s, same) == 0\n"
+        "assert baseline.check(s, same) == 0\n"
+        "data = json.loads(same.read_text())\n"
+        "data['counts']['GatherStateDictToFirst model x4']['collectives'] -= 1\n"
+        "lower.write_text(json.dumps(data))\n"
+        "assert baseline.check(s, lower) == 1\n"
+    )
+    assert "GatherStateDictToFirst model x4: collectives rose from" in said
+
+
+def counts(**changes: int) -> baseline.Counts:
+    return {"one": {"collectives": 2, "received": 10, "peak": 10, "calls": 100} | changes}
+
+
+def test_a_rise_of_each_count_is_seen() -> None:
+    assert baseline.rises(counts(), counts()) == []
+    for name in ("collectives", "received", "peak"):
+        assert baseline.rises(counts(**{name: 11}), counts()), name
+        assert baseline.falls(counts(**{name: 1}), counts()) == 1, name
+    assert baseline.rises(counts(calls=110), counts()) == []
+    assert baseline.rises(counts(calls=111), counts())
+
+
+def test_a_measurement_that_appears_or_vanishes_is_seen() -> None:
+    assert "not in the baseline" in baseline.rises(counts(), {})[0]
+    assert "was not measured" in baseline.rises({}, counts())[0]
+
+
+def test_growth_beyond_the_stated_is_seen() -> None:
+    wanted = [b for b in benchmarks() if type(b).__name__ == "BoxesAtScale"]
+    low, high = counts()["one"], counts(collectives=3)["one"]
+    now = {"BoxesAtScale scale x8": low, "BoxesAtScale scale x512": low}
+    assert baseline.growths(now, wanted, QUICK) == []
+    now["BoxesAtScale scale x512"] = high
+    assert "collectives is stated as constant" in baseline.growths(now, wanted, QUICK)[0]
+
+
+def one(**arm: Any) -> list[dict[str, Any]]:
+    found = {"seconds": [1.0], "wrong": ""} | arm
+    return [{"benchmark": "B", "regime": "model", "size": 2, "arms": {"shardproof": found}}]
+
+
+def test_a_run_that_measured_nothing_fails() -> None:
+    assert command._outcome(0, one(), saved=True) == 0
+    assert command._outcome(0, [], saved=True) == 3
+    assert command._outcome(0, one(seconds=[], wrong="no"), saved=True) == 3
+    assert command._outcome(0, one() + one(seconds=[], wrong="no"), saved=True) == 1
+    assert command._outcome(2, one(), saved=True) == 1
+
+
+def test_no_samples_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match="nothing was measured"):
+        measured.sampled(lambda _: []).setup("a")
+
+
+def test_points_of_a_graph_are_counted() -> None:
+    assert command._points([[1, 2.0], [2, None], [3, float("nan")]]) == 1
+    assert command._points([[1, [2.0, None, 3.0]]]) == 2
+    assert command._points([]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--device", "nosuch"], "--device 'nosuch' is not a device type"),
+        (["--backend", "nosuch"], "--backend nosuch: this torch build lacks it"),
+        (["--check", "--publish"], "not allowed with argument"),
+    ],
+    ids=["device", "backend", "both"],
+)
+def test_wrong_usage_is_told(arguments: list[str], said: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "benchmarks.command", *arguments],
+        env=os.environ | {"PYTHONPATH": str(SUITES)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.returncode == 2
+    assert said in ran.stderr

@@ -1,0 +1,95 @@
+"""What is counted of a call: collectives, bytes from others, memory, calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks.session.counting import PEAKS, Traffic, count, peak_bytes, python_calls
+from benchmarks.session.statistics import quiet, ratio, slowest
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.world(4)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_bytes_that_come_from_others(world: Any, rank: int) -> None:
+    """Each collective counts once, with the bytes that this rank did not have."""
+    part, whole = torch.ones(8), torch.ones(32)
+    parts = [torch.ones(8) for _ in range(4)]
+    cases = [
+        ("all-gather", lambda: dist.all_gather_into_tensor(whole, part), 96),
+        ("all-gather of a list", lambda: dist.all_gather(parts, part), 96),
+        ("broadcast", lambda: dist.broadcast(part, 2), 0 if rank == 2 else 32),
+        ("scatter", lambda: dist.scatter(part, parts if rank == 1 else None, 1), 32 * (rank != 1)),
+        ("gather", lambda: dist.gather(part, parts if rank == 0 else None), 96 * (rank == 0)),
+        ("all-reduce", lambda: dist.all_reduce(part), 48),
+        ("all-to-all", lambda: dist.all_to_all_single(torch.empty(32), whole), 96),
+        ("barrier", dist.barrier, 0),
+    ]
+    for name, call, received in cases:
+        with Traffic() as seen:
+            call()
+        assert seen.received == received, f"{name}: {seen.received} bytes"
+        assert seen.collectives == (name != "barrier"), f"{name}: {seen.names}"
+
+
+@pytest.mark.world(2)
+def test_an_unknown_collective_is_refused(world: Any) -> None:
+    """A collective whose bytes nobody stated is an error, not a zero."""
+    tensor = torch.ones(4)
+    with pytest.raises(NotImplementedError, match="reduce is not known"), Traffic():
+        dist.reduce(tensor, 0)
+
+
+def test_the_peak_counts_what_is_freed_within_the_call() -> None:
+    def call() -> torch.Tensor:
+        large = torch.empty(1 << 20, dtype=torch.uint8)
+        del large
+        return torch.empty(1 << 10, dtype=torch.uint8)
+
+    assert peak_bytes(call, CPU) == 1 << 20
+    assert peak_bytes(call, CPU) == 1 << 20
+
+
+def test_calls_are_those_of_the_call() -> None:
+    def leaf() -> None: ...
+
+    def call() -> None:
+        for _ in range(5):
+            leaf()
+
+    assert python_calls(call) == 6
+
+
+def test_counts_reset_before_each_call() -> None:
+    resets = 0
+
+    def reset() -> None:
+        nonlocal resets
+        resets += 1
+
+    count(lambda: None, reset, CPU, peaks=PEAKS)
+    assert resets == 2 + PEAKS
+
+
+def test_the_slowest_rank_of_each_round_counts() -> None:
+    assert slowest([[1.0, 5.0], [3.0, 2.0]]) == [3.0, 5.0]
+    with pytest.raises(ValueError, match="shorter"):
+        slowest([[1.0, 5.0], [3.0]])
+
+
+def test_a_disturbed_half_does_not_show() -> None:
+    """Neither single outliers nor a disturbance that lasts move the number."""
+    calm = [1.0, 1.1, 0.9] * 4
+    assert quiet(calm) == 1.0
+    assert quiet([*calm[:6], *[9.0] * 6]) == 1.0
+    assert quiet([1.0, 50.0, 1.0]) == 1.0
+
+
+def test_a_ratio_is_of_the_same_rounds() -> None:
+    """A machine that is slow for a while slows both, and the ratio stays."""
+    assert ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == 2.0
