@@ -150,7 +150,10 @@ def night(tmp_path: Path, *words: str, **variables: str) -> tuple[int, str, dict
             *("--subject", "their_fork", "-k", "TestIdentityFunc", "--state", tmp_path / "state"),
             *("--issue", "owner/name", *words),
         ],
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "subject")} | variables,
+        # What the few checks of a night here do not need takes seconds to import.
+        env=os.environ
+        | {"PYTHONPATH": str(tmp_path / "subject"), "PYTEST_ADDOPTS": "--no-warm-up"}
+        | variables,
         capture_output=True,
         text=True,
         timeout=280,
