@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,7 +47,7 @@ def main() -> int:
     _know_machine()
     if options.compare:
         return _compare(options.compare, options.bench)
-    return _run(options.bench)
+    return _run(options.bench, options.journal)
 
 
 def _options() -> argparse.Namespace:
@@ -66,6 +67,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="small models, few samples")
     parser.add_argument("--bench", metavar="REGEX", help="only benchmarks whose name matches")
+    parser.add_argument(
+        "--journal", type=Path, metavar="FILE", help="also write each measurement there, as JSON"
+    )
     parser.add_argument("--device", default="cpu", metavar="TYPE", help="default: %(default)s")
     parser.add_argument("--backend", metavar="NAME", help="default: the device's own")
     options = parser.parse_args()
@@ -106,7 +110,7 @@ def _know_machine() -> None:
         raise SystemExit("asv machine --yes failed")
 
 
-def _run(bench: str | None) -> int:
+def _run(bench: str | None, kept: Path | None) -> int:
     """Measure the working tree; saved for the site when HEAD is what was measured."""
     extra = ["--bench", bench] if bench else []
     saved = clean(ROOT)
@@ -121,6 +125,8 @@ def _run(bench: str | None) -> int:
         environment = f"existing:{interpreter(ROOT)}"
         status = _asv("run", "--show-stderr", "--environment", environment, *extra)
         measured = _journal(journal)
+        if kept is not None and journal.exists():
+            shutil.copyfile(journal, kept)
     return _outcome(status, measured, saved)
 
 

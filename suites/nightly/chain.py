@@ -84,6 +84,8 @@ class Night:
             words += ["--quick"] if self.quick else []
             if status := self._run(f"benchmarks-{number}", words):
                 raise EnvironmentFailedError(f"benchmarks ended with {status}")
+            if not journal.exists():
+                raise EnvironmentFailedError(f"benchmarks left nothing in {journal}")
             found.append(journal)
         return found
 
