@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from faults.sessions import Outcome, Session
 
@@ -76,12 +77,17 @@ def test_another_failure_than_the_expected_is_not_expected(judge: Judge) -> None
 
 
 def test_conditions_choose_the_runs_that_an_entry_is_for(judge: Judge) -> None:
-    here = '["torch>=2.11", "torch<3", "backend==gloo", "device==cpu", "world>1"]'
+    built = torch.accelerator.current_accelerator(check_available=False)
+    build = built.type if built else "cpu"
+    here = (
+        f'["torch>=2.11", "torch<3", "backend==gloo", "device==cpu", "build=={build}", "world>1"]'
+    )
     outcome = judge(KNOWN.replace("reason", f"when = {here}\nreason"))
     assert outcome.exit == 0, outcome.output
-    elsewhere = judge(KNOWN.replace("reason", 'when = "world>2"\nreason'))
-    assert elsewhere.exit == 1
-    assert "xfail" not in elsewhere.verdicts().values()
+    for condition in ("world>2", f"build!={build}"):
+        elsewhere = judge(KNOWN.replace("reason", f'when = "{condition}"\nreason'))
+        assert elsewhere.exit == 1
+        assert "xfail" not in elsewhere.verdicts().values()
 
 
 WRONG = [
@@ -89,6 +95,7 @@ WRONG = [
     (entry("test_it.py::test_fails*", reason=" "), "needs a reason, one sentence"),
     (entry("test_it.py::test_fails*", verdict="passes"), "verdict ['passes']: expected some of"),
     (entry("test_it.py::test_fails*", when="moon==full"), "condition 'moon==full': expected"),
+    (entry("test_it.py::test_fails*", when="build>=cpu"), "condition 'build>=cpu': expected"),
     (entry("test_it.py::test_fails*", whn="x"), "has no use for whn"),
     ("[[expect]\n", "torch.distributed.toml: "),
 ]

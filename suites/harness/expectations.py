@@ -7,7 +7,8 @@ subject can mend, met in suites/integration.
     check = "suites/conformance/…/test_gather.py::TestGather::test_dtype[*]"   # or a list of them
     verdict = "fail"                       # or a list; default fail
     when = ["torch>=2.11", "world>2", "backend==gloo"]   # all must hold; default: always; also
-                                           # device==cpu, accelerator==none (the machine has none)
+                                           # device==cpu, accelerator==none (the machine has none),
+                                           # build==cpu (what torch was built for; else cuda, xpu)
     reason = "one sentence"
     link = "https://github.com/pytorch/pytorch/issues/1"  # where there is one
 
@@ -37,7 +38,9 @@ from harness.verdicts import Verdict
 
 CALLERS = "callers.toml"
 _EXPECTABLE = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.TIMEOUT, Verdict.CRASH})
-_CONDITION = re.compile(r"(torch|world|backend|device|accelerator)\s*(==|!=|>=|<=|>|<)\s*(\S+)")
+_CONDITION = re.compile(
+    r"(torch|world|backend|device|accelerator|build)\s*(==|!=|>=|<=|>|<)\s*(\S+)"
+)
 
 
 @dataclass
@@ -79,6 +82,8 @@ class Facts:
     device: str
     accelerator: str
     """The machine's, whether this run's tensors lie on it or not: cuda, xpu, …, or none."""
+    build: str
+    """What torch was built for, whether the machine has it or not: cpu, cuda, xpu, …"""
 
 
 class Expectations:
@@ -161,12 +166,13 @@ def _entries(path: Path, number: int, raw: dict[str, Any]) -> list[Entry]:
     when = [when] if isinstance(when, str) else when
     for condition in when:
         found = _CONDITION.fullmatch(condition)
-        if not found or (found[1] in {"backend", "device"} and found[2] not in {"==", "!="}):
+        ordered = found and found[1] in {"torch", "world"}
+        if not found or not (ordered or found[2] in {"==", "!="}):
             raise pytest.UsageError(
                 f"{where}: condition {condition!r}: expected for example torch>=2.11, world>2, "
                 "backend==nccl, device==cpu"
             )
-        if found[1] in {"torch", "world"}:
+        if ordered:
             try:
                 SpecifierSet(found[2] + found[3])
             except InvalidSpecifier as error:

@@ -105,6 +105,7 @@ class Run:
         import torch
 
         accelerator = torch.accelerator.current_accelerator(check_available=True)
+        built = torch.accelerator.current_accelerator(check_available=False)
         self._expectations = Expectations(
             settings.expectations,
             settings.subject,
@@ -113,6 +114,7 @@ class Run:
                 settings.backend,
                 settings.device,
                 accelerator.type if accelerator else "none",
+                built.type if built else "cpu",
             ),
         )
 

@@ -21,7 +21,7 @@ from shardproof._state_dict_utils.agreement import Failure, exchange, first_fail
 from shardproof._state_dict_utils.targets import WHOLE, Place, Places, Target, plain_full_tensor
 from shardproof._state_dict_utils.tensors import CPU, bits, geometry, is_ordinary
 from shardproof._state_dict_utils.transport import Need, Offer, Transport
-from shardproof._state_dict_utils.wire import Domain, broadcast, group_domain
+from shardproof._state_dict_utils.wire import Domain, broadcast, finish, group_domain
 
 _LENGTH = struct.Struct("<q")
 
@@ -243,10 +243,10 @@ def _tell(
             text = f"{domain.name(0)}: {culprit!r}: expected a value that can be pickled: {error}"
             body = pickle.dumps(([], [], Failure("TypeError", text, True)))
     head = _as_tensor(_LENGTH.pack(len(body)), domain.device)
-    broadcast(group, head)
+    finish(broadcast(group, head))
     length = int(_LENGTH.unpack(bytes(head.tolist()))[0])
     data = _as_tensor(body.ljust(length, b"\0"), domain.device)
-    broadcast(group, data)
+    finish(broadcast(group, data))
     received = data.cpu().numpy().tobytes()
     # The peers of a process group run the same program: they are trusted as torch trusts them.
     keys, columns, refused = pickle.loads(received)  # noqa: S301

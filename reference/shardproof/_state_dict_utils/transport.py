@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +26,8 @@ from shardproof._state_dict_utils.stream import (
     sections,
 )
 from shardproof._state_dict_utils.targets import Place, Target
-from shardproof._state_dict_utils.tensors import carrier, copy_all
-from shardproof._state_dict_utils.wire import Domain, broadcast, scatter
+from shardproof._state_dict_utils.tensors import MOVABLE, carrier, copy_all
+from shardproof._state_dict_utils.wire import Domain, broadcast, finish, scatter
 
 
 class Offer(NamedTuple):
@@ -51,6 +50,9 @@ class Offer(NamedTuple):
     root: Any = None
     flat: bool = False
 
+
+# From how many bytes on leaving out a row of them costs less than writing it.
+_WORTH_A_VIEW = 1 << 16
 
 Need = tuple[Place, bool]
 """(what is needed of a full tensor, whether it can be received right where it belongs)."""
@@ -175,35 +177,74 @@ class Transport:
         if not scattered:
             data = memory if data is None else data
             assert data is not None
+            work = broadcast(self.group, data)
             # What is sent is only read, so the source may copy it for itself at the same time.
-            broadcast(self.group, data, partial(self._keep, key))
+            self._keep(key)
+            finish(work)
             return
         assert memory is not None
         rows = None if data is None else data.view(len(self.domain.members), -1)
-        scatter(self.group, memory, rows)
+        finish(scatter(self.group, memory, rows))
 
     def _run_stream(
         self, parcels: Sequence[Parcel], roots: dict[str, Any], scattered: bool
     ) -> None:
         participants = len(self.domain.members) if scattered else 1
-        todo = Stream(parcels, participants)
+        # Two buckets at a time: one is on its way while another is packed, or unpacked.
+        todo = Stream(parcels, participants, copies=2)
         keys = [roots[parcel.name] for parcel in todo.parcels]
+        if self.full is None:
+            self._receive_stream(todo, keys, scattered)
+        else:
+            self._send_stream(todo, keys, scattered)
+
+    def _send_stream(self, todo: Stream, keys: Sequence[Any], scattered: bool) -> None:
+        work = None
         for width, pieces in todo.buckets():
-            rows = None
-            if self.full is not None or not scattered:
-                shape = (participants, width)
-                rows = torch.empty(shape, dtype=torch.uint8, device=self.domain.device)
-            if self.full is not None and rows is not None:
-                self._fill(rows, pieces, todo.parcels, keys)
+            shape = (todo.participants, width)
+            rows = torch.empty(shape, dtype=torch.uint8, device=self.domain.device)
+            self._fill(rows, pieces, todo.parcels, keys)
+            finish(work)
             if scattered:
-                mine = torch.empty(width, dtype=torch.uint8, device=self.domain.device)
-                scatter(self.group, mine, rows)
-                self._unpack(mine, pieces[self.me], todo.parcels, keys, self.me)
+                # The source takes its own part from where it is: its row is not looked at.
+                work = scatter(self.group, rows[0], rows)
             else:
-                assert rows is not None
-                broadcast(self.group, rows[0])
-                if self.full is None:
-                    self._unpack(rows[0], pieces[0], todo.parcels, keys, 0)
+                work = broadcast(self.group, rows[0])
+        if scattered:
+            self._keep_all(keys)
+        finish(work)
+
+    def _receive_stream(self, todo: Stream, keys: Sequence[Any], scattered: bool) -> None:
+        column = self.me if scattered else 0
+        here: tuple[torch.Tensor, Sequence[Piece]] | None = None
+        for width, pieces in todo.buckets():
+            mine = torch.empty(width, dtype=torch.uint8, device=self.domain.device)
+            group = self.group
+            work = scatter(group, mine, None) if scattered else broadcast(group, mine)
+            if here is not None:
+                self._unpack(*here, todo.parcels, keys, column)
+            finish(work)
+            here = mine, pieces[column]
+        if here is not None:
+            self._unpack(*here, todo.parcels, keys, column)
+
+    def _keep_all(self, keys: Sequence[Any]) -> None:
+        """As :meth:`_keep` for many keys, in one call where it can be."""
+        assert self.full is not None
+        memories: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        for key in keys:
+            full = self.full[key].detach()
+            for target in self.targets.get(key, ()):
+                memory, block = target.memory, target.block
+                plain = memory is not None and memory.dtype == full.dtype and full.dtype in MOVABLE
+                if plain and block is not None and block.region is not None:
+                    assert memory is not None
+                    memories.append(memory)
+                    values.append(full[block.region])
+                else:
+                    target.take(full)
+        copy_all(memories, values)
 
     def _unpack(
         self,
@@ -231,11 +272,15 @@ class Transport:
         parcels: Sequence[Parcel],
         keys: Sequence[Any],
     ) -> None:
-        """Write what each participant gets into its row of a bucket."""
+        """Write what each participant gets into its row of a bucket.
+
+        The source's own row may stay as it is where there are others.
+        """
         assert self.full is not None
         full = self.full
+        first = 1 if len(rows) > 1 else 0
         if len(rows) == 1 or pieces[0] is not pieces[-1]:
-            for taker, row in enumerate(rows):
+            for taker, row in enumerate(rows[first:], first):
                 takes = [parcel.blocks[taker] for parcel in parcels]
 
                 def part(
@@ -258,10 +303,13 @@ class Transport:
                 grid = self._grid(tuple(tensor.size()), blocks)
                 if grid is not None and room.size(1) == grid.numel:
                     source = grid.of(tensor)
-                    into.append(grid.rows(room, source))
+                    space = grid.rows(room, source)
+                    if len(grid.parts) == 1 and room.nbytes > _WORTH_A_VIEW:
+                        source, space = source[first:], space[first:]
+                    into.append(space)
                     values.append(source)
                     continue
-                for taker, row in enumerate(room):
+                for taker, row in enumerate(room[first:], first):
                     block = blocks[taker][piece.block]
                     found = block_elements(tensor, block, piece.start, piece.stop)
                     torch.cat(found, out=row)

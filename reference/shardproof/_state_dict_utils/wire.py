@@ -5,7 +5,7 @@ All data travels as uint8, since a backend may refuse a dtype but not its bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -175,19 +175,28 @@ def _placed(rows: torch.Tensor, stage: Stage) -> torch.Tensor:
     return rows[order]
 
 
-def broadcast(
-    group: dist.ProcessGroup, data: torch.Tensor, meanwhile: Callable[[], None] | None = None
-) -> None:
-    """Broadcast bytes from the group's first rank; do something ``meanwhile``. One collective."""
-    pending = None
-    if data.numel() and dist.get_world_size(group) > 1:
-        pending = dist.broadcast(data, group=group, group_src=0, async_op=meanwhile is not None)
-    if meanwhile is not None:
-        meanwhile()
-    if pending is not None:
-        pending.wait()
+def broadcast(group: dist.ProcessGroup, data: torch.Tensor) -> dist.Work | None:
+    """Start to broadcast bytes from the group's first rank. One collective.
+
+    Returns what :func:`finish` waits for; until then the bytes must stay as they are.
+    """
+    if not data.numel() or dist.get_world_size(group) == 1:
+        return None
+    return dist.broadcast(data, group=group, group_src=0, async_op=True)
 
 
-def scatter(group: dist.ProcessGroup, into: torch.Tensor, rows: torch.Tensor | None) -> None:
-    """Scatter one row of bytes to each rank from the group's first rank. One collective."""
-    dist.scatter(into, None if rows is None else list(rows), group=group, group_src=0)
+def scatter(
+    group: dist.ProcessGroup, into: torch.Tensor, rows: torch.Tensor | None
+) -> dist.Work | None:
+    """Start to scatter one row of bytes to each rank from the group's first rank. One collective.
+
+    Returns what :func:`finish` waits for; until then the bytes must stay as they are.
+    """
+    parts = None if rows is None else list(rows)
+    return dist.scatter(into, parts, group=group, group_src=0, async_op=True)
+
+
+def finish(work: dist.Work | None) -> None:
+    """Wait until what was started is done."""
+    if work is not None:
+        work.wait()
