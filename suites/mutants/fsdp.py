@@ -44,6 +44,22 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "all_gather_dtensor",
     ),
     (
+        "large_chunks_in_group_order",
+        "large chunks are gathered in the group's order, whatever the mesh's",
+        "dtensors.py",
+        "len(stages) == 1 and stages[0].in_order and",
+        "len(stages) == 1 and",
+        "all_gather_dtensor",
+    ),
+    (
+        "large_chunks_stacked_blindly",
+        "large chunks that interleave are taken for rows that follow each other",
+        "dtensors.py",
+        "    return all(block.starts == at for block, at in zip(blocks, expected, strict=True))\n",
+        "    return True\n",
+        "all_gather_dtensor",
+    ),
+    (
         "boxes_by_floor",
         "boxes of uneven shards overlap or leave gaps",
         "boxes.py",

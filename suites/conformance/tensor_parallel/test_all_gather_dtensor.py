@@ -58,6 +58,19 @@ class TestAllGatherDTensor:
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)
+    @pytest.mark.parametrize("ranks", [[0, 1, 2, 3], [3, 1, 0, 2]], ids=["sorted", "turned"])
+    def test_large_tensors(self, judged: Any, mesh: Any, ranks: list[int]) -> None:
+        """A weight that an implementation may gather without a copy: some MiB, any placement."""
+        root = mesh(2, 2, ranks=ranks)
+        for placements in [*TWO_D, [SS(0, 2), R]]:
+            for size in [(1024, 1280), (1023, 1281), (1, 1024, 1280)]:
+                full = torch.arange(torch.Size(size).numel(), dtype=torch.float32).view(size)
+                got = judged(dtensor(full, root, placements), root)
+                what = f"{size} as {placement_id(placements)}"
+                assert_gathered(got, full, root, placements, what)
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
     def test_empty_chunks(self, judged: Any, mesh: Any, held: Any) -> None:
         """Ranks that hold nothing take part, and get what the others hold."""

@@ -26,7 +26,7 @@ from shardproof._state_dict_utils.layout import (
     local_shape,
     my_coordinate,
 )
-from shardproof._state_dict_utils.stream import carried
+from shardproof._state_dict_utils.stream import alone_bytes, carried
 from shardproof._state_dict_utils.tensors import (
     allocate,
     carrier,
@@ -36,7 +36,7 @@ from shardproof._state_dict_utils.tensors import (
     local_of,
     settled,
 )
-from shardproof._state_dict_utils.wire import collect, mesh_domain
+from shardproof._state_dict_utils.wire import Domain, Stage, all_gather, collect, mesh_domain
 from shardproof.tensor.parallel.fsdp.meshes import (
     chunk_placements,
     fsdp_dims,
@@ -166,7 +166,9 @@ def _all_gather_dtensor(tensor: DTensor, parent_mesh: DeviceMesh | None) -> torc
 
     All ranks of the root mesh have to call it. Collectives: none where only the last dimension is
     sharded; one per other sharded dimension, usually one in all; one more where the values of
-    this rank lie with other ranks of tensor parallelism (``[Shard(0), Shard(0)]``).
+    this rank lie with other ranks of tensor parallelism (``[Shard(0), Shard(0)]``). An eighth of
+    a bucket or more in even rows is gathered where it belongs, without a copy, after a small
+    collective for the ranks' verdicts.
 
     """
     if not isinstance(tensor, DTensor):
@@ -247,34 +249,91 @@ def _gather_into(
             coordinate[dim] = value
         coordinates.append(tuple(coordinate))
     blocks = [block_at(shape, domain.shape, cuts, c) for c in coordinates]
-    width = max(block.numel for block in blocks) * dtype.itemsize
+    stages = [domain.stage(d) for d in dims]
     good = (tuple(local.shape), local.dtype) == (local_size, dtype)
-    payload = _message(local, good, _HEADER_BYTES + width, domain.device)
-    rows = collect([domain.stage(d) for d in dims], payload)
-    verdicts = rows[:, :_HEADER_BYTES].contiguous().view(torch.int64).tolist()
-    for index, (fine, ndim, *sizes) in enumerate(verdicts):
-        if not fine:
-            member = domain.name(domain.position(coordinates[index]))
-            raise ValueError(
-                f"{member}: the local tensor has shape {tuple(sizes[:ndim])} or another dtype; "
-                f"expected {blocks[index].shape}, {dtype} of {shape} with "
-                f"{tuple(tensor.placements)}"
-            )
+    large = target.numel * dtype.itemsize >= alone_bytes()
+    in_place = large and len(stages) == 1 and stages[0].in_order and _stacked(blocks, target)
+    width = max(block.numel for block in blocks) * dtype.itemsize
+    verdict = _verdict(local, good)
+    payload = verdict.to(domain.device) if in_place else _message(local, verdict, width, domain)
+    rows = collect(stages, payload)
+    _check_verdicts(rows, tensor, domain, coordinates, blocks, dtype)
+    if in_place:
+        _gather_in_place(whole, local, stages[0], domain.device)
+        return
     memory = whole.view(carrier(dtype))
     for row, block in zip(rows, blocks, strict=True):
         data = row[_HEADER_BYTES : _HEADER_BYTES + block.numel * dtype.itemsize]
         _write(memory, target, data.view(carrier(dtype)).view(block.shape), block)
 
 
-def _message(local: torch.Tensor, good: bool, size: int, device: torch.device) -> torch.Tensor:
-    """What a rank sends: whether its tensor is good, its shape, and its bytes if it is."""
+def _check_verdicts(
+    rows: torch.Tensor,
+    tensor: DTensor,
+    domain: Domain,
+    coordinates: Sequence[tuple[int, ...]],
+    blocks: Sequence[Block],
+    dtype: torch.dtype,
+) -> None:
+    """Raise if a rank's local tensor is not what the placements give to it."""
+    verdicts = rows[:, :_HEADER_BYTES].contiguous().view(torch.int64).tolist()
+    for index, (fine, ndim, *sizes) in enumerate(verdicts):
+        if not fine:
+            member = domain.name(domain.position(coordinates[index]))
+            raise ValueError(
+                f"{member}: the local tensor has shape {tuple(sizes[:ndim])} or another dtype; "
+                f"expected {blocks[index].shape}, {dtype} of {tuple(tensor._spec.shape)} with "
+                f"{tuple(tensor.placements)}"
+            )
+
+
+def _stacked(blocks: Sequence[Block], target: Block) -> bool:
+    """Whether equal blocks, one after the other, are the row-major bytes of ``target``."""
+    start, size = target.starts, blocks[0].shape
+    if start is None or any(block.shape != size for block in blocks):
+        return False
+    dim = next((d for d, length in enumerate(target.shape) if length > 1), 0)
+    if (*target.shape[:dim], *target.shape[dim + 1 :]) != (*size[:dim], *size[dim + 1 :]):
+        return False
+    if size[dim] * len(blocks) != target.shape[dim]:
+        return False
+    expected = (
+        (*start[:dim], start[dim] + index * size[dim], *start[dim + 1 :])
+        for index in range(len(blocks))
+    )
+    return all(block.starts == at for block, at in zip(blocks, expected, strict=True))
+
+
+def _gather_in_place(
+    whole: torch.Tensor, local: torch.Tensor, stage: Stage, device: torch.device
+) -> None:
+    """Gather rows of equal size into ``whole``, through other memory only where it must be."""
+    payload = carried(local).contiguous().view(-1).view(torch.uint8).to(device)
+    if whole.is_contiguous() and whole.device == device:
+        into = whole.view(carrier(whole.dtype)).view(-1).view(torch.uint8)
+        all_gather(stage.group, payload, into)
+        return
+    rows = all_gather(stage.group, payload).view(-1).view(carrier(whole.dtype))
+    whole.view(carrier(whole.dtype)).copy_(rows.view(whole.shape))
+
+
+def _verdict(local: torch.Tensor, good: bool) -> torch.Tensor:
+    """The header's bytes: whether this rank's tensor is good, and its shape."""
     sizes = [*local.shape, *([0] * _HEADER_DIMS)][:_HEADER_DIMS]
     header = torch.tensor([int(good), min(local.dim(), _HEADER_DIMS), *sizes], dtype=torch.int64)
-    message = torch.empty(size, dtype=torch.uint8, device=device)
-    message[:_HEADER_BYTES].copy_(header.view(torch.uint8))
-    if good and local.numel():
-        room = message[_HEADER_BYTES : _HEADER_BYTES + local.numel() * local.dtype.itemsize]
+    return header.view(torch.uint8)
+
+
+def _message(
+    local: torch.Tensor, verdict: torch.Tensor, width: int, domain: Domain
+) -> torch.Tensor:
+    """What a rank sends: its verdict, and behind it its bytes if they fit."""
+    message = torch.empty(_HEADER_BYTES + width, dtype=torch.uint8, device=domain.device)
+    message[:_HEADER_BYTES].copy_(verdict)
+    nbytes = local.numel() * local.dtype.itemsize
+    if 0 < nbytes <= width:
         values = carried(local)
+        room = message[_HEADER_BYTES : _HEADER_BYTES + nbytes]
         room.view(values.dtype).view(values.shape).copy_(values)
     return message
 
