@@ -1,8 +1,9 @@
 """The law of symmetry: ranks agree on what they are about to do, or all raise the same error.
 
-Each rank contributes a digest of its plan and whether it has an error. Equal digests and no error
-cost one small collective a domain dimension. Otherwise the details are exchanged, so that every
-rank comes to the same verdict from the same facts; only then are they written down at all.
+Each rank contributes a digest of its plan, and how long its error and its plan are. Equal digests
+and no error cost one small collective a domain dimension. Otherwise one more exchanges the errors
+or, where there are none, the plans, so that every rank comes to the same verdict from the same
+facts.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ import torch
 
 from shardproof._state_dict_utils.wire import Domain, collect
 
-_HEADER = struct.Struct("<32sBB")
-_LENGTH = struct.Struct("<q")
+_HEADER = struct.Struct("<32sBqq")
 _AGAIN, _FLAG = 1, 2
 
 _RAISABLE: tuple[type[Exception], ...] = (
@@ -79,13 +79,16 @@ Entries = Mapping[str, Entry]
 Verdict = Callable[[Domain, Sequence[Any]], "Failure | None"]
 
 
+Told = list[tuple[Failure | None, Any]]
+
+
 def exchange(
     domain: Domain,
     plan: Any,
     failure: Failure | None,
     digest: bytes = b"",
     flags: int = 0,
-) -> tuple[list[tuple[Failure | None, Any]] | None, int]:
+) -> tuple[Told | None, int]:
     """Tell all members of a domain this rank's plan and error.
 
     Args:
@@ -96,35 +99,35 @@ def exchange(
         flags: a byte of flags, or-ed over the members.
 
     Returns:
-        (per member its error and plan, or None where all agree and nobody failed; the flags).
+        (per member its error and its plan, or None where all agree and nobody failed; the flags).
+        Plans are None where a member failed: nobody needs them.
 
-    Collectives: one per dimension of the domain with more than one member, three where plans are
-    exchanged.
+    Collectives: one per dimension of the domain with more than one member, two where the members
+    differ or one failed.
 
     """
     stages = [domain.stage(d) for d, group in enumerate(domain.groups) if group is not None]
-    header = _HEADER.pack(hashlib.sha256(digest).digest(), failure is not None, flags)
+    error = b"" if failure is None else pickle.dumps(failure)
+    body = zlib.compress(pickle.dumps(plan), 1)
+    sha = hashlib.sha256(digest).digest()
+    header = _HEADER.pack(sha, flags, len(error), len(body))
     rows = [_HEADER.unpack(row) for row in _collect_bytes(domain, stages, header, len(header))]
     for row in rows:
-        flags |= row[2]
-    same = len({row[0] for row in rows}) == 1 and not any(row[1] for row in rows)
+        flags |= row[1]
+    failed = any(row[2] for row in rows)
+    same = len({row[0] for row in rows}) == 1 and not failed
     if same:
         return None, flags
-    body = zlib.compress(pickle.dumps((failure, plan)), 1)
-    size = _LENGTH.pack(len(body))
-    lengths = [
-        int(_LENGTH.unpack(row)[0]) for row in _collect_bytes(domain, stages, size, len(size))
-    ]
-    bodies = _collect_bytes(domain, stages, body, max(lengths))
-    told = [
-        # The peers of a process group run the same program: they are trusted as torch trusts them.
-        pickle.loads(zlib.decompress(data[:length]))  # noqa: S301
-        for length, data in zip(lengths, bodies, strict=True)
-    ]
-    return told, flags
+    lengths = [row[2] if failed else row[3] for row in rows]
+    found = _collect_bytes(domain, stages, error if failed else body, max(lengths))
+    texts = [data[:length] for data, length in zip(found, lengths, strict=True)]
+    # The peers of a process group run the same program: they are trusted as torch trusts them.
+    if failed:
+        return [(pickle.loads(text) if text else None, None) for text in texts], flags  # noqa: S301
+    return [(None, pickle.loads(zlib.decompress(text))) for text in texts], flags  # noqa: S301
 
 
-def first_failure(domain: Domain, told: Sequence[tuple[Failure | None, Any]]) -> Failure | None:
+def first_failure(domain: Domain, told: Told) -> Failure | None:
     """The error of the first member that has one, with the member's name."""
     for index, (failure, _) in enumerate(told):
         if failure is not None:
@@ -155,16 +158,20 @@ def agree_on_entries(
     again: list[Domain] = []
     flagged: list[Domain] = []
     flags = _AGAIN * (len(domains) > 1) | _FLAG * flag
+    plan = _columns(entries)
     for domain in domains:
-        told, raised = exchange(domain, dict(entries), failure, _digest(domain, entries), flags)
+        told, raised = exchange(domain, plan, failure, _digest(domain, plan), flags)
         if raised & _AGAIN:
             again.append(domain)
         if raised & _FLAG:
             flagged.append(domain)
         if told is None:
             continue
-        details[domain] = [plan for _, plan in told]
-        if found := first_failure(domain, told) or _entries_verdict(domain, details[domain]):
+        found = first_failure(domain, told)
+        if found is None:
+            details[domain] = [_entries(columns) for _, columns in told]
+            found = _entries_verdict(domain, details[domain])
+        if found is not None:
             failure = failure if failure is not None and failure.shared else found
     # A rank may have learned of an error after it had agreed with others: once more for those.
     for domain in again:
@@ -174,20 +181,51 @@ def agree_on_entries(
     return failure, details, flagged
 
 
-def _digest(domain: Domain, entries: Entries) -> bytes:
-    """What members have to agree on, column by column: most leaves share a few summaries."""
-    mine = set(domain.members)
+class _Columns(NamedTuple):
+    """Entries by column: most leaves share a few summaries.
+
+    Attributes:
+        paths: sorted.
+        kinds: the distinct (summary, members).
+        numbers: of each path its kind.
+        ties: of each path its tie.
+
+    """
+
+    paths: list[str]
+    kinds: list[tuple[str, tuple[int, ...]]]
+    numbers: list[int]
+    ties: list[str | None]
+
+
+def _columns(entries: Entries) -> _Columns:
     kinds: dict[tuple[str, tuple[int, ...]], int] = {}
-    numbers: list[int] = []
-    ties: list[str] = []
-    paths = sorted(entries)
-    for path in paths:
+    columns = _Columns(sorted(entries), [], [], [])
+    for path in columns.paths:
         members, summary, tie = entries[path]
-        numbers.append(kinds.setdefault((summary, members), len(kinds)))
-        ties.append("" if tie is None or tie == path else tie)
+        columns.numbers.append(kinds.setdefault((summary, members), len(kinds)))
+        columns.ties.append(tie)
+    columns.kinds.extend(kinds)
+    return columns
+
+
+def _entries(columns: _Columns) -> dict[str, Entry]:
+    """What :func:`_columns` was made of."""
+    found: dict[str, Entry] = {}
+    for path, number, tie in zip(columns.paths, columns.numbers, columns.ties, strict=True):
+        summary, members = columns.kinds[number]
+        found[path] = Entry(members, summary, tie)
+    return found
+
+
+def _digest(domain: Domain, columns: _Columns) -> bytes:
+    """What members have to agree on."""
+    mine = set(domain.members)
     # Ranks of sibling meshes hold the same leaf over other members: no reason to differ.
-    told = [(text, members if set(members) == mine else ()) for text, members in kinds]
-    return json.dumps([told, paths, numbers, ties]).encode()
+    told = [(text, members if set(members) == mine else ()) for text, members in columns.kinds]
+    pairs = zip(columns.ties, columns.paths, strict=True)
+    ties = ["" if tie is None or tie == path else tie for tie, path in pairs]
+    return json.dumps([told, columns.paths, columns.numbers, ties]).encode()
 
 
 def _entries_verdict(domain: Domain, told: Sequence[Entries]) -> Failure | None:

@@ -99,7 +99,7 @@ def _broadcast_state_dict(
         ValueError: shapes or dtypes of full tensor and target do not fit.
 
     All ranks of the group have to call it. Collectives: two broadcasts for the offer, one
-    all-gather to agree (three where the ranks need different parts, or one refuses), and one
+    all-gather to agree (two where the ranks need different parts, or one refuses), and one
     broadcast or scatter per bucket, or per tensor of an eighth of a bucket or more that can be
     sent from where it lies to where it belongs.
 
@@ -169,10 +169,11 @@ def _run(
     else:
         raise refused.error()
     needs = plan.needs(domain)
-    told, _ = exchange(domain, needs, failure, _digest(offers, needs))
+    columns = _columns(offers, needs)
+    told, _ = exchange(domain, columns, failure, repr(columns).encode())
     if told is not None and (found := first_failure(domain, told)):
         raise found.error()
-    everyone = None if told is None else [wanted for _, wanted in told]
+    everyone = None if told is None else [_needs(offers, wanted) for _, wanted in told]
 
     opened = {id(target): target.open() for target in plan.winners.values()}
     results = {key: opened[id(target)] for key, target in plan.winners.items()}
@@ -185,13 +186,26 @@ def _run(
         del local[key]
 
 
-def _digest(offers: dict[Any, Offer], needs: dict[Any, tuple[Need, ...]]) -> bytes:
-    """The needs in words, the same on ranks that need the same places."""
+_Columns = tuple[list[Need], list[list[int]]]
+"""(the distinct needs, per offered key which of them), the same on ranks with the same needs."""
+
+
+def _columns(offers: dict[Any, Offer], needs: dict[Any, tuple[Need, ...]]) -> _Columns:
     numbers: dict[Need, int] = {}
-    columns = [
+    wanted = [
         [numbers.setdefault(need, len(numbers)) for need in needs.get(key, ())] for key in offers
     ]
-    return repr((list(numbers), columns)).encode()
+    return list(numbers), wanted
+
+
+def _needs(offers: dict[Any, Offer], columns: _Columns) -> dict[Any, tuple[Need, ...]]:
+    """What :func:`_columns` was made of."""
+    kinds, wanted = columns
+    return {
+        key: tuple(kinds[number] for number in numbers)
+        for key, numbers in zip(offers, wanted, strict=True)
+        if numbers
+    }
 
 
 def _offers(

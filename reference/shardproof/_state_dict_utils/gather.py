@@ -79,7 +79,7 @@ def _gather_state_dict(
             with the rank concerned; names it. Raised before any tensor travels.
 
     All ranks of ``pg``, and of the meshes and groups of the leaves, have to call it; the order of
-    keys is free. Collectives: one per mesh dimension to agree, three where ranks differ, and
+    keys is free. Collectives: one per mesh dimension to agree, two where ranks differ, and
     one more per dimension where a rank belongs to several meshes; then per bucket one per
     sharded dimension, even and uneven shards in buckets apart; a tensor of an eighth of a bucket
     or more that is cut evenly along its first dimension has one of its own, and needs no bucket.
