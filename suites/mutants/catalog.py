@@ -188,10 +188,9 @@ MUTANTS: tuple[Mutant, ...] = (
         "offers_every_key",
         "keys that nobody wants travel",
         "transport.py",
-        "            if not any(blocks[1:]):\n                self._keep(key)\n"
+        "            if not parts.elsewhere:\n                self._keep(key)\n"
         "                continue\n",
-        "            if not any(blocks):\n"
-        "                blocks = [[full_block(offer.size)]] * ranks\n",
+        "            if not any(parts.blocks):\n                parts.everywhere = True\n",
         "broadcast_state_dict",
         "broadcast_state_dict_manners",
     ),
@@ -199,10 +198,19 @@ MUTANTS: tuple[Mutant, ...] = (
         "everyone_gets_everything",
         "sharded targets receive whole tensors by broadcast",
         "transport.py",
-        "apart.append(Parcel(name, offer.dtype, blocks))",
-        "together.append(Parcel(name, offer.dtype, self._once(offer.size)))",
+        "apart.append(Parcel(name, offer.dtype, parts.blocks))",
+        "together.append(Parcel(name, offer.dtype, parts.once))",
         "broadcast_state_dict",
         "broadcast_state_dict_manners",
+    ),
+    _mutant(
+        "source_keeps_nothing",
+        "the source's own shards stay as they were",
+        "transport.py",
+        "        if scattered:\n            self._keep_all(keys)\n",
+        "",
+        "broadcast_state_dict",
+        "large_tensors",
     ),
     _mutant(
         "offload_stays_on_device",

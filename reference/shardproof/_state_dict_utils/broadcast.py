@@ -173,39 +173,40 @@ def _run(
     told, _ = exchange(domain, columns, failure, repr(columns).encode())
     if told is not None and (found := first_failure(domain, told)):
         raise found.error()
-    everyone = None if told is None else [_needs(offers, wanted) for _, wanted in told]
+    kinds, wanted = _merged([columns] if told is None else [theirs for _, theirs in told])
 
     opened = {id(target): target.open() for target in plan.winners.values()}
     results = {key: opened[id(target)] for key, target in plan.winners.items()}
     for target, value in plan.scalars:
         target.take(value)
-    Transport(domain, group, full if source else None, plan.targets).run(offers, needs, everyone)
+    Transport(domain, group, full if source else None, plan.targets).run(offers, kinds, wanted)
     local.update(plan.values)
     local.update(results)
     for key in plan.removed:
         del local[key]
 
 
-_Columns = tuple[list[Need], list[list[int]]]
+_Columns = tuple[list[Need], list[tuple[int, ...]]]
 """(the distinct needs, per offered key which of them), the same on ranks with the same needs."""
 
 
 def _columns(offers: dict[Any, Offer], needs: dict[Any, tuple[Need, ...]]) -> _Columns:
     numbers: dict[Need, int] = {}
     wanted = [
-        [numbers.setdefault(need, len(numbers)) for need in needs.get(key, ())] for key in offers
+        tuple([numbers.setdefault(need, len(numbers)) for need in needs.get(key, ())])
+        for key in offers
     ]
     return list(numbers), wanted
 
 
-def _needs(offers: dict[Any, Offer], columns: _Columns) -> dict[Any, tuple[Need, ...]]:
-    """What :func:`_columns` was made of."""
-    kinds, wanted = columns
-    return {
-        key: tuple(kinds[number] for number in numbers)
-        for key, numbers in zip(offers, wanted, strict=True)
-        if numbers
-    }
+def _merged(told: list[_Columns]) -> tuple[list[Need], list[list[tuple[int, ...]]]]:
+    """One numbering for what several ranks told."""
+    numbers: dict[Need, int] = {}
+    merged = []
+    for kinds, wanted in told:
+        new = [numbers.setdefault(need, len(numbers)) for need in kinds]
+        merged.append([tuple([new[number] for number in needs]) for needs in wanted])
+    return list(numbers), merged
 
 
 def _offers(

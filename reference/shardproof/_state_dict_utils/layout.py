@@ -140,8 +140,10 @@ def block_at(
         parts, index = mesh_shape[cut.mesh_dim], coordinate[cut.mesh_dim]
         held = runs[cut.tensor_dim]
         kept: list[Run] = []
-        for start, stop in _chunks(_length(held), cut.splits):
-            lo, hi = _chunks(stop - start, parts)[index]
+        length = _length(held)
+        for split in range(cut.splits):
+            start, stop = _chunk(length, cut.splits, split)
+            lo, hi = _chunk(stop - start, parts, index)
             kept.extend(_take(held, start + lo, start + hi))
         runs[cut.tensor_dim] = tuple(kept) or ((0, 0),)
     return make_block([_merged(dim_runs) for dim_runs in runs])
@@ -227,9 +229,10 @@ def _length(runs: Sequence[Run]) -> int:
     return sum(stop - start for start, stop in runs)
 
 
-def _chunks(size: int, parts: int) -> list[Run]:
+def _chunk(size: int, parts: int, index: int) -> Run:
+    """One of the pieces that ``torch.chunk`` makes."""
     step = -(-size // parts)
-    return [(min(i * step, size), min((i + 1) * step, size)) for i in range(parts)]
+    return min(index * step, size), min((index + 1) * step, size)
 
 
 def _take(runs: Sequence[Run], lo: int, hi: int) -> list[Run]:

@@ -94,10 +94,13 @@ class Stream:
         share = BUCKET_BYTES // max(participants * copies, 1) // _WIDEST * _WIDEST
         self.width = max(share, _WIDEST)
         # By identity: the caller's parcels keep the blocks alive.
-        self._counts = {id(p.blocks): _counts(p.blocks) for p in parcels}
-        even = {key for key, counts in self._counts.items() if len(set(counts)) == 1}
-        single = {id(p.blocks) for p in parcels if all(len(held) == 1 for held in p.blocks)}
-        self._even = even & single
+        kinds = {id(p.blocks): p.blocks for p in parcels}
+        self._counts = {key: _counts(blocks) for key, blocks in kinds.items()}
+        self._even = {
+            key
+            for key, blocks in kinds.items()
+            if len(set(self._counts[key])) == 1 and all(len(held) == 1 for held in blocks)
+        }
         self.parcels = sorted(
             parcels,
             key=lambda p: (id(p.blocks) not in self._even, -p.dtype.itemsize, str(p.dtype), p.name),

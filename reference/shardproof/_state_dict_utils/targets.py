@@ -6,7 +6,8 @@ writes that follow touch memory that existed before.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -57,18 +58,13 @@ class Place(NamedTuple):
     mesh: tuple[int, ...] = ()
     cuts: tuple[Cut, ...] = ()
 
-    def block(self, size: tuple[int, ...], rank: int) -> Block | None:
-        """What a global rank takes of a full tensor; None where it is outside the mesh."""
+    def blocks(self, size: tuple[int, ...], ranks: Sequence[int]) -> list[Block | None]:
+        """What each global rank takes of a full tensor; None where it is outside the mesh."""
         if not self.members:
-            return full_block(size)
-        if rank not in self.members:
-            return None
-        index = self.members.index(rank)
-        coordinate: list[int] = []
-        for length in reversed(self.mesh):
-            index, at = divmod(index, length)
-            coordinate.append(at)
-        return block_at(size, self.mesh, self.cuts, tuple(reversed(coordinate)))
+            return [full_block(size)] * len(ranks)
+        places = dict(zip(self.members, product(*map(range, self.mesh)), strict=True))
+        at = [places.get(rank) for rank in ranks]
+        return [None if c is None else block_at(size, self.mesh, self.cuts, c) for c in at]
 
 
 WHOLE = Place()

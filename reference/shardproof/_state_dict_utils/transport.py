@@ -58,6 +58,43 @@ Need = tuple[Place, bool]
 """(what is needed of a full tensor, whether it can be received right where it belongs)."""
 
 
+class _Parts:
+    """What the ranks need of tensors that are needed alike.
+
+    Attributes:
+        blocks: per rank the distinct blocks.
+        elsewhere: whether a rank other than the source needs any.
+        everywhere: whether they all need all of it.
+        direct: whether they all need one part, received where it belongs; and whether the source
+            does.
+        grid: that of the blocks, if they make one.
+
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, ...],
+        ranks: Sequence[int],
+        kinds: Sequence[Need],
+        wants: tuple[tuple[int, ...], ...],
+    ) -> None:
+        """``wants`` is per rank which of the kinds it needs; one entry where all need the same."""
+        held = {k: kinds[k][0].blocks(size, ranks) for needs in set(wants) for k in needs}
+        everyone = wants if len(wants) > 1 else wants * len(ranks)
+        self.blocks: list[list[Block]] = []
+        for index, needs in enumerate(everyone):
+            mine = (held[kind][index] for kind in needs)
+            self.blocks.append(list(dict.fromkeys(b for b in mine if b is not None and b.numel)))
+        others = self.blocks[1:]
+        self.elsewhere = any(others)
+        whole = [full_block(size)]
+        self.everywhere = all(held == whole for held in others)
+        single = [len(needs) == 1 and kinds[needs[0]][1] for needs in everyone]
+        self.direct = all(single[1:]), single[0]
+        self.grid = grid_of(size, self.blocks)
+        self.once = [whole]
+
+
 class Transport:
     """Moves the bytes, once all ranks know what all ranks need.
 
@@ -78,93 +115,62 @@ class Transport:
     ) -> None:
         self.domain, self.group, self.full, self.targets = domain, group, full, targets
         self.me = domain.index()
-        self._blocks: dict[Hashable, list[list[Block]]] = {}
+        self._known: dict[Hashable, _Parts] = {}
         self._grids: dict[int, Grid | None] = {}
 
     def run(
         self,
         offers: dict[Any, Offer],
-        needs: dict[Any, tuple[Need, ...]],
-        everyone: Sequence[dict[Any, tuple[Need, ...]]] | None,
+        kinds: Sequence[Need],
+        wanted: Sequence[Sequence[tuple[int, ...]]],
     ) -> None:
-        """Run the collectives. ``everyone`` is what each rank needs where that is not ``needs``."""
+        """Run the collectives.
+
+        Args:
+            offers: what the source has, by key.
+            kinds: the distinct needs.
+            wanted: per rank, or once where all need the same, per key which kinds are needed.
+
+        """
         together: list[Parcel] = []
         apart: list[Parcel] = []
         roots: dict[str, Any] = {}
-        ranks = len(self.domain.members)
         for number, (key, offer) in enumerate(offers.items()):
             if offer.kind != "tensor":
                 continue
-            wants = (
-                (needs.get(key, ()),) * ranks
-                if everyone is None
-                else tuple(told.get(key, ()) for told in everyone)
-            )
-            blocks = self._parts(offer.size, wants)
-            if not any(blocks[1:]):
+            wants = tuple([needs[number] for needs in wanted])
+            parts = self._parts(offer.size, kinds, wants)
+            if not parts.elsewhere:
                 self._keep(key)
                 continue
             assert offer.dtype is not None
             name = f"{number:012d}"
             roots[name] = key
-            everywhere = all(held == [full_block(offer.size)] for held in blocks[1:])
-            if self._travels_alone(offer, wants, blocks, everywhere):
-                self._send_alone(key, scattered=not everywhere)
-            elif everywhere:
+            if _travels_alone(offer, parts):
+                self._send_alone(key, scattered=not parts.everywhere)
+            elif parts.everywhere:
                 self._keep(key)
-                together.append(Parcel(name, offer.dtype, self._once(offer.size)))
+                together.append(Parcel(name, offer.dtype, parts.once))
             else:
-                apart.append(Parcel(name, offer.dtype, blocks))
+                apart.append(Parcel(name, offer.dtype, parts.blocks))
         for parcels, scattered in ((together, False), (apart, True)):
             self._run_stream(parcels, roots, scattered)
 
     def _parts(
-        self, size: tuple[int, ...], wants: tuple[tuple[Need, ...], ...]
-    ) -> list[list[Block]]:
-        """The distinct blocks that each rank needs; the same list for what is alike."""
-        found = self._blocks.get((size, wants))
+        self, size: tuple[int, ...], kinds: Sequence[Need], wants: tuple[tuple[int, ...], ...]
+    ) -> _Parts:
+        """The same object for what is needed alike."""
+        found = self._known.get((size, wants))
         if found is None:
-            found = []
-            for rank, needs in zip(self.domain.members, wants, strict=True):
-                held = (place.block(size, rank) for place, _ in needs)
-                found.append(list(dict.fromkeys(b for b in held if b is not None and b.numel)))
-            self._blocks[size, wants] = found
+            found = self._known[size, wants] = _Parts(size, self.domain.members, kinds, wants)
+            self._grids[id(found.blocks)] = found.grid
         return found
-
-    def _once(self, size: tuple[int, ...]) -> list[list[Block]]:
-        return self._blocks.setdefault(size, [[full_block(size)]])
-
-    def _grid(self, size: tuple[int, ...], blocks: Sequence[Sequence[Block]]) -> Grid | None:
-        if id(blocks) not in self._grids:
-            self._grids[id(blocks)] = grid_of(size, blocks)
-        return self._grids[id(blocks)]
 
     def _keep(self, key: Any) -> None:
         """What the source needs itself of a tensor that it has whole."""
         if self.full is not None:
             for target in self.targets.get(key, ()):
                 target.take(self.full[key].detach())
-
-    def _travels_alone(
-        self,
-        offer: Offer,
-        wants: tuple[tuple[Need, ...], ...],
-        blocks: list[list[Block]],
-        everywhere: bool,
-    ) -> bool:
-        """Whether a tensor is so large that it is sent from where it lies to where it belongs.
-
-        That saves the copies into and out of a bucket. The answer rests on what all ranks know.
-        """
-        assert offer.dtype is not None
-        if math.prod(offer.size) * offer.dtype.itemsize < stream.alone_bytes():
-            return False
-        if not offer.flat or any(len(n) != 1 or not n[0][1] for n in wants[1:]):
-            return False
-        if everywhere:
-            return True
-        grid = self._grid(offer.size, blocks)
-        return grid is not None and grid.stacked and len(wants[0]) == 1 and wants[0][0][1]
 
     def _send_alone(self, key: Any, scattered: bool) -> None:
         memory = None
@@ -300,7 +306,7 @@ class Transport:
             for piece, room in zip(run, parts, strict=True):
                 blocks = parcels[piece.parcel].blocks
                 tensor = carried(full[keys[piece.parcel]].detach())
-                grid = self._grid(tuple(tensor.size()), blocks)
+                grid = self._grids[id(blocks)]
                 if grid is not None and room.size(1) == grid.numel:
                     source = grid.of(tensor)
                     space = grid.rows(room, source)
@@ -314,3 +320,19 @@ class Transport:
                     found = block_elements(tensor, block, piece.start, piece.stop)
                     torch.cat(found, out=row)
         copy_all(into, values)
+
+
+def _travels_alone(offer: Offer, parts: _Parts) -> bool:
+    """Whether a tensor is so large that it is sent from where it lies to where it belongs.
+
+    That saves the copies into and out of a bucket. The answer rests on what all ranks know.
+    """
+    assert offer.dtype is not None
+    if math.prod(offer.size) * offer.dtype.itemsize < stream.alone_bytes():
+        return False
+    others, source = parts.direct
+    if not offer.flat or not others:
+        return False
+    if parts.everywhere:
+        return True
+    return parts.grid is not None and parts.grid.stacked and source

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -51,9 +52,14 @@ class Domain:
         """Sorts domains the same way on every rank, small ones first."""
         return len(self.members), self.members, self.shape
 
+    @cached_property
+    def positions(self) -> dict[int, int]:
+        """Global rank -> its position."""
+        return {rank: index for index, rank in enumerate(self.members)}
+
     def index(self) -> int:
         """This rank's position."""
-        return self.members.index(dist.get_rank())
+        return self.positions[dist.get_rank()]
 
     def coordinate(self, index: int) -> tuple[int, ...]:
         """The coordinate of a position, row-major."""
@@ -75,7 +81,7 @@ class Domain:
         group = self.groups[dim]
         assert group is not None
         ranks = dist.get_process_group_ranks(group)
-        return Stage(group, tuple(self.coordinate(self.members.index(r))[dim] for r in ranks))
+        return Stage(group, tuple(self.coordinate(self.positions[r])[dim] for r in ranks))
 
     def name(self, index: int) -> str:
         """How an error message calls a member."""
