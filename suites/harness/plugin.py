@@ -15,6 +15,7 @@ import pytest
 
 from harness import blame, node, options, processes, requirements, results, spawned, warm
 from harness.cluster import Cluster, NodesError
+from harness.echo import check_report, phase_report
 from harness.expectations import Entry, Expectations, Facts, append
 from harness.fixtures import SETTINGS, device, judged, mesh, rank, shared, subject, world
 from harness.machines import Machines, OneMachine, starter
@@ -237,9 +238,11 @@ class Run:
         self._decided.add(item.nodeid)
         entry = self._settle(item, judgement)
         self._note(item, judgement, entry)
-        report = _test_report(item, judgement, entry, began)
-        phases = [_phase(item, "setup", began), report, _phase(item, "teardown", time.time())]
-        for phase in phases:
+        for phase in (
+            phase_report(item, "setup", began),
+            check_report(item, judgement, entry, began),
+            phase_report(item, "teardown", time.time()),
+        ):
             item.ihook.pytest_runtest_logreport(report=phase)
 
     def _settle(self, item: pytest.Item, judgement: Judgement) -> Entry | None:
@@ -358,48 +361,3 @@ class Run:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt(f"signal {number}")
-
-
-def _phase(item: pytest.Item, when: Any, at: float) -> pytest.TestReport:
-    return pytest.TestReport(
-        nodeid=item.nodeid,
-        location=item.location,
-        keywords={},
-        outcome="passed",
-        longrepr=None,
-        when=when,
-        duration=0.0,
-        start=at,
-        stop=at,
-    )
-
-
-def _test_report(
-    item: pytest.Item, judgement: Judgement, entry: Entry | None, began: float
-) -> pytest.TestReport:
-    """What pytest's own reporters (terminal, junit.xml, --lf, -x) are told of a check."""
-    verdict = judgement.verdict
-    outcome: Any = "passed"
-    longrepr: Any = None
-    if verdict in UNEXPECTED:
-        outcome = "failed"
-        longrepr = f"{judgement.message}\n{judgement.text}" if judgement.text else judgement.message
-    elif verdict in {Verdict.XFAIL, Verdict.PRECONDITION}:
-        outcome = "skipped"
-        path, line, _ = item.location
-        longrepr = (path, (line or 0) + 1, judgement.message)
-    report = pytest.TestReport(
-        nodeid=item.nodeid,
-        location=item.location,
-        keywords={},
-        outcome=outcome,
-        longrepr=longrepr,
-        when="call",
-        duration=judgement.seconds,
-        start=began,
-        stop=time.time(),
-    )
-    if verdict is Verdict.XFAIL:
-        report.wasxfail = entry.reason if entry else ""
-    report.verdict = verdict  # type: ignore[attr-defined]
-    return report

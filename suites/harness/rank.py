@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from _pytest.capture import CaptureManager
-from _pytest.runner import runtestprotocol
 
-from harness import processes, stacks
+from harness import processes
 from harness.channel import RankEnd
 from harness.leaks import Snapshot, watch_segments
 from harness.requirements import WorldSpec
+from harness.watcher import Watcher, answer, one_line, raised
 
 if TYPE_CHECKING:
     import torch
@@ -256,7 +256,7 @@ class Rank:
         try:
             self._join()
         except BaseException as error:
-            self._channel.send("broken", message=_one_line(error), details=traceback.format_exc())
+            self._channel.send("broken", message=one_line(error), details=traceback.format_exc())
             return 1
         self._channel.send("ready", pid=os.getpid())
         while (order := self._channel.receive()) is not None and order["kind"] == "run":
@@ -280,7 +280,7 @@ class Rank:
 
     def _run(self, item: pytest.Item) -> dict[str, Any]:
         """Set up, call and tear down the item as pytest does, on this rank."""
-        watcher = _Watcher(self._channel)
+        watcher = Watcher(self._channel)
         item.config.pluginmanager.register(watcher, "shardproof-rank")
         started = time.monotonic()
         # What the parent had set up for other tests is the parent's to tear down.
@@ -291,133 +291,17 @@ class Rank:
                 # its last check, under the warning filters of another item.
                 item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
         except BaseException as error:  # Exit and KeyboardInterrupt pass through pytest
-            return {
-                "outcome": "raised",
-                "failed_at": time.monotonic(),
-                "message": f"{type(error).__name__} ended the check: {_one_line(error)}",
-                "details": traceback.format_exc(),
-                "kind_of_error": "error",
-                "seconds": time.monotonic() - started,
-            }
+            said = f"{type(error).__name__} ended the check: "
+            return raised(error, time.monotonic() - started, said)
         finally:
             item.config.pluginmanager.unregister(watcher)
         used = " ".join(_mesh_name(*key) for key in self.meshes)
-        return _answer(watcher, time.monotonic() - started) | {"mesh": used}
+        return answer(watcher, time.monotonic() - started) | {"mesh": used}
 
 
 def _mesh_name(shape: tuple[int, ...], members: tuple[int, ...], names: tuple[str, ...]) -> str:
     ranks = "" if members == tuple(range(len(members))) else f"[{','.join(map(str, members))}]"
     return "x".join(map(str, shape)) + ranks + "(" + ",".join(names) + ")"
-
-
-class _Watcher:
-    """Notes on the rank when each phase began, and when and of what it first failed."""
-
-    def __init__(self, channel: RankEnd) -> None:
-        self._channel = channel
-        self.failed_at = 0.0
-        self.kind = "error"
-        self.waiting_in = ""
-        self.reports: list[pytest.TestReport] = []
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> bool:
-        self.reports = runtestprotocol(item, log=False, nextitem=None)
-        return True
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(
-        self, item: pytest.Item, call: pytest.CallInfo[None]
-    ) -> Iterator[None]:
-        if call.excinfo is not None and not self.failed_at:
-            self.failed_at = time.monotonic()
-            self.kind = _kind_of_error(call.excinfo.value)
-            self.waiting_in = stacks.collective_of_traceback(call.excinfo.tb)
-            if not isinstance(call.excinfo.value, pytest.skip.Exception):
-                # Before pytest makes its report: reading and parsing sources takes seconds under
-                # load, and the parent would end the world before it knew the cause.
-                self._channel.send(
-                    "failing",
-                    outcome="raised" if call.when == "call" else "broken",
-                    phase=call.when,
-                    failed_at=self.failed_at,
-                    message=_one_line(call.excinfo.value)[:2000],
-                    kind_of_error=self.kind,
-                    waiting_in=self.waiting_in,
-                )
-        return (yield)
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_setup(self) -> None:
-        self._channel.send("phase", phase="setup")
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_call(self) -> None:
-        self._channel.send("phase", phase="call")
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_teardown(self) -> None:
-        self._channel.send("phase", phase="teardown")
-
-
-def _answer(watcher: _Watcher, seconds: float) -> dict[str, Any]:
-    answer: dict[str, Any] = {"outcome": "passed", "seconds": seconds}
-    reports = watcher.reports
-    bad = next((r for r in reports if r.outcome != "passed"), None)
-    if bad is None:
-        if [r.when for r in reports] == ["setup", "call", "teardown"]:
-            return answer
-        return answer | {
-            "outcome": "broken",
-            "failed_at": time.monotonic(),
-            "message": f"pytest reported {[r.when for r in reports]} instead of all three phases",
-        }
-    if bad.outcome == "skipped":
-        return answer | {
-            "outcome": "broken",
-            "failed_at": watcher.failed_at,
-            "message": "skipped itself on a rank; state what the check needs in its marks",
-            "details": str(bad.longrepr),
-        }
-    crash = getattr(bad.longrepr, "reprcrash", None)
-    return answer | {
-        "outcome": "raised" if bad.when == "call" else "broken",
-        "phase": bad.when,
-        "failed_at": watcher.failed_at,
-        "message": crash.message if crash else bad.longreprtext.strip().rpartition("\n")[2],
-        "details": bad.longreprtext,
-        "kind_of_error": watcher.kind,
-        "waiting_in": watcher.waiting_in,
-        "sections": [list(s) for s in bad.sections],
-    }
-
-
-def _kind_of_error(error: BaseException) -> str:
-    """Whether the error is another rank's doing: a lost peer, or a collective nobody joined."""
-    import torch.distributed as dist
-
-    seen: BaseException | None = error
-    while seen is not None:
-        text = _text(seen)
-        if isinstance(seen, dist.DistError) or (
-            isinstance(seen, RuntimeError)
-            and any(s in text for s in ("gloo/", "ProcessGroup", "NCCL", "[c10d]"))
-        ):
-            if any(s in text for s in ("Timed out", "timed out", "Timeout", "timeout")):
-                return "collective timeout"
-            if any(
-                s in text
-                for s in (
-                    "closed by peer",
-                    "reset by peer",
-                    "Broken pipe",
-                    "remote process exited",
-                    "Connection refused",
-                )
-            ):
-                return "peer lost"
-        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
-    return "error"
 
 
 @contextlib.contextmanager
@@ -429,15 +313,3 @@ def _own_pytest_folder(config: pytest.Config, home: Path) -> Iterator[None]:
         base.mkdir(exist_ok=True)
         factory._basetemp = base
     yield
-
-
-def _text(error: BaseException) -> str:
-    """The exception's text; an exception that cannot be shown must not hide that it was raised."""
-    try:
-        return str(error)
-    except Exception as trouble:
-        return f"(its text cannot be had: {type(trouble).__name__})"
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {_text(error)}".partition("\n")[0]

@@ -38,6 +38,10 @@ def collective_of_traceback(trace: TracebackType | None) -> str:
     return collective_of(frames)
 
 
+# Frames from here on down are pytest's and the harness's own.
+_BELOW_A_CHECK = ("in pytest_pyfunc_call", "/harness/watcher.py", "/harness/rank.py")
+
+
 def collective_of_dump(dump: str) -> str:
     """The collective that the main thread of a faulthandler dump is in."""
     main = dump.rpartition("Current thread")[2] if "Current thread" in dump else dump
@@ -51,7 +55,7 @@ def without_harness(dump: str) -> str:
     for line in dump.splitlines():
         if not line.startswith("  File "):
             skipping = False
-        elif "in pytest_pyfunc_call" in line or "/harness/rank.py" in line:
+        elif any(mark in line for mark in _BELOW_A_CHECK):
             skipping = True
         if not skipping:
             kept.append(line)

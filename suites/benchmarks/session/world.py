@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Never
 
 from benchmarks.session.rounds import measure
-from harness import place, rank, stacks
+from harness import place, rank
 from harness.blame import judge, not_started
 from harness.channel import Frame, RankEnd
 from harness.crew import Crew, Node, Orders, forking
@@ -20,6 +20,7 @@ from harness.member import Member
 from harness.options import START_LIMIT
 from harness.requirements import WorldSpec
 from harness.verdicts import Fate
+from harness.watcher import one_line, raised
 from harness.world import World
 
 if TYPE_CHECKING:
@@ -64,9 +65,7 @@ class Sampler(rank.Rank):
         try:
             self._join()
         except BaseException as error:
-            self._channel.send(
-                "broken", message=rank._one_line(error), details=traceback.format_exc()
-            )
+            self._channel.send("broken", message=one_line(error), details=traceback.format_exc())
             return 1
         self._channel.send("ready", pid=os.getpid())
         while (order := self._channel.receive()) is not None and order["kind"] == "run":
@@ -79,15 +78,7 @@ class Sampler(rank.Rank):
         try:
             result = measure(task, self.rank, self.device)
         except BaseException as error:
-            return {
-                "outcome": "raised",
-                "failed_at": time.monotonic(),
-                "message": rank._one_line(error),
-                "details": traceback.format_exc(),
-                "kind_of_error": rank._kind_of_error(error),
-                "waiting_in": stacks.collective_of_traceback(error.__traceback__),
-                "seconds": time.monotonic() - begin,
-            }
+            return raised(error, time.monotonic() - begin)
         return {"outcome": "passed", "seconds": time.monotonic() - begin, "result": result}
 
 
