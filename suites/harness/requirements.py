@@ -6,6 +6,7 @@ Decided in the parent, before any rank starts: a rank may never skip.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import shutil
 import subprocess
@@ -74,6 +75,13 @@ def _docker() -> str:
     return ""
 
 
+def _unsorted_groups() -> str:
+    import torch.distributed as dist
+
+    can = "sort_ranks" in inspect.signature(dist.new_group).parameters
+    return "" if can else "a torch whose new_group() can leave ranks in the order given"
+
+
 def _cuda_image() -> str:
     named = os.environ.get("SHARDPROOF_CUDA_IMAGE")
     return "" if named else "an image built with CUDA, named in SHARDPROOF_CUDA_IMAGE"
@@ -83,6 +91,7 @@ FEATURES: dict[str, Callable[[], str]] = {
     "accelerator": _accelerator,
     "docker": _docker,
     "cuda image": _cuda_image,
+    "unsorted groups": _unsorted_groups,
 }
 """Name to a probe that says in words what is missing, or nothing."""
 

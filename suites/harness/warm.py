@@ -7,6 +7,7 @@ a check; a fork from here costs tens of milliseconds.
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import os
@@ -47,6 +48,10 @@ def warm_up(*, everything: bool = True) -> None:
     for name in MODULES if everything else ():
         importlib.import_module(name)
     torch.set_num_threads(1)
+    # A fork tears torch's thread pool, and whoever asks for it first in the child makes another,
+    # without a lock: autograd's threads, one for each device, all ask at once, and a rank dies in
+    # "Invalid thread pool!" (https://github.com/pytorch/pytorch/issues/178535). Here one asks.
+    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
     torch.manual_seed(0)  # what it imports on its first call
     gc.collect()
     gc.freeze()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch.distributed as dist
+
+UNSORTED = pytest.mark.needs("unsorted groups")
+"""The mark of a check, or of a parameter, whose groups are numbered otherwise than the world."""
 
 
 def group(*ranks: int) -> dist.ProcessGroup:
     """A group of these global ranks, numbered in the order given; all ranks of the world call it.
 
+    Where that is not their own order, the check is marked UNSORTED, for not every torch can.
     A rank outside gets torch's mark for that and must not use it.
     """
     if list(ranks) == sorted(ranks):

@@ -13,7 +13,7 @@ from conformance.kit.agree import assert_raises_everywhere
 from conformance.kit.collectives import Collectives
 from conformance.kit.compare import assert_same, fingerprint, shares_memory
 from conformance.kit.data import SOME_DTYPES, dtype_id, numbers
-from conformance.kit.groups import group
+from conformance.kit.groups import UNSORTED, group
 from conformance.kit.layouts import rows, sharded_tensor
 
 Boxes = list[tuple[list[int], list[int], int]]
@@ -175,6 +175,7 @@ class TestAllGatherShardedTensor:
 
     @pytest.mark.law("group")
     @pytest.mark.world(3)
+    @UNSORTED
     @pytest.mark.parametrize("passed", [True, False], ids=["pg", "no-pg"])
     def test_a_group_in_another_rank_order(self, judged: Any, passed: bool) -> None:
         """Where group rank and global rank differ, each shard still comes to its place."""

@@ -215,16 +215,17 @@ class TestPostUnflattenTransform:
         """In compiled code the transform runs as it is: a break, and no part of a graph."""
         extensions = judged(CPU)
         _, extension = extensions.pre_flatten_transform(dtensor(numbers(4), mesh(1), [S(0)]))
-        calls, graphs = [], CompileCounter()
+        graphs = CompileCounter()
 
-        def code(tensor: torch.Tensor) -> torch.Tensor:
+        def code(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             double = tensor * 2
-            calls.append(type(extensions.post_unflatten_transform(double, extension)))
-            return tensor + 1
+            transformed = extensions.post_unflatten_transform(double, extension)
+            return tensor + 1, transformed
 
         compiled = torch.compile(code, backend=graphs)
-        assert_same(compiled(numbers(4)), numbers(4) + 1)
-        assert calls == [DTensor]
+        after, transformed = compiled(numbers(4))
+        assert_same(after, numbers(4) + 1)
+        assert type(transformed) is DTensor
         assert graphs.frame_count == 2, f"{graphs.frame_count} graphs, expected one on each side"
         assert graphs.op_count == 2, f"{graphs.op_count} operations were traced, expected two"
 

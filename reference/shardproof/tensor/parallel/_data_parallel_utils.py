@@ -109,15 +109,24 @@ def _unflatten_tensor(
         register(
             partial(sync_grad_hook, device_handle=device_handle, compute_stream=compute_stream)
         )
-    result = DTensor.from_local(
-        source,
+    if torch.is_inference_mode_enabled():
+        # There autograd detaches the new DTensor in place, which torch 2.11 has no rule for.
+        with torch.inference_mode(False), torch.no_grad():
+            result = _from_local(source, spec)
+    else:
+        result = _from_local(source, spec)
+    order: Any = getattr(spec, "shard_order", None)
+    if order != getattr(result._spec, "shard_order", None):
+        result._spec = replace(result._spec, shard_order=order)
+    return result
+
+
+def _from_local(tensor: torch.Tensor, spec: DTensorSpec) -> DTensor:
+    return DTensor.from_local(
+        tensor,
         spec.mesh,
         spec.placements,
         run_check=False,
         shape=spec.shape,
         stride=spec.stride,
     )
-    order: Any = getattr(spec, "shard_order", None)
-    if order != getattr(result._spec, "shard_order", None):
-        result._spec = replace(result._spec, shard_order=order)
-    return result
