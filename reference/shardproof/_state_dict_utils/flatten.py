@@ -2,14 +2,16 @@
 
 The flat keys are upstream's: the path's items joined by dots. The mapping from flat key to path
 holds tuples that equal upstream's, so it can be merged, pickled and read by code that knows
-nothing of this module; each also carries what upstream's lose, the containers' types and the
-original keys (:class:`TypedPath`). All of it is iterative: depth is bounded by memory only.
+nothing of this module. Where such a tuple would lose something, a container's type or an original
+key, it also carries that (:class:`TypedPath`). All of it is iterative: depth is bounded by memory
+only.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from operator import eq
 from typing import Any, cast
 
 from shardproof._state_dict_utils.containers import (
@@ -17,10 +19,13 @@ from shardproof._state_dict_utils.containers import (
     is_branch,
     path_name,
 )
+from shardproof._state_dict_utils.nest import Nest
 from shardproof._state_dict_utils.paths import (
+    ANY_DICT,
     FLATTEN_MAPPING,
     OBJ_PATH,
     PATH_ITEM,
+    PLAIN,
     SAME,
     STATE_DICT_TYPE,
     Branch,
@@ -28,25 +33,8 @@ from shardproof._state_dict_utils.paths import (
     TypedMapping,
     TypedPath,
     container_of,
+    own_empty,
 )
-
-
-class _Node:
-    """A container under construction. ``container`` is None where only a plain path is known."""
-
-    __slots__ = ("children", "container", "is_list")
-
-    def __init__(self, container: Container | None, is_list: bool) -> None:
-        self.container = container
-        self.is_list = is_list
-        self.children: dict[Any, Any] = {}
-
-    def build(self, children: dict[Any, Any]) -> Any:
-        if self.container is not None:
-            return self.container.build(children)
-        if not self.is_list:
-            return children
-        return [children.get(index) for index in range(max(children, default=-1) + 1)]
 
 
 def _traverse_state_dict(
@@ -66,8 +54,9 @@ def _traverse_state_dict(
     No collective runs.
 
     """
-    for branch, _, item, value in _leaves(state_dict):
-        visitor((*branch.items, item), value)
+    paths, _, values = _leaves(state_dict)
+    for path, value in zip(paths, values, strict=True):
+        visitor(path, value)
 
 
 def _flatten_state_dict(
@@ -91,22 +80,18 @@ def _flatten_state_dict(
     No collective runs.
 
     """
-    names: list[str] = []
-    paths: list[TypedPath] = []
-    values: list[Any] = []
-    for branch, key, item, value in _leaves(state_dict):
-        path = TypedPath((*branch.items, item))
-        path.branch = branch
-        if key is not item:
-            path.key = key
-        names.append(f"{branch.prefix}{item}")
-        paths.append(path)
-        values.append(value if type(value) in LEAF_TYPES else _own_empty(value))
-    if len(set(names)) != len(names):
-        names = _told_apart(names, [(path.keys, path.through) for path in paths])
-    mapping = TypedMapping(zip(names, paths, strict=True))
-    mapping.root = container_of(state_dict)
-    return dict(zip(names, values, strict=True)), mapping
+    paths, names, values = _leaves(state_dict)
+    flat = dict(zip(names, values, strict=True))
+    if len(flat) != len(names):
+        names = _told_apart(names, paths)
+        flat = dict(zip(names, values, strict=True))
+    for name, value in flat.items():
+        if type(value) not in LEAF_TYPES:
+            flat[name] = own_empty(value)
+    root = container_of(state_dict)
+    mapping: FLATTEN_MAPPING = {} if root is ANY_DICT else TypedMapping.of(root)
+    mapping.update(zip(names, paths, strict=True))
+    return flat, mapping
 
 
 def _unflatten_state_dict(state_dict: STATE_DICT_TYPE, mapping: FLATTEN_MAPPING) -> STATE_DICT_TYPE:
@@ -127,31 +112,42 @@ def _unflatten_state_dict(state_dict: STATE_DICT_TYPE, mapping: FLATTEN_MAPPING)
     No collective runs.
 
     """
+    nest = Nest(getattr(mapping, "root", None) or ANY_DICT)
+    # Leaves of one container mostly stand together.
+    held: dict[Any, Any] = nest.root
+    above: Any = ()
+    for path, value in _placed(state_dict, mapping):
+        if type(path) is TypedPath:
+            key = path.key
+            if key is SAME:
+                key = path[-1]
+            if path.branch is not above:
+                above = path.branch
+                held = nest.of_branch(path)
+        else:
+            holder, key = path[:-1], path[-1]
+            if holder != above:
+                above = holder
+                held = nest.of_path(path)
+        if type(value) not in LEAF_TYPES:
+            value = nest.leaf(value)
+        if held.setdefault(key, value) is not value:
+            if nest.is_container(held[key]):
+                raise ValueError(f"{path_name(path)!r} is both a leaf and a container")
+            held[key] = value
+    return cast(STATE_DICT_TYPE, nest.build())
+
+
+def _placed(
+    state_dict: STATE_DICT_TYPE, mapping: FLATTEN_MAPPING
+) -> Iterable[tuple[OBJ_PATH, Any]]:
+    """(path, value) of each entry of a flat dict, in the order of the mapping."""
+    if len(mapping) == len(state_dict) and all(map(eq, mapping, state_dict)):
+        return zip(mapping.values(), state_dict.values(), strict=True)
     for name in state_dict:
         if name not in mapping:
             raise KeyError(f"the mapping has no path for the flat key {name!r}")
-    root = _Node(getattr(mapping, "root", None), is_list=False)
-    nodes: dict[Branch, _Node] = {}
-    for name, path in mapping.items():
-        if name not in state_dict:
-            continue
-        value = state_dict[name]
-        if type(value) not in LEAF_TYPES:
-            value = _own_empty(value)
-        if isinstance(path, TypedPath):
-            branch, key = path.branch, path.key
-            node = nodes.get(branch)
-            if node is None:
-                node = nodes[branch] = _descend(root, path, branch.keys, branch.through)
-            if key is SAME:
-                key = path[-1]
-        else:
-            node, key = _descend(root, path, path[:-1], (None,) * len(path)), path[-1]
-        children = node.children
-        if type(children.get(key)) is _Node:
-            raise ValueError(f"{path_name(path)!r} is both a leaf and a container")
-        children[key] = value
-    return cast(STATE_DICT_TYPE, _build(root))
+    return [(path, state_dict[name]) for name, path in mapping.items() if name in state_dict]
 
 
 def _set_element(root_dict: STATE_DICT_TYPE, path: OBJ_PATH, value: Any) -> None:
@@ -216,46 +212,82 @@ def _existing(holder: Any, item: PATH_ITEM) -> Any:
     return child
 
 
-def _leaves(root: Any) -> Iterator[tuple[Branch, Any, PATH_ITEM, Any]]:
-    """(branch, key, item of the path, leaf) of each leaf, depth first."""
-    above = {id(root)}
-    branch = Branch(None, (), None, container_of(root), "")
-    stack: list[tuple[Iterator[tuple[Any, Any]], bool, Branch, Any]] = []
-    steps, named, holder = _steps(root), isinstance(root, Mapping), root
+_NAMED = frozenset({dict, OrderedDict})
+_USUAL = _NAMED | {list, tuple}
+"""The types of nearly all containers: asking whether a value is one takes a while."""
+
+
+def _leaves(root: Any) -> tuple[list[OBJ_PATH], list[str], list[Any]]:
+    """Path, flat key and value of each leaf, depth first.
+
+    A path is typed where it leads through more than dicts with str keys and lists.
+    """
+    paths: list[OBJ_PATH] = []
+    names: list[str] = []
+    values: list[Any] = []
+    named = isinstance(root, Mapping)
+    holder, steps = root, iter(root.items()) if named else enumerate(root)
+    items: OBJ_PATH = ()
+    prefix = ""
+    branch = None if type(root) is dict else Branch(None, None, container_of(root))
+    # Siblings share their paths' attributes: an own dict each would cost more than the path.
+    shared = {"branch": branch}
+    stack: list[_Level] = []
     while True:
         # Runs of leaves are left in this loop: it is all that a wide dict costs.
         for key, value in steps:
             item = key if type(key) is str or not named else str(key)
-            if type(value) in LEAF_TYPES:
-                yield branch, key, item, value
+            kind = type(value)
+            if kind in LEAF_TYPES or not (kind in _USUAL or is_branch(value)) or len(value) == 0:
+                names.append(f"{prefix}{item}")
+                values.append(value)
+                if branch is None and item is key:
+                    paths.append((*items, item))
+                    continue
+                if branch is None:
+                    branch = Branch.plain(items, container_of(holder))
+                    shared = {"branch": branch}
+                path = TypedPath((*items, item))
+                path.__dict__ = shared if item is key else {"branch": branch, "key": key}
+                paths.append(path)
                 continue
-            if not is_branch(value) or len(value) == 0:
-                yield branch, key, item, value
-                continue
-            if id(value) in above:
-                where = path_name((*branch.items, item))
-                raise ValueError(f"the container at {where!r} holds itself")
-            above.add(id(value))
-            stack.append((steps, named, branch, holder))
-            below = (*branch.items, item)
-            branch = Branch(branch, below, key, container_of(value), f"{branch.prefix}{item}.")
-            steps, named, holder = _steps(value), isinstance(value, Mapping), value
+            if branch is not None or item is not key or kind not in PLAIN:
+                if branch is None:
+                    branch = Branch.plain(items, container_of(holder))
+                    shared = {"branch": branch}
+                below = Branch(branch, key, container_of(value))
+            else:
+                below = None
+            stack.append((holder, steps, named, items, prefix, branch, shared))
+            if len(stack) % _ROUND == 0:
+                _refuse_rings(stack)
+            items, prefix = (*items, item), f"{prefix}{item}."
+            branch, shared = below, {"branch": below}
+            named = kind in _NAMED or (kind not in _USUAL and isinstance(value, Mapping))
+            holder, steps = value, iter(value.items()) if named else enumerate(value)
             break
         else:
-            above.discard(id(holder))
             if not stack:
-                return
-            steps, named, branch, holder = stack.pop()
+                return paths, names, values
+            holder, steps, named, items, prefix, branch, shared = stack.pop()
 
 
-def _steps(value: Any) -> Iterator[tuple[Any, Any]]:
-    """(key or index, value) for each element of a container."""
-    return iter(value.items()) if isinstance(value, Mapping) else enumerate(value)
+_Level = tuple[
+    Any, Iterator[tuple[Any, Any]], bool, OBJ_PATH, str, Branch | None, dict[str, Branch | None]
+]
+"""A container that is being walked, while the walk is in one below it."""
+
+_ROUND = 64
+"""Every so many levels the walk asks for containers that hold themselves: they make it endless,
+and asking at each container would be a third of what small ones cost."""
 
 
-def _own_empty(value: Any) -> Any:
-    """``value``, or a new one of its type where it is an empty container."""
-    return Container(value).build({}) if is_branch(value) and len(value) == 0 else value
+def _refuse_rings(stack: list[_Level]) -> None:
+    met: set[int] = set()
+    for holder, _, _, items, *_ in stack:
+        if id(holder) in met:
+            raise ValueError(f"the container at {path_name(items)!r} holds itself")
+        met.add(id(holder))
 
 
 def _escaped(key: Any, holder: Container) -> str:
@@ -266,11 +298,10 @@ def _escaped(key: Any, holder: Container) -> str:
     return f"\\{type(key).__name__}:{_escaped(str(key), holder)}"
 
 
-def _told_apart(
-    names: list[str], paths: list[tuple[tuple[Any, ...], tuple[Container, ...]]]
-) -> list[str]:
+def _told_apart(names: Sequence[str], paths: Iterable[OBJ_PATH]) -> list[str]:
     """Escape the names that collide, until none does."""
-    escaped = [".".join(map(_escaped, keys, through)) for keys, through in paths]
+    typed = map(TypedPath.typed, paths)
+    escaped = [".".join(map(_escaped, path.keys, path.through)) for path in typed]
     plain, names = names, list(names)
     while True:
         counts = Counter(names)
@@ -285,35 +316,3 @@ def _told_apart(
             if counts[name] > 1:
                 raise ValueError(f"several entries share the flat key {plain[index]!r}")
         return names
-
-
-def _descend(
-    root: _Node, path: OBJ_PATH, keys: tuple[Any, ...], through: tuple[Container | None, ...]
-) -> _Node:
-    """The node of the container that holds the last step of ``path``, made where missing."""
-    node = root
-    for step, key in enumerate(keys):
-        if node.container is None:
-            node.container = through[step]
-        child = node.children.get(key)
-        if child is None:
-            child = _Node(None, is_list=not isinstance(path[step + 1], str))
-            node.children[key] = child
-        elif not isinstance(child, _Node):
-            raise ValueError(f"{path_name(path)!r} leads through the leaf {key!r}")
-        node = child
-    if node.container is None:
-        node.container = through[-1]
-    return node
-
-
-def _build(root: _Node) -> Any:
-    """Turn nodes into containers, children first, without recursion."""
-    order: list[tuple[_Node, _Node | None, Any]] = [(root, None, None)]
-    for node, _, _ in order:
-        order.extend((c, node, key) for key, c in node.children.items() if isinstance(c, _Node))
-    for node, parent, key in reversed(order):
-        if parent is None:
-            return node.build(node.children)
-        parent.children[key] = node.build(node.children)
-    raise AssertionError("unreachable")

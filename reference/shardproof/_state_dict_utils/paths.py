@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, MutableMapping
 from types import MappingProxyType
 from typing import Any, SupportsIndex
 
-from shardproof._state_dict_utils.containers import empty_like_mapping, sequence_of
+from shardproof._state_dict_utils.containers import empty_like_mapping, is_branch, sequence_of
 
 PATH_ITEM = str | int
 OBJ_PATH = tuple[PATH_ITEM, ...]
@@ -32,26 +33,52 @@ class Container:
         if self.example is not None:
             if self.kind is dict:
                 return children
+            if self is _ORDERED:
+                return OrderedDict(children)
             fresh = empty_like_mapping(self.example)
             fresh.update(children)
             return MappingProxyType(fresh) if self.kind is MappingProxyType else fresh
         # A tuple has a fixed length, a list ends with its last element, as upstream's does.
-        length = max(children, default=-1) + 1
-        if issubclass(self.kind, tuple):
-            length = max(length, self.length)
-        items = [children.get(index) for index in range(length)]
+        items = in_order(children, self.length if issubclass(self.kind, tuple) else 0)
         return sequence_of(self.kind, items)
 
 
-_ANY_DICT, _ANY_LIST = Container({}), Container([])
+def in_order(children: dict[int, Any], length: int = 0) -> list[Any]:
+    """The elements of a sequence from their indices; None where one is missing."""
+    length = max(len(children), length)
+    if [*children] == [*range(length)]:
+        return [*children.values()]
+    return [children.get(index) for index in range(max(length, max(children, default=-1) + 1))]
+
+
+PLAIN = frozenset({dict, list})
+"""The types of containers that a plain path tells apart, by its items."""
+
+ANY_DICT, ANY_LIST = Container({}), Container([])
+
+
+_TUPLES: dict[int, Container] = {}
+_ORDERED = Container(OrderedDict())
 
 
 def container_of(value: Any) -> Container:
-    """What a container is. Of plain dicts and lists nothing but that is worth remembering."""
+    """What a container is. Of the usual ones little is worth remembering, so they share it."""
     kind = type(value)
     if kind is dict:
-        return _ANY_DICT
-    return _ANY_LIST if kind is list else Container(value)
+        return ANY_DICT
+    if kind is list:
+        return ANY_LIST
+    if kind is tuple:
+        length = len(value)
+        return _TUPLES.get(length) or _TUPLES.setdefault(length, Container(value))
+    if kind is OrderedDict and not vars(value):
+        return _ORDERED
+    return Container(value)
+
+
+def own_empty(value: Any) -> Any:
+    """``value``, or a new one of its type where it is an empty container."""
+    return Container(value).build({}) if is_branch(value) and len(value) == 0 else value
 
 
 class Branch:
@@ -59,23 +86,26 @@ class Branch:
 
     Attributes:
         parent: the branch above, None for the root.
-        items: the path to it, as upstream writes it.
         key: the original key or index of it in its parent.
         container: what it was.
-        prefix: what the flat keys of its leaves begin with.
 
     """
 
-    __slots__ = ("container", "items", "key", "parent", "prefix")
+    __slots__ = ("container", "key", "parent")
 
-    def __init__(
-        self, parent: Branch | None, items: OBJ_PATH, key: Any, container: Container, prefix: str
-    ) -> None:
+    def __init__(self, parent: Branch | None, key: Any, container: Container) -> None:
         self.parent = parent
-        self.items = items
         self.key = key
         self.container = container
-        self.prefix = prefix
+
+    @classmethod
+    def plain(cls, items: OBJ_PATH, container: Container) -> Branch:
+        """The branch at the end of a path through dicts and lists, which its items tell apart."""
+        branch: Branch | None = None
+        for step, below in enumerate(items):
+            holder = ANY_DICT if isinstance(below, str) else ANY_LIST
+            branch = cls(branch, items[step - 1] if step else None, holder)
+        return cls(branch, items[-1] if items else None, container)
 
     def line(self) -> list[Branch]:
         """The branches from the root to this one."""
@@ -117,12 +147,20 @@ class TypedPath(tuple[PATH_ITEM, ...]):
     ) -> TypedPath:
         """A path from its items, keys and containers."""
         path = cls(items)
-        branch = Branch(None, (), None, through[0], "")
-        for step, container in enumerate(through[1:]):
-            branch = Branch(branch, tuple(items[: step + 1]), keys[step], container, "")
+        branch = Branch(None, None, through[0])
+        for key, container in zip(keys, through[1:], strict=False):
+            branch = Branch(branch, key, container)
         path.branch = branch
         path.key = keys[-1]
         return path
+
+    @classmethod
+    def typed(cls, path: OBJ_PATH) -> TypedPath:
+        """``path`` itself, or what it says where it is a plain one."""
+        if isinstance(path, cls):
+            return path
+        through = tuple(ANY_DICT if isinstance(item, str) else ANY_LIST for item in path)
+        return cls.of(path, path, through)
 
     @property
     def keys(self) -> tuple[Any, ...]:
@@ -142,3 +180,10 @@ class TypedMapping(dict[str, OBJ_PATH]):
     """A mapping from flat keys to paths that also remembers the root, for when it is empty."""
 
     root: Container | None = None
+
+    @classmethod
+    def of(cls, root: Container) -> TypedMapping:
+        """An empty mapping of a state dict whose root was such a container."""
+        mapping = cls()
+        mapping.root = root
+        return mapping
