@@ -27,10 +27,10 @@ from shardproof._state_dict_utils.paths import (
 )
 from shardproof._state_dict_utils.staging import _create_cpu_state_dict
 from shardproof._state_dict_utils.traverse import (
-    CompanionMismatch,
     _identity_func,
     _iterate_state_dict,
 )
+from shardproof._state_dict_utils.walk import CompanionMismatch
 
 __all__ = [
     "CONTAINER_TYPE",

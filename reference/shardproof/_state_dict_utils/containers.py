@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import UserDict, defaultdict
+from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -58,6 +58,8 @@ def empty_like_mapping(like: Mapping[Any, Any]) -> Any:
     kind = type(like)
     if kind is dict:
         return {}
+    if kind is OrderedDict and not vars(like):
+        return OrderedDict()
     if isinstance(like, UserDict):
         fresh: Any = UserDict.__new__(kind)
         fresh.__dict__.update({k: _own(v) for k, v in vars(like).items() if k != "data"})

@@ -10,19 +10,17 @@ from typing import Any
 
 import torch
 
-from shardproof._state_dict_utils.containers import Path, is_container, path_name
-from shardproof._state_dict_utils.tensors import difference, dressed_tie_key, kind_of
+from shardproof._state_dict_utils.containers import is_container
+from shardproof._state_dict_utils.pairs import all_matching, difference, matching
+from shardproof._state_dict_utils.ties import dressed_tie_key, maybe_tied
 from shardproof._state_dict_utils.traverse import (
-    CompanionMismatch,
-    Pair,
-    check_leaf_type,
+    check_leaf_types,
     copy_leaf_value,
-    copy_pairs,
     cpu_snapshot,
-    fitting,
-    map_leaves,
     on_this_rank,
+    take,
 )
+from shardproof._state_dict_utils.walk import CompanionMismatch, Walk
 
 
 def _offload_state_dict_to_cpu(
@@ -52,22 +50,25 @@ def _offload_state_dict_to_cpu(
 
     """
     # Checked on every rank, also where nothing is copied: the ranks have to agree on the error.
+    walk = Walk(state_dict)
     if type_check:
-        map_leaves(state_dict, lambda path, value, _: check_leaf_type(path, value))
+        check_leaf_types(walk)
     if not on_this_rank(ranks_only, None):
         return {}
-    results: dict[Hashable, Any] = {}
+    snapshots: dict[Hashable, torch.Tensor] = {}
     copied: dict[Hashable, torch.Tensor] = {}
-
-    def snapshot(_path: Path, value: Any, _: Any) -> Any:
+    results: list[Any] = []
+    for value, tied in zip(walk.leaves, maybe_tied(walk.leaves), strict=True):
         if not isinstance(value, torch.Tensor):
-            return copy_leaf_value(value)
-        key = dressed_tie_key(value)
-        if key not in results:
-            results[key] = cpu_snapshot(value, copied)
-        return results[key]
-
-    result: dict[str, Any] = map_leaves(state_dict, snapshot)
+            results.append(copy_leaf_value(value))
+        elif not tied:
+            results.append(cpu_snapshot(value))
+        else:
+            key = dressed_tie_key(value)
+            if key not in snapshots:
+                snapshots[key] = cpu_snapshot(value, copied)
+            results.append(snapshots[key])
+    result: dict[str, Any] = walk.rebuilt(results)
     return result
 
 
@@ -100,23 +101,10 @@ def _copy_state_dict(
     """
     if copy_state_dict is None:
         raise CompanionMismatch("<root>: expected a mapping, the companion has NoneType")
-    pending: dict[int, Pair] = {}
-
-    def pair(path: Path, value: Any, other: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            if type_check:
-                check_leaf_type(path, value)
-            if isinstance(other, torch.Tensor) or is_container(other):
-                raise CompanionMismatch(
-                    f"{path_name(path)}: expected a {kind_of(value)}, the companion has "
-                    f"{kind_of(other)}"
-                )
-            return copy_leaf_value(value)
-        pending[id(other)] = fitting(path, value, other)
-        return other
-
-    result: dict[str, Any] = map_leaves(state_dict, pair, copy_state_dict)
-    copy_pairs(pending.values(), non_blocking)
+    walk = Walk(state_dict, copy_state_dict)
+    if type_check:
+        check_leaf_types(walk)
+    result: dict[str, Any] = walk.rebuilt(take(walk, walk.leaves, non_blocking))
     return result
 
 
@@ -138,13 +126,16 @@ def _check_state_dict_similarity(
     Reads only, raises nothing on a difference, and runs no collective.
 
     """
-
-    def compare(_path: Path, value: Any, other: Any) -> None:
-        if is_container(other) or difference(value, other):
-            raise CompanionMismatch
-
     try:
-        map_leaves(state_dict, compare, compared_state_dict)
+        walk = Walk(state_dict, compared_state_dict)
     except CompanionMismatch:
         return False
-    return True
+    if all_matching(walk.companions, walk.leaves):
+        return True
+    return not any(map(_differ, walk.leaves, walk.companions))
+
+
+def _differ(value: Any, other: Any) -> bool:
+    if matching(other, value):
+        return False
+    return is_container(other) or difference(value, other) is not None

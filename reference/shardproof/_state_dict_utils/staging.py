@@ -15,7 +15,6 @@ import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-from shardproof._state_dict_utils.containers import Path
 from shardproof._state_dict_utils.tensors import (
     CPU,
     MOVABLE,
@@ -28,7 +27,9 @@ from shardproof._state_dict_utils.tensors import (
     with_local,
     with_shards,
 )
-from shardproof._state_dict_utils.traverse import copy_leaf_value, map_leaves
+from shardproof._state_dict_utils.ties import maybe_tied
+from shardproof._state_dict_utils.traverse import copy_leaf_value
+from shardproof._state_dict_utils.walk import Walk
 
 # cudaHostRegisterPortable: pinned for every context of the process.
 _PORTABLE = 1
@@ -64,17 +65,20 @@ def _create_cpu_state_dict(
     if pin_memory:
         _require_pinning(share_memory)
     fill = partial(_buffer_like, pin_memory=pin_memory, share_memory=share_memory)
+    walk = Walk(state_dict)
     made: dict[Hashable, torch.Tensor] = {}
-
-    def allocate(_path: Path, value: Any, _: Any) -> Any:
+    results: list[Any] = []
+    for value, tied in zip(walk.leaves, maybe_tied(walk.leaves), strict=True):
         if not isinstance(value, torch.Tensor):
-            return copy_leaf_value(value)
-        key = tie_key(value)
-        if key not in made:
-            made[key] = _allocate_leaf(value, fill)
-        return made[key]
-
-    result: dict[str, Any] = map_leaves(state_dict, allocate)
+            results.append(copy_leaf_value(value))
+        elif not tied:
+            results.append(_allocate_leaf(value, fill))
+        else:
+            key = tie_key(value)
+            if key not in made:
+                made[key] = _allocate_leaf(value, fill)
+            results.append(made[key])
+    result: dict[str, Any] = walk.rebuilt(results)
     return result
 
 

@@ -180,41 +180,6 @@ def put(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) 
         target.detach().copy_(source.detach(), non_blocking=non_blocking)
 
 
-def matching(
-    target: torch.Tensor, source: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The memory to copy between for two usual leaves that agree; None where more is to be asked.
-
-    One question where :func:`difference`, :func:`unwritable` and :func:`without_data` are many:
-    what it grants, these grant too.
-    """
-    if isinstance(target, DTensor):
-        if not isinstance(source, DTensor):
-            return None
-        ours, theirs = target._spec, source._spec
-        if ours is not theirs and (
-            ours.placements != theirs.placements
-            or ours.mesh != theirs.mesh
-            or ours.shape != theirs.shape
-        ):
-            return None
-        if target.dtype != source.dtype:
-            return None
-        target, source = target._local_tensor, source._local_tensor
-    if (
-        type(target) in _PLAIN
-        and type(source) in _PLAIN
-        and target.dtype == source.dtype
-        and target.dtype in MOVABLE
-        and target.size() == source.size()
-        and target.layout is torch.strided is source.layout
-        and target.is_contiguous()
-        and not (target.is_meta or source.is_meta)
-    ):
-        return target, source
-    return None
-
-
 def copy_all(
     targets: list[torch.Tensor], sources: list[torch.Tensor], non_blocking: bool = False
 ) -> None:
@@ -233,15 +198,6 @@ def fresh_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         plain = tensor.detach() if tensor.requires_grad or type(tensor) not in _PLAIN else tensor
         return plain.clone() if plain.device == device else plain.to(device, copy=True)
     return bits(tensor).to(device, copy=True).view(tensor.dtype)
-
-
-def without_data(tensor: Any) -> bool:
-    """Whether a tensor leaf is on meta, in whole or in part."""
-    if isinstance(tensor, DTensor):
-        tensor = tensor._local_tensor
-    elif isinstance(tensor, ShardedTensor):
-        return any(shard.tensor.is_meta for shard in tensor.local_shards())
-    return isinstance(tensor, torch.Tensor) and tensor.is_meta
 
 
 def unwritable(tensor: Any) -> str | None:
@@ -289,11 +245,6 @@ def tie_key(tensor: torch.Tensor) -> Hashable:
         spec = tensor._spec
         return ("DTensor", geometry(tensor._local_tensor), spec.placements, spec.shape)
     return id(tensor) if isinstance(tensor, ShardedTensor) else geometry(tensor)
-
-
-def dressed_tie_key(tensor: torch.Tensor) -> Hashable:
-    """As :func:`tie_key`, but a Parameter and a detached view of it are told apart."""
-    return tie_key(tensor), type(tensor), requires_grad_of(tensor)
 
 
 def dtensor(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
@@ -372,48 +323,3 @@ def with_shards(
             shard_metadata.placement._device = device
         fresh._local_shards.append(TensorShard(change(shard.tensor), shard_metadata))
     return fresh
-
-
-def difference(ours: Any, theirs: Any) -> str | None:
-    """Why values cannot be copied between the two leaves, None where they can."""
-    if type(ours) is not type(theirs) and kind_of(ours) != kind_of(theirs):
-        if not isinstance(ours, torch.Tensor) and not isinstance(theirs, torch.Tensor):
-            return None
-        return f"expected a {kind_of(ours)}, got {kind_of(theirs)}"
-    if not isinstance(ours, torch.Tensor):
-        return None
-    if shape_of(ours) != shape_of(theirs):
-        return f"expected shape {shape_of(ours)}, got {shape_of(theirs)}"
-    if dtype_of(ours) != dtype_of(theirs):
-        return f"expected dtype {dtype_of(ours)}, got {dtype_of(theirs)}"
-    if isinstance(ours, DTensor):
-        if ours._spec is not theirs._spec and (tuple(ours.placements) != tuple(theirs.placements)):
-            return f"expected placements {ours.placements}, got {theirs.placements}"
-        if ours._spec is not theirs._spec and ours.device_mesh != theirs.device_mesh:
-            return f"expected mesh {ours.device_mesh}, got {theirs.device_mesh}"
-        mine, other = ours._local_tensor.size(), theirs._local_tensor.size()
-        if mine != other:
-            return f"expected local shape {tuple(mine)}, got {tuple(other)}"
-    if isinstance(ours, ShardedTensor):
-        held, given = _shard_boxes(ours), _shard_boxes(theirs)
-        if held != given:
-            return f"expected shards (offsets, sizes) {held}, got {given}"
-    return None
-
-
-def copy_leaf(target: Any, source: Any, non_blocking: bool = False) -> None:
-    """Write a tensor leaf into another that :func:`difference` found equal to it."""
-    if isinstance(target, DTensor):
-        put(settled(target._local_tensor), settled(source._local_tensor), non_blocking)
-    elif isinstance(target, ShardedTensor):
-        for ours, theirs in zip(target.local_shards(), source.local_shards(), strict=True):
-            put(ours.tensor, settled(theirs.tensor), non_blocking)
-    else:
-        put(target, settled(source), non_blocking)
-
-
-def _shard_boxes(tensor: ShardedTensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    return [
-        (tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes))
-        for shard in tensor.local_shards()
-    ]

@@ -1,49 +1,33 @@
-"""The walk over a nested state dict.
-
-One walk serves all: Mapping, list and tuple are containers, everything else is a leaf. Containers
-keep their type, keys their type and order. A container that holds itself is refused by path.
-"""
+"""State dicts rebuilt around other leaves: what is asked of each leaf, and what takes its place."""
 
 from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Hashable, Mapping
+from itertools import repeat
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-from shardproof._state_dict_utils.containers import (
-    LEAF_TYPES,
-    Path,
-    empty_like_mapping,
-    is_container,
-    path_name,
-    sequence_of,
-)
+from shardproof._state_dict_utils.containers import LEAF_TYPES, Path, is_container, path_name
+from shardproof._state_dict_utils.pairs import Pairs
 from shardproof._state_dict_utils.tensors import (
     CPU,
-    copy_all,
-    copy_leaf,
-    difference,
     dress_like,
     fresh_copy,
     geometry,
     kind_of,
     local_of,
-    matching,
     requires_grad_of,
-    tie_key,
-    unwritable,
     with_local,
     with_shards,
-    without_data,
 )
-
-ABSENT: Final = object()
+from shardproof._state_dict_utils.ties import dressed_tie_key, maybe_tied
+from shardproof._state_dict_utils.walk import ABSENT, CompanionMismatch, Walk
 
 TensorFunction = Callable[
     [Any, "dist.ProcessGroup | None", "torch.device | None", Any],
@@ -56,13 +40,6 @@ _IMMUTABLE_TORCH = (torch.dtype, torch.device, torch.Size, torch.layout, torch.m
 _MUTABLE = (io.BytesIO, set, bytearray)
 _SUPPORTED = (torch.Tensor, *_IMMUTABLE, *_IMMUTABLE_TORCH, *_MUTABLE)
 _SHARED = (*_IMMUTABLE[:-1], *_IMMUTABLE_TORCH)
-
-
-class CompanionMismatch(Exception):  # noqa: N818  (upstream's name)
-    """The companion of a state dict has another structure, kind, shape, dtype or placement.
-
-    The message names the path of the leaf and what was expected there.
-    """
 
 
 def _identity_func(
@@ -94,78 +71,23 @@ def map_leaves(
         ValueError: a container holds itself.
 
     """
-    return _visit(value, companion, (), set(), leaf, refuse)
+    walk = Walk(value, companion, refuse)
+    others = walk.companions or repeat(ABSENT)
+    return walk.rebuilt(list(map(leaf, walk.paths(), walk.leaves, others)))
 
 
-def _visit(
-    value: Any,
-    companion: Any,
-    path: Path,
-    above: set[int],
-    leaf: LeafFunction,
-    refuse: Callable[[Exception], None] | None,
-) -> Any:
-    # One frame per level, no comprehensions: deep nesting must not meet the recursion limit.
-    if not is_container(value):
-        return leaf(path, value, companion)
-    mapping = isinstance(value, Mapping)
-    if id(value) in above:
-        error = ValueError(f"the container at {path_name(path)!r} holds itself")
-        if refuse is None:
-            raise error
-        refuse(error)
-        return None
-    above.add(id(value))
-    _require_same_container(value, companion, path)
-    paired = companion is not ABSENT
-    result: Any
-    if mapping:
-        result = empty_like_mapping(value)
-        for key, item in value.items():
-            other = companion[key] if paired else ABSENT
-            below = (*path, key)
-            # The one call saved here is most of what a walk costs.
-            if type(item) in LEAF_TYPES:
-                result[key] = leaf(below, item, other)
-            else:
-                result[key] = _visit(item, other, below, above, leaf, refuse)
-    else:
-        items = []
-        for index, item in enumerate(value):
-            other = companion[index] if paired else ABSENT
-            items.append(_visit(item, other, (*path, index), above, leaf, refuse))
-        result = sequence_of(type(value), items)
-    above.discard(id(value))
-    return result
+def check_leaf_types(walk: Walk) -> None:
+    """Refuse leaves that no checkpoint can hold.
 
+    Raises:
+        ValueError: names the path and the type.
 
-def _require_same_container(value: Any, companion: Any, path: Path) -> None:
-    if companion is ABSENT:
+    """
+    if LEAF_TYPES.issuperset(map(type, walk.leaves)):
         return
-    where = path_name(path)
-    if isinstance(value, Mapping):
-        if not isinstance(companion, Mapping):
-            raise CompanionMismatch(
-                f"{where}: expected a mapping, the companion has {kind_of(companion)}"
-            )
-        if companion.keys() == value.keys():
-            return
-        missing = [key for key in value if key not in companion]
-        extra = [key for key in companion if key not in value]
-        if missing or extra:
-            raise CompanionMismatch(
-                f"{where}: expected the keys of the state dict; the companion lacks {missing} "
-                f"and has {extra} more"
-            )
-        return
-    if isinstance(companion, Mapping) or not is_container(companion):
-        raise CompanionMismatch(
-            f"{where}: expected a {type(value).__name__}, the companion has {kind_of(companion)}"
-        )
-    if len(companion) != len(value):
-        raise CompanionMismatch(
-            f"{where}: expected {len(value)} elements, the companion has {len(companion)}"
-        )
+    for index, value in enumerate(walk.leaves):
+        if not isinstance(value, _SUPPORTED):
+            check_leaf_type(walk.path(index), value)
 
 
 def check_leaf_type(path: Path, value: Any) -> None:
@@ -185,7 +107,7 @@ def check_leaf_type(path: Path, value: Any) -> None:
 
 def copy_leaf_value(value: Any) -> Any:
     """A leaf that is no tensor, safe from later changes of the original."""
-    if isinstance(value, _SHARED):
+    if type(value) in LEAF_TYPES or isinstance(value, _SHARED):
         return value
     return copy.deepcopy(value)
 
@@ -195,52 +117,18 @@ def on_this_rank(ranks_only: tuple[int, ...], pg: dist.ProcessGroup | None) -> b
     return not ranks_only or dist.get_rank(pg) in ranks_only
 
 
-Pair = tuple[Any, Any, tuple[torch.Tensor, torch.Tensor] | None]
-"""(target leaf, source leaf, the memory of both where copying that is all there is to do)."""
-
-
-def fitting(path: Path, value: Any, other: Any) -> Pair:
-    """The tensor ``value`` and the companion that takes it.
-
-    Raises:
-        CompanionMismatch: it cannot; names the path and the reason.
-
-    """
-    if is_tensor(other):
-        memory = matching(other, value)
-        if memory is not None:
-            return other, value, memory
-    if reason := difference(value, other) or unwritable(other):
-        raise CompanionMismatch(f"{path_name(path)}: {reason} in the companion")
-    if without_data(value) != without_data(other):
-        bare = "the companion" if without_data(other) else "the state dict"
-        raise CompanionMismatch(f"{path_name(path)}: {bare} has a tensor on meta, without data")
-    return other, value, None
-
-
-def copy_pairs(pairs: Iterable[Pair], non_blocking: bool) -> None:
-    """Copy leaves, once all of them were found to fit."""
-    targets: list[torch.Tensor] = []
-    sources: list[torch.Tensor] = []
-    with torch.no_grad():
-        for target, source, memory in pairs:
-            if target is source:
-                continue
-            if memory is None:
-                copy_leaf(target, source, non_blocking)
-            else:
-                targets.append(memory[0])
-                sources.append(memory[1])
-        copy_all(targets, sources, non_blocking)
-
-
-def cpu_snapshot(tensor: torch.Tensor, shared: dict[Hashable, torch.Tensor]) -> torch.Tensor:
+def cpu_snapshot(
+    tensor: torch.Tensor, shared: dict[Hashable, torch.Tensor] | None = None
+) -> torch.Tensor:
     """A copy of any tensor leaf in new CPU memory, Parameter-ness and ``requires_grad`` kept.
 
-    ``shared`` remembers the memory already copied, so that ties stay ties.
+    ``shared`` remembers the memory already copied, so that ties stay ties; None where there are
+    none.
     """
 
     def plain(source: torch.Tensor) -> torch.Tensor:
+        if shared is None:
+            return fresh_copy(source, CPU)
         key = geometry(source)
         if key in shared:
             return shared[key].detach()
@@ -297,58 +185,92 @@ def _iterate_state_dict(
 
     """
     companion = ABSENT if companion_obj is None else companion_obj
-
-    def check(path: Path, value: Any, other: Any) -> None:
-        if type_check:
-            check_leaf_type(path, value)
-        if other is not ABSENT and (is_tensor(value) != is_tensor(other) or is_container(other)):
-            raise CompanionMismatch(
-                f"{path_name(path)}: expected a {kind_of(value)}, the companion has "
-                f"{kind_of(other)}"
-            )
-
-    map_leaves(iter_object, check, companion)
+    walk = Walk(iter_object, companion)
+    if type_check:
+        check_leaf_types(walk)
+    for index, (value, other) in enumerate(zip(walk.leaves, walk.companions, strict=False)):
+        if reason := _unlike(value, other):
+            raise CompanionMismatch(f"{path_name(walk.path(index))}: {reason}")
 
     here = on_this_rank(ranks_only, pg)
-    results: dict[Hashable, Any] = {}
+    offload = cpu_offload and here and companion is ABSENT
+    functions = _Functions(sharded_tensor_func, dtensor_func, tensor_func)
+    others = walk.companions or repeat(None)
+    results: list[Any] = []
+    called: dict[Hashable, Any] = {}
     copied: dict[Hashable, torch.Tensor] = {}
-    pending: dict[int, Pair] = {}
+    for value, other, tied in zip(walk.leaves, others, maybe_tied(walk.leaves), strict=False):
+        function = functions[type(value)]
+        if function is None:
+            results.append(copy_leaf_value(value) if companion is ABSENT else value)
+            continue
+        key: Hashable = None
+        if tied:
+            # Without the Parameter-ness in the key a detached twin would come back as the
+            # Parameter.
+            key = dressed_tie_key(value), None if other is None else id(other)
+            if key in called:
+                results.append(called[key])
+                continue
+        result = function(value, pg, device, other)
+        if offload and isinstance(result, torch.Tensor):
+            result = cpu_snapshot(result, copied)
+        if tied:
+            called[key] = result
+        results.append(result)
+    if not here:
+        return {} if isinstance(iter_object, Mapping) else None
+    if companion is not ABSENT:
+        results = take(walk, results, non_blocking)
+    return walk.rebuilt(results)
 
-    def apply(path: Path, value: Any, other: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return copy_leaf_value(value) if here else None
-        # Without the Parameter-ness in the key a detached twin would come back as the Parameter.
-        key = (
-            tie_key(value),
-            type(value),
-            requires_grad_of(value),
-            None if other is ABSENT else id(other),
-        )
-        if key not in results:
-            results[key] = call(value, None if other is ABSENT else other)
-        result = results[key]
-        if other is ABSENT or not here:
-            return result
-        pending[id(other)] = fitting(path, result, other)
-        return other
 
-    def call(value: torch.Tensor, other: Any) -> Any:
-        if isinstance(value, ShardedTensor):
-            result = sharded_tensor_func(value, pg, device, other)
-        elif isinstance(value, DTensor):
-            result = dtensor_func(value, pg, device, other)
+class _Functions(dict[type, "TensorFunction | None"]):
+    """Type of a leaf -> what is called for it; None where it is no tensor."""
+
+    def __init__(self, sharded: TensorFunction, dtensor: TensorFunction, plain: TensorFunction):
+        super().__init__()
+        self._by_kind = (ShardedTensor, sharded), (DTensor, dtensor), (torch.Tensor, plain)
+
+    def __missing__(self, kind: type) -> TensorFunction | None:
+        found = next((function for base, function in self._by_kind if issubclass(kind, base)), None)
+        self[kind] = found
+        return found
+
+
+def take(walk: Walk, values: list[Any], non_blocking: bool) -> list[Any]:
+    """Copy tensors into the companions of the leaves; the leaves of the result.
+
+    Raises:
+        CompanionMismatch: a companion cannot take its tensor; nothing was copied.
+
+    """
+    pairs = Pairs()
+    results: list[Any] = []
+    places: list[int] = []
+    takers: list[Any] = []
+    sources: list[Any] = []
+    for place, (leaf, other) in enumerate(zip(walk.leaves, walk.companions, strict=True)):
+        if isinstance(leaf, torch.Tensor):
+            places.append(place)
+            takers.append(other)
+            sources.append(values[place])
+            results.append(other)
+        elif reason := _unlike(leaf, other):
+            raise CompanionMismatch(f"{path_name(walk.path(place))}: {reason}")
         else:
-            result = tensor_func(value, pg, device, other)
-        offload = cpu_offload and here and companion is ABSENT
-        return cpu_snapshot(result, copied) if offload and is_tensor(result) else result
-
-    rebuilt = map_leaves(iter_object, apply, companion)
-    copy_pairs(pending.values(), non_blocking)
-    if here:
-        return rebuilt
-    return {} if isinstance(iter_object, Mapping) else None
+            results.append(copy_leaf_value(values[place]))
+    if not pairs.add_all(takers, sources):
+        for place, taker, source in zip(places, takers, sources, strict=True):
+            if reason := pairs.add(taker, source):
+                raise CompanionMismatch(f"{path_name(walk.path(place))}: {reason}")
+    pairs.copy(non_blocking)
+    return results
 
 
-def is_tensor(value: Any) -> bool:
-    """Whether ``value`` is a tensor of any kind."""
-    return isinstance(value, torch.Tensor)
+def _unlike(value: Any, other: Any) -> str | None:
+    """Why a companion is nothing that could be in the place of a leaf; None where it could."""
+    same = isinstance(value, torch.Tensor) == isinstance(other, torch.Tensor)
+    if same and (type(other) in LEAF_TYPES or not is_container(other)):
+        return None
+    return f"expected a {kind_of(value)}, the companion has {kind_of(other)}"

@@ -1,0 +1,183 @@
+"""Leaves that take the values of others: whether they fit, and the copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter, eq, is_
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+
+from shardproof._state_dict_utils.tensors import (
+    MOVABLE,
+    copy_all,
+    dtype_of,
+    kind_of,
+    put,
+    settled,
+    shape_of,
+    unwritable,
+)
+
+_PLAIN = frozenset({torch.Tensor, nn.Parameter})
+_STRIDED = frozenset({torch.strided})
+
+
+class Pairs:
+    """Copies between tensor leaves, made once all of them were found to fit."""
+
+    def __init__(self) -> None:
+        self._takers: list[Any] = []
+        self._targets: list[Any] = []
+        self._sources: list[Any] = []
+        self._slow: list[int] = []
+        """The places of those that take more than a copy between two tensors' memory."""
+
+    def add_all(self, takers: list[Any], sources: list[Any]) -> bool:
+        """:meth:`add` for usual leaves that all fit. Where it is False nothing was noted.
+
+        Asked of all at once a question costs a fraction of what it costs pair by pair.
+        """
+        targets, memory = takers, sources
+        if not _PLAIN.issuperset(map(type, sources)):
+            targets, memory = [], []
+            for taker, source in zip(takers, sources, strict=True):
+                if type(source) is DTensor and type(taker) is DTensor:
+                    if not _same_layout(taker._spec, source._spec):
+                        return False
+                    taker, source = taker._local_tensor, source._local_tensor
+                targets.append(taker)
+                memory.append(source)
+        if not all_matching(targets, memory):
+            return False
+        self._takers += takers
+        self._targets += targets
+        self._sources += memory
+        return True
+
+    def add(self, taker: Any, source: Any) -> str | None:
+        """Note that ``taker`` takes the values of a tensor. Why it cannot, None where it can."""
+        if reason := difference(source, taker) or unwritable(taker):
+            return f"{reason} in the companion"
+        if without_data(source) != without_data(taker):
+            bare = "the companion" if without_data(taker) else "the state dict"
+            return f"{bare} has a tensor on meta, without data"
+        self._slow.append(len(self._takers))
+        self._takers.append(taker)
+        self._targets.append(taker)
+        self._sources.append(source)
+        return None
+
+    def copy(self, non_blocking: bool) -> None:
+        """Copy. Of several sources for one taker the last wins, as if copied one by one."""
+        targets, sources = self._targets, self._sources
+        with torch.no_grad():
+            if self._slow or len(set(map(id, self._takers))) < len(self._takers):
+                last = {id(taker): place for place, taker in enumerate(self._takers)}
+                slow = set(self._slow)
+                for place in slow.intersection(last.values()):
+                    if targets[place] is not sources[place]:
+                        copy_leaf(targets[place], sources[place], non_blocking)
+                fast = [place for place in last.values() if place not in slow]
+                targets = [targets[place] for place in fast]
+                sources = [sources[place] for place in fast]
+            copy_all(targets, sources, non_blocking)
+
+
+def matching(target: Any, source: Any) -> bool:
+    """Whether two leaves are of the usual kind and agree: then their memory is all to copy.
+
+    One question where :func:`difference`, :func:`unwritable` and :func:`without_data` are many:
+    what it grants, these grant too.
+    """
+    if type(source) is DTensor and type(target) is DTensor:
+        if not _same_layout(target._spec, source._spec):
+            return False
+        target, source = target._local_tensor, source._local_tensor
+    return all_matching((target,), (source,))
+
+
+_shape_of, _dtype_of, _layout_of = attrgetter("shape"), attrgetter("dtype"), attrgetter("layout")
+_is_meta = attrgetter("is_meta")
+
+
+def all_matching(targets: Sequence[Any], sources: Sequence[Any]) -> bool:
+    """Whether plain tensors agree, each with the other in its place."""
+    if not (_PLAIN.issuperset(map(type, targets)) and _PLAIN.issuperset(map(type, sources))):
+        return False
+    return (
+        MOVABLE.issuperset(map(_dtype_of, targets))
+        and all(map(is_, map(_dtype_of, targets), map(_dtype_of, sources)))
+        and all(map(eq, map(_shape_of, targets), map(_shape_of, sources)))
+        and _STRIDED.issuperset(map(_layout_of, targets))
+        and _STRIDED.issuperset(map(_layout_of, sources))
+        and all(map(torch.Tensor.is_contiguous, targets))
+        and not any(map(_is_meta, targets))
+        and not any(map(_is_meta, sources))
+    )
+
+
+def _same_layout(ours: DTensorSpec, theirs: DTensorSpec) -> bool:
+    return ours is theirs or (
+        ours.placements == theirs.placements
+        and ours.tensor_meta == theirs.tensor_meta
+        and (ours.mesh is theirs.mesh or ours.mesh == theirs.mesh)
+    )
+
+
+def without_data(tensor: Any) -> bool:
+    """Whether a tensor leaf is on meta, in whole or in part."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor._local_tensor
+    elif isinstance(tensor, ShardedTensor):
+        return any(shard.tensor.is_meta for shard in tensor.local_shards())
+    return isinstance(tensor, torch.Tensor) and tensor.is_meta
+
+
+def difference(ours: Any, theirs: Any) -> str | None:
+    """Why values cannot be copied between the two leaves, None where they can."""
+    if type(ours) is not type(theirs) and kind_of(ours) != kind_of(theirs):
+        if not isinstance(ours, torch.Tensor) and not isinstance(theirs, torch.Tensor):
+            return None
+        return f"expected a {kind_of(ours)}, got {kind_of(theirs)}"
+    if not isinstance(ours, torch.Tensor):
+        return None
+    if shape_of(ours) != shape_of(theirs):
+        return f"expected shape {shape_of(ours)}, got {shape_of(theirs)}"
+    if dtype_of(ours) != dtype_of(theirs):
+        return f"expected dtype {dtype_of(ours)}, got {dtype_of(theirs)}"
+    if isinstance(ours, DTensor):
+        if ours._spec is not theirs._spec and (tuple(ours.placements) != tuple(theirs.placements)):
+            return f"expected placements {ours.placements}, got {theirs.placements}"
+        if ours._spec is not theirs._spec and ours.device_mesh != theirs.device_mesh:
+            return f"expected mesh {ours.device_mesh}, got {theirs.device_mesh}"
+        mine, other = ours._local_tensor.size(), theirs._local_tensor.size()
+        if mine != other:
+            return f"expected local shape {tuple(mine)}, got {tuple(other)}"
+    if isinstance(ours, ShardedTensor):
+        held, given = _shard_boxes(ours), _shard_boxes(theirs)
+        if held != given:
+            return f"expected shards (offsets, sizes) {held}, got {given}"
+    return None
+
+
+def copy_leaf(target: Any, source: Any, non_blocking: bool = False) -> None:
+    """Write a tensor leaf into another that :func:`difference` found equal to it."""
+    if isinstance(target, DTensor):
+        put(settled(target._local_tensor), settled(source._local_tensor), non_blocking)
+    elif isinstance(target, ShardedTensor):
+        for ours, theirs in zip(target.local_shards(), source.local_shards(), strict=True):
+            put(ours.tensor, settled(theirs.tensor), non_blocking)
+    else:
+        put(target, settled(source), non_blocking)
+
+
+def _shard_boxes(tensor: ShardedTensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    return [
+        (tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes))
+        for shard in tensor.local_shards()
+    ]
