@@ -130,7 +130,7 @@ def _check_state_dict_similarity(
         walk = Walk(state_dict, compared_state_dict)
     except CompanionMismatch:
         return False
-    if all_matching(walk.companions, walk.leaves):
+    if all_matching(walk.companions, walk.leaves) is not None:
         return True
     return not any(map(_differ, walk.leaves, walk.companions))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from operator import attrgetter, eq, is_
 from typing import Any
 
@@ -42,21 +41,13 @@ class Pairs:
 
         Asked of all at once a question costs a fraction of what it costs pair by pair.
         """
-        targets, memory = takers, sources
-        if not _PLAIN.issuperset(map(type, sources)):
-            targets, memory = [], []
-            for taker, source in zip(takers, sources, strict=True):
-                if type(source) is DTensor and type(taker) is DTensor:
-                    if not _same_layout(taker._spec, source._spec):
-                        return False
-                    taker, source = taker._local_tensor, source._local_tensor
-                targets.append(taker)
-                memory.append(source)
-        if not all_matching(targets, memory):
+        memory = all_matching(takers, sources)
+        if memory is None:
             return False
+        targets, local = memory
         self._takers += takers
         self._targets += targets
-        self._sources += memory
+        self._sources += local
         return True
 
     def add(self, taker: Any, source: Any) -> str | None:
@@ -94,38 +85,59 @@ def matching(target: Any, source: Any) -> bool:
     One question where :func:`difference`, :func:`unwritable` and :func:`without_data` are many:
     what it grants, these grant too.
     """
-    if type(source) is DTensor and type(target) is DTensor:
-        if not _same_layout(target._spec, source._spec):
-            return False
-        target, source = target._local_tensor, source._local_tensor
-    return all_matching((target,), (source,))
+    return all_matching([target], [source]) is not None
 
 
-_shape_of, _dtype_of, _layout_of = attrgetter("shape"), attrgetter("dtype"), attrgetter("layout")
+_spec, _local = attrgetter("_spec"), attrgetter("_local_tensor")
+_placements, _meta, _mesh = attrgetter("placements"), attrgetter("tensor_meta"), attrgetter("mesh")
+_shape, _dtype, _layout = attrgetter("shape"), attrgetter("dtype"), attrgetter("layout")
 _is_meta = attrgetter("is_meta")
 
 
-def all_matching(targets: Sequence[Any], sources: Sequence[Any]) -> bool:
-    """Whether plain tensors agree, each with the other in its place."""
+def all_matching(
+    targets: list[Any], sources: list[Any]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
+    """The memory of leaves that all are :func:`matching`, each with the other in its place.
+
+    None where one of them is not.
+    """
     if not (_PLAIN.issuperset(map(type, targets)) and _PLAIN.issuperset(map(type, sources))):
-        return False
-    return (
-        MOVABLE.issuperset(map(_dtype_of, targets))
-        and all(map(is_, map(_dtype_of, targets), map(_dtype_of, sources)))
-        and all(map(eq, map(_shape_of, targets), map(_shape_of, sources)))
-        and _STRIDED.issuperset(map(_layout_of, targets))
-        and _STRIDED.issuperset(map(_layout_of, sources))
+        at = [place for place, target in enumerate(targets) if type(target) is DTensor]
+        if at != [place for place, source in enumerate(sources) if type(source) is DTensor]:
+            return None
+        if len(at) == len(targets):
+            ours, theirs = list(map(_spec, targets)), list(map(_spec, sources))
+            targets, sources = list(map(_local, targets)), list(map(_local, sources))
+        else:
+            ours, theirs = [targets[p]._spec for p in at], [sources[p]._spec for p in at]
+            targets, sources = targets.copy(), sources.copy()
+            for place in at:
+                targets[place] = targets[place]._local_tensor
+                sources[place] = sources[place]._local_tensor
+        if not _all_laid_out_alike(ours, theirs):
+            return None
+        if not (_PLAIN.issuperset(map(type, targets)) and _PLAIN.issuperset(map(type, sources))):
+            return None
+    dtypes = list(map(_dtype, targets))
+    if (
+        MOVABLE.issuperset(dtypes)
+        and dtypes == list(map(_dtype, sources))
+        and all(map(eq, map(_shape, targets), map(_shape, sources)))
+        and _STRIDED.issuperset(map(_layout, targets))
+        and _STRIDED.issuperset(map(_layout, sources))
         and all(map(torch.Tensor.is_contiguous, targets))
         and not any(map(_is_meta, targets))
         and not any(map(_is_meta, sources))
-    )
+    ):
+        return targets, sources
+    return None
 
 
-def _same_layout(ours: DTensorSpec, theirs: DTensorSpec) -> bool:
-    return ours is theirs or (
-        ours.placements == theirs.placements
-        and ours.tensor_meta == theirs.tensor_meta
-        and (ours.mesh is theirs.mesh or ours.mesh == theirs.mesh)
+def _all_laid_out_alike(ours: list[DTensorSpec], theirs: list[DTensorSpec]) -> bool:
+    return all(map(is_, ours, theirs)) or (
+        list(map(_placements, ours)) == list(map(_placements, theirs))
+        and list(map(_meta, ours)) == list(map(_meta, theirs))
+        and list(map(_mesh, ours)) == list(map(_mesh, theirs))
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
@@ -39,6 +40,7 @@ _IMMUTABLE = (int, float, complex, str, bytes, type(None), frozenset)
 _IMMUTABLE_TORCH = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
 _MUTABLE = (io.BytesIO, set, bytearray)
 _SUPPORTED = (torch.Tensor, *_IMMUTABLE, *_IMMUTABLE_TORCH, *_MUTABLE)
+_TENSORS = frozenset({torch.Tensor, nn.Parameter, DTensor, ShardedTensor})
 _SHARED = (*_IMMUTABLE[:-1], *_IMMUTABLE_TORCH)
 
 
@@ -245,24 +247,20 @@ def take(walk: Walk, values: list[Any], non_blocking: bool) -> list[Any]:
         CompanionMismatch: a companion cannot take its tensor; nothing was copied.
 
     """
+    leaves, others = walk.leaves, walk.companions
+    results = others.copy()
+    places: Sequence[int] = range(len(leaves))
+    if not _TENSORS.issuperset(map(type, leaves)):
+        places = [place for place in places if isinstance(leaves[place], torch.Tensor)]
+        for place in set(range(len(leaves))).difference(places):
+            if reason := _unlike(leaves[place], others[place]):
+                raise CompanionMismatch(f"{path_name(walk.path(place))}: {reason}")
+            results[place] = copy_leaf_value(values[place])
+        values, others = [values[place] for place in places], [others[place] for place in places]
     pairs = Pairs()
-    results: list[Any] = []
-    places: list[int] = []
-    takers: list[Any] = []
-    sources: list[Any] = []
-    for place, (leaf, other) in enumerate(zip(walk.leaves, walk.companions, strict=True)):
-        if isinstance(leaf, torch.Tensor):
-            places.append(place)
-            takers.append(other)
-            sources.append(values[place])
-            results.append(other)
-        elif reason := _unlike(leaf, other):
-            raise CompanionMismatch(f"{path_name(walk.path(place))}: {reason}")
-        else:
-            results.append(copy_leaf_value(values[place]))
-    if not pairs.add_all(takers, sources):
-        for place, taker, source in zip(places, takers, sources, strict=True):
-            if reason := pairs.add(taker, source):
+    if not pairs.add_all(others, values):
+        for place, other, value in zip(places, others, values, strict=True):
+            if reason := pairs.add(other, value):
                 raise CompanionMismatch(f"{path_name(walk.path(place))}: {reason}")
     pairs.copy(non_blocking)
     return results
