@@ -261,7 +261,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "copy_truncates",
         "another dtype is accepted and converted",
-        "tensors.py",
+        "pairs.py",
         "    if dtype_of(ours) != dtype_of(theirs):\n",
         "    if False:\n",
         "copy_state_dict",
@@ -270,9 +270,9 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "copy_before_check",
         "a mismatch is found after half the copies",
-        "copying.py",
-        "        pending[id(other)] = fitting(path, value, other)\n        return other",
-        "        copy_pairs([fitting(path, value, other)], non_blocking)\n        return other",
+        "traverse.py",
+        "\n    pairs.copy(non_blocking)\n",
+        "\n            pairs.copy(non_blocking)\n",
         "copy_state_dict",
     ),
     _mutant(
@@ -287,8 +287,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "buffers_untied",
         "tied tensors get a buffer each",
         "staging.py",
-        "        if key not in made:\n            made[key]",
-        "        if True:\n            made[key]",
+        "            if key not in made:\n",
+        "            if True:\n",
         "create_cpu_state_dict",
     ),
     _mutant(
@@ -304,8 +304,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "iterate_lets_anything_in",
         "type_check lets any leaf through",
         "traverse.py",
-        "        if type_check:\n            check_leaf_type(path, value)\n        if other",
-        "        if other",
+        "    if type_check:\n        check_leaf_types(walk)\n",
+        "",
         "iterate_state_dict",
     ),
     _mutant(
@@ -358,20 +358,32 @@ MUTANTS: tuple[Mutant, ...] = (
             (
                 "flatten_trains_frozen",
                 "a frozen weight starts to train",
-                "return local.detach().requires_grad_(tensor.requires_grad), tensor._spec",
-                "return local.detach().requires_grad_(local.is_floating_point()), tensor._spec",
+                "    if tensor.requires_grad:\n        plain.requires",
+                "    if local.is_floating_point():\n        plain.requires",
             ),
             (
                 "unflatten_takes_any_shape",
                 "a local tensor of the wrong shape is accepted",
-                "tuple(tensor.shape) != expected:",
-                "tensor.dim() != len(expected):",
+                "if tensor.shape != expected:",
+                "if tensor.dim() != len(expected):",
             ),
             (
                 "unflatten_hooks_pile_up",
                 "each forward leaves a hook on the parameter",
-                "source = tensor.view_as(tensor)",
-                "source = tensor",
+                "    apply: Callable",
+                "    tensor.register_hook(finish)\n    apply: Callable",
+            ),
+            (
+                "unflatten_keeps_placements",
+                "a gradient in other placements is taken for this rank's",
+                "if grad.placements != placements:",
+                "if False:",
+            ),
+            (
+                "unflatten_gradient_pending",
+                "a gradient reaches the parameter before it has arrived",
+                "return ctx.finish(grad.to_local()), None, None",
+                "return grad._local_tensor, None, None",
             ),
             (
                 "sync_returns_pending",

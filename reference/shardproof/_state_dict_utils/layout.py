@@ -13,7 +13,7 @@ An element range of a shard (row-major, as bytes travel) is cut into rectangles 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -31,6 +31,7 @@ from torch.distributed.tensor.placement_types import (
 
 # A mesh builds its tensor of ranks anew each time it is asked. Weak: a mesh holds process groups.
 _RANKS: WeakKeyDictionary[DeviceMesh, tuple[int, ...]] = WeakKeyDictionary()
+_LOCAL_SHAPES: WeakKeyDictionary[DeviceMesh, dict[Hashable, tuple[int, ...]]] = WeakKeyDictionary()
 
 Run = tuple[int, int]
 Runs = tuple[Run, ...]
@@ -164,8 +165,19 @@ def my_coordinate(mesh: DeviceMesh) -> tuple[int, ...] | None:
 
 def local_shape(spec: DTensorSpec) -> tuple[int, ...]:
     """The shape of this rank's local tensor; ``(0,)`` on a rank outside the mesh."""
-    coordinate = my_coordinate(spec.mesh)
-    return (0,) if coordinate is None else spec_block(spec, coordinate).shape
+    mesh = spec.mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return (0,)
+    shapes = _LOCAL_SHAPES.get(mesh)
+    if shapes is None:
+        shapes = _LOCAL_SHAPES[mesh] = {}
+    # Forwards ask for the same few shapes again and again.
+    key = (tuple(coordinate), spec.placements, spec.shape, getattr(spec, "shard_order", None))
+    shape = shapes.get(key)
+    if shape is None:
+        shape = shapes[key] = spec_block(spec, coordinate).shape
+    return shape
 
 
 def mesh_ranks(mesh: DeviceMesh) -> tuple[int, ...]:

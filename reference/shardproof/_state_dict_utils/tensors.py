@@ -259,13 +259,18 @@ def dtensor(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
 
 def with_local(like: DTensor, local: torch.Tensor, dtype: torch.dtype | None = None) -> DTensor:
     """The DTensor of ``like``'s spec around another local tensor. No collective runs."""
-    spec = like._spec
+    return dtensor(local, like._spec if dtype is None else spec_of_dtype(like._spec, dtype))
+
+
+def spec_of_dtype(spec: DTensorSpec, dtype: torch.dtype) -> DTensorSpec:
+    """``spec``, or a copy of it where it says another dtype."""
     meta = spec.tensor_meta
-    if dtype is not None and meta is not None and meta.dtype != dtype:
-        spec = copy.copy(spec)
-        spec.tensor_meta = meta._replace(dtype=dtype)
-        spec._hash = None
-    return dtensor(local, spec)
+    if meta is None or meta.dtype == dtype:
+        return spec
+    spec = copy.copy(spec)
+    spec.tensor_meta = meta._replace(dtype=dtype)
+    spec._hash = None
+    return spec
 
 
 def stood_for(value: Any) -> Any:

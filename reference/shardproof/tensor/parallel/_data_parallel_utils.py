@@ -7,16 +7,17 @@ with. Neither communicates; no rank has to wait for another.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-from shardproof._state_dict_utils.layout import local_shape
+from shardproof._state_dict_utils.layout import local_shape, my_coordinate
+from shardproof._state_dict_utils.tensors import dtensor, spec_of_dtype
 
 __all__ = ["_flatten_tensor", "_unflatten_tensor", "sync_grad_hook"]
 
@@ -63,7 +64,10 @@ def _flatten_tensor(tensor: torch.Tensor) -> tuple[torch.Tensor, DTensorSpec | N
     local = tensor._local_tensor
     if isinstance(local, AsyncCollectiveTensor):
         local = local.wait()
-    return local.detach().requires_grad_(tensor.requires_grad), tensor._spec
+    plain = local.detach()
+    if tensor.requires_grad:
+        plain.requires_grad_()
+    return plain, tensor._spec
 
 
 def _unflatten_tensor(
@@ -94,39 +98,41 @@ def _unflatten_tensor(
 
     """
     expected = local_shape(spec)
-    if spec.mesh.get_coordinate() is not None and tuple(tensor.shape) != expected:
-        raise ValueError(
-            f"local tensor of shape {tuple(tensor.shape)} does not fit: the spec of global shape "
-            f"{tuple(spec.shape)} with placements {spec.placements} on mesh shape "
-            f"{tuple(spec.mesh.shape)} gives this rank {expected}"
-        )
-    source = tensor
-    if tensor.requires_grad and torch.is_grad_enabled():
-        # The hook sits on a view that dies with the graph: on `tensor` itself each forward would
-        # leave one more hook behind.
-        source = tensor.view_as(tensor)
-        register: Any = source.register_hook
-        register(
-            partial(sync_grad_hook, device_handle=device_handle, compute_stream=compute_stream)
-        )
-    if torch.is_inference_mode_enabled():
-        # There autograd detaches the new DTensor in place, which torch 2.11 has no rule for.
-        with torch.inference_mode(False), torch.no_grad():
-            result = _from_local(source, spec)
-    else:
-        result = _from_local(source, spec)
-    order: Any = getattr(spec, "shard_order", None)
-    if order != getattr(result._spec, "shard_order", None):
-        result._spec = replace(result._spec, shard_order=order)
-    return result
+    if tensor.shape != expected:
+        if my_coordinate(spec.mesh) is not None:
+            raise ValueError(
+                f"local tensor of shape {tuple(tensor.shape)} does not fit: the spec of global "
+                f"shape {tuple(spec.shape)} with placements {spec.placements} on mesh shape "
+                f"{tuple(spec.mesh.shape)} gives this rank {expected}"
+            )
+        tensor = tensor.new_empty(expected, requires_grad=tensor.requires_grad)
+    if not (tensor.requires_grad and torch.is_grad_enabled()):
+        return dtensor(tensor.detach(), spec_of_dtype(spec, tensor.dtype))
+    finish = partial(sync_grad_hook, device_handle=device_handle, compute_stream=compute_stream)
+    apply: Callable[..., DTensor] = _Unflatten.apply
+    return apply(tensor, spec, finish)
 
 
-def _from_local(tensor: torch.Tensor, spec: DTensorSpec) -> DTensor:
-    return DTensor.from_local(
-        tensor,
-        spec.mesh,
-        spec.placements,
-        run_check=False,
-        shape=spec.shape,
-        stride=spec.stride,
-    )
+class _Unflatten(torch.autograd.Function):
+    """As ``DTensor.from_local``, around a spec that is there already, and with a finished gradient.
+
+    Making a spec from placements is most of what ``from_local`` costs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, local: torch.Tensor, spec: DTensorSpec, finish: Callable[[Any], Any]
+    ) -> DTensor:
+        ctx.spec, ctx.finish = spec, finish
+        ctx.set_materialize_grads(False)
+        return dtensor(local.detach(), spec_of_dtype(spec, local.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, None, None]:
+        (grad,) = grads
+        if grad is None:
+            return None, None, None
+        placements = tuple(Replicate() if p.is_partial() else p for p in ctx.spec.placements)
+        if grad.placements != placements:
+            grad = grad.redistribute(placements=placements)
+        return ctx.finish(grad.to_local()), None, None
