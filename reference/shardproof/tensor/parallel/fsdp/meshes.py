@@ -8,9 +8,10 @@ tensor dimension, ``_StridedShard`` tells the order, but it tells it right for s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import (
@@ -52,16 +53,31 @@ def root_mesh(mesh: DeviceMesh | None) -> DeviceMesh:
     return root
 
 
-def root_dims(root: DeviceMesh, mesh: DeviceMesh) -> list[tuple[int, ...]]:
+# Finding them takes a step for each rank, and FSDP asks for every parameter. Weak: a mesh holds
+# process groups.
+_ROOT_DIMS: WeakKeyDictionary[
+    DeviceMesh, WeakKeyDictionary[DeviceMesh, dict[Hashable, tuple[tuple[int, ...], ...]]]
+] = WeakKeyDictionary()
+
+
+def root_dims(root: DeviceMesh, mesh: DeviceMesh) -> tuple[tuple[int, ...], ...]:
     """The dimensions of ``root`` that make up each dimension of ``mesh``.
 
     Raises:
         ValueError: ``mesh`` is not this rank's part of ``root`` along some of its dimensions.
 
     """
-    here = my_coordinate(root)
-    if here is None or my_coordinate(mesh) is None:
+    here, there = my_coordinate(root), my_coordinate(mesh)
+    if here is None or there is None:
         raise ValueError(f"this rank is not on {mesh_name(root)} and {mesh_name(mesh)} both")
+    known = _ROOT_DIMS.setdefault(root, WeakKeyDictionary()).setdefault(mesh, {})
+    dims = known.get((here, there))
+    if dims is None:
+        dims = known[here, there] = tuple(_root_dims(root, mesh, here))
+    return dims
+
+
+def _root_dims(root: DeviceMesh, mesh: DeviceMesh, here: tuple[int, ...]) -> list[tuple[int, ...]]:
     members = mesh_ranks(root)
     places = {rank: _coordinate(index, tuple(root.shape)) for index, rank in enumerate(members)}
     ranks = mesh_ranks(mesh)
