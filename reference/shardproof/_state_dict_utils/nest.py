@@ -30,8 +30,8 @@ class Nest:
 
     def __init__(self, root: Container) -> None:
         self.root: dict[Any, Any] = {}
-        self._strangers: set[int] = set()
-        """The ids of leaves that are dicts."""
+        self._strangers: dict[int, Any] = {}
+        """Leaves that are dicts, by id. Held, since a leaf may be replaced and its id given anew."""
         self._known: dict[Branch, dict[Any, Any]] = {}
         self._becomes: dict[int, Container] = {}
         self._others: list[tuple[dict[Any, Any], Any, dict[Any, Any]]] = []
@@ -103,7 +103,7 @@ class Nest:
         """A leaf of a type that few have: a new one where it is an empty container."""
         value = own_empty(value)
         if type(value) is dict:
-            self._strangers.add(id(value))
+            self._strangers[id(value)] = value
         return value
 
     def build(self) -> Any:
