@@ -31,7 +31,7 @@ class Nest:
     def __init__(self, root: Container) -> None:
         self.root: dict[Any, Any] = {}
         self._strangers: dict[int, Any] = {}
-        """Leaves that are dicts, by id. Held, since a leaf may be replaced and its id given anew."""
+        """Leaves that are dicts, by id. Held, so that no id of a replaced one is given anew."""
         self._known: dict[Branch, dict[Any, Any]] = {}
         self._becomes: dict[int, Container] = {}
         self._others: list[tuple[dict[Any, Any], Any, dict[Any, Any]]] = []

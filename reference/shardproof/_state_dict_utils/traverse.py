@@ -190,9 +190,10 @@ def _iterate_state_dict(
     walk = Walk(iter_object, companion)
     if type_check:
         check_leaf_types(walk)
-    for index, (value, other) in enumerate(zip(walk.leaves, walk.companions, strict=False)):
-        if reason := _unlike(value, other):
-            raise CompanionMismatch(f"{path_name(walk.path(index))}: {reason}")
+    if not (_all_tensors(walk.leaves) and _all_tensors(walk.companions)):
+        for index, (value, other) in enumerate(zip(walk.leaves, walk.companions, strict=False)):
+            if reason := _unlike(value, other):
+                raise CompanionMismatch(f"{path_name(walk.path(index))}: {reason}")
 
     here = on_this_rank(ranks_only, pg)
     offload = cpu_offload and here and companion is ABSENT
@@ -250,7 +251,7 @@ def take(walk: Walk, values: list[Any], non_blocking: bool) -> list[Any]:
     leaves, others = walk.leaves, walk.companions
     results = others.copy()
     places: Sequence[int] = range(len(leaves))
-    if not _TENSORS.issuperset(map(type, leaves)):
+    if not _all_tensors(leaves):
         places = [place for place in places if isinstance(leaves[place], torch.Tensor)]
         for place in set(range(len(leaves))).difference(places):
             if reason := _unlike(leaves[place], others[place]):
@@ -264,6 +265,11 @@ def take(walk: Walk, values: list[Any], non_blocking: bool) -> list[Any]:
                 raise CompanionMismatch(f"{path_name(walk.path(place))}: {reason}")
     pairs.copy(non_blocking)
     return results
+
+
+def _all_tensors(leaves: list[Any]) -> bool:
+    """Whether all are tensors of the usual types; False says nothing."""
+    return _TENSORS.issuperset(map(type, leaves))
 
 
 def _unlike(value: Any, other: Any) -> str | None:
