@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mutants import ddp, fsdp
+from mutants import copies, ddp, fsdp
 
 _UTILS = "_state_dict_utils/"
 _SUITE = "state_dict_utils/"
@@ -249,98 +249,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "            continue\n",
         "distribute_state_dict",
     ),
-    # --- copies on one rank -------------------------------------------------------------------
-    _mutant(
-        "snapshot_aliases",
-        "an offloaded CPU tensor is the live one",
-        "tensors.py",
-        "return bits(tensor).to(device, copy=True).view(tensor.dtype)",
-        "return bits(tensor).to(device).view(tensor.dtype)",
-        "offload_state_dict_to_cpu",
-    ),
-    _mutant(
-        "copy_truncates",
-        "another dtype is accepted and converted",
-        "pairs.py",
-        "    if dtype_of(ours) != dtype_of(theirs):\n",
-        "    if False:\n",
-        "copy_state_dict",
-        "check_state_dict_similarity",
-    ),
-    _mutant(
-        "copy_before_check",
-        "a mismatch is found after half the copies",
-        "traverse.py",
-        "\n    pairs.copy(non_blocking)\n",
-        "\n            pairs.copy(non_blocking)\n",
-        "copy_state_dict",
-    ),
-    _mutant(
-        "buffers_lose_strides",
-        "staging buffers are always row-major",
-        "staging.py",
-        "        return torch.empty_like(tensor, device=CPU)\n    tensor =",
-        "        return torch.empty(tensor.size(), dtype=tensor.dtype)\n    tensor =",
-        "create_cpu_state_dict",
-    ),
-    _mutant(
-        "buffers_untied",
-        "tied tensors get a buffer each",
-        "staging.py",
-        "            if key not in made:\n",
-        "            if True:\n",
-        "create_cpu_state_dict",
-    ),
-    _mutant(
-        "iterate_loses_metadata",
-        "OrderedDict loses its _metadata",
-        "containers.py",
-        '    if hasattr(like, "__dict__"):\n',
-        "    if False:\n",
-        "iterate_state_dict",
-        "flatten_state_dict",
-    ),
-    _mutant(
-        "iterate_lets_anything_in",
-        "type_check lets any leaf through",
-        "traverse.py",
-        "    if type_check:\n        check_leaf_types(walk)\n",
-        "",
-        "iterate_state_dict",
-    ),
-    _mutant(
-        "flatten_merges_collisions",
-        "colliding keys overwrite each other",
-        "flatten.py",
-        "    if len(flat) != len(names):\n",
-        "    if False:\n",
-        "flatten_state_dict",
-    ),
-    _mutant(
-        "flatten_drops_empties",
-        "empty containers vanish",
-        "flatten.py",
-        "not (kind in _USUAL or is_branch(value)) or len(value) == 0:\n",
-        "not (kind in _USUAL or is_branch(value)):\n",
-        "flatten_state_dict",
-        "traverse_state_dict",
-    ),
-    _mutant(
-        "unflatten_makes_lists",
-        "tuples come back as lists",
-        "containers.py",
-        "    if kind is tuple:\n        return tuple(items)\n",
-        "    if kind is tuple:\n        return items\n",
-        "flatten_state_dict",
-    ),
-    _mutant(
-        "set_element_overwrites",
-        "_set_element does not extend a list",
-        "flatten.py",
-        "        holder.extend([None] * (item + 1 - len(holder)))\n",
-        "",
-        "traverse_state_dict",
-    ),
+    *(_mutant(*fault) for fault in copies.FAULTS),
     # --- tensor parallel ----------------------------------------------------------------------
     *(
         Mutant(
