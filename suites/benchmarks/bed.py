@@ -223,6 +223,17 @@ class Bed:
 
         return Work(call, check)
 
+    def broadcasts(self, nbytes: int) -> Work:
+        """One broadcast of that many bytes from rank 0 into new memory."""
+        shared = self._pattern(nbytes)
+
+        def call() -> torch.Tensor:
+            out = shared if self.rank == 0 else torch.empty_like(shared)
+            dist.broadcast(out, src=0)
+            return out
+
+        return Work(call, lambda got: self.same(got, shared, "the broadcast bytes"))
+
     def sends_to_first(self, share: int) -> Work:
         """One gather of `share` bytes of each rank to rank 0."""
         mine = self._pattern(share, self.rank)

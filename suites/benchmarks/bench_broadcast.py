@@ -48,6 +48,31 @@ class BroadcastStateDict(Measured):
         return _from_first(bed)
 
 
+class BroadcastWholeStateDict(Measured):
+    """Rank 0's whole state dict lands in plain targets on meta; floor: one broadcast."""
+
+    functions = ("_state_dict_utils._broadcast_state_dict",)
+    regimes: ClassVar[tuple[str, ...]] = ("many", "large")
+    sizes: ClassVar[tuple[int, ...]] = (2, 4)
+
+    def work(self, bed: Bed) -> Work:
+        from benchmarks.bed import Work
+
+        broadcast = bed.function(self.functions[0])
+        full: dict[str, Any] = dict(bed.whole()) if bed.rank == 0 else {}
+        targets = {name: tensor.to("meta") for name, tensor in bed.whole().items()}
+
+        def call() -> dict[str, Any]:
+            landed: dict[str, Any] = dict(targets)
+            broadcast(full.copy(), landed, bed.device)
+            return landed
+
+        return Work(call, bed.are_whole)
+
+    def floor(self, bed: Bed) -> Work:
+        return bed.broadcasts(bed.total)
+
+
 class BroadcastTensors(Measured):
     """The tensors of named keys land in the sharded targets; floor: scatter, broadcast."""
 

@@ -39,6 +39,10 @@ def main() -> int:
         from benchmarks import table
 
         return table.main(settings)
+    if options.goals:
+        from benchmarks import goals
+
+        return goals.main(settings, options.bench)
     if options.publish:
         return _publish()
     settings = settings.with_(smallest=options.quick)
@@ -64,6 +68,9 @@ def _options() -> argparse.Namespace:
     what.add_argument("--update-baseline", action="store_true", help="write baseline.json anew")
     what.add_argument(
         "--table", action="store_true", help="torch, reference and floor side by side"
+    )
+    what.add_argument(
+        "--goals", action="store_true", help="what the reference is to reach, and does"
     )
     parser.add_argument("--quick", action="store_true", help="small models, few samples")
     parser.add_argument("--bench", metavar="REGEX", help="only benchmarks whose name matches")
