@@ -36,7 +36,7 @@ def main(settings: Settings) -> int:
 
     known = {type(b).__name__: b for b in benchmarks()}
     parent = Parent(settings)
-    print(f"| {_where(settings)} | torch | shardproof | floor | collectives | received | peak |")
+    print(f"| {where(settings)} | torch | shardproof | floor | collectives | received | peak |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     status = 0
     for name, regime, size in SHOWN:
@@ -71,7 +71,8 @@ def main(settings: Settings) -> int:
     return status
 
 
-def _where(settings: Settings) -> str:
+def where(settings: Settings) -> str:
+    """The machine, torch and the settings, for a table's head."""
     import torch
 
     cpu = next(
