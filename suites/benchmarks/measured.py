@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from benchmarks.settings import ARMS, REFERENCE, TORCH, Settings
@@ -134,12 +135,20 @@ class Measured(abc.ABC):
             track.__doc__ = meaning
             track.unit = unit  # type: ignore[attr-defined]
             track.params = [list(arms), *axes]  # type: ignore[attr-defined]
+            if name == "ratio_to_torch":
+                track.setup = partial(_torch_is_there, cls)  # type: ignore[attr-defined]
             setattr(cls, track.__name__, track)
 
     def setup(self, *params: str) -> None:
         """Leave out what is known to be absent: asv shows it as n/a."""
         if reason := self.missing(params[0], Settings.from_environment()):
             raise NotImplementedError(reason)
+
+
+def _torch_is_there(cls: type[Measured], *_: str) -> None:
+    """Leave out the ratio where torch has no number; asv calls it with the parameters."""
+    if reason := cls.missing(TORCH, Settings.from_environment()):
+        raise NotImplementedError(f"torch: {reason}")
 
 
 def _world(size: int, settings: Settings) -> str:

@@ -16,7 +16,7 @@ from asv_runner.discovery import disc_benchmarks
 
 from benchmarks import baseline, command, measured
 from benchmarks.listing import HERE, benchmarks
-from benchmarks.settings import REFERENCE, Settings
+from benchmarks.settings import REFERENCE, TORCH, Settings
 
 SUITES = HERE.parent
 QUICK = Settings(quick=True)
@@ -81,6 +81,21 @@ def test_each_benchmark_states_itself() -> None:
         assert list(b.sizes) == sorted(b.sizes), f"{name}: sizes {b.sizes}"
         assert set(b.tracks) <= set(measured.TRACKS), f"{name}: {b.tracks}"
         assert not b.missing(REFERENCE, QUICK) or b.device_only, f"{name}: lacks the reference"
+
+
+@pytest.mark.parametrize("benchmark", benchmarks(), ids=lambda b: type(b).__name__)
+def test_where_torch_has_no_number_no_ratio_to_it_is_asked_for(benchmark: Any) -> None:
+    """asv shows n/a there, where a failed benchmark would fail the run."""
+    track = benchmark.track_ratio_to_torch
+    if track is None:
+        return
+    reason = benchmark.missing(TORCH, Settings.from_environment())
+    if not reason:
+        track.setup("shardproof", "many", "2 ranks, gloo on cpu")
+        return
+    with pytest.raises(NotImplementedError) as caught:
+        track.setup("shardproof", "many", "2 ranks, gloo on cpu")
+    assert reason in str(caught.value)
 
 
 def test_what_is_left_out_cannot_be_measured() -> None:
