@@ -85,7 +85,7 @@ def test_each_benchmark_states_itself() -> None:
 
 @pytest.mark.parametrize("benchmark", benchmarks(), ids=lambda b: type(b).__name__)
 def test_where_torch_has_no_number_no_ratio_to_it_is_asked_for(benchmark: Any) -> None:
-    """asv shows n/a there, where a failed benchmark would fail the run."""
+    """Where a benchmark would fail, and the run with it, asv shows n/a."""
     track = benchmark.track_ratio_to_torch
     if track is None:
         return
