@@ -31,7 +31,7 @@ class GatherStateDictToFirst(Measured):
     """A sharded state dict becomes whole on rank 0, in CPU memory; floor: one gather."""
 
     functions = ("_state_dict_utils._gather_state_dict",)
-    regimes = ("model",)
+    regimes = ("many", "model", "large")
     sizes = (4,)
 
     def work(self, bed: Bed) -> Work:

@@ -35,6 +35,8 @@ def main() -> int:
     settings = Settings(options.quick, options.device, options.backend)
     if options.check or options.update_baseline:
         return _counted(options, settings)
+    if options.journal and (options.table or options.goals):
+        os.environ[f"{PREFIX}JOURNAL"] = str(options.journal)
     if options.table:
         from benchmarks import table
 
@@ -42,7 +44,7 @@ def main() -> int:
     if options.goals:
         from benchmarks import goals
 
-        return goals.main(settings, options.bench)
+        return goals.main(settings, options.bench, options.world)
     if options.publish:
         return _publish()
     settings = settings.with_(smallest=options.quick)
@@ -76,6 +78,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--bench", metavar="REGEX", help="only benchmarks whose name matches")
     parser.add_argument(
         "--journal", type=Path, metavar="FILE", help="also write each measurement there, as JSON"
+    )
+    parser.add_argument(
+        "--world",
+        type=int,
+        default=4,
+        metavar="N",
+        help="with --goals: worlds of this size, or the nearest that a benchmark has "
+        "(default: %(default)s)",
     )
     parser.add_argument("--device", default="cpu", metavar="TYPE", help="default: %(default)s")
     parser.add_argument("--backend", metavar="NAME", help="default: the device's own")

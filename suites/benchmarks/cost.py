@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from benchmarks.settings import Leaf
 
-BUCKET = 16 << 20
-"""Bytes that small tensors share a collective for, all ranks together (SHARDPROOF_BUCKET_MIB)."""
-ALONE = BUCKET // 8
+BUCKET = 32 << 20
+"""Bytes that a call may need besides its result, backend included (SHARDPROOF_BUCKET_MIB)."""
+ALONE = BUCKET // 16
 """Bytes from which on a tensor may have a collective of its own."""
 AGREEMENT = 64
 """Most bytes with which a rank states what it is about to do, so that all can compare."""
@@ -49,20 +49,25 @@ def _total(leaves: Sequence[Leaf]) -> int:
     return sum(leaf.nbytes for leaf in leaves)
 
 
-def _transfers(leaves: Sequence[Leaf]) -> int:
-    """Most collectives for the tensors: one for each large one, the others in (half) buckets."""
-    large = sum(leaf.nbytes >= ALONE for leaf in leaves)
+def _transfers(leaves: Sequence[Leaf], pieces: bool = False) -> int:
+    """Most collectives for the tensors: one for each large one, the others by 2/5 of a bucket.
+
+    `pieces`: also a large one by half a bucket.
+    """
+    sizes = [leaf.nbytes for leaf in leaves if leaf.nbytes >= ALONE]
+    large = sum(math.ceil(2 * size / BUCKET) for size in sizes) if pieces else len(sizes)
     shared = sum(leaf.nbytes for leaf in leaves if leaf.nbytes < ALONE)
-    return large + math.ceil(2 * shared / BUCKET)
+    return large + math.ceil(5 * shared / (2 * BUCKET))
 
 
-def gather(leaves: Sequence[Leaf], n: int, meshes: int = 1) -> Cost:
+def gather(leaves: Sequence[Leaf], n: int, meshes: int = 1, backend: str = "nccl") -> Cost:
     """`_gather_state_dict` of n ranks: everything that a rank does not hold, once.
 
     `meshes`: how many meshes or submeshes, of how many dimensions in all, the leaves lie on.
+    `backend`: Gloo takes large tensors in pieces, because it needs room for what it receives.
     """
     payload = _total(leaves) - _held(leaves, n)
-    most = meshes * STEPS + _transfers(leaves)
+    most = meshes * STEPS + _transfers(leaves, pieces=backend == "gloo")
     return Cost(payload, AGREEMENT * (n - 1) * meshes, most)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.session.counting import PEAKS, Traffic, count, peak_bytes, python_calls
-from benchmarks.session.statistics import quiet, ratio, slowest
+from benchmarks.session.statistics import interval, quiet, ratio, slowest
 
 CPU = torch.device("cpu")
 
@@ -93,3 +93,12 @@ def test_a_disturbed_half_does_not_show() -> None:
 def test_a_ratio_is_of_the_same_rounds() -> None:
     """A machine that is slow for a while slows both, and the ratio stays."""
     assert ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("count", "bounds"), [(1, (0, 0)), (5, (0, 4)), (8, (0, 7)), (20, (5, 14))]
+)
+def test_the_median_lies_in_an_interval_of_order(count: int, bounds: tuple[int, int]) -> None:
+    """As tables of the sign test have it for 95 %."""
+    shuffled = [float(n * 7 % count) for n in range(count)]
+    assert interval(shuffled) == tuple(map(float, bounds))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mutants import copies, ddp, fsdp
+from mutants import copies, ddp, fsdp, memory
 
 _UTILS = "_state_dict_utils/"
 _SUITE = "state_dict_utils/"
@@ -250,6 +250,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "distribute_state_dict",
     ),
     *(_mutant(*fault) for fault in copies.FAULTS),
+    *(_mutant(*fault) for fault in memory.FAULTS),
     # --- tensor parallel ----------------------------------------------------------------------
     *(
         Mutant(

@@ -100,7 +100,7 @@ def _broadcast_state_dict(
 
     All ranks of the group have to call it. Collectives: two broadcasts for the offer, one
     all-gather to agree (two where the ranks need different parts, or one refuses), and one
-    broadcast or scatter per bucket, or per tensor of an eighth of a bucket or more that can be
+    broadcast or scatter per bucket, or per tensor of a 16th of a bucket or more that can be
     sent from where it lies to where it belongs.
 
     """

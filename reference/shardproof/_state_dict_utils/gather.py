@@ -81,9 +81,9 @@ def _gather_state_dict(
     All ranks of ``pg``, and of the meshes and groups of the leaves, have to call it; the order of
     keys is free. Collectives: one per mesh dimension to agree, two where ranks differ, and
     one more per dimension where a rank belongs to several meshes; then per bucket one per
-    sharded dimension, even and uneven shards in buckets apart; a tensor of an eighth of a bucket
-    or more that is cut evenly along its first dimension has one of its own, and needs no bucket.
-    Tensors that are replicated everywhere do not travel. pytorch#150928.
+    sharded dimension, even and uneven shards in buckets apart; a tensor of a 16th of a bucket
+    or more that is cut evenly along its first dimension has one of its own, and needs no bucket
+    (on Gloo, which needs room for what it receives, one per half a bucket). Tensors that are replicated everywhere do not travel. pytorch#150928.
 
     """
     found = find(state_dict, pg, device, type_check)

@@ -51,20 +51,15 @@ class Cut:
 class Block:
     """One shard: the runs of global indices that it holds, per tensor dimension.
 
-    ``region`` is the part of the global tensor that it is, where it is one rectangle.
+    Where it is one rectangle, ``region`` is that part of the global tensor and ``starts`` its
+    offset there.
     """
 
     runs: tuple[Runs, ...]
     shape: tuple[int, ...]
     numel: int
     region: Region | None = field(compare=False, hash=False)
-
-    @property
-    def starts(self) -> tuple[int, ...] | None:
-        """The global offset where the shard is one rectangle, else None."""
-        if all(len(runs) == 1 for runs in self.runs):
-            return tuple(runs[0][0] for runs in self.runs)
-        return None
+    starts: tuple[int, ...] | None = field(compare=False, hash=False)
 
     def regions(self, box: Sequence[Run]) -> Iterator[tuple[Region, Region]]:
         """Pairs (region of the global tensor, region of ``box``) that cover ``box``."""
@@ -76,10 +71,11 @@ class Block:
 def make_block(runs: Sequence[Runs]) -> Block:
     """A block from its runs."""
     shape = tuple(_length(dim_runs) for dim_runs in runs)
-    region = None
+    region = starts = None
     if all(len(dim_runs) == 1 for dim_runs in runs):
         region = tuple(slice(*dim_runs[0]) for dim_runs in runs)
-    return Block(tuple(runs), shape, math.prod(shape), region)
+        starts = tuple(dim_runs[0][0] for dim_runs in runs)
+    return Block(tuple(runs), shape, math.prod(shape), region, starts)
 
 
 def box_block(offsets: Sequence[int], sizes: Sequence[int]) -> Block:
@@ -195,13 +191,22 @@ def partial_dims(placements: Sequence[Placement]) -> dict[int, str]:
         ValueError: a partial placement whose reduction needs more than the values.
 
     """
-    found: dict[int, str] = {}
+    return dict(_partial_dims(tuple(placements), tuple(map(type, placements))))
+
+
+# Asking a placement for its class costs microseconds, and models have few distinct placements. The
+# types are part of the question, because a kind of partial of its own may equal the plain one.
+@lru_cache(maxsize=4096)
+def _partial_dims(
+    placements: tuple[Placement, ...], types: tuple[type, ...]
+) -> tuple[tuple[int, str], ...]:
+    found: list[tuple[int, str]] = []
     for mesh_dim, placement in enumerate(placements):
         if isinstance(placement, Partial):
-            if type(placement) is not Partial:
+            if types[mesh_dim] is not Partial:
                 raise ValueError(f"placement {placement} cannot be reduced from its values alone")
-            found[mesh_dim] = str(placement.reduce_op)
-    return found
+            found.append((mesh_dim, str(placement.reduce_op)))
+    return tuple(found)
 
 
 def rectangles(

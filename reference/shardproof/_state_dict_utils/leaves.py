@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils import stream
@@ -214,15 +215,20 @@ class _Domains:
     def __init__(self, pg: dist.ProcessGroup | None, device: torch.device | None) -> None:
         self._pg, self._device = pg, device
         self._by_key: dict[Any, Domain] = {}
+        self._by_mesh: dict[DeviceMesh, Domain | None] = {}
 
     def of(self, tensor: DTensor | ShardedTensor) -> Domain | None:
         """The ranks that share a tensor; None where this rank is none of them."""
         if isinstance(tensor, DTensor):
             mesh = tensor.device_mesh
-            domain = None if my_coordinate(mesh) is None else mesh_domain(mesh)
-        else:
-            group = self._pg if self._pg is not None else tensor._process_group
-            domain = None if dist.get_rank(group) < 0 else group_domain(group, self._device)
+            if mesh not in self._by_mesh:
+                domain = None if my_coordinate(mesh) is None else mesh_domain(mesh)
+                self._by_mesh[mesh] = self._shared(domain)
+            return self._by_mesh[mesh]
+        group = self._pg if self._pg is not None else tensor._process_group
+        return self._shared(None if dist.get_rank(group) < 0 else group_domain(group, self._device))
+
+    def _shared(self, domain: Domain | None) -> Domain | None:
         return None if domain is None else self._by_key.setdefault(domain.key, domain)
 
     def in_order(self) -> list[Domain]:
@@ -275,7 +281,7 @@ def _layout_of(tensor: DTensor | ShardedTensor, domains: _Domains) -> Layout:
         layout.blocks = lambda coordinate: [
             block for rank, block in shards if rank == ranks[coordinate[0]]
         ]
-    layout.here = layout.blocks(domain.coordinate(domain.index()))
+    layout.here = layout.blocks(domain.here)
     return layout
 
 

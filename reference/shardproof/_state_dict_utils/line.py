@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from shardproof._state_dict_utils import stream
 from shardproof._state_dict_utils.agreement import Entries
 from shardproof._state_dict_utils.grid import Grid, grid_of
 from shardproof._state_dict_utils.layout import Block
@@ -34,7 +35,7 @@ from shardproof._state_dict_utils.tensors import (
 )
 from shardproof._state_dict_utils.wire import (
     Domain,
-    all_gather,
+    all_gather_into,
     collect,
     collect_to,
 )
@@ -116,7 +117,7 @@ class Line:
         assert domain is not None
         self.domain, self.reductions = domain, layout.reductions
         self.may_travel_alone = agreed.whole(domain) and len(dims) == 1
-        here = domain.coordinate(domain.index())
+        here = domain.here
         self.places = list(product(*(range(domain.shape[d]) for d in dims)))
         self.coordinates = [_with(here, dims, place) for place in self.places]
         self.me = self.coordinates.index(here)
@@ -155,9 +156,9 @@ class Line:
             if leaf.path not in alone
         ]
         if parcels:
-            # Gathering to one rank, Gloo receives into memory of its own first.
-            copies = 2 if len(self.takers) == 1 else 1
-            self._gather_stream(Stream(parcels, len(self.places), copies), results)
+            # What a rank sends, and all rows twice: Gloo receives them into its own first.
+            size = len(self.places)
+            self._gather_stream(Stream(parcels, size, held=1 + 2 * size), results)
 
     def _travels_alone(self, layout: Layout) -> bool:
         """Whether a tensor is so large that it fills collectives of its own, without a bucket.
@@ -176,7 +177,7 @@ class Line:
         assert out is not None
         payload = carried(leaf.local[0]).view(-1).view(torch.uint8)
         into = carried_view(out).view(-1).view(torch.uint8)
-        all_gather(self.stages[0].group, payload, into)
+        all_gather_into(self.stages[0].group, payload, into, stream.BUCKET_BYTES // 2)
 
     def _gather_stream(self, todo: Stream, results: dict[str, torch.Tensor]) -> None:
         parcels = todo.parcels
@@ -196,6 +197,8 @@ class Line:
                 rows = collect(self.stages, bucket)
             if rows is not None and self.me in self.takers:
                 self._unpack(rows, pieces, parcels, outputs)
+            # Else they would still be there when the next bucket's are made.
+            del bucket, rows
 
     def _unpack(
         self,

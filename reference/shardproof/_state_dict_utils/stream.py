@@ -24,23 +24,24 @@ _SETTING = "SHARDPROOF_BUCKET_MIB"
 
 
 def _bucket_bytes() -> int:
-    text = os.environ.get(_SETTING, "16")
+    text = os.environ.get(_SETTING, "32")
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"{_SETTING}={text!r}: expected a whole number of MiB, 1 or more")
     return int(text) * 1024 * 1024
 
 
 BUCKET_BYTES = _bucket_bytes()
-"""The bytes that one bucket may take on a rank, all participants together.
+"""The most bytes that a call needs on a rank besides its result, all participants together and
+what the backend copies included.
 
 All ranks need the same value: set SHARDPROOF_BUCKET_MIB before the import, on every rank. More
-saves collectives, less saves memory. 16 MiB: from 32 MiB on glibc maps the memory of each bucket
-anew, and touching its pages costs more than the collectives that are saved (a gather of a 50 MiB
-model over two Gloo ranks took 520 ms in buckets of 64 MiB, 172 ms in 16, 191 ms in 4).
+saves collectives, less saves memory. 32 MiB: over 4 Gloo ranks a gather of 4 x 64 MiB took 0.80 of
+torch's time with 16 MiB, 0.73 with 32 and 1.07 with 64, where glibc maps the memory of each
+collective anew; a broadcast of the model-like shapes 136 ms with 16, 99 ms with 32.
 """
 
 # A tensor of this share of a bucket fills collectives well enough to have its own.
-_ALONE = 8
+_ALONE = 16
 
 
 def alone_bytes() -> int:
@@ -82,16 +83,17 @@ class Stream:
     Args:
         parcels: what travels, in any order.
         participants: how many streams there are.
-        copies: how often the rows of a bucket are held at once, the backend's own copy included.
+        held: how many participants' shares of a bucket a rank holds at once, at most, the
+            backend's own copies included; participants where nothing is said.
 
     Attributes:
         parcels: in the order of the stream, the same on every rank.
 
     """
 
-    def __init__(self, parcels: Sequence[Parcel], participants: int, copies: int = 1) -> None:
+    def __init__(self, parcels: Sequence[Parcel], participants: int, held: int = 0) -> None:
         self.participants = participants
-        share = BUCKET_BYTES // max(participants * copies, 1) // _WIDEST * _WIDEST
+        share = BUCKET_BYTES // max(held or participants, 1) // _WIDEST * _WIDEST
         self.width = max(share, _WIDEST)
         # By identity: the caller's parcels keep the blocks alive.
         kinds = {id(p.blocks): p.blocks for p in parcels}

@@ -197,7 +197,7 @@ class Transport:
     ) -> None:
         participants = len(self.domain.members) if scattered else 1
         # Two buckets at a time: one is on its way while another is packed, or unpacked.
-        todo = Stream(parcels, participants, copies=2)
+        todo = Stream(parcels, participants, held=2 * participants)
         keys = [roots[parcel.name] for parcel in todo.parcels]
         if self.full is None:
             self._receive_stream(todo, keys, scattered)

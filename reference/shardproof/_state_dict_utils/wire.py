@@ -69,6 +69,11 @@ class Domain:
             found.append(place)
         return tuple(reversed(found))
 
+    @cached_property
+    def here(self) -> tuple[int, ...]:
+        """This rank's coordinate."""
+        return self.coordinate(self.index())
+
     def position(self, coordinate: Sequence[int]) -> int:
         """The position of a coordinate."""
         index = 0
@@ -143,6 +148,29 @@ def all_gather(
     return rows.view(size, -1)
 
 
+# Backends that receive an all-gather into memory of their own, and copy from there.
+_COPYING = {"gloo"}
+
+
+def all_gather_into(
+    group: dist.ProcessGroup, payload: torch.Tensor, into: torch.Tensor, most: int
+) -> None:
+    """As :func:`all_gather`, where the bytes may be many. One collective.
+
+    Where the backend needs room of its own for all of them, one for each ``most`` bytes that
+    arrive, so that this room stays small.
+    """
+    size = dist.get_world_size(group)
+    step = max(most // size, 1)
+    copying = group._get_backend(payload.device).name() in _COPYING
+    if payload.numel() <= step or not copying:
+        all_gather(group, payload, into)
+        return
+    pieces = zip(payload.split(step), into.view(size, -1).split(step, dim=1), strict=True)
+    for piece, rows in pieces:
+        dist.all_gather(list(rows), piece, group=group)
+
+
 def collect(stages: Sequence[Stage], payload: torch.Tensor) -> torch.Tensor:
     """All-gather over one group after another: rows in row-major order of the stages' places.
 
@@ -164,12 +192,13 @@ def collect_to(
     rows = payload
     for stage, place, target in reversed(list(zip(stages, mine, dest, strict=True))):
         size, flat = len(stage.places), rows.reshape(-1)
-        into = torch.empty(size * flat.numel(), dtype=torch.uint8, device=flat.device)
-        parts = list(into.view(size, -1)) if place == target else None
-        dist.gather(flat, parts, group=stage.group, group_dst=stage.places.index(target))
+        first = stage.places.index(target)
         if place != target:
+            dist.gather(flat, None, group=stage.group, group_dst=first)
             return None
-        rows = _placed(into.view(size, -1), stage)
+        into = torch.empty((size, flat.numel()), dtype=torch.uint8, device=flat.device)
+        dist.gather(flat, list(into), group=stage.group, group_dst=first)
+        rows = _placed(into, stage)
     return rows.reshape(-1, payload.numel())
 
 

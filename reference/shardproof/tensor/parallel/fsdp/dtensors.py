@@ -166,7 +166,7 @@ def _all_gather_dtensor(tensor: DTensor, parent_mesh: DeviceMesh | None) -> torc
 
     All ranks of the root mesh have to call it. Collectives: none where only the last dimension is
     sharded; one per other sharded dimension, usually one in all; one more where the values of
-    this rank lie with other ranks of tensor parallelism (``[Shard(0), Shard(0)]``). An eighth of
+    this rank lie with other ranks of tensor parallelism (``[Shard(0), Shard(0)]``). A 16th of
     a bucket or more in even rows is gathered where it belongs, without a copy, after a small
     collective for the ranks' verdicts.
 

@@ -1,0 +1,46 @@
+"""Faults of memory: a call needs another model besides its result. Fields as in copies.py."""
+
+from __future__ import annotations
+
+FAULTS: tuple[tuple[str, ...], ...] = (
+    (
+        "bucket_as_large_as_the_model",
+        "what travels together is held together, however much it is",
+        "stream.py",
+        "        self.width = max(share, _WIDEST)\n",
+        "        self.width = 1 << 40\n",
+        "memory",
+    ),
+    (
+        "gathered_where_nobody_asked",
+        "a rank that wants no result has it nevertheless, until the call returns",
+        "gather.py",
+        "    wanted = _destinations(ranks_only, pg, found)\n",
+        "    wanted = None\n",
+        "memory",
+    ),
+    (
+        "backend_copies_whole_tensors",
+        "a large tensor is held twice: the backend receives it into memory of its own",
+        "wire.py",
+        '_COPYING = {"gloo"}',
+        "_COPYING: set[str] = set()",
+        "memory",
+    ),
+    (
+        "cut_from_copies",
+        "each full tensor is copied before its shard is cut from it, and all copies stay",
+        "distribute.py",
+        "where, in_place=False, places=places)\n        found[key] = target, full\n",
+        "where, in_place=False, places=places)\n        found[key] = target, full.clone()\n",
+        "memory",
+    ),
+    (
+        "copied_by_way_of_copies",
+        "the values are copied once more on their way into the target",
+        "pairs.py",
+        "            copy_all(targets, sources, non_blocking)",
+        "            copy_all(targets, [s.clone() for s in sources], non_blocking)",
+        "memory",
+    ),
+)
