@@ -207,6 +207,7 @@ def main(settings: Settings, pattern: str | None, world: int) -> int:
     print(f"| {where(settings)} | limit | {head}")
     print("| --- | --- | ---: | ---: | ---: | --- |")
     status = 0
+    profiles: list[str] = []
     for number, goal in enumerate(chosen, 1):
         benchmark = known[goal.benchmark]
         size = size_of(benchmark, world)
@@ -216,7 +217,7 @@ def main(settings: Settings, pattern: str | None, world: int) -> int:
             if size not in agreement:
                 told = parent.measure(Agreement(), "model", size, arms=(FLOOR,))
                 agreement[size] = statistics.median(told[FLOOR]["seconds"])
-            found = parent.measure(benchmark, goal.regime, size)
+            found = parent.measure(benchmark, goal.regime, size, profiled=True)
         except WorldError as error:
             print(f"{name}: {error}", file=sys.stderr)
             status = 1
@@ -228,10 +229,28 @@ def main(settings: Settings, pattern: str | None, world: int) -> int:
         seconds = {arm: n["seconds"] for arm, n in found.items()}
         tensors = len(leaves(goal.regime, settings.quick))
         agrees = agreement[size] if found[REFERENCE].get("collectives") else 0.0
-        row, fine = _row(goal, size, reached(goal, seconds, tensors, agrees))
+        got = reached(goal, seconds, tensors, agrees)
+        row, fine = _row(goal, size, got)
         print(row, flush=True)
         status = status if fine else 1
+        if got.missed:
+            profiles += _profile(f"{goal.benchmark} {goal.regime}", found[REFERENCE]["profile"])
+    print("\n".join(profiles))
     return status
+
+
+def _profile(name: str, lines: Sequence[tuple[float, int, str]]) -> list[str]:
+    whole = sum(own for own, _, _ in lines)
+    head = f"`{name}`, {whole * 1e3:.3g} ms on rank 0 under the profiler"
+    return [
+        "",
+        head,
+        "",
+        "```text",
+        "share   entries  where",
+        *(f"{own / whole:5.0%} {entries:9}  {where}" for own, entries, where in lines),
+        "```",
+    ]
 
 
 def _row(goal: Goal, size: int, got: Reached) -> tuple[str, bool]:

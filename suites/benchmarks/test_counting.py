@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.session.counting import PEAKS, Traffic, count, peak_bytes, python_calls
+from benchmarks.session.profiling import CALLS, profile
 from benchmarks.session.statistics import interval, quiet, ratio, slowest
 
 CPU = torch.device("cpu")
@@ -102,3 +104,17 @@ def test_the_median_lies_in_an_interval_of_order(count: int, bounds: tuple[int, 
     """As tables of the sign test have it for 95 %."""
     shuffled = [float(n * 7 % count) for n in range(count)]
     assert interval(shuffled) == tuple(map(float, bounds))
+
+
+def test_a_profile_names_where_the_time_goes() -> None:
+    resets = []
+
+    def call() -> None:
+        time.sleep(0.01)
+
+    found = profile(call, lambda: resets.append(1))
+    seconds, entries, where = found[0]
+    assert where == "time.sleep"
+    assert entries == 1, "entries are those of one call"
+    assert 0.01 <= seconds < 0.1, "so are the seconds"
+    assert len(resets) == CALLS

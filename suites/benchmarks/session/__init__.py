@@ -9,5 +9,6 @@ seconds a number. So the first process starts a server and the others attach to 
     world       the parent's side of that world, built from harness.world
     rounds      the rank's side: the arms in turns, each result checked
     counting    collectives, bytes and memory of one call
+    profiling   where a call spends its time
     statistics  from samples of ranks to one number
 """

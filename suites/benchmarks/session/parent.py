@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ class Task:
     arms: tuple[str, ...]
     timed: bool = True
     counted: bool = True
+    profiled: bool = False
 
     @property
     def fake(self) -> bool:
@@ -92,17 +93,22 @@ class Parent:
         arms: tuple[str, ...] = ARMS,
         timed: bool = True,
         counted: bool = True,
+        profiled: bool = False,
         abandoned: Callable[[], None] = lambda: None,
     ) -> Iterator[dict[str, dict[str, Any]]]:
         """(benchmark, regime, size) one after the other in one world; all of one size.
 
         Of each: arm to its numbers, which are wrong, seconds (of each round, the slowest rank's),
-        median, and the tracks. Raises `world.WorldError` with the rank and the cause when the world
+        median, and the tracks; of the reference where its first rank spent its time, if
+        `profiled`. Raises `world.WorldError` with the rank and the cause when the world
         gives no answer, RuntimeError when ranks cannot be forked.
         """
         from benchmarks.session.world import MeasuredWorld
 
-        tasks = [self._task(b, r, s, arms, timed, counted) for b, r, s in wanted]
+        tasks = [
+            replace(self._task(b, r, s, arms, timed, counted), profiled=profiled)
+            for b, r, s in wanted
+        ]
         world = MeasuredWorld(self._spec(tasks[0].size), SEED, tasks)
         with world.ended():
             if reason := warm.unfit():
@@ -174,6 +180,8 @@ class Parent:
 def _merged(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """One arm's numbers over all ranks: of each the largest."""
     merged: dict[str, Any] = {"wrong": next((r["wrong"] for r in ranks if r["wrong"]), "")}
+    if "profile" in ranks[0]:
+        merged["profile"] = ranks[0]["profile"]
     seconds = [] if merged["wrong"] else slowest([r["seconds"] for r in ranks])
     merged["seconds"] = seconds
     if seconds:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from benchmarks.bed import Bed, Work
 from benchmarks.session.counting import PEAKS, count
+from benchmarks.session.profiling import profile
 from benchmarks.settings import FLOOR, REFERENCE
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ MOST_CALLS = 2000
 
 def measure(task: Task, rank: int, device: torch.device) -> dict[str, Any]:
     """Try, count and time each arm; arm to `wrong`, `seconds`, `collectives`, `received`, `peak`.
+
+    The reference's has its `profile`, too, where that is asked for.
 
     Every rank of the world calls it. `wrong` says why an arm has no number. Samples are this
     rank's seconds a call; the parent takes the largest over the ranks.
@@ -46,6 +49,9 @@ def measure(task: Task, rank: int, device: torch.device) -> dict[str, Any]:
         for arm, work in works.items():
             peaks = PEAKS if arm == REFERENCE else 1  # the baseline holds the reference's
             found[arm] |= dataclasses.asdict(count(work.call, work.reset, device, peaks))
+    if task.profiled and REFERENCE in works:
+        work = works[REFERENCE]
+        found[REFERENCE]["profile"] = profile(work.call, work.reset)
     return found
 
 
