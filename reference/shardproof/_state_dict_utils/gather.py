@@ -83,7 +83,8 @@ def _gather_state_dict(
     one more per dimension where a rank belongs to several meshes; then per bucket one per
     sharded dimension, even and uneven shards in buckets apart; a tensor of a 16th of a bucket
     or more that is cut evenly along its first dimension has one of its own, and needs no bucket
-    (on Gloo, which needs room for what it receives, one per half a bucket). Tensors that are replicated everywhere do not travel. pytorch#150928.
+    (on Gloo, which needs room for what it receives, one per half a bucket). Tensors that are
+    replicated everywhere do not travel. pytorch#150928.
 
     """
     found = find(state_dict, pg, device, type_check)
