@@ -5,6 +5,7 @@ Decided in the parent, before any rank starts: a rank may never skip.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect
 import os
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,11 +89,22 @@ def _cuda_image() -> str:
     return "" if named else "an image built with CUDA, named in SHARDPROOF_CUDA_IMAGE"
 
 
+def _resident_memory() -> str:
+    """Whether a peak can be told from what was resident before: containers may hide it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        ctypes.CDLL(None).mallopt  # noqa: B018
+    except (OSError, AttributeError) as error:
+        return f"Linux, /proc/self/clear_refs and glibc, to measure resident memory: {error}"
+    return ""
+
+
 FEATURES: dict[str, Callable[[], str]] = {
     "accelerator": _accelerator,
     "docker": _docker,
     "cuda image": _cuda_image,
     "unsorted groups": _unsorted_groups,
+    "resident memory": _resident_memory,
 }
 """Name to a probe that says in words what is missing, or nothing."""
 

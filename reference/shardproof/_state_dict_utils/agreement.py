@@ -138,13 +138,13 @@ def first_failure(domain: Domain, told: Told) -> Failure | None:
 
 
 def agree_on_entries(
-    domains: Sequence[Domain], entries: Entries, failure: Failure | None, flag: bool
+    domains: Sequence[Domain], plan: Columns, failure: Failure | None, flag: bool
 ) -> tuple[Failure | None, dict[Domain, list[Entries]], list[Domain]]:
     """Agree on the distributed leaves over several domains.
 
     Args:
         domains: those that this rank is a member of, in the order of their keys.
-        entries: this rank's leaves by path.
+        plan: this rank's leaves.
         failure: this rank's own error.
         flag: something that others have to know where one rank says it.
 
@@ -158,7 +158,6 @@ def agree_on_entries(
     again: list[Domain] = []
     flagged: list[Domain] = []
     flags = _AGAIN * (len(domains) > 1) | _FLAG * flag
-    plan = _columns(entries)
     for domain in domains:
         told, raised = exchange(domain, plan, failure, _digest(domain, plan), flags)
         if raised & _AGAIN:
@@ -169,7 +168,7 @@ def agree_on_entries(
             continue
         found = first_failure(domain, told)
         if found is None:
-            details[domain] = [_entries(columns) for _, columns in told]
+            details[domain] = [entries_of(columns) for _, columns in told]
             found = _entries_verdict(domain, details[domain])
         if found is not None:
             failure = failure if failure is not None and failure.shared else found
@@ -181,7 +180,7 @@ def agree_on_entries(
     return failure, details, flagged
 
 
-class _Columns(NamedTuple):
+class Columns(NamedTuple):
     """Entries by column: most leaves share a few summaries.
 
     Attributes:
@@ -198,19 +197,8 @@ class _Columns(NamedTuple):
     ties: list[str | None]
 
 
-def _columns(entries: Entries) -> _Columns:
-    kinds: dict[tuple[str, tuple[int, ...]], int] = {}
-    columns = _Columns(sorted(entries), [], [], [])
-    for path in columns.paths:
-        members, summary, tie = entries[path]
-        columns.numbers.append(kinds.setdefault((summary, members), len(kinds)))
-        columns.ties.append(tie)
-    columns.kinds.extend(kinds)
-    return columns
-
-
-def _entries(columns: _Columns) -> dict[str, Entry]:
-    """What :func:`_columns` was made of."""
+def entries_of(columns: Columns) -> dict[str, Entry]:
+    """Path -> what is known of it."""
     found: dict[str, Entry] = {}
     for path, number, tie in zip(columns.paths, columns.numbers, columns.ties, strict=True):
         summary, members = columns.kinds[number]
@@ -218,7 +206,7 @@ def _entries(columns: _Columns) -> dict[str, Entry]:
     return found
 
 
-def _digest(domain: Domain, columns: _Columns) -> bytes:
+def _digest(domain: Domain, columns: Columns) -> bytes:
     """What members have to agree on."""
     mine = set(domain.members)
     # Ranks of sibling meshes hold the same leaf over other members: no reason to differ.

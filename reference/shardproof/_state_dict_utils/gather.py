@@ -16,15 +16,15 @@ import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-from shardproof._state_dict_utils.agreement import Entries, agree_on_entries
-from shardproof._state_dict_utils.containers import Path, leaf_name
+from shardproof._state_dict_utils.agreement import Entries, agree_on_entries, entries_of
 from shardproof._state_dict_utils.leaves import Found, Leaf, find
 from shardproof._state_dict_utils.line import (
     Agreed,
     Line,
     carried_view,
     needs_bucket,
-    write,
+    result_device,
+    result_for,
 )
 from shardproof._state_dict_utils.stream import (
     Piece,
@@ -33,12 +33,11 @@ from shardproof._state_dict_utils.stream import (
 )
 from shardproof._state_dict_utils.tensors import (
     CPU,
-    allocate,
     dress_like,
     fresh_copy,
     geometry,
 )
-from shardproof._state_dict_utils.traverse import copy_leaf_value, map_leaves, on_this_rank
+from shardproof._state_dict_utils.traverse import copy_leaf_value, on_this_rank
 from shardproof._state_dict_utils.wire import (
     Domain,
     group_domain,
@@ -93,7 +92,7 @@ def _gather_state_dict(
     gathered = _gather(found, wanted, agreed, cpu_offload)
     if not on_this_rank(ranks_only, pg):
         return {}
-    return _rebuild(state_dict, gathered, cpu_offload)
+    return _rebuild(found, gathered, cpu_offload)
 
 
 @torch.no_grad()
@@ -157,31 +156,36 @@ def _agree(
         inside = set(whole.members)
         domains = [d for d in domains if not inside.issuperset(d.members)]
         domains = sorted([*domains, whole], key=lambda domain: domain.key)
-    limited = any(leaf.layout.large and needs_bucket(leaf, cpu_offload) for leaf in found)
-    failure, details, flagged = agree_on_entries(domains, found.entries(), found.failure, limited)
+    leaves = found.leaves.values()
+    limited = any(leaf.layout.large and needs_bucket(leaf, cpu_offload) for leaf in leaves)
+    failure, details, flagged = agree_on_entries(domains, found.columns(), found.failure, limited)
     if failure is not None:
         raise failure.error()
     return Agreed(details, flagged)
 
 
-def _tie_classes(found: Found, details: Mapping[Domain, Sequence[Entries]]) -> dict[str, str]:
-    """Path -> the first path that is tied to it, the same on every rank.
+def _tied(found: Found, details: Mapping[Domain, Sequence[Entries]]) -> dict[str, str]:
+    """Path -> the first path that is tied to it, another one; the same on every rank.
 
     A rank whose part of a tensor is empty cannot tell whether it is tied, so the others decide.
     """
-    own = found.entries()
+    columns = found.columns()
+    if not details and all(
+        tie is None or tie == path for path, tie in zip(columns.paths, columns.ties, strict=True)
+    ):
+        return {}
     first: dict[Hashable, str] = {}
-    classes: dict[str, str] = {}
-    for path, entry in own.items():
+    tied: dict[str, str] = {}
+    for path, entry in entries_of(columns).items():
         ties: list[str | None] = [entry.tie]
         for told in details.values():
             ties += [e[path].tie for e in told if path in e and e[path].members == entry.members]
-        if all(tie is None for tie in ties):
-            classes[path] = path
-            continue
-        key = (entry.summary, entry.members, tuple(ties))
-        classes[path] = first.setdefault(key, path)
-    return classes
+        if any(tie is not None for tie in ties):
+            key = (entry.summary, entry.members, tuple(ties))
+            leader = first.setdefault(key, path)
+            if leader != path:
+                tied[path] = leader
+    return tied
 
 
 def _gather(
@@ -191,66 +195,69 @@ def _gather(
     cpu_offload: bool,
 ) -> dict[str, torch.Tensor]:
     """Path -> the whole tensor, for the leaves that this rank wants."""
-    classes = _tie_classes(found, agreed.details)
+    tied = _tied(found, agreed.details)
+    columns = found.columns()
+    kinds: list[list[Leaf]] = [[] for _ in columns.kinds]
+    for path, number in zip(columns.paths, columns.numbers, strict=True):
+        if path not in tied:
+            kinds[number].append(found.leaves[path])
     here = wanted is None or dist.get_rank() in wanted
     results: dict[str, torch.Tensor] = {}
-    streams: dict[Any, list[Leaf]] = defaultdict(list)
-    keys: dict[int, Hashable] = {}
-    for path, first in classes.items():
-        if first != path:
-            continue
-        leaf = found.leaves[path]
-        layout = leaf.layout
+    streams: dict[Any, list[list[Leaf]]] = defaultdict(list)
+    for kind in kinds:
+        layout = kind[0].layout
         if layout.domain is not None and layout.dims and not layout.meta:
-            key = keys.get(id(layout))
-            if key is None:
-                key = keys[id(layout)] = layout.stream
-            streams[key].append(leaf)
-        if here:
-            results[path] = _result_for(leaf, cpu_offload)
+            streams[layout.stream].append(kind)
+        elif here:
+            results.update({leaf.path: _in_place(leaf, cpu_offload) for leaf in kind})
     for key in sorted(streams):
-        Line(streams[key], wanted, agreed).gather(results)
-    return {path: results[first] for path, first in classes.items()} if here else {}
+        Line(streams[key], wanted, agreed, cpu_offload).gather(results)
+    if not here:
+        return {}
+    results.update({path: results[leader] for path, leader in tied.items()})
+    return results
 
 
-def _result_for(leaf: Leaf, cpu_offload: bool) -> torch.Tensor:
-    """The tensor that takes the values; already filled where nothing has to travel."""
+def _in_place(leaf: Leaf, cpu_offload: bool) -> torch.Tensor:
+    """The whole tensor of a leaf of which nothing has to travel."""
     tensor, layout = leaf.tensor, leaf.layout
-    if isinstance(tensor, DTensor):
-        target = CPU if cpu_offload else tensor._local_tensor.device
-        if layout.domain is None or (not layout.dims and not layout.meta):
-            return fresh_copy(tensor._local_tensor, target)
-    else:
-        target = leaf.local[0].device if leaf.local and not cpu_offload else CPU
-    full = allocate(layout.shape, layout.dtype, target, layout.stride)
-    if not layout.dims and layout.domain is not None and not layout.meta:
-        writer = partial(write, carried_view(full))
+    if isinstance(tensor, DTensor) and (layout.domain is None or not layout.meta):
+        return fresh_copy(tensor._local_tensor, result_device(leaf, cpu_offload))
+    full = result_for(leaf, cpu_offload)
+    if layout.domain is not None and not layout.meta:
+        whole = carried_view(full)
         for block, part in zip(layout.here, leaf.local, strict=True):
             if block.numel:
                 data = torch.cat(elements(part, 0, block.numel))
-                deliver(data, block, Piece(0, 0, 0, block.numel, 0, 0), writer)
+                piece = Piece(0, 0, 1, 0, 0, block.numel, 0, 0)
+                deliver(data, block, piece, partial(_write, whole))
     return full
 
 
+def _write(whole: torch.Tensor, region: tuple[slice, ...], values: torch.Tensor) -> None:
+    whole[region].copy_(values)
+
+
 def _rebuild(
-    state_dict: Any, gathered: Mapping[str, torch.Tensor], cpu_offload: bool
+    found: Found, gathered: Mapping[str, torch.Tensor], cpu_offload: bool
 ) -> dict[str, Any]:
     """The containers of the state dict around the results; plain leaves are copied."""
     copied: dict[Hashable, torch.Tensor] = {}
     dressed: dict[Hashable, torch.Tensor] = {}
-
-    def leaf(path: Path, value: Any, _: Any) -> Any:
-        if isinstance(value, (DTensor, ShardedTensor)):
-            return gathered[leaf_name(path)]
+    results: list[Any] = []
+    for name, value in zip(found.names, found.walk.leaves, strict=True):
+        if name in gathered:
+            results.append(gathered[name])
+            continue
         if not isinstance(value, torch.Tensor):
-            return copy_leaf_value(value)
+            results.append(copy_leaf_value(value))
+            continue
         key = geometry(value)
         if key not in copied:
             copied[key] = fresh_copy(value, CPU if cpu_offload else value.device)
         dress = (key, type(value), value.requires_grad)
         if dress not in dressed:
             dressed[dress] = dress_like(copied[key].detach(), value)
-        return dressed[dress]
-
-    result: dict[str, Any] = map_leaves(state_dict, leaf)
+        results.append(dressed[dress])
+    result: dict[str, Any] = found.walk.rebuilt(results)
     return result

@@ -7,13 +7,20 @@ and one operation moves them, where rectangles would have to be moved one by one
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
+from typing import Any, cast
 
 import torch
 
 from shardproof._state_dict_utils.layout import Block
+
+# torch's own annotation says that it returns nothing.
+_each: Callable[[torch.Tensor], Sequence[torch.Tensor]] = cast(Any, torch.unbind_copy)
+
+# Bytes that stay in the processor's second cache while they are written and read once.
+_NEAR = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,7 @@ class Grid:
     With it all blocks are read or written by one operation on a view of the whole tensor.
 
     Attributes:
+        shape: of the tensor.
         parts: how many blocks there are, per tensor dimension that is cut, outermost first.
         block: the shape of one block.
         numel: the number of its elements.
@@ -30,6 +38,7 @@ class Grid:
 
     """
 
+    shape: tuple[int, ...]
     parts: tuple[int, ...]
     block: tuple[int, ...]
     numel: int
@@ -46,6 +55,48 @@ class Grid:
     def rows(self, data: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Rows of elements, shaped as the view ``like`` that :meth:`of` gave."""
         return data if like.dim() == 2 and self.stacked else data.view(like.shape)
+
+    def fresh(self, data: torch.Tensor, count: int) -> list[torch.Tensor]:
+        """New whole tensors from rows that hold the blocks of ``count`` of them.
+
+        They are put together many at a time in memory that the processor keeps at hand: a tensor
+        then costs a fraction of what views of it and of the rows would.
+        """
+        made: list[torch.Tensor] = []
+        for at, number, near in self._near(data, count):
+            self._blocks_of(near).copy_(self._rows_of(data, count).narrow(self._at, at, number))
+            made.extend(_each(near))
+        return made
+
+    def fill(self, data: torch.Tensor, wholes: Sequence[torch.Tensor]) -> None:
+        """Write the blocks of whole tensors into rows: the inverse of :meth:`fresh`."""
+        count = len(wholes)
+        for at, number, near in self._near(data, count):
+            torch.stack(list(wholes[at : at + number]), out=near)
+            self._rows_of(data, count).narrow(self._at, at, number).copy_(self._blocks_of(near))
+
+    @property
+    def _at(self) -> int:
+        """Which dimension of :meth:`_rows_of` counts the tensors."""
+        return len(self.parts)
+
+    def _near(self, data: torch.Tensor, count: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(first tensor, how many, room for them) until ``count`` of them are through."""
+        step = max(1, min(count, _NEAR // (math.prod(self.shape) * data.itemsize)))
+        near = torch.empty((step, *self.shape), dtype=data.dtype, device=data.device)
+        for at in range(0, count, step):
+            number = min(step, count - at)
+            yield at, number, near[:number]
+
+    def _blocks_of(self, wholes: torch.Tensor) -> torch.Tensor:
+        """A view of stacked whole tensors of shape ``(*parts, tensors, *block)``."""
+        order = [dim + 1 for dim in self._order]
+        order.insert(self._at, 0)
+        return wholes.view(len(wholes), *self._split).permute(order)
+
+    def _rows_of(self, data: torch.Tensor, count: int) -> torch.Tensor:
+        """The same of rows."""
+        return data.view(*self.parts, count, *self.block)
 
 
 def grid_of(shape: Sequence[int], blocks: Sequence[Sequence[Block]]) -> Grid | None:
@@ -92,6 +143,5 @@ def grid_of(shape: Sequence[int], blocks: Sequence[Sequence[Block]]) -> Grid | N
         split.append(part)
     stacked = len(dims) == 1 and all(size[dim] == 1 for dim in range(dims[0]))
     order = (*(at[dim] for dim in dims), *rest)
-    return Grid(
-        tuple(counts[dim] for dim in dims), size, cells[0].numel, stacked, tuple(split), order
-    )
+    parts = tuple(counts[dim] for dim in dims)
+    return Grid(tuple(shape), parts, size, cells[0].numel, stacked, tuple(split), order)

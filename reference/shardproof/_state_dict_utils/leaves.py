@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils import stream
-from shardproof._state_dict_utils.agreement import Entries, Entry, Failure
-from shardproof._state_dict_utils.containers import Path, leaf_name
+from shardproof._state_dict_utils.agreement import Columns, Failure
+from shardproof._state_dict_utils.containers import LEAF_TYPES, leaf_name
 from shardproof._state_dict_utils.layout import (
     Block,
     block_at,
@@ -34,7 +34,9 @@ from shardproof._state_dict_utils.tensors import (
     shape_of,
     tie_key,
 )
-from shardproof._state_dict_utils.traverse import check_leaf_type, map_leaves
+from shardproof._state_dict_utils.ties import maybe_tied
+from shardproof._state_dict_utils.traverse import check_leaf_types
+from shardproof._state_dict_utils.walk import Walk
 from shardproof._state_dict_utils.wire import Domain, group_domain, mesh_domain
 
 
@@ -54,7 +56,8 @@ class Layout:
         reductions: dimension -> pending reduction.
         blocks: coordinate of the domain -> what the member there holds.
         here: what this rank holds.
-        large: whether such a tensor is worth collectives of its own.
+        nbytes: of a whole tensor.
+        held: whether this rank holds any element.
 
     """
 
@@ -69,7 +72,13 @@ class Layout:
     reductions: dict[int, str] = field(default_factory=dict)
     blocks: Callable[[tuple[int, ...]], list[Block]] = field(default=lambda _: [])
     here: list[Block] = field(default_factory=list)
-    large: bool = False
+    nbytes: int = 0
+    held: bool = False
+
+    @property
+    def large(self) -> bool:
+        """Whether such a tensor is worth collectives of its own."""
+        return self.nbytes >= stream.alone_bytes()
 
     @property
     def stream(self) -> Hashable:
@@ -100,42 +109,55 @@ class Found:
     """What a walk over a state dict found.
 
     Attributes:
-        leaves: path -> leaf, every path of a tied leaf included.
+        walk: over all leaves.
+        names: of all leaves, in the order of the walk.
+        leaves: name -> distributed leaf, every one of those that are tied included.
         domains: those of the leaves, in the order in which all ranks visit them.
         failure: the first thing that is wrong on this rank.
 
     """
 
     def __init__(self) -> None:
+        self.walk: Walk
+        self.names: list[str] = []
         self.leaves: dict[str, Leaf] = {}
         self.domains: list[Domain] = []
         self.failure: Failure | None = None
-        self._entries: Entries | None = None
-
-    def __iter__(self) -> Iterator[Leaf]:
-        return iter(self.leaves.values())
+        self._columns: Columns | None = None
 
     def fail(self, error: Exception) -> None:
         """Remember the first error: it is raised only after all ranks were told."""
         if self.failure is None:
             self.failure = Failure.of(error)
 
-    def entries(self) -> Entries:
-        """What this rank tells the others."""
-        if self._entries is None:
-            self._entries = self._describe()
-        return self._entries
+    def columns(self) -> Columns:
+        """What this rank tells the others of its distributed leaves."""
+        if self._columns is None:
+            self._columns = self._describe()
+        return self._columns
 
-    def _describe(self) -> Entries:
+    def _describe(self) -> Columns:
+        paths = sorted(self.leaves)
+        leaves = list(map(self.leaves.__getitem__, paths))
+        kinds: dict[tuple[str, tuple[int, ...]], int] = {}
+        known: dict[int, int] = {}
+        numbers: list[int] = []
+        for leaf in leaves:
+            layout = leaf.layout
+            number = known.get(id(layout))
+            if number is None:
+                number = kinds.setdefault((layout.summary, layout.members), len(kinds))
+                known[id(layout)] = number
+            numbers.append(number)
         first: dict[Hashable, str] = {}
-        found: dict[str, Entry] = {}
-        for path in sorted(self.leaves):
-            leaf = self.leaves[path]
+        ties: list[str | None] = []
+        tied = maybe_tied([leaf.tensor for leaf in leaves])
+        for path, leaf, ask in zip(paths, leaves, tied, strict=False):
             tie: str | None = None
-            if any(part.numel() for part in leaf.local):
-                tie = first.setdefault(tie_key(leaf.tensor), path)
-            found[path] = Entry(leaf.layout.members, leaf.layout.summary, tie)
-        return found
+            if leaf.layout.held:
+                tie = first.setdefault(tie_key(leaf.tensor), path) if ask else path
+            ties.append(tie)
+        return Columns(paths, list(kinds), numbers, ties)
 
 
 def find(
@@ -146,25 +168,22 @@ def find(
 ) -> Found:
     """Find the distributed leaves of a state dict. Raises nothing, communicates nothing."""
     found = Found()
+    found.walk = Walk(state_dict, refuse=found.fail)
+    found.names = found.walk.names(leaf_name)
+    if type_check:
+        try:
+            check_leaf_types(found.walk)
+        except ValueError as error:
+            found.fail(error)
     domains = _Domains(pg, device)
     layouts: dict[Hashable, Layout] = {}
-
-    def add(path: Path, value: Any, _: Any) -> None:
-        if type_check:
-            try:
-                check_leaf_type(path, value)
-            except ValueError as error:
-                found.fail(error)
-        if not isinstance(value, (DTensor, ShardedTensor)):
-            return
-        name = leaf_name(path)
+    for name, value in zip(found.names, found.walk.leaves, strict=True):
+        if type(value) in _NOT_DISTRIBUTED or not isinstance(value, (DTensor, ShardedTensor)):
+            continue
         try:
             key: Hashable = id(value)
             if isinstance(value, DTensor):
-                spec = value._spec
-                order = getattr(spec, "shard_order", None)
-                key = (spec.mesh, spec.placements, spec.shape, spec.stride, order)
-                key = (key, value.dtype, value._local_tensor.is_meta)
+                key = _likeness(value)
             layout = layouts.get(key)
             if layout is None:
                 layout = layouts[key] = _layout_of(value, domains)
@@ -174,10 +193,19 @@ def find(
                 _check_parts(leaf)
         except (ValueError, RuntimeError) as error:
             found.fail(type(error)(f"{name!r}: {error}"))
-
-    map_leaves(state_dict, add, refuse=found.fail)
     found.domains = domains.in_order()
     return found
+
+
+_NOT_DISTRIBUTED = LEAF_TYPES - {DTensor, ShardedTensor}
+
+
+def _likeness(tensor: DTensor) -> Hashable:
+    """Equal for DTensors of one layout."""
+    spec, local = tensor._spec, tensor._local_tensor
+    order = getattr(spec, "shard_order", None)
+    # Meshes by identity: asking them whether they are equal costs more than a second layout does.
+    return id(spec.mesh), spec.placements, spec.tensor_meta, order, local.dtype, local.is_meta
 
 
 def summary(tensor: torch.Tensor) -> str:
@@ -259,7 +287,7 @@ def _layout_of(tensor: DTensor | ShardedTensor, domains: _Domains) -> Layout:
     if stride is not None and is_row_major(whole, stride):
         stride = None
     layout = Layout(domain, members, whole, dtype, stride, is_meta(tensor), summary(tensor))
-    layout.large = math.prod(whole) * dtype.itemsize >= stream.alone_bytes()
+    layout.nbytes = math.prod(whole) * dtype.itemsize
     if domain is None:
         return layout
     if isinstance(tensor, DTensor):
@@ -282,6 +310,7 @@ def _layout_of(tensor: DTensor | ShardedTensor, domains: _Domains) -> Layout:
             block for rank, block in shards if rank == ranks[coordinate[0]]
         ]
     layout.here = layout.blocks(domain.here)
+    layout.held = any(block.numel for block in layout.here)
     return layout
 
 

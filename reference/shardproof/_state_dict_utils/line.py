@@ -11,11 +11,11 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils import stream
 from shardproof._state_dict_utils.agreement import Entries
 from shardproof._state_dict_utils.grid import Grid, grid_of
-from shardproof._state_dict_utils.layout import Block
 from shardproof._state_dict_utils.leaves import Layout, Leaf
 from shardproof._state_dict_utils.reduction import reduced
 from shardproof._state_dict_utils.stream import (
@@ -24,12 +24,12 @@ from shardproof._state_dict_utils.stream import (
     Stream,
     carried,
     deliver,
-    elements,
     pack,
-    sections,
+    rooms,
 )
 from shardproof._state_dict_utils.tensors import (
     CPU,
+    allocate,
     carrier,
     copy_all,
 )
@@ -78,10 +78,6 @@ def carried_view(full: torch.Tensor) -> torch.Tensor:
     return full if dtype is full.dtype else full.view(dtype)
 
 
-def write(whole: torch.Tensor, region: tuple[slice, ...], values: torch.Tensor) -> None:
-    whole[region].copy_(values)
-
-
 class _Copies:
     """Copies that are found one by one and made in one call."""
 
@@ -99,20 +95,31 @@ class _Copies:
         copy_all(self._targets, self._values)
 
 
+# Up to how many bytes whole tensors are put together many at a time: they are copied twice then,
+# and a larger one costs more to copy than to look at.
+_TOGETHER = 1 << 16
+
+
 class Line:
     """The ranks over which leaves are gathered: those that differ in some dimensions of a domain.
 
     Args:
-        leaves: of one domain, with the same dimensions and reductions.
+        kinds: leaves of one domain, with the same dimensions and reductions. Those of one kind are
+            laid out alike; kinds, and leaves within them, have the same order on every rank.
         wanted: the global ranks that want results; None for all.
         agreed: what the ranks know of each other.
+        cpu_offload: whether results are to be in CPU memory.
 
     """
 
     def __init__(
-        self, leaves: Sequence[Leaf], wanted: frozenset[int] | None, agreed: Agreed
+        self,
+        kinds: Sequence[Sequence[Leaf]],
+        wanted: frozenset[int] | None,
+        agreed: Agreed,
+        cpu_offload: bool,
     ) -> None:
-        layout = leaves[0].layout
+        layout = kinds[0][0].layout
         domain, dims = layout.domain, layout.dims
         assert domain is not None
         self.domain, self.reductions = domain, layout.reductions
@@ -125,42 +132,38 @@ class Line:
         self.takers = [i for i, rank in enumerate(line) if wanted is None or rank in wanted]
         self.stages = [domain.stage(d) for d in dims]
         self.peers = _peers(self.places, dims, self.reductions)
-        self.leaves = {leaf.path: leaf for leaf in leaves}
-        self._blocks: dict[int, list[list[Block]]] = {}
-        self._grids: dict[int, Grid | None] = {}
-
-    def blocks(self, layout: Layout) -> list[list[Block]]:
-        """What each rank of the line holds of a tensor."""
-        held = self._blocks.get(id(layout))
-        if held is None:
-            held = self._blocks[id(layout)] = [layout.blocks(c) for c in self.coordinates]
-        return held
-
-    def grid(self, layout: Layout) -> Grid | None:
-        """The grid that these make, if they make one and are not to be reduced."""
-        if id(layout) not in self._grids:
-            held = None if self.reductions else grid_of(layout.shape, self.blocks(layout))
-            self._grids[id(layout)] = held
-        return self._grids[id(layout)]
+        self.kinds = kinds
+        self.cpu_offload = cpu_offload
 
     def gather(self, results: dict[str, torch.Tensor]) -> None:
         """Run the collectives; fill the results, where this rank wants any."""
         if not self.takers:
             return
-        alone = {leaf.path for leaf in self.leaves.values() if self._travels_alone(leaf.layout)}
-        for path in sorted(alone):
-            self._gather_alone(self.leaves[path], results.get(path))
-        parcels = [
-            Parcel(leaf.path, leaf.layout.dtype, self.blocks(leaf.layout))
-            for leaf in self.leaves.values()
-            if leaf.path not in alone
-        ]
+        parcels: list[Parcel] = []
+        grids: dict[int, Grid | None] = {}
+        for kind in self.kinds:
+            layout = kind[0].layout
+            blocks = [layout.blocks(c) for c in self.coordinates]
+            grid = None if self.reductions else grid_of(layout.shape, blocks)
+            if self._travels_alone(layout, grid):
+                for leaf in kind:
+                    self._gather_alone(leaf, results)
+            else:
+                parcel = Parcel(kind[0].path, layout.dtype, blocks, kind)
+                parcels.append(parcel)
+                grids[id(parcel)] = grid
         if parcels:
             # What a rank sends, and all rows twice: Gloo receives them into its own first.
             size = len(self.places)
-            self._gather_stream(Stream(parcels, size, held=1 + 2 * size), results)
+            todo = Stream(parcels, size, held=1 + 2 * size)
+            self._gather_stream(todo, [grids[id(parcel)] for parcel in todo.parcels], results)
+        if self.me in self.takers:
+            for kind in self.kinds:
+                for leaf in kind:
+                    if leaf.path not in results:  # none of its elements has travelled: it has none
+                        results[leaf.path] = result_for(leaf, self.cpu_offload)
 
-    def _travels_alone(self, layout: Layout) -> bool:
+    def _travels_alone(self, layout: Layout, grid: Grid | None) -> bool:
         """Whether a tensor is so large that it fills collectives of its own, without a bucket.
 
         That saves two copies of it, but works only where the rows of an all-gather are the tensor.
@@ -170,33 +173,31 @@ class Line:
             return False
         if not layout.large:
             return False
-        grid = self.grid(layout)
         return grid is not None and grid.stacked and self.stages[0].in_order
 
-    def _gather_alone(self, leaf: Leaf, out: torch.Tensor | None) -> None:
-        assert out is not None
+    def _gather_alone(self, leaf: Leaf, results: dict[str, torch.Tensor]) -> None:
+        out = results[leaf.path] = result_for(leaf, self.cpu_offload)
         payload = carried(leaf.local[0]).view(-1).view(torch.uint8)
         into = carried_view(out).view(-1).view(torch.uint8)
         all_gather_into(self.stages[0].group, payload, into, stream.BUCKET_BYTES // 2)
 
-    def _gather_stream(self, todo: Stream, results: dict[str, torch.Tensor]) -> None:
+    def _gather_stream(
+        self, todo: Stream, grids: Sequence[Grid | None], results: dict[str, torch.Tensor]
+    ) -> None:
         parcels = todo.parcels
-        sources = [self.leaves[parcel.name].local for parcel in parcels]
-        outputs = [results.get(parcel.name) for parcel in parcels]
-
-        def part(piece: Piece) -> list[torch.Tensor]:
-            return elements(sources[piece.parcel][piece.block], piece.start, piece.stop)
-
+        devices = {result_device(leaf, self.cpu_offload) for p in parcels for leaf in p.items}
         for width, pieces in todo.buckets():
             bucket = torch.empty(width, dtype=torch.uint8, device=self.domain.device)
-            pack(pieces[self.me], parcels, part, bucket)
+            pack(bucket, pieces[self.me], parcels, _part)
             if len(self.takers) == 1:
                 taker = self.places[self.takers[0]]
                 rows = collect_to(self.stages, bucket, self.places[self.me], taker)
             else:
                 rows = collect(self.stages, bucket)
             if rows is not None and self.me in self.takers:
-                self._unpack(rows, pieces, parcels, outputs)
+                # One copy of the bucket instead of one per tensor.
+                rows = rows.to(next(iter(devices))) if len(devices) == 1 else rows
+                self._unpack(rows, pieces, parcels, grids, results)
             # Else they would still be there when the next bucket's are made.
             del bucket, rows
 
@@ -205,71 +206,104 @@ class Line:
         rows: torch.Tensor,
         pieces: Sequence[Sequence[Piece]],
         parcels: Sequence[Parcel],
-        outputs: Sequence[torch.Tensor | None],
+        grids: Sequence[Grid | None],
+        results: dict[str, torch.Tensor],
     ) -> None:
-        devices = {out.device for out in outputs if out is not None}
-        if len(devices) == 1:
-            # One copy of the bucket instead of one per tensor.
-            rows = rows.to(devices.pop())
         todo = _Copies()
         if pieces[0] is pieces[-1]:
-            self._unpack_grids(rows, pieces[0], parcels, outputs, todo)
-            todo.run()
-            return
-        for group in self.peers:
-            for number, piece in enumerate(pieces[group[0]]):
-                peers = [pieces[i][number] for i in group]
-                self._unpack_piece(rows, group, peers, parcels[piece.parcel], outputs, todo)
+            for piece, room in rooms(rows, pieces[0], parcels):
+                leaves: Sequence[Leaf] = parcels[piece.parcel].items
+                leaves = leaves[piece.first : piece.first + piece.count]
+                grid = grids[piece.parcel]
+                if grid is None or piece.stop - piece.start != grid.numel:
+                    for index, leaf in enumerate(leaves):
+                        parts = list(room.view(len(room), len(leaves), -1)[:, index])
+                        self._unpack_shared(leaf, piece, parts, results, todo)
+                elif self._come_together(leaves, rows.device):
+                    made = grid.fresh(room, len(leaves))
+                    if room.dtype is not leaves[0].layout.dtype:
+                        made = [whole.view(leaves[0].layout.dtype) for whole in made]
+                    results.update(zip([leaf.path for leaf in leaves], made, strict=True))
+                else:
+                    for index, leaf in enumerate(leaves):
+                        target = grid.of(carried_view(self._result(leaf, results)))
+                        part = room.view(len(room), len(leaves), -1)[:, index]
+                        todo.add(target, grid.rows(part, target))
+        else:
+            for group in self.peers:
+                for number, piece in enumerate(pieces[group[0]]):
+                    peers = [pieces[i][number] for i in group]
+                    leaf = parcels[piece.parcel].items[piece.first]
+                    parts = [rows[i, p.at : p.end] for i, p in zip(group, peers, strict=True)]
+                    self._unpack_piece(leaf, group, piece, parts, results, todo)
         todo.run()
 
-    def _unpack_grids(
+    def _come_together(self, leaves: Sequence[Leaf], device: torch.device) -> bool:
+        """Whether the results of these leaves are best made many at a time."""
+        layout = leaves[0].layout
+        return (
+            device == CPU
+            and len(leaves) > 1
+            and layout.nbytes <= _TOGETHER
+            and all(leaf.layout.stride is None for leaf in leaves)
+            and all(result_device(leaf, self.cpu_offload) == CPU for leaf in leaves)
+        )
+
+    def _result(self, leaf: Leaf, results: dict[str, torch.Tensor]) -> torch.Tensor:
+        out = results.get(leaf.path)
+        if out is None:
+            out = results[leaf.path] = result_for(leaf, self.cpu_offload)
+        return out
+
+    def _unpack_shared(
         self,
-        rows: torch.Tensor,
-        pieces: Sequence[Piece],
-        parcels: Sequence[Parcel],
-        outputs: Sequence[torch.Tensor | None],
+        leaf: Leaf,
+        piece: Piece,
+        parts: Sequence[torch.Tensor],
+        results: dict[str, torch.Tensor],
         todo: _Copies,
     ) -> None:
-        """Unpack pieces that lie at the same place in all rows, most of them all rows at once."""
-        for dtype, run in sections(pieces, parcels):
-            data = rows[:, run[0].at : run[-1].end].view(carrier(dtype))
-            parts = data.split_with_sizes([p.stop - p.start for p in run], dim=1)
-            for piece, part in zip(run, parts, strict=True):
-                parcel, out = parcels[piece.parcel], outputs[piece.parcel]
-                if out is None:
-                    continue
-                grid = self.grid(self.leaves[parcel.name].layout)
-                if grid is None or part.size(1) != grid.numel:
-                    for group in self.peers:
-                        peers = [piece] * len(group)
-                        self._unpack_piece(rows, group, peers, parcel, outputs, todo)
-                    continue
-                target = grid.of(carried_view(out))
-                todo.add(target, grid.rows(part, target))
+        """Unpack what lies at the same place in the rows of all ranks."""
+        for group in self.peers:
+            self._unpack_piece(leaf, group, piece, [parts[i] for i in group], results, todo)
 
     def _unpack_piece(
         self,
-        rows: torch.Tensor,
+        leaf: Leaf,
         group: Sequence[int],
-        pieces: Sequence[Piece],
-        parcel: Parcel,
-        outputs: Sequence[torch.Tensor | None],
+        piece: Piece,
+        parts: Sequence[torch.Tensor],
+        results: dict[str, torch.Tensor],
         todo: _Copies,
     ) -> None:
         """Unpack one piece of one rank, or of the ranks whose values are reduced into one."""
-        piece = pieces[0]
-        out = outputs[piece.parcel]
-        if out is None:
-            return
-        parts = [rows[i, p.at : p.end] for i, p in zip(group, pieces, strict=True)]
+        dtype = leaf.layout.dtype
         if self.reductions:
             ops = [op for _, op in sorted(self.reductions.items())]
-            data = carried_view(reduced([p.view(parcel.dtype) for p in parts], ops, len(group)))
+            data = carried_view(reduced([p.view(dtype) for p in parts], ops, len(group)))
         else:
-            data = parts[0].view(carrier(parcel.dtype))
-        block = parcel.blocks[group[0]][piece.block]
-        whole = carried_view(out)
+            data = parts[0].view(carrier(dtype))
+        block = leaf.layout.blocks(self.coordinates[group[0]])[piece.block]
+        whole = carried_view(self._result(leaf, results))
         deliver(data, block, piece, lambda region, values: todo.add(whole[region], values))
+
+
+def _part(leaf: Leaf, block: int) -> torch.Tensor:
+    return leaf.local[block]
+
+
+def result_device(leaf: Leaf, cpu_offload: bool) -> torch.device:
+    """Where the whole tensor of a leaf is wanted."""
+    if isinstance(leaf.tensor, DTensor):
+        return CPU if cpu_offload else leaf.tensor._local_tensor.device
+    return leaf.local[0].device if leaf.local and not cpu_offload else CPU
+
+
+def result_for(leaf: Leaf, cpu_offload: bool) -> torch.Tensor:
+    """A tensor that takes the values of a leaf."""
+    layout = leaf.layout
+    device = result_device(leaf, cpu_offload)
+    return allocate(layout.shape, layout.dtype, device, layout.stride)
 
 
 def _with(here: Sequence[int], dims: Sequence[int], place: Sequence[int]) -> tuple[int, ...]:

@@ -1,24 +1,25 @@
 """How tensors share a bucket on their way between ranks.
 
-The tensors of a call are laid end to end, widest elements first so that nothing needs padding,
-and the stream is cut into buckets: the number of collectives grows with the bytes, never with the
-tensors, and the extra memory of a rank is about one bucket. Tensors of which all participants
-hold equally much come first: they lie at the same place in every participant's bucket, and are
-planned, packed and unpacked for all participants at once.
+Tensors that are laid out alike make a parcel. The parcels of a call are laid end to end, widest
+elements first so that nothing needs padding, and the stream is cut into buckets: the number of
+collectives grows with the bytes, never with the tensors, and the extra memory of a rank is about
+one bucket. Parcels of which all participants hold equally much come first: they lie at the same
+place in every participant's bucket, and are planned, packed and unpacked for all participants, and
+for many tensors, at once.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 
 from shardproof._state_dict_utils.layout import Block, Region, rectangles
-from shardproof._state_dict_utils.tensors import MOVABLE, bits, carrier
+from shardproof._state_dict_utils.tensors import MOVABLE, bits, carrier, copy_all
 
 _SETTING = "SHARDPROOF_BUCKET_MIB"
 
@@ -52,24 +53,49 @@ def alone_bytes() -> int:
 # The widest element: a cut at a multiple of it is a cut between elements of every dtype.
 _WIDEST = 16
 
+# A tensor of which a participant has at most this share of a row of a bucket is not cut: what the
+# end of a row then leaves empty is less.
+_UNCUT = 16
+
 
 @dataclass(slots=True)
 class Parcel:
-    """One tensor that travels: its dtype and, per participant, the blocks it sends or gets.
+    """Tensors that travel, laid out alike.
 
-    Parcels that are laid out alike should share ``blocks``: what follows from it is found once.
+    Attributes:
+        name: sorts parcels the same way on every rank.
+        dtype: of all of them.
+        blocks: per participant, the blocks that it sends or gets of each tensor. Parcels that are
+            laid out alike should share it: what follows from it is found once.
+        items: the tensors, by what the caller knows them, in the same order on every rank.
+
     """
 
     name: str
     dtype: torch.dtype
     blocks: Sequence[Sequence[Block]]
+    items: Sequence[Any]
 
 
 @dataclass(slots=True)
 class Piece:
-    """A part of one block in one bucket: elements [start, stop), at byte ``at`` of the bucket."""
+    """What a bucket has of a parcel, from byte ``at`` to byte ``end``.
+
+    Attributes:
+        parcel: which one.
+        first: its first tensor.
+        count: how many whole tensors, of one block each. 1 also where it is only a part of one.
+        block: which of the tensor's blocks.
+        start: the first element of that block.
+        stop: behind the last one.
+        at: its first byte in the bucket.
+        end: behind the last one.
+
+    """
 
     parcel: int
+    first: int
+    count: int
     block: int
     start: int
     stop: int
@@ -97,12 +123,7 @@ class Stream:
         self.width = max(share, _WIDEST)
         # By identity: the caller's parcels keep the blocks alive.
         kinds = {id(p.blocks): p.blocks for p in parcels}
-        self._counts = {key: _counts(blocks) for key, blocks in kinds.items()}
-        self._even = {
-            key
-            for key, blocks in kinds.items()
-            if len(set(self._counts[key])) == 1 and all(len(held) == 1 for held in blocks)
-        }
+        self._even = {key for key, blocks in kinds.items() if _alike(blocks)}
         self.parcels = sorted(
             parcels,
             key=lambda p: (id(p.blocks) not in self._even, -p.dtype.itemsize, str(p.dtype), p.name),
@@ -114,81 +135,129 @@ class Stream:
         Where the pieces are alike for all participants each has the very same list.
         """
         even = sum(id(p.blocks) in self._even for p in self.parcels)
-        for width, (pieces,) in self._cut(range(even), [0]):
+        for width, (pieces,) in self._cut([self._even_pieces(range(even))]):
             yield width, [pieces] * self.participants
-        yield from self._cut(range(even, len(self.parcels)), range(self.participants))
+        uneven = range(even, len(self.parcels))
+        yield from self._cut([self._pieces(uneven, i) for i in range(self.participants)])
 
     def _cut(
-        self, parcels: range, streams: Sequence[int]
+        self, walks: Sequence[Iterator[tuple[int, Piece]]]
     ) -> Iterator[tuple[int, list[list[Piece]]]]:
-        longest = max(
-            (
-                sum(
-                    self._counts[id(p.blocks)][i] * p.dtype.itemsize
-                    for p in self.parcels[parcels.start : parcels.stop]
-                )
-                for i in streams
-            ),
-            default=0,
-        )
-        walks = [self._pieces(parcels, i) for i in streams]
-        pending = [next(walk, None) for walk in walks]
-        for number in range(math.ceil(longest / self.width)):
+        heads = [next(walk, None) for walk in walks]
+        number = 0
+        while any(head is not None for head in heads):
             pieces: list[list[Piece]] = [[] for _ in walks]
-            for walk, found, i in zip(walks, pieces, range(len(walks)), strict=True):
-                head = pending[i]
+            for index, walk in enumerate(walks):
+                head = heads[index]
                 while head is not None and head[0] == number:
-                    found.append(head[1])
+                    pieces[index].append(head[1])
                     head = next(walk, None)
-                pending[i] = head
-            left = min(self.width, longest - number * self.width)
+                heads[index] = head
+            width = max((found[-1].end for found in pieces if found), default=0)
             # Rows follow each other in one buffer, and each has to start where any dtype may.
-            yield -(-left // _WIDEST) * _WIDEST, pieces
+            yield -(-width // _WIDEST) * _WIDEST, pieces
+            number += 1
 
-    def _pieces(self, parcels: range, participant: int) -> Iterator[tuple[int, Piece]]:
+    def _even_pieces(self, parcels: range) -> Iterator[tuple[int, Piece]]:
+        """As :meth:`_pieces`, for all participants at once and small tensors many at a time."""
         at, width = 0, self.width
         for index in parcels:
             parcel = self.parcels[index]
-            size = parcel.dtype.itemsize
-            for number, block in enumerate(parcel.blocks[participant]):
-                done, end = 0, at + block.numel * size
-                while at < end:
-                    bucket, offset = divmod(at, width)
-                    stop = min(end, (bucket + 1) * width)
-                    count = (stop - at) // size
-                    piece = Piece(index, number, done, done + count, offset, offset + stop - at)
-                    yield bucket, piece
-                    done, at = done + count, stop
+            (block,) = parcel.blocks[0]
+            size = block.numel * parcel.dtype.itemsize
+            first, count = 0, len(parcel.items) if size else 0
+            while first < count:
+                bucket, offset = divmod(at, width)
+                fit = min((width - offset) // size, count - first)
+                if fit:
+                    end = offset + fit * size
+                    yield bucket, Piece(index, first, fit, 0, 0, block.numel, offset, end)
+                    first, at = first + fit, at + fit * size
+                elif size <= width // _UNCUT:
+                    at = (bucket + 1) * width
+                else:
+                    yield from self._cut_block(index, first, 0, block.numel, at)
+                    first, at = first + 1, at + size
+
+    def _pieces(self, parcels: range, participant: int) -> Iterator[tuple[int, Piece]]:
+        """(number of the bucket, piece), in the order of a participant's stream."""
+        at = 0
+        for index in parcels:
+            parcel = self.parcels[index]
+            for item in range(len(parcel.items)):
+                for number, block in enumerate(parcel.blocks[participant]):
+                    yield from self._cut_block(index, item, number, block.numel, at)
+                    at += block.numel * parcel.dtype.itemsize
+
+    def _cut_block(
+        self, parcel: int, item: int, block: int, numel: int, at: int
+    ) -> Iterator[tuple[int, Piece]]:
+        """The pieces of one block, which begins at byte ``at`` of the stream."""
+        size, width = self.parcels[parcel].dtype.itemsize, self.width
+        done = 0
+        while done < numel:
+            bucket, offset = divmod(at, width)
+            count = min((width - offset) // size, numel - done)
+            end = offset + count * size
+            yield bucket, Piece(parcel, item, 1, block, done, done + count, offset, end)
+            done, at = done + count, at + count * size
 
 
-def _counts(blocks: Sequence[Sequence[Block]]) -> list[int]:
-    """Elements per participant."""
-    return [sum(block.numel for block in held) for held in blocks]
+def _alike(blocks: Sequence[Sequence[Block]]) -> bool:
+    """Whether all participants have one block, of equal size."""
+    return all(len(held) == 1 for held in blocks) and len({held[0].numel for held in blocks}) == 1
 
 
-def sections(
-    pieces: Sequence[Piece], parcels: Sequence[Parcel]
-) -> Iterator[tuple[torch.dtype, list[Piece]]]:
-    """Runs of pieces of one dtype: each lies in a bucket as one array."""
-    for dtype, run in groupby(pieces, key=lambda piece: parcels[piece.parcel].dtype):
-        yield dtype, list(run)
+def rooms(
+    data: torch.Tensor, pieces: Sequence[Piece], parcels: Sequence[Parcel]
+) -> Iterator[tuple[Piece, torch.Tensor]]:
+    """Each piece with its part of a bucket, in the dtype that carries its dtype.
+
+    ``data`` is the bytes of a bucket, or one row of them a participant; then so are the parts.
+    """
+    for dtype, group in groupby(pieces, key=lambda piece: parcels[piece.parcel].dtype):
+        run = list(group)
+        part = data[..., run[0].at : run[-1].end].view(carrier(dtype))
+        sizes = [(piece.end - piece.at) // dtype.itemsize for piece in run]
+        yield from zip(run, part.split_with_sizes(sizes, dim=-1), strict=True)
 
 
 def pack(
+    bucket: torch.Tensor,
     pieces: Sequence[Piece],
     parcels: Sequence[Parcel],
-    source: Callable[[Piece], list[torch.Tensor]],
-    bucket: torch.Tensor,
+    source: Callable[[Any, int], torch.Tensor],
 ) -> None:
     """Write pieces into a bucket.
 
-    ``source`` gives the 1-D tensors that make up a piece, in the dtype that carries its dtype.
+    ``source(item of a parcel, number of a block)`` gives the tensor that is this block.
     """
-    for dtype, run in sections(pieces, parcels):
-        parts = [part for piece in run for part in source(piece)]
-        if any(part.device != bucket.device for part in parts):
-            parts = [part.to(bucket.device) for part in parts]
-        torch.cat(parts, out=bucket[run[0].at : run[-1].end].view(carrier(dtype)))
+    into: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
+    for piece, room in rooms(bucket, pieces, parcels):
+        items = parcels[piece.parcel].items[piece.first : piece.first + piece.count]
+        parts = [source(item, piece.block) for item in items]
+        if len(parts) > 1:
+            stack_into(room, parts)
+        elif piece.stop - piece.start == parts[0].numel():
+            into.append(room.view(parts[0].shape))
+            values.append(carried(parts[0]))
+        else:
+            found = elements(parts[0], piece.start, piece.stop)
+            torch.cat([part.to(room.device) for part in found], out=room)
+    copy_all(into, values)
+
+
+def stack_into(room: torch.Tensor, parts: list[torch.Tensor]) -> None:
+    """Write tensors of one shape into 1-D memory, one after the other.
+
+    The memory has the dtype that carries theirs.
+    """
+    if parts[0].dtype is not room.dtype:
+        parts = [bits(part) for part in parts]
+    if any(part.device != room.device for part in parts):
+        parts = [part.to(room.device) for part in parts]
+    torch.stack(parts, out=room.view(len(parts), *parts[0].shape))
 
 
 def carried(tensor: torch.Tensor) -> torch.Tensor:

@@ -22,11 +22,10 @@ from shardproof._state_dict_utils.stream import (
     Stream,
     block_elements,
     carried,
-    pack,
-    sections,
+    rooms,
 )
 from shardproof._state_dict_utils.targets import Place, Target
-from shardproof._state_dict_utils.tensors import MOVABLE, carrier, copy_all
+from shardproof._state_dict_utils.tensors import MOVABLE, copy_all
 from shardproof._state_dict_utils.wire import Domain, broadcast, finish, scatter
 
 
@@ -134,7 +133,6 @@ class Transport:
         """
         together: list[Parcel] = []
         apart: list[Parcel] = []
-        roots: dict[str, Any] = {}
         for number, (key, offer) in enumerate(offers.items()):
             if offer.kind != "tensor":
                 continue
@@ -145,16 +143,15 @@ class Transport:
                 continue
             assert offer.dtype is not None
             name = f"{number:012d}"
-            roots[name] = key
             if _travels_alone(offer, parts):
                 self._send_alone(key, scattered=not parts.everywhere)
             elif parts.everywhere:
                 self._keep(key)
-                together.append(Parcel(name, offer.dtype, parts.once))
+                together.append(Parcel(name, offer.dtype, parts.once, [key]))
             else:
-                apart.append(Parcel(name, offer.dtype, parts.blocks))
+                apart.append(Parcel(name, offer.dtype, parts.blocks, [key]))
         for parcels, scattered in ((together, False), (apart, True)):
-            self._run_stream(parcels, roots, scattered)
+            self._run_stream(parcels, scattered)
 
     def _parts(
         self, size: tuple[int, ...], kinds: Sequence[Need], wants: tuple[tuple[int, ...], ...]
@@ -192,24 +189,21 @@ class Transport:
         rows = None if data is None else data.view(len(self.domain.members), -1)
         finish(scatter(self.group, memory, rows))
 
-    def _run_stream(
-        self, parcels: Sequence[Parcel], roots: dict[str, Any], scattered: bool
-    ) -> None:
+    def _run_stream(self, parcels: Sequence[Parcel], scattered: bool) -> None:
         participants = len(self.domain.members) if scattered else 1
         # Two buckets at a time: one is on its way while another is packed, or unpacked.
         todo = Stream(parcels, participants, held=2 * participants)
-        keys = [roots[parcel.name] for parcel in todo.parcels]
         if self.full is None:
-            self._receive_stream(todo, keys, scattered)
+            self._receive_stream(todo, scattered)
         else:
-            self._send_stream(todo, keys, scattered)
+            self._send_stream(todo, scattered)
 
-    def _send_stream(self, todo: Stream, keys: Sequence[Any], scattered: bool) -> None:
+    def _send_stream(self, todo: Stream, scattered: bool) -> None:
         work = None
         for width, pieces in todo.buckets():
             shape = (todo.participants, width)
             rows = torch.empty(shape, dtype=torch.uint8, device=self.domain.device)
-            self._fill(rows, pieces, todo.parcels, keys)
+            self._fill(rows, pieces, todo.parcels)
             finish(work)
             if scattered:
                 # The source takes its own part from where it is: its row is not looked at.
@@ -217,10 +211,10 @@ class Transport:
             else:
                 work = broadcast(self.group, rows[0])
         if scattered:
-            self._keep_all(keys)
+            self._keep_all([key for parcel in todo.parcels for key in parcel.items])
         finish(work)
 
-    def _receive_stream(self, todo: Stream, keys: Sequence[Any], scattered: bool) -> None:
+    def _receive_stream(self, todo: Stream, scattered: bool) -> None:
         column = self.me if scattered else 0
         here: tuple[torch.Tensor, Sequence[Piece]] | None = None
         for width, pieces in todo.buckets():
@@ -228,11 +222,11 @@ class Transport:
             group = self.group
             work = scatter(group, mine, None) if scattered else broadcast(group, mine)
             if here is not None:
-                self._unpack(*here, todo.parcels, keys, column)
+                self._unpack(*here, todo.parcels, column)
             finish(work)
             here = mine, pieces[column]
         if here is not None:
-            self._unpack(*here, todo.parcels, keys, column)
+            self._unpack(*here, todo.parcels, column)
 
     def _keep_all(self, keys: Sequence[Any]) -> None:
         """As :meth:`_keep` for many keys, in one call where it can be."""
@@ -257,16 +251,15 @@ class Transport:
         mine: torch.Tensor,
         pieces: Sequence[Piece],
         parcels: Sequence[Parcel],
-        keys: Sequence[Any],
         column: int,
     ) -> None:
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for dtype, run in sections(pieces, parcels):
-            data = mine[run[0].at : run[-1].end].view(carrier(dtype))
-            parts = data.split_with_sizes([p.stop - p.start for p in run])
-            for piece, part in zip(run, parts, strict=True):
-                block = parcels[piece.parcel].blocks[column][piece.block]
-                for target in self.targets.get(keys[piece.parcel], ()):
+        for piece, room in rooms(mine, pieces, parcels):
+            parcel = parcels[piece.parcel]
+            block = parcel.blocks[column][piece.block]
+            keys = parcel.items[piece.first : piece.first + piece.count]
+            for key, part in zip(keys, room.view(len(keys), -1).unbind(), strict=True):
+                for target in self.targets.get(key, ()):
                     if target.block is block or target.block == block:
                         pairs.extend(target.landing(piece.start, piece.stop, part))
         copy_all([memory for memory, _ in pairs], [part for _, part in pairs])
@@ -276,50 +269,45 @@ class Transport:
         rows: torch.Tensor,
         pieces: Sequence[Sequence[Piece]],
         parcels: Sequence[Parcel],
-        keys: Sequence[Any],
     ) -> None:
         """Write what each participant gets into its row of a bucket.
 
         The source's own row may stay as it is where there are others.
         """
         assert self.full is not None
-        full = self.full
         first = 1 if len(rows) > 1 else 0
-        if len(rows) == 1 or pieces[0] is not pieces[-1]:
-            for taker, row in enumerate(rows[first:], first):
-                takes = [parcel.blocks[taker] for parcel in parcels]
-
-                def part(
-                    piece: Piece, takes: Sequence[Sequence[Block]] = takes
-                ) -> list[torch.Tensor]:
-                    tensor = full[keys[piece.parcel]].detach()
-                    block = takes[piece.parcel][piece.block]
-                    return block_elements(tensor, block, piece.start, piece.stop)
-
-                pack(pieces[taker], parcels, part, row)
-            return
         into: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
-        for dtype, run in sections(pieces[0], parcels):
-            data = rows[:, run[0].at : run[-1].end].view(carrier(dtype))
-            parts = data.split_with_sizes([p.stop - p.start for p in run], dim=1)
-            for piece, room in zip(run, parts, strict=True):
-                blocks = parcels[piece.parcel].blocks
-                tensor = carried(full[keys[piece.parcel]].detach())
-                grid = self._grids[id(blocks)]
-                if grid is not None and room.size(1) == grid.numel:
-                    source = grid.of(tensor)
-                    space = grid.rows(room, source)
-                    if len(grid.parts) == 1 and room.nbytes > _WORTH_A_VIEW:
-                        source, space = source[first:], space[first:]
-                    into.append(space)
-                    values.append(source)
+        if pieces[0] is not pieces[-1]:
+            for taker, row in enumerate(rows[first:], first):
+                for piece, room in rooms(row, pieces[taker], parcels):
+                    self._fill_part(room, piece, parcels[piece.parcel], 0, taker)
+            return
+        for piece, room in rooms(rows, pieces[0], parcels):
+            parcel = parcels[piece.parcel]
+            grid = self._grids.get(id(parcel.blocks))
+            for index in range(piece.count):
+                part = room.view(len(rows), piece.count, -1)[:, index]
+                if grid is None or part.size(1) != grid.numel:
+                    for taker, row in enumerate(part[first:], first):
+                        self._fill_part(row, piece, parcel, index, taker)
                     continue
-                for taker, row in enumerate(room[first:], first):
-                    block = blocks[taker][piece.block]
-                    found = block_elements(tensor, block, piece.start, piece.stop)
-                    torch.cat(found, out=row)
+                source = grid.of(carried(self.full[parcel.items[piece.first + index]].detach()))
+                space = grid.rows(part, source)
+                if len(grid.parts) == 1 and part.nbytes > _WORTH_A_VIEW:
+                    source, space = source[first:], space[first:]
+                into.append(space)
+                values.append(source)
         copy_all(into, values)
+
+    def _fill_part(
+        self, room: torch.Tensor, piece: Piece, parcel: Parcel, index: int, taker: int
+    ) -> None:
+        assert self.full is not None
+        block = parcel.blocks[taker][piece.block]
+        full = self.full[parcel.items[piece.first + index]].detach()
+        found = block_elements(full, block, piece.start, piece.stop)
+        torch.cat([part.to(room.device) for part in found], out=room)
 
 
 def _travels_alone(offer: Offer, parts: _Parts) -> bool:

@@ -26,6 +26,7 @@ ABSENT: Final = object()
 
 _NAMED = frozenset({dict, OrderedDict})
 _SEQUENCES = frozenset({list, tuple})
+_STRINGS = frozenset({str})
 
 
 class CompanionMismatch(Exception):  # noqa: N818  (upstream's name)
@@ -137,6 +138,15 @@ class Walk:
                 yield (*path, key)
             else:
                 stack.pop()
+
+    def names(self, name: Callable[[Path], str]) -> list[str]:
+        """``name(path)`` of each leaf, where a path of one string is its own name."""
+        held = self._root
+        if held is not None and held.named and held.below is None:
+            keys = list(held.container)
+            if _STRINGS.issuperset(map(type, keys)):
+                return keys
+        return list(map(name, self.paths()))
 
     def path(self, index: int) -> Path:
         """The path of one leaf; for messages, since it walks again."""

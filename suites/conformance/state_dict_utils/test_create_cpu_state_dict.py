@@ -182,6 +182,7 @@ class TestCreateCpuStateDict:
 
     @pytest.mark.law("cost")
     @pytest.mark.world(1)
+    @pytest.mark.needs("resident memory")
     @pytest.mark.parametrize("kind", ["tensor", "DTensor", "ShardedTensor"])
     def test_nothing_is_copied(self, judged: Any, mesh: Any, kind: str) -> None:
         """Buffers are allocated, not filled: their memory is not even touched."""

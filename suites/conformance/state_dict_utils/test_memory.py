@@ -15,6 +15,8 @@ import torch
 from conformance.kit.layouts import R, S, dtensor, rows, sharded_tensor
 from conformance.kit.memory import MIB, peak_growth
 
+pytestmark = pytest.mark.needs("resident memory")
+
 WHOLE = 96 * MIB
 SHARE = WHOLE // 4
 BESIDES = WHOLE // 2
@@ -49,9 +51,9 @@ def grows(device: torch.device) -> Callable[..., None]:
     return check
 
 
-def sharded(model: Model, mesh: Any, placement: Any) -> Model:
+def sharded(model: Model, mesh: Any, *placements: Any) -> Model:
     """The model as DTensors, and no longer whole."""
-    return {name: dtensor(model.pop(name), mesh, [placement]) for name in NAMES}
+    return {name: dtensor(model.pop(name), mesh, placements) for name in NAMES}
 
 
 def targets(model: Model, mesh: Any, placement: Any) -> Model:
@@ -69,6 +71,20 @@ class TestGather:
 
         def make(model: Model) -> Callable[[], Any]:
             value = sharded(model, mesh(4), S(dim))
+            return lambda: judged(value)
+
+        grows(WHOLE, make)
+
+    @pytest.mark.law("cost")
+    @pytest.mark.world(4)
+    @pytest.mark.parametrize("dims", [(0, 0), (0, 1)], ids=str)
+    def test_over_an_unsorted_mesh(
+        self, judged: Any, mesh: Any, grows: Any, dims: tuple[int, int]
+    ) -> None:
+        """Two dimensions, and rows that come in another order than they belong."""
+
+        def make(model: Model) -> Callable[[], Any]:
+            value = sharded(model, mesh(2, 2, ranks=[3, 1, 0, 2]), *map(S, dims))
             return lambda: judged(value)
 
         grows(WHOLE, make)

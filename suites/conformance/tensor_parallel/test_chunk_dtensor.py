@@ -228,6 +228,7 @@ class TestChunkDTensor:
 
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
+    @pytest.mark.needs("resident memory")
     @pytest.mark.parametrize("held", [None, S(1)], ids=held_id)
     def test_no_more_memory_than_the_chunk(self, judged: Any, mesh: Any, held: Any) -> None:
         """The call touches memory for the chunk, and not for the whole tensor."""
