@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -156,8 +157,10 @@ def _agree(
         inside = set(whole.members)
         domains = [d for d in domains if not inside.issuperset(d.members)]
         domains = sorted([*domains, whole], key=lambda domain: domain.key)
-    leaves = found.leaves.values()
-    limited = any(leaf.layout.large and needs_bucket(leaf, cpu_offload) for leaf in leaves)
+    layouts = set(map(attrgetter("layout"), found.leaves.values()))
+    limited = any(layout.large for layout in layouts) and any(
+        leaf.layout.large and needs_bucket(leaf, cpu_offload) for leaf in found.leaves.values()
+    )
     failure, details, flagged = agree_on_entries(domains, found.columns(), found.failure, limited)
     if failure is not None:
         raise failure.error()
@@ -222,7 +225,7 @@ def _in_place(leaf: Leaf, cpu_offload: bool) -> torch.Tensor:
     """The whole tensor of a leaf of which nothing has to travel."""
     tensor, layout = leaf.tensor, leaf.layout
     if isinstance(tensor, DTensor) and (layout.domain is None or not layout.meta):
-        return fresh_copy(tensor._local_tensor, result_device(leaf, cpu_offload))
+        return fresh_copy(tensor._local_tensor, result_device(layout, cpu_offload))
     full = result_for(leaf, cpu_offload)
     if layout.domain is not None and not layout.meta:
         whole = carried_view(full)

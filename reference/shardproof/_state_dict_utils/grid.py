@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import permutations, product
 from typing import Any, cast
 
 import torch
 
-from shardproof._state_dict_utils.layout import Block
+from shardproof._state_dict_utils.layout import Block, Cut, block_at
 
 # torch's own annotation says that it returns nothing.
 _each: Callable[[torch.Tensor], Sequence[torch.Tensor]] = cast(Any, torch.unbind_copy)
@@ -97,6 +98,18 @@ class Grid:
     def _rows_of(self, data: torch.Tensor, count: int) -> torch.Tensor:
         """The same of rows."""
         return data.view(*self.parts, count, *self.block)
+
+
+@lru_cache(maxsize=4096)
+def line_of(
+    shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    cuts: tuple[Cut, ...],
+    coordinates: tuple[tuple[int, ...], ...],
+) -> tuple[list[list[Block]], Grid | None]:
+    """What each mesh coordinate holds of a tensor, and the grid that these blocks make, if any."""
+    blocks = [[block_at(shape, mesh_shape, cuts, coordinate)] for coordinate in coordinates]
+    return blocks, grid_of(shape, blocks)
 
 
 def grid_of(shape: Sequence[int], blocks: Sequence[Sequence[Block]]) -> Grid | None:

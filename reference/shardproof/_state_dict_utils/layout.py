@@ -16,7 +16,7 @@ import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch.distributed.device_mesh import DeviceMesh
@@ -38,8 +38,7 @@ Runs = tuple[Run, ...]
 Region = tuple[slice, ...]
 
 
-@dataclass(frozen=True)
-class Cut:
+class Cut(NamedTuple):
     """One application of sharding: ``splits`` pieces, each chunked over the mesh dimension."""
 
     tensor_dim: int

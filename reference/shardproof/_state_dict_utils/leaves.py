@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -16,8 +17,10 @@ from torch.distributed.tensor import DTensor
 from shardproof._state_dict_utils import stream
 from shardproof._state_dict_utils.agreement import Columns, Failure
 from shardproof._state_dict_utils.containers import LEAF_TYPES, leaf_name
+from shardproof._state_dict_utils.grid import Grid, grid_of, line_of
 from shardproof._state_dict_utils.layout import (
     Block,
+    Cut,
     block_at,
     box_block,
     cuts_of,
@@ -27,6 +30,7 @@ from shardproof._state_dict_utils.layout import (
 )
 from shardproof._state_dict_utils.reduction import check_reductions
 from shardproof._state_dict_utils.tensors import (
+    CPU,
     dtype_of,
     is_row_major,
     local_of,
@@ -34,13 +38,12 @@ from shardproof._state_dict_utils.tensors import (
     shape_of,
     tie_key,
 )
-from shardproof._state_dict_utils.ties import maybe_tied
 from shardproof._state_dict_utils.traverse import check_leaf_types
 from shardproof._state_dict_utils.walk import Walk
 from shardproof._state_dict_utils.wire import Domain, group_domain, mesh_domain
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Layout:
     """How tensors are spread over ranks. Leaves of one call that are spread alike share it.
 
@@ -50,11 +53,12 @@ class Layout:
         shape: the global shape.
         dtype: of the elements.
         stride: the global strides where they are not row-major.
-        meta: whether the tensors have no data.
+        device: of what this rank holds.
         summary: all of it in words.
         dims: the domain's dimensions over which the data differs.
         reductions: dimension -> pending reduction.
-        blocks: coordinate of the domain -> what the member there holds.
+        cuts: how a DTensor is sharded; None for a ShardedTensor.
+        shards: (global rank, block) of each shard of a ShardedTensor.
         here: what this rank holds.
         nbytes: of a whole tensor.
         held: whether this rank holds any element.
@@ -66,14 +70,31 @@ class Layout:
     shape: tuple[int, ...]
     dtype: torch.dtype
     stride: tuple[int, ...] | None
-    meta: bool
+    device: torch.device
     summary: str
+    nbytes: int
     dims: tuple[int, ...] = ()
     reductions: dict[int, str] = field(default_factory=dict)
-    blocks: Callable[[tuple[int, ...]], list[Block]] = field(default=lambda _: [])
+    cuts: tuple[Cut, ...] | None = None
+    shards: list[tuple[int, Block]] = field(default_factory=list)
     here: list[Block] = field(default_factory=list)
-    nbytes: int = 0
     held: bool = False
+
+    def line(
+        self, coordinates: tuple[tuple[int, ...], ...]
+    ) -> tuple[list[list[Block]], Grid | None]:
+        """What the members at these coordinates hold, and the grid that this makes, if any."""
+        assert self.domain is not None
+        if self.cuts is not None:
+            return line_of(self.shape, self.domain.shape, self.cuts, coordinates)
+        ranks = [self.domain.members[c[0]] for c in coordinates]
+        held = [[block for rank, block in self.shards if rank == r] for r in ranks]
+        return held, grid_of(self.shape, held)
+
+    @property
+    def meta(self) -> bool:
+        """Whether the tensors have no data."""
+        return self.device.type == "meta"
 
     @property
     def large(self) -> bool:
@@ -140,24 +161,32 @@ class Found:
         paths = sorted(self.leaves)
         leaves = list(map(self.leaves.__getitem__, paths))
         kinds: dict[tuple[str, tuple[int, ...]], int] = {}
-        known: dict[int, int] = {}
+        known: dict[Layout, int] = {}
         numbers: list[int] = []
         for leaf in leaves:
             layout = leaf.layout
-            number = known.get(id(layout))
+            number = known.get(layout)
             if number is None:
                 number = kinds.setdefault((layout.summary, layout.members), len(kinds))
-                known[id(layout)] = number
+                known[layout] = number
             numbers.append(number)
-        first: dict[Hashable, str] = {}
-        ties: list[str | None] = []
-        tied = maybe_tied([leaf.tensor for leaf in leaves])
-        for path, leaf, ask in zip(paths, leaves, tied, strict=False):
-            tie: str | None = None
-            if leaf.layout.held:
-                tie = first.setdefault(tie_key(leaf.tensor), path) if ask else path
-            ties.append(tie)
+        ties: list[str | None] = list(paths)
+        if not (all(layout.held for layout in known) and _apart(leaves)):
+            first: dict[Hashable, str] = {}
+            for place, leaf in enumerate(leaves):
+                key = tie_key(leaf.tensor) if leaf.layout.held else None
+                ties[place] = None if key is None else first.setdefault(key, leaf.path)
         return Columns(paths, list(kinds), numbers, ties)
+
+
+def _apart(leaves: Sequence[Leaf]) -> bool:
+    """Whether no two leaves are tied, by their addresses alone; False says nothing."""
+    addresses: set[int] = set()
+    for leaf in leaves:
+        if type(leaf.tensor) is not DTensor or type(leaf.local[0]) is not torch.Tensor:
+            return False
+        addresses.add(leaf.local[0].data_ptr())
+    return len(addresses) == len(leaves)
 
 
 def find(
@@ -181,16 +210,25 @@ def find(
         if type(value) in _NOT_DISTRIBUTED or not isinstance(value, (DTensor, ShardedTensor)):
             continue
         try:
-            key: Hashable = id(value)
             if isinstance(value, DTensor):
-                key = _likeness(value)
-            layout = layouts.get(key)
-            if layout is None:
-                layout = layouts[key] = _layout_of(value, domains)
-            leaf = found.leaves[name] = Leaf(name, value, layout, [])
-            if layout.domain is not None:
-                leaf.local = _parts(value, layout)
-                _check_parts(leaf)
+                spec, local = value._spec, value._local_tensor
+                if type(local) is not torch.Tensor or local.requires_grad:
+                    local = local_of(value)
+                # Meshes by identity: that two are equal costs more to find than a second layout.
+                key: Hashable = (
+                    *(id(spec.mesh), spec.placements, spec.tensor_meta),
+                    getattr(spec, "shard_order", None),
+                    *(local.shape, local.dtype, local.device),
+                )
+                layout = layouts.get(key)
+                if layout is None:
+                    layout = layouts[key] = _checked(_layout_of(value, domains), [local])
+                parts = [local] if layout.domain is not None else []
+            else:
+                layout = _layout_of(value, domains)
+                parts = _shards_of(value, layout) if layout.domain is not None else []
+                _checked(layout, parts)
+            found.leaves[name] = Leaf(name, value, layout, parts)
         except (ValueError, RuntimeError) as error:
             found.fail(type(error)(f"{name!r}: {error}"))
     found.domains = domains.in_order()
@@ -198,14 +236,6 @@ def find(
 
 
 _NOT_DISTRIBUTED = LEAF_TYPES - {DTensor, ShardedTensor}
-
-
-def _likeness(tensor: DTensor) -> Hashable:
-    """Equal for DTensors of one layout."""
-    spec, local = tensor._spec, tensor._local_tensor
-    order = getattr(spec, "shard_order", None)
-    # Meshes by identity: asking them whether they are equal costs more than a second layout does.
-    return id(spec.mesh), spec.placements, spec.tensor_meta, order, local.dtype, local.is_meta
 
 
 def summary(tensor: torch.Tensor) -> str:
@@ -235,6 +265,12 @@ def is_meta(tensor: torch.Tensor) -> bool:
     if isinstance(tensor, DTensor):
         return tensor._local_tensor.is_meta
     return not isinstance(tensor, ShardedTensor) and tensor.is_meta
+
+
+def _device_of(tensor: DTensor | ShardedTensor) -> torch.device:
+    if isinstance(tensor, DTensor):
+        return tensor._local_tensor.device
+    return next((shard.tensor.device for shard in tensor.local_shards()), CPU)
 
 
 class _Domains:
@@ -275,49 +311,89 @@ def _shards(tensor: ShardedTensor) -> list[tuple[int, Block]]:
     return found
 
 
+class _Spread(NamedTuple):
+    """How a DTensor is laid out on its mesh, whatever its memory.
+
+    Attributes:
+        stride: the global strides where they are not row-major.
+        summary: in words.
+        nbytes: of the whole tensor.
+        cuts: how it is sharded.
+        reductions: mesh dimension -> pending reduction.
+        dims: the mesh dimensions over which the data differs.
+
+    """
+
+    stride: tuple[int, ...] | None
+    summary: str
+    nbytes: int
+    cuts: tuple[Cut, ...]
+    reductions: dict[int, str]
+    dims: tuple[int, ...]
+
+
+# Weak: a mesh holds process groups.
+_SPREADS: WeakKeyDictionary[DeviceMesh, dict[Hashable, _Spread]] = WeakKeyDictionary()
+
+
+def _spread_of(tensor: DTensor) -> _Spread:
+    """Models have few layouts, and checkpoints ask for the same again and again."""
+    spec, dtype = tensor._spec, tensor.dtype
+    known = _SPREADS.get(spec.mesh)
+    if known is None:
+        known = _SPREADS[spec.mesh] = {}
+    # The types, too: a kind of partial of its own may equal the plain one.
+    kinds = tuple(map(type, spec.placements))
+    order = getattr(spec, "shard_order", None)
+    key = spec.placements, kinds, spec.tensor_meta, order, dtype, is_meta(tensor)
+    found = known.get(key)
+    if found is not None:
+        return found
+    shape, sizes = tuple(spec.shape), tuple(spec.mesh.shape)
+    stride: tuple[int, ...] | None = tuple(spec.stride)
+    if is_row_major(shape, spec.stride):
+        stride = None
+    reductions = {d: op for d, op in partial_dims(spec.placements).items() if sizes[d] > 1}
+    check_reductions(list(reductions.values()))
+    cuts = cuts_of(spec)
+    split = {cut.mesh_dim for cut in cuts if sizes[cut.mesh_dim] > 1} | set(reductions)
+    nbytes = math.prod(shape) * dtype.itemsize
+    found = _Spread(stride, summary(tensor), nbytes, cuts, reductions, tuple(sorted(split)))
+    known[key] = found
+    return found
+
+
 def _layout_of(tensor: DTensor | ShardedTensor, domains: _Domains) -> Layout:
     domain = domains.of(tensor)
-    members: tuple[int, ...] = ()
-    if domain is not None:
-        members = domain.members
-    elif isinstance(tensor, DTensor):
-        members = mesh_ranks(tensor.device_mesh)
-    whole, dtype = shape_of(tensor), dtype_of(tensor)
-    stride = tuple(tensor._spec.stride) if isinstance(tensor, DTensor) else None
-    if stride is not None and is_row_major(whole, stride):
-        stride = None
-    layout = Layout(domain, members, whole, dtype, stride, is_meta(tensor), summary(tensor))
-    layout.nbytes = math.prod(whole) * dtype.itemsize
-    if domain is None:
-        return layout
+    device, shape, dtype = _device_of(tensor), shape_of(tensor), dtype_of(tensor)
     if isinstance(tensor, DTensor):
-        spec = tensor._spec
-        reductions = partial_dims(spec.placements)
-        cuts, shape, mesh_shape = cuts_of(spec), tuple(spec.shape), domain.shape
-        split = {cut.mesh_dim for cut in cuts} | set(reductions)
-        layout.dims = tuple(d for d in sorted(split) if domain.shape[d] > 1)
-        layout.reductions = {d: op for d, op in reductions.items() if domain.shape[d] > 1}
-        check_reductions(list(layout.reductions.values()))
-        layout.blocks = lambda coordinate: [block_at(shape, mesh_shape, cuts, coordinate)]
+        if domain is None:
+            # This rank takes no part, and a placement that it does not know is not its matter.
+            ranks = mesh_ranks(tensor.device_mesh)
+            return Layout(None, ranks, shape, dtype, None, device, summary(tensor), 0)
+        stride, words, nbytes, cuts, reductions, dims = _spread_of(tensor)
+        layout = Layout(domain, domain.members, shape, dtype, stride, device, words, nbytes)
+        layout.dims, layout.reductions, layout.cuts = dims, reductions, cuts
+        layout.here = [block_at(shape, domain.shape, cuts, domain.here)]
     else:
-        shards = _shards(tensor)
-        ranks = domain.members
-        strangers = sorted({rank for rank, _ in shards} - set(ranks))
+        members = () if domain is None else domain.members
+        nbytes = math.prod(shape) * dtype.itemsize
+        layout = Layout(domain, members, shape, dtype, None, device, summary(tensor), nbytes)
+        if domain is None:
+            return layout
+        layout.shards = _shards(tensor)
+        strangers = sorted({rank for rank, _ in layout.shards} - set(members))
         if strangers:
-            raise ValueError(f"shards on global ranks {strangers}, expected {ranks}")
-        layout.dims = (0,) if len(ranks) > 1 else ()
-        layout.blocks = lambda coordinate: [
-            block for rank, block in shards if rank == ranks[coordinate[0]]
-        ]
-    layout.here = layout.blocks(domain.here)
+            raise ValueError(f"shards on global ranks {strangers}, expected {members}")
+        layout.dims = (0,) if len(members) > 1 else ()
+        mine = members[domain.here[0]]
+        layout.here = [block for rank, block in layout.shards if rank == mine]
     layout.held = any(block.numel for block in layout.here)
     return layout
 
 
-def _parts(tensor: DTensor | ShardedTensor, layout: Layout) -> list[torch.Tensor]:
+def _shards_of(tensor: ShardedTensor, layout: Layout) -> list[torch.Tensor]:
     """This rank's parts, detached, in the order of its blocks."""
-    if isinstance(tensor, DTensor):
-        return [local_of(tensor)]
     held = {
         (tuple(s.metadata.shard_offsets), tuple(s.metadata.shard_sizes)): s.tensor
         for s in tensor.local_shards()
@@ -331,13 +407,15 @@ def _parts(tensor: DTensor | ShardedTensor, layout: Layout) -> list[torch.Tensor
     return parts
 
 
-def _check_parts(leaf: Leaf) -> None:
+def _checked(layout: Layout, parts: Sequence[torch.Tensor]) -> Layout:
     """Refuse parts of another shape or dtype than the layout says."""
-    dtype = leaf.layout.dtype
-    for part, block in zip(leaf.local, leaf.layout.here, strict=True):
+    if layout.domain is None:
+        return layout
+    for part, block in zip(parts, layout.here, strict=True):
         if part.shape != block.shape:
             raise ValueError(
                 f"local shape {tuple(part.shape)} on this rank, expected {block.shape}"
             )
-        if part.dtype != dtype:
-            raise ValueError(f"local dtype {part.dtype} on this rank, expected {dtype}")
+        if part.dtype != layout.dtype:
+            raise ValueError(f"local dtype {part.dtype} on this rank, expected {layout.dtype}")
+    return layout

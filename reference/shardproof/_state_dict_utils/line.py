@@ -11,11 +11,10 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils import stream
 from shardproof._state_dict_utils.agreement import Entries
-from shardproof._state_dict_utils.grid import Grid, grid_of
+from shardproof._state_dict_utils.grid import Grid
 from shardproof._state_dict_utils.leaves import Layout, Leaf
 from shardproof._state_dict_utils.reduction import reduced
 from shardproof._state_dict_utils.stream import (
@@ -126,7 +125,7 @@ class Line:
         self.may_travel_alone = agreed.whole(domain) and len(dims) == 1
         here = domain.here
         self.places = list(product(*(range(domain.shape[d]) for d in dims)))
-        self.coordinates = [_with(here, dims, place) for place in self.places]
+        self.coordinates = tuple([_with(here, dims, place) for place in self.places])
         self.me = self.coordinates.index(here)
         line = [domain.members[domain.position(c)] for c in self.coordinates]
         self.takers = [i for i, rank in enumerate(line) if wanted is None or rank in wanted]
@@ -143,8 +142,8 @@ class Line:
         grids: dict[int, Grid | None] = {}
         for kind in self.kinds:
             layout = kind[0].layout
-            blocks = [layout.blocks(c) for c in self.coordinates]
-            grid = None if self.reductions else grid_of(layout.shape, blocks)
+            blocks, grid = layout.line(self.coordinates)
+            grid = None if self.reductions else grid
             if self._travels_alone(layout, grid):
                 for leaf in kind:
                     self._gather_alone(leaf, results)
@@ -185,7 +184,8 @@ class Line:
         self, todo: Stream, grids: Sequence[Grid | None], results: dict[str, torch.Tensor]
     ) -> None:
         parcels = todo.parcels
-        devices = {result_device(leaf, self.cpu_offload) for p in parcels for leaf in p.items}
+        layouts = {leaf.layout for parcel in parcels for leaf in parcel.items}
+        devices = {result_device(layout, self.cpu_offload) for layout in layouts}
         for width, pieces in todo.buckets():
             bucket = torch.empty(width, dtype=torch.uint8, device=self.domain.device)
             pack(bucket, pieces[self.me], parcels, _part)
@@ -225,9 +225,11 @@ class Line:
                         made = [whole.view(leaves[0].layout.dtype) for whole in made]
                     results.update(zip([leaf.path for leaf in leaves], made, strict=True))
                 else:
-                    for index, leaf in enumerate(leaves):
+                    each = [room]
+                    if len(leaves) > 1:
+                        each = list(room.view(len(room), len(leaves), -1).unbind(1))
+                    for leaf, part in zip(leaves, each, strict=True):
                         target = grid.of(carried_view(self._result(leaf, results)))
-                        part = room.view(len(room), len(leaves), -1)[:, index]
                         todo.add(target, grid.rows(part, target))
         else:
             for group in self.peers:
@@ -240,13 +242,12 @@ class Line:
 
     def _come_together(self, leaves: Sequence[Leaf], device: torch.device) -> bool:
         """Whether the results of these leaves are best made many at a time."""
-        layout = leaves[0].layout
-        return (
-            device == CPU
-            and len(leaves) > 1
-            and layout.nbytes <= _TOGETHER
-            and all(leaf.layout.stride is None for leaf in leaves)
-            and all(result_device(leaf, self.cpu_offload) == CPU for leaf in leaves)
+        if len(leaves) == 1 or device != CPU or leaves[0].layout.nbytes > _TOGETHER:
+            return False
+        layouts = {leaf.layout for leaf in leaves}
+        return all(
+            layout.stride is None and result_device(layout, self.cpu_offload) == CPU
+            for layout in layouts
         )
 
     def _result(self, leaf: Leaf, results: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -283,7 +284,8 @@ class Line:
             data = carried_view(reduced([p.view(dtype) for p in parts], ops, len(group)))
         else:
             data = parts[0].view(carrier(dtype))
-        block = leaf.layout.blocks(self.coordinates[group[0]])[piece.block]
+        blocks, _ = leaf.layout.line(self.coordinates)
+        block = blocks[group[0]][piece.block]
         whole = carried_view(self._result(leaf, results))
         deliver(data, block, piece, lambda region, values: todo.add(whole[region], values))
 
@@ -292,17 +294,15 @@ def _part(leaf: Leaf, block: int) -> torch.Tensor:
     return leaf.local[block]
 
 
-def result_device(leaf: Leaf, cpu_offload: bool) -> torch.device:
-    """Where the whole tensor of a leaf is wanted."""
-    if isinstance(leaf.tensor, DTensor):
-        return CPU if cpu_offload else leaf.tensor._local_tensor.device
-    return leaf.local[0].device if leaf.local and not cpu_offload else CPU
+def result_device(layout: Layout, cpu_offload: bool) -> torch.device:
+    """Where the whole tensors of a layout are wanted."""
+    return CPU if cpu_offload else layout.device
 
 
 def result_for(leaf: Leaf, cpu_offload: bool) -> torch.Tensor:
     """A tensor that takes the values of a leaf."""
     layout = leaf.layout
-    device = result_device(leaf, cpu_offload)
+    device = result_device(layout, cpu_offload)
     return allocate(layout.shape, layout.dtype, device, layout.stride)
 
 

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -56,6 +57,9 @@ _WIDEST = 16
 # A tensor of which a participant has at most this share of a row of a bucket is not cut: what the
 # end of a row then leaves empty is less.
 _UNCUT = 16
+
+
+_device = attrgetter("device")
 
 
 @dataclass(slots=True)
@@ -255,7 +259,7 @@ def stack_into(room: torch.Tensor, parts: list[torch.Tensor]) -> None:
     """
     if parts[0].dtype is not room.dtype:
         parts = [bits(part) for part in parts]
-    if any(part.device != room.device for part in parts):
+    if set(map(_device, parts)) != {room.device}:
         parts = [part.to(room.device) for part in parts]
     torch.stack(parts, out=room.view(len(parts), *parts[0].shape))
 
