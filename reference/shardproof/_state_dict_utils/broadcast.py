@@ -18,9 +18,18 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils.agreement import Failure, exchange, first_failure
-from shardproof._state_dict_utils.targets import WHOLE, Place, Places, Target, plain_full_tensor
+from shardproof._state_dict_utils.targets import (
+    WHOLE,
+    Model,
+    Place,
+    Target,
+    Targets,
+    plain_full_tensor,
+    winners,
+)
 from shardproof._state_dict_utils.tensors import CPU, bits, geometry, is_ordinary
-from shardproof._state_dict_utils.transport import Need, Offer, Transport
+from shardproof._state_dict_utils.ties import maybe_tied
+from shardproof._state_dict_utils.transport import Need, Offer, Offers, Transport
 from shardproof._state_dict_utils.wire import Domain, broadcast, finish, group_domain
 
 _LENGTH = struct.Struct("<q")
@@ -35,33 +44,60 @@ class _TensorInfo(NamedTuple):
 
 @dataclass
 class _Plan:
-    """What this rank will do with what the source offers."""
+    """What this rank will do with what the source offers.
+
+    Attributes:
+        values: key -> what replaces the local value.
+        removed: keys to remove.
+        found: key -> target.
+        leaders: key of a tied target -> the key whose values are in it, too.
+        targets: root key -> the targets that it fills.
+        scalars: targets, each with the 0-dim tensor that fills it.
+
+    """
 
     values: dict[Any, Any] = field(default_factory=dict)
     removed: list[Any] = field(default_factory=list)
+    found: dict[Any, Target] = field(default_factory=dict)
+    leaders: dict[Any, Any] = field(default_factory=dict)
     targets: dict[Any, list[Target]] = field(default_factory=dict)
     scalars: list[tuple[Target, torch.Tensor]] = field(default_factory=list)
-    winners: dict[Any, Target] = field(default_factory=dict)
 
-    def needs(self, domain: Domain) -> dict[Any, tuple[Need, ...]]:
-        """Root key -> what this rank needs of it, told alike on all ranks where it is alike."""
+    def columns(self, offers: Offers, domain: Domain) -> _Columns:
+        """What this rank needs, told alike on all ranks where it is alike."""
         every = set(domain.members)
         # A replicated target on a mesh of all these ranks needs what a plain one needs.
         seen: dict[Place, Place] = {WHOLE: WHOLE}
-        found: dict[Any, tuple[Need, ...]] = {}
-        for root, targets in self.targets.items():
-            needs = []
-            for target in targets:
-                place = seen.get(target.place)
+        known: dict[Model, Need] = {}
+        numbers: dict[Need, int] = {}
+        told: dict[Model, tuple[int, ...]] = {}
+
+        def need(model: Model) -> Need:
+            found = known.get(model)
+            if found is None:
+                place = seen.get(model.place)
                 if place is None:
-                    place = target.place
+                    place = model.place
                     whole = not place.cuts and every <= set(place.members)
                     place = seen[place] = WHOLE if whole else place
-                needs.append((place, target.receives_directly(domain.device)))
-            found[root] = tuple(dict.fromkeys(needs)) if len(needs) > 1 else tuple(needs)
-            if len(targets) > 1:
-                found[root] = tuple(dict.fromkeys((place, False) for place, _ in needs))
-        return found
+                found = known[model] = place, model.receives_directly(domain.device)
+            return found
+
+        wanted: list[tuple[int, ...]] = []
+        for key in offers.keys:
+            targets = self.targets.get(key)
+            if not targets:
+                wanted.append(())
+            elif len(targets) == 1:
+                model = targets[0].model
+                mine = told.get(model)
+                if mine is None:
+                    mine = told[model] = (numbers.setdefault(need(model), len(numbers)),)
+                wanted.append(mine)
+            else:
+                needs = dict.fromkeys((need(target.model)[0], False) for target in targets)
+                wanted.append(tuple([numbers.setdefault(n, len(numbers)) for n in needs]))
+        return list(numbers), wanted
 
 
 @torch.no_grad()
@@ -155,48 +191,39 @@ def _run(
         return
     domain = group_domain(group, device)
     source = dist.get_rank(group) == 0
-    offers, failure = _offers(full, keys) if source else ({}, None)
+    offers, failure = _offers(full, keys) if source else (Offers(), None)
+    wholes = offers.wholes
     offers, refused = _tell(domain, group, offers, failure)
-    plan = _Plan()
-    if refused is None:
-        try:
-            if keys is not None:
-                _check_infos(full, keys, offers, source)
-            plan = _plan(offers, local, device, strict, cpu_offload, whole=keys is not None)
-        except Exception as error:
-            # Whatever it is, the others hear of it: they are about to wait for this rank.
-            failure = Failure.of(error)
-    else:
+    if refused is not None:
         raise refused.error()
-    needs = plan.needs(domain)
-    columns = _columns(offers, needs)
+    plan = _Plan()
+    try:
+        if keys is not None:
+            _check_infos(full, keys, offers, source)
+        plan = _plan(offers, local, device, strict, cpu_offload, whole=keys is not None)
+    except Exception as error:
+        # Whatever it is, the others hear of it: they are about to wait for this rank.
+        failure = Failure.of(error)
+    columns = plan.columns(offers, domain)
     told, _ = exchange(domain, columns, failure, repr(columns).encode())
     if told is not None and (found := first_failure(domain, told)):
         raise found.error()
     kinds, wanted = _merged([columns] if told is None else [theirs for _, theirs in told])
 
-    opened = {id(target): target.open() for target in plan.winners.values()}
-    results = {key: opened[id(target)] for key, target in plan.winners.items()}
     for target, value in plan.scalars:
         target.take(value)
-    Transport(domain, group, full if source else None, plan.targets).run(offers, kinds, wanted)
+    transport = Transport(domain, group, wholes if source else None, plan.targets)
+    transport.run(offers, kinds, wanted)
+    leaders = plan.leaders
+    results = {key: t.result() for key, t in plan.found.items() if key not in leaders}
     local.update(plan.values)
-    local.update(results)
+    local.update({key: results[leaders.get(key, key)] for key in plan.found})
     for key in plan.removed:
         del local[key]
 
 
 _Columns = tuple[list[Need], list[tuple[int, ...]]]
 """(the distinct needs, per offered key which of them), the same on ranks with the same needs."""
-
-
-def _columns(offers: dict[Any, Offer], needs: dict[Any, tuple[Need, ...]]) -> _Columns:
-    numbers: dict[Need, int] = {}
-    wanted = [
-        tuple([numbers.setdefault(need, len(numbers)) for need in needs.get(key, ())])
-        for key in offers
-    ]
-    return list(numbers), wanted
 
 
 def _merged(told: list[_Columns]) -> tuple[list[Need], list[list[tuple[int, ...]]]]:
@@ -209,54 +236,64 @@ def _merged(told: list[_Columns]) -> tuple[list[Need], list[list[tuple[int, ...]
     return list(numbers), merged
 
 
-def _offers(
-    full: dict[str, Any], keys: list[str] | None
-) -> tuple[dict[Any, Offer], Failure | None]:
+def _offers(full: dict[str, Any], keys: list[str] | None) -> tuple[Offers, Failure | None]:
     """What the source has, in the order of its state dict."""
-    offers: dict[Any, Offer] = {}
-    roots: dict[Hashable, Any] = {}
+    offers = Offers()
+    numbers: dict[Hashable, int] = {}
     try:
-        for key in full if keys is None else keys:
+        for key in full if keys is None else dict.fromkeys(keys):
             if key not in full:
                 raise KeyError(f"the full state dict lacks {key!r}")
             value = full[key]
             if not isinstance(value, torch.Tensor):
                 if keys is not None:
                     raise TypeError(f"{key!r}: expected a full tensor, got {type(value)}")
-                offers[key] = Offer("value", value=value)
+                offers.add(key, Offer("value"), value)
                 continue
             plain = plain_full_tensor(key, value)
-            size = tuple(plain.size())
-            if not size and keys is None:
+            if not plain.dim() and keys is None:
                 raw = bits(plain).cpu().reshape(1).view(torch.uint8).numpy().tobytes()
-                offers[key] = Offer("scalar", size, plain.dtype, raw)
+                offers.add(key, Offer("scalar", (), plain.dtype), raw)
                 continue
-            root = roots.setdefault(geometry(plain) if plain.numel() else id(plain), key)
-            flat = plain.is_contiguous() and not plain.is_neg() and is_ordinary(plain)
-            offers[key] = Offer("tensor", size, plain.dtype, None, root, flat)
+            flat = is_ordinary(plain) and plain.is_contiguous() and not plain.is_neg()
+            likeness = plain.shape, plain.dtype, flat
+            number = numbers.get(likeness)
+            if number is None:
+                offer = Offer("tensor", tuple(plain.size()), plain.dtype, flat)
+                number = numbers[likeness] = offers.number(offer)
+            offers.keys.append(key)
+            offers.numbers.append(number)
+            offers.wholes[key] = plain
     except Exception as error:
-        return {}, Failure.of(error)
+        return Offers(), Failure.of(error)
+    wholes = offers.wholes
+    tied = maybe_tied(list(wholes.values()))
+    first: dict[Hashable, Any] = {}
+    for (key, plain), ask in zip(wholes.items(), tied, strict=False):
+        if ask and plain.numel():
+            root = first.setdefault(geometry(plain), key)
+            if root != key:
+                offers.roots[key] = root
     return offers, None
 
 
 def _tell(
     domain: Domain,
     group: dist.ProcessGroup,
-    offers: dict[Any, Offer],
+    offers: Offers,
     failure: Failure | None,
-) -> tuple[dict[Any, Offer], Failure | None]:
+) -> tuple[Offers, Failure | None]:
     """Send the source's offers, or its error, to all."""
     if failure is not None:
         failure = Failure(failure.kind, f"{domain.name(0)}: {failure.message}", True)
     body = b""
     if domain.index() == 0:
         try:
-            # By columns: a key costs a sixth of what it costs as a pickled record.
-            body = pickle.dumps((list(offers), list(zip(*offers.values(), strict=True)), failure))
+            body = pickle.dumps((*offers.told(), failure))
         except Exception as error:
             culprit = _unpicklable(offers)
             text = f"{domain.name(0)}: {culprit!r}: expected a value that can be pickled: {error}"
-            body = pickle.dumps(([], [], Failure("TypeError", text, True)))
+            body = pickle.dumps((*Offers().told(), Failure("TypeError", text, True)))
     head = _as_tensor(_LENGTH.pack(len(body)), domain.device)
     finish(broadcast(group, head))
     length = int(_LENGTH.unpack(bytes(head.tolist()))[0])
@@ -264,16 +301,15 @@ def _tell(
     finish(broadcast(group, data))
     received = data.cpu().numpy().tobytes()
     # The peers of a process group run the same program: they are trusted as torch trusts them.
-    keys, columns, refused = pickle.loads(received)  # noqa: S301
-    records = map(Offer._make, zip(*columns, strict=True))
-    return dict(zip(keys, records, strict=True)), refused
+    *told, refused = pickle.loads(received)  # noqa: S301
+    return Offers(*told), refused
 
 
-def _unpicklable(offers: dict[Any, Offer]) -> Any:
-    """The first key whose offer cannot be sent."""
-    for key, offer in offers.items():
+def _unpicklable(offers: Offers) -> Any:
+    """The first key that cannot be sent, or whose value cannot."""
+    for key in offers.keys:
         try:
-            pickle.dumps((key, offer))
+            pickle.dumps((key, offers.values.get(key)))
         except Exception:
             return key
     return None
@@ -283,22 +319,21 @@ def _as_tensor(data: bytes, device: torch.device) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
 
 
-def _check_infos(
-    full: dict[str, Any], keys: list[str], offers: dict[Any, Offer], source: bool
-) -> None:
-    if set(keys) != set(offers):
-        raise ValueError(f"keys {sorted(keys)}, expected the first rank's {sorted(offers)}")
+def _check_infos(full: dict[str, Any], keys: list[str], offers: Offers, source: bool) -> None:
+    if set(keys) != set(offers.keys):
+        raise ValueError(f"keys {sorted(keys)}, expected the first rank's {sorted(offers.keys)}")
+    offered = {} if source else dict(offers.items())
     for key in keys if not source else ():
         if key not in full:
             raise KeyError(f"the full state dict lacks {key!r}")
-        info, offer = full[key], offers[key]
+        info, offer = full[key], offered[key]
         said = (tuple(getattr(info, "size", ())), getattr(info, "dtype", None))
         if isinstance(info, _TensorInfo) and said != (offer.size, offer.dtype):
             raise ValueError(f"{key!r}: expected {said}, the first rank has {offer.size}")
 
 
 def _plan(
-    offers: dict[Any, Offer],
+    offers: Offers,
     local: dict[str, Any],
     device: torch.device,
     strict: bool,
@@ -306,37 +341,33 @@ def _plan(
     whole: bool,
 ) -> _Plan:
     plan = _Plan()
-    places = Places()
-    last: dict[Hashable, Any] = {}
-    found: dict[Any, Target] = {}
-    for key, offer in offers.items():
-        if key not in local or (local[key] is None and offer.kind == "tensor"):
+    targets = Targets(in_place=True, cpu_offload=cpu_offload)
+    offered = list(offers.items())
+    for key, offer in offered:
+        value = local.get(key)
+        if value is None and (key not in local or offer.kind == "tensor"):
             continue
         if offer.kind == "value":
-            plan.values[key] = offer.value
+            plan.values[key] = offers.values[key]
             continue
         assert offer.dtype is not None
-        value = local[key]
         here = device
         if offer.kind == "scalar" and not isinstance(value, DTensor):
             meta = isinstance(value, torch.Tensor) and value.is_meta
             here = device if meta else CPU
-        target = Target(key, value, offer.size, offer.dtype, here, True, places, cpu_offload)
-        found[key] = target
-        # Tied targets share memory, so only the last one's values could remain: only they travel.
-        last[target.tie] = key
-    for key, target in found.items():
-        winner = found[last[target.tie]]
-        plan.winners[key] = winner
-        if winner is not target:
+        plan.found[key] = targets.target(key, value, offer.size, offer.dtype, here)
+    plan.leaders = winners(plan.found)
+    for key, offer in offered:
+        target = plan.found.get(key)
+        if target is None or key in plan.leaders:
             continue
-        offer = offers[key]
         if offer.kind == "tensor":
-            plan.targets.setdefault(offer.root, []).append(target)
-        elif target.block is not None:
+            plan.targets.setdefault(offers.roots.get(key, key), []).append(target)
+        elif target.model.block is not None:
             assert offer.dtype is not None
-            raw = torch.frombuffer(bytearray(offer.value), dtype=torch.uint8)
+            raw = torch.frombuffer(bytearray(offers.values[key]), dtype=torch.uint8)
             plan.scalars.append((target, raw.view(offer.dtype).view(())))
     if strict and not whole:
-        plan.removed = [key for key in local if key not in offers]
+        known = set(offers.keys)
+        plan.removed = [key for key in local if key not in known]
     return plan

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from shardproof._state_dict_utils.targets import Places, Target, plain_full_tensor
+from shardproof._state_dict_utils.targets import Target, Targets, plain_full_tensor, winners
 from shardproof._state_dict_utils.tensors import CPU
 
 
@@ -46,9 +45,8 @@ def _distribute_state_dict(
     """
     device = torch.device(device)
     values: dict[str, Any] = {}
-    places = Places()
+    targets = Targets(in_place=False)
     found: dict[str, tuple[Target, torch.Tensor]] = {}
-    last: dict[Hashable, str] = {}
     for key, value in full_state_dict.items():
         if key not in local_state_dict:
             continue
@@ -62,16 +60,10 @@ def _distribute_state_dict(
         meta = isinstance(held, torch.Tensor) and held.is_meta
         scalar = not full.dim() and not meta and not isinstance(held, DTensor)
         where = CPU if scalar else device
-        target = Target(key, held, full.size(), full.dtype, where, in_place=False, places=places)
-        found[key] = target, full
-        last[target.tie] = key
-    opened: dict[str, Any] = {}
-    for key in last.values():
-        target, full = found[key]
-        opened[key] = target.filled(full)
+        found[key] = targets.target(key, held, full.size(), full.dtype, where), full
+    results = _filled(found)
     local_state_dict.update(values)
-    for key, (target, _) in found.items():
-        local_state_dict[key] = opened[last[target.tie]]
+    local_state_dict.update(results)
 
 
 @torch.no_grad()
@@ -99,21 +91,23 @@ def _distribute_tensors(
 
     """
     device = torch.device(device)
-    places = Places()
+    targets = Targets(in_place=True)
     found: dict[str, tuple[Target, torch.Tensor]] = {}
-    last: dict[Hashable, str] = {}
     for key in keys:
         pair = local_state_dict.get(key)
         if pair is None or isinstance(pair, torch.Tensor):
             continue
         held, value = pair
         full = plain_full_tensor(key, value)
-        target = Target(key, held, full.size(), full.dtype, device, in_place=True, places=places)
-        found[key] = target, full
-        last[target.tie] = key
-    opened: dict[str, Any] = {}
-    for key in last.values():
-        target, full = found[key]
-        opened[key] = target.filled(full)
-    for key, (target, _) in found.items():
-        local_state_dict[key] = opened[last[target.tie]]
+        found[key] = targets.target(key, held, full.size(), full.dtype, device), full
+    local_state_dict.update(_filled(found))
+
+
+def _filled(found: dict[str, tuple[Target, torch.Tensor]]) -> dict[str, Any]:
+    """The results by key; of tied targets the last key's values are in all of them."""
+    leaders = winners({key: target for key, (target, _) in found.items()})
+    results: dict[str, Any] = {}
+    for key, (target, full) in found.items():
+        if key not in leaders:
+            results[key] = target.filled(full)
+    return {key: results[leaders.get(key, key)] for key in found}

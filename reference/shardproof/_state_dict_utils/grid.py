@@ -16,9 +16,10 @@ from typing import Any, cast
 import torch
 
 from shardproof._state_dict_utils.layout import Block, Cut, block_at
+from shardproof._state_dict_utils.stream import stack_into
 
 # torch's own annotation says that it returns nothing.
-_each: Callable[[torch.Tensor], Sequence[torch.Tensor]] = cast(Any, torch.unbind_copy)
+copies_of_each: Callable[[torch.Tensor], Sequence[torch.Tensor]] = cast(Any, torch.unbind_copy)
 
 # Bytes that stay in the processor's second cache while they are written and read once.
 _NEAR = 1 << 18
@@ -66,14 +67,14 @@ class Grid:
         made: list[torch.Tensor] = []
         for at, number, near in self._near(data, count):
             self._blocks_of(near).copy_(self._rows_of(data, count).narrow(self._at, at, number))
-            made.extend(_each(near))
+            made.extend(copies_of_each(near))
         return made
 
     def fill(self, data: torch.Tensor, wholes: Sequence[torch.Tensor]) -> None:
         """Write the blocks of whole tensors into rows: the inverse of :meth:`fresh`."""
         count = len(wholes)
         for at, number, near in self._near(data, count):
-            torch.stack(list(wholes[at : at + number]), out=near)
+            stack_into(near.view(-1), list(wholes[at : at + number]))
             self._rows_of(data, count).narrow(self._at, at, number).copy_(self._blocks_of(near))
 
     @property
@@ -100,7 +101,10 @@ class Grid:
         return data.view(*self.parts, count, *self.block)
 
 
-@lru_cache(maxsize=4096)
+# Up to so many participants a line is remembered: more of them would fill the memory.
+_REMEMBERED = 64
+
+
 def line_of(
     shape: tuple[int, ...],
     mesh_shape: tuple[int, ...],
@@ -108,8 +112,21 @@ def line_of(
     coordinates: tuple[tuple[int, ...], ...],
 ) -> tuple[list[list[Block]], Grid | None]:
     """What each mesh coordinate holds of a tensor, and the grid that these blocks make, if any."""
+    find = _remembered_line if len(coordinates) <= _REMEMBERED else _line
+    return find(shape, mesh_shape, cuts, coordinates)
+
+
+def _line(
+    shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    cuts: tuple[Cut, ...],
+    coordinates: tuple[tuple[int, ...], ...],
+) -> tuple[list[list[Block]], Grid | None]:
     blocks = [[block_at(shape, mesh_shape, cuts, coordinate)] for coordinate in coordinates]
     return blocks, grid_of(shape, blocks)
+
+
+_remembered_line = lru_cache(maxsize=4096)(_line)
 
 
 def grid_of(shape: Sequence[int], blocks: Sequence[Sequence[Block]]) -> Grid | None:

@@ -6,14 +6,14 @@ writes that follow touch memory that existed before.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from shardproof._state_dict_utils.layout import (
     Block,
@@ -31,6 +31,7 @@ from shardproof._state_dict_utils.tensors import (
     CPU,
     FSDP_FLATTENED,
     MOVABLE,
+    STANDS_FOR,
     allocate,
     allocate_like,
     is_ordinary,
@@ -42,6 +43,7 @@ from shardproof._state_dict_utils.tensors import (
     unwritable,
     with_local,
 )
+from shardproof._state_dict_utils.ties import maybe_tied
 
 
 class Place(NamedTuple):
@@ -68,46 +70,102 @@ class Place(NamedTuple):
 
 
 WHOLE = Place()
+_PLAIN = frozenset({torch.Tensor, nn.Parameter})
+_MARKS = frozenset({FSDP_FLATTENED, STANDS_FOR})
 
 
-class Places:
-    """What the targets of a call have in common: most are laid out like another."""
-
-    def __init__(self) -> None:
-        self._found: dict[Hashable, tuple[Place, Block | None, bool]] = {}
-
-    def of(self, spec: DTensorSpec) -> tuple[Place, Block | None, bool]:
-        """(the place, this rank's block, whether a reduction is pending)."""
-        key = (spec.mesh, spec.placements, spec.shape, getattr(spec, "shard_order", None))
-        found = self._found.get(key)
-        if found is None:
-            place = Place(mesh_ranks(spec.mesh), tuple(spec.mesh.shape), cuts_of(spec))
-            coordinate = my_coordinate(spec.mesh)
-            block = None if coordinate is None else spec_block(spec, coordinate)
-            found = self._found[key] = place, block, bool(partial_dims(spec.placements))
-        return found
-
-
-class Target:
-    """One entry of a local state dict that takes a full tensor.
+class Targets:
+    """Makes the targets of a call: most are like another, and what follows from that is found once.
 
     Args:
-        key: its key, for messages.
-        value: what the local state dict holds: a tensor, a DTensor, or anything that is replaced.
-            A Parameter that stands in for a DTensor (see ``tensor.parallel.ddp``) is taken for it.
-            A piece of a flat parameter of FSDP1 has a shape that says nothing: there the full
-            tensor is what FSDP's load hooks take.
-        size: the shape of the full tensor.
-        dtype: the dtype of the full tensor.
-        device: where new tensors are made.
         in_place: write into the memory of a DTensor that has some on the right device; otherwise
             a new DTensor takes its place.
-        cpu_offload: the result has to be in CPU memory.
-        places: shared by the targets of a call.
+        cpu_offload: results have to be in CPU memory.
+
+    """
+
+    def __init__(self, in_place: bool, cpu_offload: bool = False) -> None:
+        self._in_place, self._cpu_offload = in_place, cpu_offload
+        self._models: dict[Hashable, Model] = {}
+
+    def target(
+        self,
+        key: Any,
+        value: Any,
+        size: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Target:
+        """The entry ``key`` of a local state dict as something that takes a full tensor.
+
+        Args:
+            key: for messages.
+            value: what the local state dict holds: a tensor, a DTensor, or anything that is
+                replaced. A Parameter that stands in for a DTensor (see ``tensor.parallel.ddp``)
+                is taken for it. A piece of a flat parameter of FSDP1 has a shape that says
+                nothing: there the full tensor is what FSDP's load hooks take.
+            size: the shape of the full tensor.
+            dtype: the dtype of the full tensor.
+            device: where new tensors are made.
+
+        Raises:
+            TypeError: the target is of a kind that cannot take a full tensor.
+            ValueError: its shape, dtype or placements do not admit the full tensor.
+
+        """
+        likeness = _likeness(value)
+        if likeness is None:
+            value = stood_for(value)
+            return Target(key, value, self._model(key, value, size, dtype, device))
+        found = self._models.get((likeness, size, dtype, device))
+        if found is None:
+            found = self._model(key, value, size, dtype, device)
+            self._models[likeness, size, dtype, device] = found
+        return Target(key, value, found)
+
+    def _model(
+        self, key: Any, value: Any, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Model:
+        device = CPU if self._cpu_offload else device
+        try:
+            return Model(value, size, dtype, device, self._in_place, self._cpu_offload)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{key!r}: {error}") from None
+
+
+def _likeness(value: Any) -> Hashable | None:
+    """Equal for values that take full tensors alike; None where only the value itself can tell."""
+    kind = type(value)
+    if kind is DTensor:
+        spec, local = value._spec, value._local_tensor
+        if type(local) is not torch.Tensor or not local.is_contiguous() or local.is_neg():
+            return None
+        order = getattr(spec, "shard_order", None)
+        place = id(spec.mesh), spec.placements, spec.tensor_meta, order
+        return place, local.shape, local.dtype, local.device, local.is_conj()
+    ordinary = kind in _PLAIN and _MARKS.isdisjoint(vars(value)) and is_ordinary(value)
+    if ordinary and value.is_contiguous() and not value.is_neg():
+        return value.shape, value.dtype, value.device, value.is_conj()
+    return None
+
+
+class Model:
+    """How targets that are alike take full tensors of one shape and dtype.
+
+    Attributes:
+        size: the shape of the full tensors.
+        source_dtype: their dtype.
+        dtype: that of the results.
+        device: where new tensors are made.
+        place: which part of a full tensor a target takes, on whatever rank.
+        block: this rank's part; None where the rank is outside the target's mesh.
+        is_piece: whether the target is a piece of a flat parameter.
+        keeps: whether values are written into the memory that is there.
+        ordinary: whether the memory that is there is contiguous, and holds its values as they are;
+            so where there is none.
 
     Raises:
-        TypeError: the target is of a kind that cannot take a full tensor.
-        ValueError: its shape, dtype or placements do not admit the full tensor.
+        TypeError, ValueError: as :meth:`Targets.target` says.
 
     """
 
@@ -117,124 +175,148 @@ class Target:
         "dtype",
         "is_piece",
         "keeps",
-        "key",
-        "memory",
+        "ordinary",
         "place",
         "size",
         "source_dtype",
-        "tie",
-        "value",
     )
 
     def __init__(
         self,
-        key: Any,
         value: Any,
         size: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
         in_place: bool,
-        places: Places,
-        cpu_offload: bool = False,
+        cpu_offload: bool,
     ) -> None:
         distributed = isinstance(value, DTensor)
-        if not distributed:
-            value = stood_for(value)
-            distributed = isinstance(value, DTensor)
-        self.key = key
-        self.value = value
         self.size = size
         self.source_dtype = dtype
-        self.device = CPU if cpu_offload else device
+        self.device = device
         self.place = WHOLE
         self.block: Block | None = None
         self.is_piece = not distributed and getattr(value, FSDP_FLATTENED, False)
         self.dtype = value.dtype if isinstance(value, torch.Tensor) else dtype
         self.keeps = False
-        self.memory: torch.Tensor | None = None
-        self.tie = self._tie()
-        """Equal for targets that are tied."""
+        self.ordinary = True
         if distributed:
             self._check(value)
-            self._plan_dtensor(value, in_place, cpu_offload, places)
-            return
-        self.block = full_block(size)
-        if isinstance(value, torch.Tensor):
+            self._plan_dtensor(value, in_place, cpu_offload)
+        else:
+            self.block = full_block(size)
             if isinstance(value, ShardedTensor):
-                raise TypeError(f"{key!r}: a {kind_of(value)} cannot take a full tensor")
-            self._check(value)
+                raise TypeError(f"a {kind_of(value)} cannot take a full tensor")
+            if isinstance(value, torch.Tensor):
+                self._check(value)
+        if isinstance(value, torch.Tensor):
+            like = value._local_tensor if isinstance(value, DTensor) else value
+            self.ordinary = (
+                not self.is_piece
+                and is_ordinary(like)
+                and like.is_contiguous()
+                and not (like.is_conj() or like.is_neg())
+            )
+            if self.keeps:
+                self.device = like.device
 
     def _check(self, value: torch.Tensor) -> None:
         if not self.is_piece and value.size() != self.size:
             raise ValueError(
-                f"{self.key!r}: the target has shape {tuple(value.size())}, expected {self.size} "
+                f"the target has shape {tuple(value.size())}, expected {self.size} "
                 "as the full tensor has"
             )
         if self.source_dtype.is_complex and not value.dtype.is_complex:
             raise ValueError(
-                f"{self.key!r}: the target has dtype {value.dtype}, which cannot take the full "
+                f"the target has dtype {value.dtype}, which cannot take the full "
                 f"tensor's {self.source_dtype}"
             )
 
-    def _plan_dtensor(
-        self, value: DTensor, in_place: bool, cpu_offload: bool, places: Places
-    ) -> None:
+    def _plan_dtensor(self, value: DTensor, in_place: bool, cpu_offload: bool) -> None:
         spec = value._spec
-        self.place, self.block, pending = places.of(spec)
-        if pending:
+        self.place = Place(mesh_ranks(spec.mesh), tuple(spec.mesh.shape), cuts_of(spec))
+        coordinate = my_coordinate(spec.mesh)
+        self.block = None if coordinate is None else spec_block(spec, coordinate)
+        if partial_dims(spec.placements):
             raise ValueError(
-                f"{self.key!r}: the target has placements {spec.placements}; a pending reduction "
+                f"the target has placements {spec.placements}; a pending reduction "
                 "cannot take values"
             )
         local = value._local_tensor
         if self.block is not None and local.shape != self.block.shape:
             raise ValueError(
-                f"{self.key!r}: the target's local shape is {tuple(local.shape)}, expected "
-                f"{self.block.shape}"
+                f"the target's local shape is {tuple(local.shape)}, expected {self.block.shape}"
             )
         self.keeps = (
             in_place and not local.is_meta and (not cpu_offload or local.device.type == "cpu")
         )
         if self.keeps and (reason := unwritable(value)):
-            raise ValueError(f"{self.key!r}: {reason}")
+            raise ValueError(reason)
 
-    def _tie(self) -> Hashable:
+    def receives_directly(self, device: torch.device) -> bool:
+        """Whether bytes for a target can be received on ``device`` right into its memory."""
+        return self.ordinary and self.dtype == self.source_dtype and self.device == device
+
+    @property
+    def copies(self) -> bool:
+        """Whether new memory of a target is but a copy of its part of the full tensor."""
+        return (
+            not self.keeps
+            and self.ordinary
+            and self.dtype == self.source_dtype
+            and self.dtype in MOVABLE
+        )
+
+
+class Target:
+    """One entry of a local state dict that takes a full tensor.
+
+    Attributes:
+        key: its key.
+        value: what the local state dict holds.
+        model: how it takes the tensor.
+        memory: the memory that takes the values, once it is known.
+
+    """
+
+    __slots__ = ("key", "memory", "model", "value")
+
+    def __init__(self, key: Any, value: Any, model: Model) -> None:
+        self.key, self.value, self.model = key, value, model
+        self.memory: torch.Tensor | None = None
+
+    def tie(self) -> Hashable:
+        """Equal for targets that are tied."""
         value = self.value
         # With use_orig_params=False one flat parameter is the value of many keys.
-        if not isinstance(value, torch.Tensor) or self.is_piece:
+        if not isinstance(value, torch.Tensor) or self.model.is_piece:
             return id(self)
         local = value._local_tensor if isinstance(value, DTensor) else value
         return tie_key(value) if local.numel() else id(value)
 
-    def receives_directly(self, device: torch.device) -> bool:
-        """Whether bytes for it can be received on ``device`` right into its memory."""
-        value = self.value
-        like = value._local_tensor if isinstance(value, DTensor) else value
-        if isinstance(value, torch.Tensor):
-            if self.is_piece or not is_ordinary(like) or not like.is_contiguous():
-                return False
-            if like.is_conj() or like.is_neg():
-                return False
-        goal = like.device if self.keeps else self.device
-        return self.dtype == self.source_dtype and goal == device
+    def open(self) -> torch.Tensor:
+        """The memory that takes the values, allocated where there is none."""
+        if self.memory is None:
+            self.memory = self._memory()
+        return self.memory
 
-    def open(self) -> Any:
-        """Allocate what is missing; return the object for the local state dict."""
-        value = self.value
+    def _memory(self) -> torch.Tensor:
+        value, model = self.value, self.model
         if isinstance(value, DTensor):
             local = settled(value._local_tensor)
-            if self.keeps:
-                self.memory = local.detach()
-                return value
-            self.memory = allocate_like(local, self.device)
-            return with_local(value, self.memory)
-        if isinstance(value, torch.Tensor) and self.is_piece:
-            self.memory = allocate(self.size, value.dtype, self.device)
-        elif isinstance(value, torch.Tensor):
-            self.memory = allocate_like(settled(value), self.device)
-        else:
-            self.memory = allocate(self.size, self.dtype, self.device)
-        return self.memory
+            if model.keeps:
+                return local.detach() if local.requires_grad else local
+            return allocate_like(local, model.device)
+        if isinstance(value, torch.Tensor) and not model.is_piece:
+            return allocate_like(settled(value), model.device)
+        return allocate(model.size, model.dtype, model.device)
+
+    def result(self) -> Any:
+        """The object for the local state dict."""
+        value, memory = self.value, self.open()
+        if isinstance(value, DTensor):
+            return value if self.model.keeps else with_local(value, memory)
+        return memory
 
     def landing(
         self, start: int, stop: int, values: torch.Tensor
@@ -249,27 +331,27 @@ class Target:
         Yields (part of the target's memory, values for it): what is left is to copy them.
 
         """
-        memory = self.memory
-        assert memory is not None
-        assert self.block is not None
+        memory, block, dtype = self.open(), self.model.block, self.model.source_dtype
+        assert block is not None
         shown = values.dtype
-        if shown is not self.source_dtype:
-            if memory.dtype == self.source_dtype and is_ordinary(memory):
+        if shown is not dtype:
+            if memory.dtype == dtype and is_ordinary(memory):
                 memory = memory.view(shown)
             else:
-                values = values.view(self.source_dtype)
-        if stop - start == self.block.numel:
-            yield memory, values.view(self.block.shape)
+                values = values.view(dtype)
+        if stop - start == block.numel:
+            yield memory, values.view(block.shape)
             return
-        for box, at, count in rectangles(self.block.shape, start, stop):
+        for box, at, count in rectangles(block.shape, start, stop):
             part = values[at - start : at - start + count].view([hi - lo for lo, hi in box])
             yield memory[tuple(slice(lo, hi) for lo, hi in box)], part
 
     def take(self, full: torch.Tensor) -> None:
         """Take this rank's part from a full tensor that is here."""
-        block, memory = self.block, self.memory
-        if block is None or memory is None:
+        block = self.model.block
+        if block is None:
             return
+        memory = self.open()
         if block.region is not None:
             put(memory, full[block.region])
             return
@@ -278,22 +360,31 @@ class Target:
             put(memory[here], full[there])
 
     def filled(self, full: torch.Tensor) -> Any:
-        """As :meth:`open` and :meth:`take`, in one step where the part is all that is made."""
-        value, block = self.value, self.block
+        """The result with its part of a full tensor that is here."""
+        model, block = self.model, self.model.block
         if (
-            isinstance(value, DTensor)
-            and not self.keeps
+            model.copies
+            and self.memory is None
             and block is not None
             and block.region is not None
-            and value._local_tensor.is_contiguous()
-            and full.dtype in MOVABLE
-            and (full.dtype, full.device) == (value.dtype, self.device)
+            and full.device == model.device
         ):
-            part = full[block.region].clone(memory_format=torch.contiguous_format)
-            return with_local(value, part)
-        result = self.open()
-        self.take(full)
-        return result
+            self.memory = full[block.region].clone(memory_format=torch.contiguous_format)
+        else:
+            self.take(full)
+        return self.result()
+
+
+def winners(targets: Mapping[Any, Target]) -> dict[Any, Any]:
+    """Key -> the last key whose target is tied to it, another one.
+
+    Tied targets share memory, so only the last one's values could remain.
+    """
+    asked = maybe_tied([target.value for target in targets.values()])
+    tied = [key for key, ask in zip(targets, asked, strict=False) if ask]
+    ties = {key: targets[key].tie() for key in tied}
+    last = {tie: key for key, tie in ties.items()}
+    return {key: last[tie] for key, tie in ties.items() if last[tie] != key}
 
 
 def plain_full_tensor(key: Any, value: torch.Tensor) -> torch.Tensor:

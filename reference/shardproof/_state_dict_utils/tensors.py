@@ -25,6 +25,9 @@ CPU = torch.device("cpu")
 FSDP_FLATTENED = "_fsdp_flattened"
 """The mark that FSDP1 puts on what it has flattened, ``torch.distributed.fsdp._common_utils``."""
 
+STANDS_FOR = "_st_info"
+"""Where a local Parameter keeps the spec of the DTensor that it stands for."""
+
 # For these torch has every kernel that moving takes, and copying them copies their bits: they need
 # not be disguised as integers, which would cost a view a tensor.
 MOVABLE = frozenset(
@@ -280,7 +283,7 @@ def stood_for(value: Any) -> Any:
     functions as they are, so the mark on the Parameter is all that tells its global shape. A piece
     of FSDP1's flat parameter stands for a DTensor whose local tensor is nowhere: on meta.
     """
-    spec = getattr(value, "_st_info", None)
+    spec = getattr(value, STANDS_FOR, None)
     if not isinstance(spec, DTensorSpec) or not isinstance(value, torch.Tensor):
         return value
     if isinstance(value, DTensor):

@@ -32,6 +32,8 @@ def maybe_tied(leaves: list[Any]) -> Iterable[bool]:
     try:
         if _PLAIN.issuperset(map(type, leaves)):
             addresses = list(map(torch.Tensor.data_ptr, leaves))
+            if 0 in addresses:
+                addresses = list(map(_address, leaves))
         else:
             addresses = list(map(_address, leaves))
     except (RuntimeError, _UnknownMemory):

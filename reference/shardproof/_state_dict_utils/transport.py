@@ -7,37 +7,38 @@ share buckets; a large one is sent from where it lies to where it belongs.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from shardproof._state_dict_utils import stream
-from shardproof._state_dict_utils.grid import Grid, grid_of
+from shardproof._state_dict_utils.grid import Grid, copies_of_each, grid_of
 from shardproof._state_dict_utils.layout import Block, full_block
 from shardproof._state_dict_utils.stream import (
     Parcel,
     Piece,
     Stream,
     block_elements,
-    carried,
     rooms,
+    stack_into,
 )
-from shardproof._state_dict_utils.targets import Place, Target
-from shardproof._state_dict_utils.tensors import MOVABLE, copy_all
+from shardproof._state_dict_utils.targets import Model, Place, Target
+from shardproof._state_dict_utils.tensors import MOVABLE, bits, copy_all
 from shardproof._state_dict_utils.wire import Domain, broadcast, finish, scatter
 
 
 class Offer(NamedTuple):
-    """What the source has for one key.
+    """What the source has under a key, without the data.
 
     Attributes:
-        kind: ``tensor``, ``scalar`` (0-dim, its bytes travel in the offer) or ``value``.
+        kind: ``tensor``, ``scalar`` (0-dim, its bytes travel with the offers) or ``value``.
         size: of a tensor.
         dtype: of a tensor.
-        value: the bytes of a scalar, or a value.
-        root: for a tensor, the first key with the same memory.
         flat: whether a tensor's memory can be sent as it is.
 
     """
@@ -45,9 +46,49 @@ class Offer(NamedTuple):
     kind: str
     size: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
-    value: Any = None
-    root: Any = None
     flat: bool = False
+
+
+@dataclass
+class Offers:
+    """All that the source has, by column: most keys are offered like another.
+
+    Attributes:
+        keys: in the order of the state dict.
+        numbers: of each key its offer.
+        kinds: the distinct offers.
+        roots: key -> the first key with the same memory, where that is another one.
+        values: the bytes of scalars, and values.
+        wholes: the full tensors, detached; on the source alone.
+
+    """
+
+    keys: list[Any] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    kinds: list[Offer] = field(default_factory=list)
+    roots: dict[Any, Any] = field(default_factory=dict)
+    values: dict[Any, Any] = field(default_factory=dict)
+    wholes: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+    def number(self, offer: Offer) -> int:
+        """That of an offer, a new one for a new offer."""
+        if offer not in self.kinds:
+            self.kinds.append(offer)
+        return self.kinds.index(offer)
+
+    def add(self, key: Any, offer: Offer, value: Any) -> None:
+        """Offer something whose value is told."""
+        self.keys.append(key)
+        self.numbers.append(self.number(offer))
+        self.values[key] = value
+
+    def items(self) -> Iterator[tuple[Any, Offer]]:
+        """(key, offer) in the order of the state dict."""
+        return zip(self.keys, map(self.kinds.__getitem__, self.numbers), strict=True)
+
+    def told(self) -> tuple[Any, ...]:
+        """What is sent to the other ranks, as arguments."""
+        return self.keys, self.numbers, self.kinds, self.roots, self.values
 
 
 # From how many bytes on leaving out a row of them costs less than writing it.
@@ -73,22 +114,21 @@ class _Parts:
     def __init__(
         self,
         size: tuple[int, ...],
-        ranks: Sequence[int],
-        kinds: Sequence[Need],
-        wants: tuple[tuple[int, ...], ...],
+        ranks: tuple[int, ...],
+        needs: tuple[tuple[Need, ...], ...],
     ) -> None:
-        """``wants`` is per rank which of the kinds it needs; one entry where all need the same."""
-        held = {k: kinds[k][0].blocks(size, ranks) for needs in set(wants) for k in needs}
-        everyone = wants if len(wants) > 1 else wants * len(ranks)
+        """``needs`` is per rank what it needs; one entry where all need the same."""
+        held = {need[0]: need[0].blocks(size, ranks) for mine in set(needs) for need in mine}
+        everyone = needs if len(needs) > 1 else needs * len(ranks)
         self.blocks: list[list[Block]] = []
-        for index, needs in enumerate(everyone):
-            mine = (held[kind][index] for kind in needs)
-            self.blocks.append(list(dict.fromkeys(b for b in mine if b is not None and b.numel)))
+        for index, mine in enumerate(everyone):
+            found = (held[place][index] for place, _ in mine)
+            self.blocks.append(list(dict.fromkeys(b for b in found if b is not None and b.numel)))
         others = self.blocks[1:]
         self.elsewhere = any(others)
         whole = [full_block(size)]
-        self.everywhere = all(held == whole for held in others)
-        single = [len(needs) == 1 and kinds[needs[0]][1] for needs in everyone]
+        self.everywhere = all(blocks == whole for blocks in others)
+        single = [len(mine) == 1 and mine[0][1] for mine in everyone]
         self.direct = all(single[1:]), single[0]
         self.grid = grid_of(size, self.blocks)
         self.once = [whole]
@@ -100,7 +140,7 @@ class Transport:
     Args:
         domain: the ranks.
         group: theirs; its first rank is the source.
-        full: the full tensors, on the source.
+        wholes: the full tensors, detached, on the source.
         targets: root key -> what this rank fills from it.
 
     """
@@ -109,80 +149,84 @@ class Transport:
         self,
         domain: Domain,
         group: dist.ProcessGroup,
-        full: dict[str, Any] | None,
+        wholes: dict[Any, torch.Tensor] | None,
         targets: dict[Any, list[Target]],
     ) -> None:
-        self.domain, self.group, self.full, self.targets = domain, group, full, targets
+        self.domain, self.group, self.wholes, self.targets = domain, group, wholes, targets
         self.me = domain.index()
-        self._known: dict[Hashable, _Parts] = {}
         self._grids: dict[int, Grid | None] = {}
 
     def run(
         self,
-        offers: dict[Any, Offer],
+        offers: Offers,
         kinds: Sequence[Need],
         wanted: Sequence[Sequence[tuple[int, ...]]],
     ) -> None:
         """Run the collectives.
 
         Args:
-            offers: what the source has, by key.
+            offers: what the source has.
             kinds: the distinct needs.
             wanted: per rank, or once where all need the same, per key which kinds are needed.
 
         """
+        alike: dict[tuple[int, tuple[tuple[int, ...], ...]], list[Any]] = defaultdict(list)
+        for key, number, *needed in zip(offers.keys, offers.numbers, *wanted, strict=True):
+            if any(needed):
+                alike[number, tuple(needed)].append(key)
         together: list[Parcel] = []
         apart: list[Parcel] = []
-        for number, (key, offer) in enumerate(offers.items()):
-            if offer.kind != "tensor":
-                continue
-            wants = tuple([needs[number] for needs in wanted])
-            parts = self._parts(offer.size, kinds, wants)
-            if not parts.elsewhere:
-                self._keep(key)
-                continue
+        for place, ((number, wants), keys) in enumerate(alike.items()):
+            offer = offers.kinds[number]
             assert offer.dtype is not None
-            name = f"{number:012d}"
-            if _travels_alone(offer, parts):
-                self._send_alone(key, scattered=not parts.everywhere)
+            parts = _parts(offer.size, self.domain.members, kinds, wants)
+            name = f"{place:012d}"
+            if not parts.elsewhere:
+                self._keep(keys)
+            elif _travels_alone(offer, parts):
+                for key in keys:
+                    self._send_alone(key, scattered=not parts.everywhere)
             elif parts.everywhere:
-                self._keep(key)
-                together.append(Parcel(name, offer.dtype, parts.once, [key]))
+                together.append(Parcel(name, offer.dtype, parts.once, keys))
             else:
-                apart.append(Parcel(name, offer.dtype, parts.blocks, [key]))
+                parcel = Parcel(name, offer.dtype, parts.blocks, keys)
+                self._grids[id(parcel.blocks)] = parts.grid
+                apart.append(parcel)
         for parcels, scattered in ((together, False), (apart, True)):
             self._run_stream(parcels, scattered)
 
-    def _parts(
-        self, size: tuple[int, ...], kinds: Sequence[Need], wants: tuple[tuple[int, ...], ...]
-    ) -> _Parts:
-        """The same object for what is needed alike."""
-        found = self._known.get((size, wants))
-        if found is None:
-            found = self._known[size, wants] = _Parts(size, self.domain.members, kinds, wants)
-            self._grids[id(found.blocks)] = found.grid
-        return found
-
-    def _keep(self, key: Any) -> None:
-        """What the source needs itself of a tensor that it has whole."""
-        if self.full is not None:
+    def _keep(self, keys: Sequence[Any]) -> None:
+        """What the source needs itself of tensors that it has whole."""
+        if self.wholes is None:
+            return
+        memories: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        for key in keys:
+            whole = self.wholes[key]
             for target in self.targets.get(key, ()):
-                target.take(self.full[key].detach())
+                model, block = target.model, target.model.block
+                if block is None or block.region is None:
+                    target.take(whole)
+                elif model.dtype == whole.dtype and whole.dtype in MOVABLE:
+                    memories.append(target.open())
+                    values.append(whole[block.region])
+                else:
+                    target.take(whole)
+        copy_all(memories, values)
 
     def _send_alone(self, key: Any, scattered: bool) -> None:
         memory = None
         for target in self.targets.get(key, ()):
-            assert target.memory is not None
-            memory = target.memory.view(-1).view(torch.uint8)
+            memory = target.open().view(-1).view(torch.uint8)
         data = None
-        if self.full is not None:
-            data = self.full[key].detach().view(-1).view(torch.uint8).to(self.domain.device)
+        if self.wholes is not None:
+            data = self.wholes[key].view(-1).view(torch.uint8).to(self.domain.device)
         if not scattered:
             data = memory if data is None else data
             assert data is not None
             work = broadcast(self.group, data)
             # What is sent is only read, so the source may copy it for itself at the same time.
-            self._keep(key)
+            self._keep([key])
             finish(work)
             return
         assert memory is not None
@@ -193,7 +237,7 @@ class Transport:
         participants = len(self.domain.members) if scattered else 1
         # Two buckets at a time: one is on its way while another is packed, or unpacked.
         todo = Stream(parcels, participants, held=2 * participants)
-        if self.full is None:
+        if self.wholes is None:
             self._receive_stream(todo, scattered)
         else:
             self._send_stream(todo, scattered)
@@ -206,13 +250,20 @@ class Transport:
             self._fill(rows, pieces, todo.parcels)
             finish(work)
             if scattered:
-                # The source takes its own part from where it is: its row is not looked at.
                 work = scatter(self.group, rows[0], rows)
             else:
                 work = broadcast(self.group, rows[0])
-        if scattered:
-            self._keep_all([key for parcel in todo.parcels for key in parcel.items])
+            # What is sent is only read, so the source may take its own part at the same time.
+            mine = [piece for piece in pieces[0] if self._own_row(todo.parcels[piece.parcel])]
+            self._unpack(rows[0], mine, todo.parcels, 0)
+        # Large ones the source takes from where they are: its row was not looked at.
+        rest = [parcel for parcel in todo.parcels if not self._own_row(parcel)]
+        self._keep([key for parcel in rest for key in parcel.items])
         finish(work)
+
+    def _own_row(self, parcel: Parcel) -> bool:
+        """Whether the source packs its own part, too: of small tensors that saves work."""
+        return len(parcel.items) > 1 and _is_small(parcel)
 
     def _receive_stream(self, todo: Stream, scattered: bool) -> None:
         column = self.me if scattered else 0
@@ -228,24 +279,6 @@ class Transport:
         if here is not None:
             self._unpack(*here, todo.parcels, column)
 
-    def _keep_all(self, keys: Sequence[Any]) -> None:
-        """As :meth:`_keep` for many keys, in one call where it can be."""
-        assert self.full is not None
-        memories: list[torch.Tensor] = []
-        values: list[torch.Tensor] = []
-        for key in keys:
-            full = self.full[key].detach()
-            for target in self.targets.get(key, ()):
-                memory, block = target.memory, target.block
-                plain = memory is not None and memory.dtype == full.dtype and full.dtype in MOVABLE
-                if plain and block is not None and block.region is not None:
-                    assert memory is not None
-                    memories.append(memory)
-                    values.append(full[block.region])
-                else:
-                    target.take(full)
-        copy_all(memories, values)
-
     def _unpack(
         self,
         mine: torch.Tensor,
@@ -253,16 +286,35 @@ class Transport:
         parcels: Sequence[Parcel],
         column: int,
     ) -> None:
-        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Write what has arrived into the targets."""
+        memories: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
         for piece, room in rooms(mine, pieces, parcels):
             parcel = parcels[piece.parcel]
             block = parcel.blocks[column][piece.block]
             keys = parcel.items[piece.first : piece.first + piece.count]
-            for key, part in zip(keys, room.view(len(keys), -1).unbind(), strict=True):
-                for target in self.targets.get(key, ()):
-                    if target.block is block or target.block == block:
-                        pairs.extend(target.landing(piece.start, piece.stop, part))
-        copy_all([memory for memory, _ in pairs], [part for _, part in pairs])
+            held = [self.targets.get(key, ()) for key in keys]
+            targets = [targets[0] for targets in held if len(targets) == 1]
+            parts = room.view(len(keys), -1)
+            if len(targets) == len(keys) and piece.stop - piece.start == block.numel:
+                models = {target.model for target in targets}
+                model = targets[0].model
+                if len(models) == 1 and _receives(model, block, room):
+                    parts = parts.view(len(keys), *block.shape)
+                    if model.copies and model.device == room.device:
+                        for target, memory in zip(targets, copies_of_each(parts), strict=True):
+                            target.memory = memory
+                    else:
+                        memories += [target.open() for target in targets]
+                        values += parts.unbind()
+                    continue
+            for targets_of_key, part in zip(held, parts.unbind(), strict=True):
+                for target in targets_of_key:
+                    if target.model.block == block:
+                        for memory, value in target.landing(piece.start, piece.stop, part):
+                            memories.append(memory)
+                            values.append(value)
+        copy_all(memories, values)
 
     def _fill(
         self,
@@ -272,27 +324,40 @@ class Transport:
     ) -> None:
         """Write what each participant gets into its row of a bucket.
 
-        The source's own row may stay as it is where there are others.
+        Where there are others the source's own row may stay as it is, but for small tensors.
         """
-        assert self.full is not None
-        first = 1 if len(rows) > 1 else 0
+        assert self.wholes is not None
+        several = len(rows) > 1
+        if pieces[0] is not pieces[-1]:
+            for taker, row in enumerate(rows):
+                for piece, room in rooms(row, pieces[taker], parcels):
+                    parcel = parcels[piece.parcel]
+                    if taker or self._own_row(parcel):
+                        self._fill_part(room, piece, parcel, 0, taker)
+            return
         into: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
-        if pieces[0] is not pieces[-1]:
-            for taker, row in enumerate(rows[first:], first):
-                for piece, room in rooms(row, pieces[taker], parcels):
-                    self._fill_part(room, piece, parcels[piece.parcel], 0, taker)
-            return
         for piece, room in rooms(rows, pieces[0], parcels):
             parcel = parcels[piece.parcel]
+            first = 1 if several and not self._own_row(parcel) else 0
+            keys = parcel.items[piece.first : piece.first + piece.count]
+            wholes = [self.wholes[key] for key in keys]
+            if parcel.dtype not in MOVABLE:
+                wholes = [bits(whole) for whole in wholes]
             grid = self._grids.get(id(parcel.blocks))
-            for index in range(piece.count):
+            if not several and len(wholes) > 1:
+                stack_into(room[0], wholes)
+                continue
+            if grid is not None and len(wholes) > 1 and self._own_row(parcel):
+                grid.fill(room, wholes)
+                continue
+            for index, whole in enumerate(wholes):
                 part = room.view(len(rows), piece.count, -1)[:, index]
                 if grid is None or part.size(1) != grid.numel:
                     for taker, row in enumerate(part[first:], first):
                         self._fill_part(row, piece, parcel, index, taker)
                     continue
-                source = grid.of(carried(self.full[parcel.items[piece.first + index]].detach()))
+                source = grid.of(whole)
                 space = grid.rows(part, source)
                 if len(grid.parts) == 1 and part.nbytes > _WORTH_A_VIEW:
                     source, space = source[first:], space[first:]
@@ -303,11 +368,43 @@ class Transport:
     def _fill_part(
         self, room: torch.Tensor, piece: Piece, parcel: Parcel, index: int, taker: int
     ) -> None:
-        assert self.full is not None
+        assert self.wholes is not None
         block = parcel.blocks[taker][piece.block]
-        full = self.full[parcel.items[piece.first + index]].detach()
-        found = block_elements(full, block, piece.start, piece.stop)
+        whole = self.wholes[parcel.items[piece.first + index]]
+        found = block_elements(whole, block, piece.start, piece.stop)
         torch.cat([part.to(room.device) for part in found], out=room)
+
+
+# Up to how many bytes whole tensors are cut many at a time: they are copied twice then, and a
+# larger one costs more to copy than to look at.
+_SMALL = 1 << 16
+
+
+def _is_small(parcel: Parcel) -> bool:
+    most = max(sum(block.numel for block in held) for held in parcel.blocks)
+    return most * len(parcel.blocks) * parcel.dtype.itemsize <= _SMALL
+
+
+def _receives(model: Model, block: Block, room: torch.Tensor) -> bool:
+    """Whether the elements of a block are but to be copied into targets of this kind."""
+    return model.block == block and model.source_dtype is room.dtype
+
+
+def _parts(
+    size: tuple[int, ...],
+    ranks: tuple[int, ...],
+    kinds: Sequence[Need],
+    wants: tuple[tuple[int, ...], ...],
+) -> _Parts:
+    """What the ranks need of tensors of one shape; remembered for small worlds."""
+    needs = tuple([tuple([kinds[kind] for kind in mine]) for mine in wants])
+    make = _remembered_parts if len(ranks) <= _REMEMBERED else _Parts
+    return make(size, ranks, needs)
+
+
+# A large world's parts would fill the memory.
+_REMEMBERED = 64
+_remembered_parts = lru_cache(maxsize=1024)(_Parts)
 
 
 def _travels_alone(offer: Offer, parts: _Parts) -> bool:
