@@ -254,8 +254,7 @@ class Transport:
             else:
                 work = broadcast(self.group, rows[0])
             # What is sent is only read, so the source may take its own part at the same time.
-            mine = [piece for piece in pieces[0] if self._own_row(todo.parcels[piece.parcel])]
-            self._unpack(rows[0], mine, todo.parcels, 0)
+            self._unpack(rows[0], pieces[0], todo.parcels, 0)
         # Large ones the source takes from where they are: its row was not looked at.
         rest = [parcel for parcel in todo.parcels if not self._own_row(parcel)]
         self._keep([key for parcel in rest for key in parcel.items])
@@ -291,6 +290,8 @@ class Transport:
         values: list[torch.Tensor] = []
         for piece, room in rooms(mine, pieces, parcels):
             parcel = parcels[piece.parcel]
+            if self.wholes is not None and not self._own_row(parcel):
+                continue
             block = parcel.blocks[column][piece.block]
             keys = parcel.items[piece.first : piece.first + piece.count]
             held = [self.targets.get(key, ()) for key in keys]

@@ -1,0 +1,224 @@
+"""Many small tensors that are laid out alike: an implementation may move them together.
+
+What moves together must come apart again: each tensor with its own values, in memory of its own,
+whatever lies beside it, on ranks that hold the keys in another order, and in more than one piece.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from conformance.kit.compare import assert_same
+from conformance.kit.data import SOME_DTYPES, VIEWS, dtype_id, numbers
+from conformance.kit.landing import assert_landed, blank, target
+from conformance.kit.layouts import ONE_D, TWO_D, R, S, dtensor, part, placement_id
+
+EACH_DEPTH = pytest.mark.parametrize("all_placements", [ONE_D, TWO_D], ids=["1-D", "2-D"])
+EACH_DTYPE = pytest.mark.parametrize("dtype", [*SOME_DTYPES, torch.float8_e4m3fn], ids=dtype_id)
+
+SHAPES = [(8, 12), (5, 3), (16,)]
+"""Cut evenly, unevenly or not at all, by placement."""
+
+ALIKE = 5
+"""Tensors of each layout."""
+
+FILLING = 400
+"""Tensors of 48 KiB that fill more than a bucket of any sensible size."""
+
+
+def turned(keys: list[str], rank: int) -> list[str]:
+    """The same keys in an order that differs from rank to rank."""
+    at = rank * 7 % len(keys)
+    return keys[at:] + keys[:at]
+
+
+def interleaved(all_placements: Any, dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, Any]]:
+    """Key -> (full tensor, placements): neighbours of different layouts, all values different."""
+    found: dict[str, tuple[torch.Tensor, Any]] = {}
+    for number in range(ALIKE):
+        for placements in all_placements:
+            for shape in SHAPES:
+                if any(getattr(p, "dim", 0) >= len(shape) for p in placements):
+                    continue
+                full = numbers(*shape, dtype=dtype, salt=len(found))
+                found[f"{number} {placement_id(placements)} {shape}"] = full, placements
+    return found
+
+
+def assert_apart(tensors: dict[str, torch.Tensor]) -> None:
+    """No tensor shares memory with another, or keeps more alive than it is."""
+    addresses: dict[int, str] = {}
+    for key, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        assert storage.nbytes() == tensor.nbytes, f"{key}: {storage.nbytes()} bytes are kept alive"
+        other = addresses.setdefault(storage.data_ptr(), key)
+        assert other == key, f"{key} shares its memory with {other}"
+
+
+@pytest.mark.judges("_state_dict_utils._gather_state_dict")
+class TestGatherManyAlike:
+    @pytest.mark.law("values")
+    @pytest.mark.world(4)
+    @EACH_DEPTH
+    @EACH_DTYPE
+    def test_layouts_side_by_side(
+        self, judged: Any, mesh: Any, rank: int, all_placements: Any, dtype: torch.dtype
+    ) -> None:
+        """Tensors of many layouts, each with others like it, come back under their own keys."""
+        over = mesh(*(4,) if all_placements is ONE_D else (2, 2))
+        cases = interleaved(all_placements, dtype)
+        order = turned(list(cases), rank)
+        got = judged({key: dtensor(cases[key][0], over, cases[key][1]) for key in order})
+        assert list(got) == order
+        for key, (full, _) in cases.items():
+            assert_same(got[key], full, key)
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("placements", [[R], [S(0)], [S(1)]], ids=placement_id)
+    def test_results_are_apart(self, judged: Any, mesh: Any, placements: Any) -> None:
+        """Each result has memory of its own, and no more than it needs."""
+        fulls = {f"w{n}": numbers(8, 6, salt=n) for n in range(20)}
+        got = judged({key: dtensor(full, mesh(2), placements) for key, full in fulls.items()})
+        assert_apart(got)
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(4)
+    def test_more_than_a_bucket(self, judged: Any, mesh: Any) -> None:
+        """Tensors that do not fit into one message come back whole, those at its end as well."""
+        line = mesh(4)
+        fulls = {f"w{n}": numbers(128, 96, salt=n) for n in range(FILLING)}
+        uneven = {f"u{n}": numbers(7, 3, salt=n) for n in range(ALIKE)}
+        got = judged({k: dtensor(full, line, [S(0)]) for k, full in (fulls | uneven).items()})
+        for key, full in (fulls | uneven).items():
+            assert_same(got[key], full, key)
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("view", [name for name in VIEWS if name != "expanded"])
+    def test_one_is_laid_out_otherwise(self, judged: Any, mesh: Any, rank: int, view: str) -> None:
+        """On one rank one tensor of many is a view of other memory: no value is misplaced."""
+        line = mesh(2)
+        fulls = {f"w{n}": numbers(8, 6, salt=n) for n in range(9)}
+        given = {}
+        for key, full in fulls.items():
+            mine = part(full, line, [S(0)]).clone()
+            if key == "w4" and rank == 1:
+                mine = VIEWS[view](mine)
+            given[key] = dtensor(full, line, [S(0)], local=mine)
+        got = judged(given)
+        for key, full in fulls.items():
+            assert_same(got[key], full, key)
+
+
+@pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
+class TestBroadcastManyAlike:
+    @pytest.mark.law("values")
+    @pytest.mark.world(4)
+    @EACH_DEPTH
+    @EACH_DTYPE
+    def test_layouts_side_by_side(
+        self,
+        judged: Any,
+        mesh: Any,
+        rank: int,
+        device: torch.device,
+        all_placements: Any,
+        dtype: torch.dtype,
+    ) -> None:
+        """Tensors that are needed in many ways, each with others like it, land under their keys."""
+        over = mesh(*(4,) if all_placements is ONE_D else (2, 2))
+        cases = interleaved(all_placements, dtype)
+        full = {key: tensor.to(device) for key, (tensor, _) in cases.items()}
+        mine: dict[str, Any] = {
+            key: target(full[key], over, cases[key][1]) for key in turned(list(cases), rank)
+        }
+        judged(full if rank == 0 else {}, mine, device)
+        for key, (tensor, placements) in cases.items():
+            assert_landed(mine[key], tensor.to(device), over, placements, key)
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("view", VIEWS)
+    def test_sources_and_targets_of_any_strides(
+        self, judged: Any, mesh: Any, rank: int, device: torch.device, view: str
+    ) -> None:
+        """Some full tensors, and some targets, are views of other memory."""
+        line = mesh(2)
+        full = {f"w{n}": numbers(8, 6, salt=n).to(device) for n in range(9)}
+        full["w3"] = VIEWS[view](full["w3"])
+        mine: dict[str, Any] = {key: target(tensor, line, [S(0)]) for key, tensor in full.items()}
+        if view != "expanded":
+            odd = VIEWS[view](part(torch.zeros_like(full["w5"]), line, [S(0)]))
+            mine["w5"] = dtensor(full["w5"], line, [S(0)], local=odd)
+        judged(full if rank == 0 else {}, mine, device)
+        for key, tensor in full.items():
+            assert_landed(mine[key], tensor, line, [S(0)], key)
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "plain"])
+    def test_new_targets_are_apart(
+        self, judged: Any, mesh: Any, rank: int, device: torch.device, sharded: bool
+    ) -> None:
+        """What is made for targets on meta has memory of its own, and no more than it needs."""
+        full = {f"w{n}": numbers(8, 6, salt=n).to(device) for n in range(20)}
+        bare = {key: tensor.to("meta") for key, tensor in full.items()}
+        mine: dict[str, Any] = dict(bare)
+        if sharded:
+            mine = {key: target(tensor, mesh(2), [S(0)]) for key, tensor in bare.items()}
+        judged(full if rank == 0 else {}, mine, device)
+        for key, tensor in full.items():
+            if sharded:
+                assert_landed(mine[key], tensor, mesh(2), [S(0)], key)
+            else:
+                assert_same(mine[key], tensor, key)
+        assert_apart({k: t._local_tensor if sharded else t for k, t in mine.items()})
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(4)
+    def test_more_than_a_bucket(
+        self, judged: Any, mesh: Any, rank: int, device: torch.device
+    ) -> None:
+        """Tensors that do not fit into one message land whole, sharded and plain ones beside."""
+        line = mesh(4)
+        full = {f"w{n}": numbers(128, 96, salt=n).to(device) for n in range(FILLING)}
+        full |= {f"u{n}": numbers(7, 3, salt=n).to(device) for n in range(ALIKE)}
+        full |= {f"p{n}": numbers(7, 3, salt=n).to(device) for n in range(ALIKE)}
+        mine: dict[str, Any] = {
+            key: blank(tensor) if key[0] == "p" else target(tensor, line, [S(0)])
+            for key, tensor in full.items()
+        }
+        judged(full if rank == 0 else {}, mine, device)
+        for key, tensor in full.items():
+            if key[0] == "p":
+                assert_same(mine[key], tensor, key)
+            else:
+                assert_landed(mine[key], tensor, line, [S(0)], key)
+
+
+@pytest.mark.judges("_state_dict_utils._distribute_state_dict")
+class TestDistributeManyAlike:
+    @pytest.mark.law("values")
+    @pytest.mark.world(4)
+    @EACH_DEPTH
+    @EACH_DTYPE
+    def test_layouts_side_by_side(
+        self,
+        judged: Any,
+        mesh: Any,
+        device: torch.device,
+        all_placements: Any,
+        dtype: torch.dtype,
+    ) -> None:
+        """Tensors that are cut in many ways, each with others like it, land under their keys."""
+        over = mesh(*(4,) if all_placements is ONE_D else (2, 2))
+        cases = interleaved(all_placements, dtype)
+        full = {key: tensor.to(device) for key, (tensor, _) in cases.items()}
+        mine: dict[str, Any] = {k: target(full[k], over, p) for k, (_, p) in cases.items()}
+        judged(full, mine, device)
+        for key, (tensor, placements) in cases.items():
+            assert_landed(mine[key], tensor.to(device), over, placements, key)
