@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mutants import copies, ddp, fsdp, memory
+from mutants import copies, ddp, fsdp, memory, together
 
 _UTILS = "_state_dict_utils/"
 _SUITE = "state_dict_utils/"
@@ -90,8 +90,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "large_alone_on_some_ranks",
         "a rank with a strided part of a large tensor is not waited for with a bucket",
         "gather.py",
-        "limited = any(leaf.layout.large and needs_bucket(leaf, cpu_offload) for leaf in found)",
-        "limited = False",
+        "    limited = any(layout.large for layout in layouts) and any(\n",
+        "    limited = not layouts and any(\n",
         "large_tensors",
     ),
     _mutant(
@@ -143,8 +143,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "gather_unties",
         "tied tensors travel twice and come apart",
         "gather.py",
-        "        classes[path] = first.setdefault(key, path)",
-        "        classes[path] = path",
+        "            leader = first.setdefault(key, path)\n",
+        "            leader = path\n",
         "gather_state_dict",
         "gather_state_dict_manners",
     ),
@@ -152,8 +152,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "gather_aliases_replicas",
         "a gathered replicated leaf is the live weight",
         "gather.py",
-        "            return fresh_copy(tensor._local_tensor, target)",
-        "            return tensor._local_tensor.detach()",
+        "        return fresh_copy(tensor._local_tensor, result_device(layout, cpu_offload))\n",
+        "        return tensor._local_tensor.detach()\n",
         "gather_state_dict",
         "gather_state_dict_manners",
     ),
@@ -161,8 +161,9 @@ MUTANTS: tuple[Mutant, ...] = (
         "gather_a_leaf_at_a_time",
         "one collective per tensor",
         "gather.py",
-        "streams[key].append(leaf)",
-        "streams[key, path].append(leaf)",
+        "            streams[layout.stream].append(kind)\n",
+        "            for leaf in kind:\n"
+        "                streams[layout.stream, leaf.path].append([leaf])\n",
         "gather_state_dict",
         "gather_state_dict_manners",
     ),
@@ -188,9 +189,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "offers_every_key",
         "keys that nobody wants travel",
         "transport.py",
-        "            if not parts.elsewhere:\n                self._keep(key)\n"
-        "                continue\n",
-        "            if not any(parts.blocks):\n                parts.everywhere = True\n",
+        "            if any(needed):\n",
+        "            needed = [mine or (0,) for mine in needed]\n            if kinds:\n",
         "broadcast_state_dict",
         "broadcast_state_dict_manners",
     ),
@@ -198,8 +198,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "everyone_gets_everything",
         "sharded targets receive whole tensors by broadcast",
         "transport.py",
-        "apart.append(Parcel(name, offer.dtype, parts.blocks))",
-        "together.append(Parcel(name, offer.dtype, parts.once))",
+        "                apart.append(parcel)\n",
+        "                together.append(Parcel(name, offer.dtype, parts.once, keys))\n",
         "broadcast_state_dict",
         "broadcast_state_dict_manners",
     ),
@@ -207,7 +207,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "source_keeps_nothing",
         "the source's own shards stay as they were",
         "transport.py",
-        "        if scattered:\n            self._keep_all(keys)\n",
+        "        self._keep([key for parcel in rest for key in parcel.items])\n",
         "",
         "broadcast_state_dict",
         "large_tensors",
@@ -216,8 +216,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "offload_stays_on_device",
         "cpu_offload is forgotten",
         "targets.py",
-        "self.device = CPU if cpu_offload else device",
-        "self.device = device",
+        "        device = CPU if self._cpu_offload else device\n",
+        "",
         "broadcast_state_dict",
         "broadcast_state_dict_manners",
     ),
@@ -225,9 +225,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "source_dtype_wins",
         "a bf16 target becomes what the full tensor is",
         "targets.py",
-        "self.dtype = value.dtype if isinstance(value, torch.Tensor) else dtype",
-        "self.dtype = dtype; value = value.to(dtype) if type(value) is torch.Tensor else value; "
-        "self.value = value",
+        "            return allocate_like(settled(value), model.device)\n",
+        "            return allocate_like(settled(value), model.device, model.source_dtype)\n",
         "broadcast_state_dict",
         "distribute_state_dict",
     ),
@@ -251,6 +250,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *(_mutant(*fault) for fault in copies.FAULTS),
     *(_mutant(*fault) for fault in memory.FAULTS),
+    *(_mutant(*fault) for fault in together.FAULTS),
     # --- tensor parallel ----------------------------------------------------------------------
     *(
         Mutant(

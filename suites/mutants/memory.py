@@ -31,8 +31,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "cut_from_copies",
         "each full tensor is copied before its shard is cut from it, and all copies stay",
         "distribute.py",
-        "where, in_place=False, places=places)\n        found[key] = target, full\n",
-        "where, in_place=False, places=places)\n        found[key] = target, full.clone()\n",
+        "full.size(), full.dtype, where), full\n",
+        "full.size(), full.dtype, where), full.clone()\n",
         "memory",
     ),
     (

@@ -7,9 +7,6 @@ ever holds a full tensor of a sharded target.
 
 from __future__ import annotations
 
-import pickle
-import struct
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,21 +15,18 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils.agreement import Failure, exchange, first_failure
+from shardproof._state_dict_utils.offers import Offers, offers_of, tell
 from shardproof._state_dict_utils.targets import (
     WHOLE,
     Model,
     Place,
     Target,
     Targets,
-    plain_full_tensor,
     winners,
 )
-from shardproof._state_dict_utils.tensors import CPU, bits, geometry, is_ordinary
-from shardproof._state_dict_utils.ties import maybe_tied
-from shardproof._state_dict_utils.transport import Need, Offer, Offers, Transport
-from shardproof._state_dict_utils.wire import Domain, broadcast, finish, group_domain
-
-_LENGTH = struct.Struct("<q")
+from shardproof._state_dict_utils.tensors import CPU
+from shardproof._state_dict_utils.transport import Need, Transport
+from shardproof._state_dict_utils.wire import Domain, group_domain
 
 
 class _TensorInfo(NamedTuple):
@@ -191,9 +185,9 @@ def _run(
         return
     domain = group_domain(group, device)
     source = dist.get_rank(group) == 0
-    offers, failure = _offers(full, keys) if source else (Offers(), None)
+    offers, failure = offers_of(full, keys) if source else (Offers(), None)
     wholes = offers.wholes
-    offers, refused = _tell(domain, group, offers, failure)
+    offers, refused = tell(domain, group, offers, failure)
     if refused is not None:
         raise refused.error()
     plan = _Plan()
@@ -234,89 +228,6 @@ def _merged(told: list[_Columns]) -> tuple[list[Need], list[list[tuple[int, ...]
         new = [numbers.setdefault(need, len(numbers)) for need in kinds]
         merged.append([tuple([new[number] for number in needs]) for needs in wanted])
     return list(numbers), merged
-
-
-def _offers(full: dict[str, Any], keys: list[str] | None) -> tuple[Offers, Failure | None]:
-    """What the source has, in the order of its state dict."""
-    offers = Offers()
-    numbers: dict[Hashable, int] = {}
-    try:
-        for key in full if keys is None else dict.fromkeys(keys):
-            if key not in full:
-                raise KeyError(f"the full state dict lacks {key!r}")
-            value = full[key]
-            if not isinstance(value, torch.Tensor):
-                if keys is not None:
-                    raise TypeError(f"{key!r}: expected a full tensor, got {type(value)}")
-                offers.add(key, Offer("value"), value)
-                continue
-            plain = plain_full_tensor(key, value)
-            if not plain.dim() and keys is None:
-                raw = bits(plain).cpu().reshape(1).view(torch.uint8).numpy().tobytes()
-                offers.add(key, Offer("scalar", (), plain.dtype), raw)
-                continue
-            flat = is_ordinary(plain) and plain.is_contiguous() and not plain.is_neg()
-            likeness = plain.shape, plain.dtype, flat
-            number = numbers.get(likeness)
-            if number is None:
-                offer = Offer("tensor", tuple(plain.size()), plain.dtype, flat)
-                number = numbers[likeness] = offers.number(offer)
-            offers.keys.append(key)
-            offers.numbers.append(number)
-            offers.wholes[key] = plain
-    except Exception as error:
-        return Offers(), Failure.of(error)
-    wholes = offers.wholes
-    tied = maybe_tied(list(wholes.values()))
-    first: dict[Hashable, Any] = {}
-    for (key, plain), ask in zip(wholes.items(), tied, strict=False):
-        if ask and plain.numel():
-            root = first.setdefault(geometry(plain), key)
-            if root != key:
-                offers.roots[key] = root
-    return offers, None
-
-
-def _tell(
-    domain: Domain,
-    group: dist.ProcessGroup,
-    offers: Offers,
-    failure: Failure | None,
-) -> tuple[Offers, Failure | None]:
-    """Send the source's offers, or its error, to all."""
-    if failure is not None:
-        failure = Failure(failure.kind, f"{domain.name(0)}: {failure.message}", True)
-    body = b""
-    if domain.index() == 0:
-        try:
-            body = pickle.dumps((*offers.told(), failure))
-        except Exception as error:
-            culprit = _unpicklable(offers)
-            text = f"{domain.name(0)}: {culprit!r}: expected a value that can be pickled: {error}"
-            body = pickle.dumps((*Offers().told(), Failure("TypeError", text, True)))
-    head = _as_tensor(_LENGTH.pack(len(body)), domain.device)
-    finish(broadcast(group, head))
-    length = int(_LENGTH.unpack(bytes(head.tolist()))[0])
-    data = _as_tensor(body.ljust(length, b"\0"), domain.device)
-    finish(broadcast(group, data))
-    received = data.cpu().numpy().tobytes()
-    # The peers of a process group run the same program: they are trusted as torch trusts them.
-    *told, refused = pickle.loads(received)  # noqa: S301
-    return Offers(*told), refused
-
-
-def _unpicklable(offers: Offers) -> Any:
-    """The first key that cannot be sent, or whose value cannot."""
-    for key in offers.keys:
-        try:
-            pickle.dumps((key, offers.values.get(key)))
-        except Exception:
-            return key
-    return None
-
-
-def _as_tensor(data: bytes, device: torch.device) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
 
 
 def _check_infos(full: dict[str, Any], keys: list[str], offers: Offers, source: bool) -> None:

@@ -15,8 +15,9 @@ import torch
 from shardproof._state_dict_utils import stream
 from shardproof._state_dict_utils.agreement import Entries
 from shardproof._state_dict_utils.grid import Grid
-from shardproof._state_dict_utils.leaves import Layout, Leaf
+from shardproof._state_dict_utils.leaves import Leaf
 from shardproof._state_dict_utils.reduction import reduced
+from shardproof._state_dict_utils.spread import Layout
 from shardproof._state_dict_utils.stream import (
     Parcel,
     Piece,

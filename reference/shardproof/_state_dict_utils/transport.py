@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from shardproof._state_dict_utils import stream
 from shardproof._state_dict_utils.grid import Grid, copies_of_each, grid_of
 from shardproof._state_dict_utils.layout import Block, full_block
+from shardproof._state_dict_utils.offers import Offer, Offers
 from shardproof._state_dict_utils.stream import (
     Parcel,
     Piece,
@@ -30,66 +30,6 @@ from shardproof._state_dict_utils.stream import (
 from shardproof._state_dict_utils.targets import Model, Place, Target
 from shardproof._state_dict_utils.tensors import MOVABLE, bits, copy_all
 from shardproof._state_dict_utils.wire import Domain, broadcast, finish, scatter
-
-
-class Offer(NamedTuple):
-    """What the source has under a key, without the data.
-
-    Attributes:
-        kind: ``tensor``, ``scalar`` (0-dim, its bytes travel with the offers) or ``value``.
-        size: of a tensor.
-        dtype: of a tensor.
-        flat: whether a tensor's memory can be sent as it is.
-
-    """
-
-    kind: str
-    size: tuple[int, ...] = ()
-    dtype: torch.dtype | None = None
-    flat: bool = False
-
-
-@dataclass
-class Offers:
-    """All that the source has, by column: most keys are offered like another.
-
-    Attributes:
-        keys: in the order of the state dict.
-        numbers: of each key its offer.
-        kinds: the distinct offers.
-        roots: key -> the first key with the same memory, where that is another one.
-        values: the bytes of scalars, and values.
-        wholes: the full tensors, detached; on the source alone.
-
-    """
-
-    keys: list[Any] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
-    kinds: list[Offer] = field(default_factory=list)
-    roots: dict[Any, Any] = field(default_factory=dict)
-    values: dict[Any, Any] = field(default_factory=dict)
-    wholes: dict[Any, torch.Tensor] = field(default_factory=dict)
-
-    def number(self, offer: Offer) -> int:
-        """That of an offer, a new one for a new offer."""
-        if offer not in self.kinds:
-            self.kinds.append(offer)
-        return self.kinds.index(offer)
-
-    def add(self, key: Any, offer: Offer, value: Any) -> None:
-        """Offer something whose value is told."""
-        self.keys.append(key)
-        self.numbers.append(self.number(offer))
-        self.values[key] = value
-
-    def items(self) -> Iterator[tuple[Any, Offer]]:
-        """(key, offer) in the order of the state dict."""
-        return zip(self.keys, map(self.kinds.__getitem__, self.numbers), strict=True)
-
-    def told(self) -> tuple[Any, ...]:
-        """What is sent to the other ranks, as arguments."""
-        return self.keys, self.numbers, self.kinds, self.roots, self.values
-
 
 # From how many bytes on leaving out a row of them costs less than writing it.
 _WORTH_A_VIEW = 1 << 16

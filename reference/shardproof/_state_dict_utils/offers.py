@@ -1,0 +1,162 @@
+"""What the source of a broadcast has, told to all ranks before tensors move."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from shardproof._state_dict_utils.agreement import Failure
+from shardproof._state_dict_utils.targets import plain_full_tensor
+from shardproof._state_dict_utils.tensors import bits, geometry, is_ordinary
+from shardproof._state_dict_utils.ties import maybe_tied
+from shardproof._state_dict_utils.wire import Domain, broadcast, finish
+
+_LENGTH = struct.Struct("<q")
+
+
+class Offer(NamedTuple):
+    """What the source has under a key, without the data.
+
+    Attributes:
+        kind: ``tensor``, ``scalar`` (0-dim, its bytes travel with the offers) or ``value``.
+        size: of a tensor.
+        dtype: of a tensor.
+        flat: whether a tensor's memory can be sent as it is.
+
+    """
+
+    kind: str
+    size: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+    flat: bool = False
+
+
+@dataclass
+class Offers:
+    """All that the source has, by column: most keys are offered like another.
+
+    Attributes:
+        keys: in the order of the state dict.
+        numbers: of each key its offer.
+        kinds: the distinct offers.
+        roots: key -> the first key with the same memory, where that is another one.
+        values: the bytes of scalars, and values.
+        wholes: the full tensors, detached; on the source alone.
+
+    """
+
+    keys: list[Any] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    kinds: list[Offer] = field(default_factory=list)
+    roots: dict[Any, Any] = field(default_factory=dict)
+    values: dict[Any, Any] = field(default_factory=dict)
+    wholes: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+    def number(self, offer: Offer) -> int:
+        """That of an offer, a new one for a new offer."""
+        if offer not in self.kinds:
+            self.kinds.append(offer)
+        return self.kinds.index(offer)
+
+    def add(self, key: Any, offer: Offer, value: Any) -> None:
+        """Offer something whose value is told."""
+        self.keys.append(key)
+        self.numbers.append(self.number(offer))
+        self.values[key] = value
+
+    def items(self) -> Iterator[tuple[Any, Offer]]:
+        """(key, offer) in the order of the state dict."""
+        return zip(self.keys, map(self.kinds.__getitem__, self.numbers), strict=True)
+
+    def told(self) -> tuple[Any, ...]:
+        """What is sent to the other ranks, as arguments."""
+        return self.keys, self.numbers, self.kinds, self.roots, self.values
+
+
+def offers_of(full: dict[str, Any], keys: list[str] | None) -> tuple[Offers, Failure | None]:
+    """What the source has, in the order of its state dict."""
+    offers = Offers()
+    numbers: dict[Hashable, int] = {}
+    try:
+        for key in full if keys is None else dict.fromkeys(keys):
+            if key not in full:
+                raise KeyError(f"the full state dict lacks {key!r}")
+            value = full[key]
+            if not isinstance(value, torch.Tensor):
+                if keys is not None:
+                    raise TypeError(f"{key!r}: expected a full tensor, got {type(value)}")
+                offers.add(key, Offer("value"), value)
+                continue
+            plain = plain_full_tensor(key, value)
+            if not plain.dim() and keys is None:
+                raw = bits(plain).cpu().reshape(1).view(torch.uint8).numpy().tobytes()
+                offers.add(key, Offer("scalar", (), plain.dtype), raw)
+                continue
+            flat = is_ordinary(plain) and plain.is_contiguous() and not plain.is_neg()
+            likeness = plain.shape, plain.dtype, flat
+            number = numbers.get(likeness)
+            if number is None:
+                offer = Offer("tensor", tuple(plain.size()), plain.dtype, flat)
+                number = numbers[likeness] = offers.number(offer)
+            offers.keys.append(key)
+            offers.numbers.append(number)
+            offers.wholes[key] = plain
+    except Exception as error:
+        return Offers(), Failure.of(error)
+    wholes = offers.wholes
+    tied = maybe_tied(list(wholes.values()))
+    first: dict[Hashable, Any] = {}
+    for (key, plain), ask in zip(wholes.items(), tied, strict=False):
+        if ask and plain.numel():
+            root = first.setdefault(geometry(plain), key)
+            if root != key:
+                offers.roots[key] = root
+    return offers, None
+
+
+def tell(
+    domain: Domain,
+    group: dist.ProcessGroup,
+    offers: Offers,
+    failure: Failure | None,
+) -> tuple[Offers, Failure | None]:
+    """Send the source's offers, or its error, to all."""
+    if failure is not None:
+        failure = Failure(failure.kind, f"{domain.name(0)}: {failure.message}", True)
+    body = b""
+    if domain.index() == 0:
+        try:
+            body = pickle.dumps((*offers.told(), failure))
+        except Exception as error:
+            culprit = _unpicklable(offers)
+            text = f"{domain.name(0)}: {culprit!r}: expected a value that can be pickled: {error}"
+            body = pickle.dumps((*Offers().told(), Failure("TypeError", text, True)))
+    head = _as_tensor(_LENGTH.pack(len(body)), domain.device)
+    finish(broadcast(group, head))
+    length = int(_LENGTH.unpack(bytes(head.tolist()))[0])
+    data = _as_tensor(body.ljust(length, b"\0"), domain.device)
+    finish(broadcast(group, data))
+    received = data.cpu().numpy().tobytes()
+    # The peers of a process group run the same program: they are trusted as torch trusts them.
+    *told, refused = pickle.loads(received)  # noqa: S301
+    return Offers(*told), refused
+
+
+def _unpicklable(offers: Offers) -> Any:
+    """The first key that cannot be sent, or whose value cannot."""
+    for key in offers.keys:
+        try:
+            pickle.dumps((key, offers.values.get(key)))
+        except Exception:
+            return key
+    return None
+
+
+def _as_tensor(data: bytes, device: torch.device) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)

@@ -1,0 +1,226 @@
+"""How distributed tensors are spread over ranks, and how that is put in words for other ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from shardproof._state_dict_utils import stream
+from shardproof._state_dict_utils.grid import Grid, grid_of, line_of
+from shardproof._state_dict_utils.layout import (
+    Block,
+    Cut,
+    block_at,
+    box_block,
+    cuts_of,
+    mesh_ranks,
+    partial_dims,
+)
+from shardproof._state_dict_utils.reduction import check_reductions
+from shardproof._state_dict_utils.tensors import CPU, dtype_of, is_row_major, shape_of
+from shardproof._state_dict_utils.wire import Domain
+
+
+@dataclass(slots=True, eq=False)
+class Layout:
+    """How tensors are spread over ranks. Leaves of one call that are spread alike share it.
+
+    Attributes:
+        domain: the ranks that share the tensors; None where this rank is none of them.
+        members: the global ranks that have to know of them.
+        shape: the global shape.
+        dtype: of the elements.
+        stride: the global strides where they are not row-major.
+        device: of what this rank holds.
+        summary: all of it in words.
+        dims: the domain's dimensions over which the data differs.
+        reductions: dimension -> pending reduction.
+        cuts: how a DTensor is sharded; None for a ShardedTensor.
+        shards: (global rank, block) of each shard of a ShardedTensor.
+        here: what this rank holds.
+        nbytes: of a whole tensor.
+        held: whether this rank holds any element.
+
+    """
+
+    domain: Domain | None
+    members: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stride: tuple[int, ...] | None
+    device: torch.device
+    summary: str
+    nbytes: int
+    dims: tuple[int, ...] = ()
+    reductions: dict[int, str] = field(default_factory=dict)
+    cuts: tuple[Cut, ...] | None = None
+    shards: list[tuple[int, Block]] = field(default_factory=list)
+    here: list[Block] = field(default_factory=list)
+    held: bool = False
+
+    def line(
+        self, coordinates: tuple[tuple[int, ...], ...]
+    ) -> tuple[list[list[Block]], Grid | None]:
+        """What the members at these coordinates hold, and the grid that this makes, if any."""
+        assert self.domain is not None
+        if self.cuts is not None:
+            return line_of(self.shape, self.domain.shape, self.cuts, coordinates)
+        ranks = [self.domain.members[c[0]] for c in coordinates]
+        held = [[block for rank, block in self.shards if rank == r] for r in ranks]
+        return held, grid_of(self.shape, held)
+
+    @property
+    def meta(self) -> bool:
+        """Whether the tensors have no data."""
+        return self.device.type == "meta"
+
+    @property
+    def large(self) -> bool:
+        """Whether such a tensor is worth collectives of its own."""
+        return self.nbytes >= stream.alone_bytes()
+
+    @property
+    def stream(self) -> Hashable:
+        """Equal for leaves that travel together, and sorted the same way on every rank."""
+        assert self.domain is not None
+        return self.domain.key, self.dims, tuple(sorted(self.reductions.items()))
+
+
+def summary(tensor: torch.Tensor) -> str:
+    """Kind, shape, dtype and sharding in words, equal on all ranks that share the tensor."""
+    head = f"of shape {shape_of(tensor)}, {dtype_of(tensor)}"
+    if isinstance(tensor, DTensor):
+        mesh = tuple(tensor.device_mesh.shape)
+        try:
+            order = [cut.mesh_dim for cut in cuts_of(tensor._spec)]
+        except ValueError:
+            order = []
+        cuts = "left to right" if order == sorted(order) else f"in the order {order}"
+        text = f"a DTensor {head}, {tuple(tensor.placements)} on mesh {mesh}, {cuts}"
+    elif isinstance(tensor, ShardedTensor):
+        shards = [
+            (tuple(m.shard_offsets), tuple(m.shard_sizes), m.placement and m.placement.rank())
+            for m in tensor.metadata().shards_metadata
+        ]
+        text = f"a ShardedTensor {head}, shards (offsets, sizes, rank) {shards}"
+    else:
+        text = f"a tensor {head}"
+    return text + (", on meta" if is_meta(tensor) else "")
+
+
+def is_meta(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no data."""
+    if isinstance(tensor, DTensor):
+        return tensor._local_tensor.is_meta
+    return not isinstance(tensor, ShardedTensor) and tensor.is_meta
+
+
+def _device_of(tensor: DTensor | ShardedTensor) -> torch.device:
+    if isinstance(tensor, DTensor):
+        return tensor._local_tensor.device
+    return next((shard.tensor.device for shard in tensor.local_shards()), CPU)
+
+
+def _shards(tensor: ShardedTensor) -> list[tuple[int, Block]]:
+    """(global rank, block) of each shard, in the metadata's order."""
+    found: list[tuple[int, Block]] = []
+    for meta in tensor.metadata().shards_metadata:
+        rank = None if meta.placement is None else meta.placement.rank()
+        if rank is None:
+            raise ValueError(f"the shard at {meta.shard_offsets} names no rank: {meta.placement}")
+        found.append((int(rank), box_block(meta.shard_offsets, meta.shard_sizes)))
+    return found
+
+
+class _Spread(NamedTuple):
+    """How a DTensor is laid out on its mesh, whatever its memory.
+
+    Attributes:
+        stride: the global strides where they are not row-major.
+        summary: in words.
+        nbytes: of the whole tensor.
+        cuts: how it is sharded.
+        reductions: mesh dimension -> pending reduction.
+        dims: the mesh dimensions over which the data differs.
+
+    """
+
+    stride: tuple[int, ...] | None
+    summary: str
+    nbytes: int
+    cuts: tuple[Cut, ...]
+    reductions: dict[int, str]
+    dims: tuple[int, ...]
+
+
+# Weak: a mesh holds process groups.
+_SPREADS: WeakKeyDictionary[DeviceMesh, dict[Hashable, _Spread]] = WeakKeyDictionary()
+
+
+def _spread_of(tensor: DTensor) -> _Spread:
+    """Models have few layouts, and checkpoints ask for the same again and again."""
+    spec, dtype = tensor._spec, tensor.dtype
+    known = _SPREADS.get(spec.mesh)
+    if known is None:
+        known = _SPREADS[spec.mesh] = {}
+    # The types, too: a kind of partial of its own may equal the plain one.
+    kinds = tuple(map(type, spec.placements))
+    order = getattr(spec, "shard_order", None)
+    key = spec.placements, kinds, spec.tensor_meta, order, dtype, is_meta(tensor)
+    found = known.get(key)
+    if found is not None:
+        return found
+    shape, sizes = tuple(spec.shape), tuple(spec.mesh.shape)
+    stride: tuple[int, ...] | None = tuple(spec.stride)
+    if is_row_major(shape, spec.stride):
+        stride = None
+    reductions = {d: op for d, op in partial_dims(spec.placements).items() if sizes[d] > 1}
+    check_reductions(list(reductions.values()))
+    cuts = cuts_of(spec)
+    split = {cut.mesh_dim for cut in cuts if sizes[cut.mesh_dim] > 1} | set(reductions)
+    nbytes = math.prod(shape) * dtype.itemsize
+    found = _Spread(stride, summary(tensor), nbytes, cuts, reductions, tuple(sorted(split)))
+    known[key] = found
+    return found
+
+
+def layout_of(tensor: DTensor | ShardedTensor, domain: Domain | None) -> Layout:
+    """The layout of a tensor that the ranks of ``domain`` share; None where this is none of them.
+
+    Raises:
+        ValueError: a placement or a shard that cannot be gathered.
+
+    """
+    device, shape, dtype = _device_of(tensor), shape_of(tensor), dtype_of(tensor)
+    if isinstance(tensor, DTensor):
+        if domain is None:
+            # This rank takes no part, and a placement that it does not know is not its matter.
+            ranks = mesh_ranks(tensor.device_mesh)
+            return Layout(None, ranks, shape, dtype, None, device, summary(tensor), 0)
+        stride, words, nbytes, cuts, reductions, dims = _spread_of(tensor)
+        layout = Layout(domain, domain.members, shape, dtype, stride, device, words, nbytes)
+        layout.dims, layout.reductions, layout.cuts = dims, reductions, cuts
+        layout.here = [block_at(shape, domain.shape, cuts, domain.here)]
+    else:
+        members = () if domain is None else domain.members
+        nbytes = math.prod(shape) * dtype.itemsize
+        layout = Layout(domain, members, shape, dtype, None, device, summary(tensor), nbytes)
+        if domain is None:
+            return layout
+        layout.shards = _shards(tensor)
+        strangers = sorted({rank for rank, _ in layout.shards} - set(members))
+        if strangers:
+            raise ValueError(f"shards on global ranks {strangers}, expected {members}")
+        layout.dims = (0,) if len(members) > 1 else ()
+        mine = members[domain.here[0]]
+        layout.here = [block for rank, block in layout.shards if rank == mine]
+    layout.held = any(block.numel for block in layout.here)
+    return layout

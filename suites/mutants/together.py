@@ -1,0 +1,73 @@
+"""Faults in moving many tensors that are laid out alike at once. Fields as in copies.py."""
+
+from __future__ import annotations
+
+FAULTS: tuple[tuple[str, ...], ...] = (
+    (
+        "results_share_a_bucket",
+        "gathered tensors are views of one memory: saving one saves all",
+        "grid.py",
+        "            made.extend(copies_of_each(near))\n",
+        "            made.extend(near.clone().unbind())\n",
+        "many_alike",
+    ),
+    (
+        "new_targets_share_a_bucket",
+        "what is made for targets on meta are views of one memory",
+        "transport.py",
+        "copies_of_each(parts), strict=True)",
+        "parts.clone().unbind(), strict=True)",
+        "many_alike",
+    ),
+    (
+        "alike_in_the_order_of_the_dict",
+        "ranks with another order of keys get each other's tensors",
+        "leaves.py",
+        "        paths = sorted(self.leaves)\n",
+        "        paths = list(self.leaves)\n",
+        "many_alike",
+    ),
+    (
+        "source_forgets_its_row",
+        "the source's own shards of small tensors stay as they were",
+        "transport.py",
+        "            if self.wholes is not None and not self._own_row(parcel):\n",
+        "            if self.wholes is not None:\n",
+        "many_alike",
+    ),
+    (
+        "lost_between_buckets",
+        "the tensor that does not fit into the rest of a bucket never travels",
+        "stream.py",
+        "                    at = (bucket + 1) * width\n",
+        "                    at, first = (bucket + 1) * width, first + 1\n",
+        "many_alike",
+    ),
+    (
+        "first_ones_again",
+        "of many tensors later ones have the values of the first ones",
+        "grid.py",
+        "copy_(self._rows_of(data, count).narrow(self._at, at, number))",
+        "copy_(self._rows_of(data, count).narrow(self._at, 0, number))",
+        "many_alike",
+    ),
+    (
+        "leaves_alike_by_shape",
+        "tensors of one shape are taken for laid out alike, however they are sharded",
+        "leaves.py",
+        (
+            "*(id(spec.mesh), spec.placements, spec.tensor_meta),\n"
+            '                    getattr(spec, "shard_order", None),\n'
+        ),
+        "*(id(spec.mesh), spec.tensor_meta),\n",
+        "many_alike",
+    ),
+    (
+        "targets_alike_by_shape",
+        "targets of one shape are taken for alike, however they are sharded",
+        "targets.py",
+        "        place = id(spec.mesh), spec.placements, spec.tensor_meta, order\n",
+        "        place = id(spec.mesh), spec.tensor_meta\n",
+        "many_alike",
+    ),
+)
