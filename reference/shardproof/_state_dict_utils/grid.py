@@ -29,14 +29,17 @@ _NEAR = 1 << 18
 class Grid:
     """Equal blocks that tile a tensor, one a participant, in the participants' order.
 
-    With it all blocks are read or written by one operation on a view of the whole tensor.
+    With it all blocks are read or written by one operation on a view of the whole tensor. Where
+    it repeats several participants have the same block, and blocks can only be read.
 
     Attributes:
         shape: of the tensor.
         parts: how many blocks there are, per tensor dimension that is cut, outermost first.
         block: the shape of one block.
         numel: the number of its elements.
-        stacked: the blocks follow each other in a contiguous tensor.
+        stacked: the blocks, without repetition, follow each other in a contiguous tensor.
+        repeats: how often the participants go through all blocks, and how many in a row have the
+            same one each time.
 
     """
 
@@ -45,14 +48,19 @@ class Grid:
     block: tuple[int, ...]
     numel: int
     stacked: bool
+    repeats: tuple[int, int]
     _split: tuple[int, ...]
     _order: tuple[int, ...]
 
     def of(self, full: torch.Tensor) -> torch.Tensor:
-        """A view of the tensor with one block a row: of shape ``(*parts, *block)``, or flatter."""
+        """A view of the tensor with one block a row.
+
+        Of shape ``(*parts, *block)``, or flatter; ``(repeats, *parts, repeats, *block)`` where it
+        repeats.
+        """
         if self.stacked and full.is_contiguous():
             return full.view(self.parts[0], -1)
-        return full.view(self._split).permute(self._order)
+        return self._repeated(full.view(self._split).permute(self._order))
 
     def rows(self, data: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Rows of elements, shaped as the view ``like`` that :meth:`of` gave."""
@@ -77,10 +85,23 @@ class Grid:
             stack_into(near.view(-1), list(wholes[at : at + number]))
             self._rows_of(data, count).narrow(self._at, at, number).copy_(self._blocks_of(near))
 
+    def _repeated(self, blocks: torch.Tensor) -> torch.Tensor:
+        """A view of shape ``(*parts, ...)`` that shows each block as often as it is needed."""
+        if self.repeats == (1, 1):
+            return blocks
+        outer, inner = self.repeats
+        shown = blocks.unsqueeze(len(self.parts)).unsqueeze(0)
+        return shown.expand(outer, *self.parts, inner, *blocks.shape[len(self.parts) :])
+
+    @property
+    def _participants(self) -> tuple[int, ...]:
+        outer, inner = self.repeats
+        return self.parts if self.repeats == (1, 1) else (outer, *self.parts, inner)
+
     @property
     def _at(self) -> int:
         """Which dimension of :meth:`_rows_of` counts the tensors."""
-        return len(self.parts)
+        return len(self._participants)
 
     def _near(self, data: torch.Tensor, count: int) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(first tensor, how many, room for them) until ``count`` of them are through."""
@@ -91,14 +112,14 @@ class Grid:
             yield at, number, near[:number]
 
     def _blocks_of(self, wholes: torch.Tensor) -> torch.Tensor:
-        """A view of stacked whole tensors of shape ``(*parts, tensors, *block)``."""
+        """A view of stacked whole tensors of shape ``(*participants, tensors, *block)``."""
         order = [dim + 1 for dim in self._order]
-        order.insert(self._at, 0)
-        return wholes.view(len(wholes), *self._split).permute(order)
+        order.insert(len(self.parts), 0)
+        return self._repeated(wholes.view(len(wholes), *self._split).permute(order))
 
     def _rows_of(self, data: torch.Tensor, count: int) -> torch.Tensor:
         """The same of rows."""
-        return data.view(*self.parts, count, *self.block)
+        return data.view(*self._participants, count, *self.block)
 
 
 # Up to so many participants a line is remembered: more of them would fill the memory.
@@ -147,9 +168,13 @@ def grid_of(shape: Sequence[int], blocks: Sequence[Sequence[Block]]) -> Grid | N
         return None
     counts = [whole // part for whole, part in zip(shape, size, strict=True)]
     cut = [dim for dim, count in enumerate(counts) if count > 1]
-    if math.prod(counts) != len(cells) or not cut:
+    once = math.prod(counts)
+    if len(cells) % once or not cut:
         return None
-    starts = [cell.starts for cell in cells]
+    repeats = _repeats([cell.starts for cell in cells], once)
+    if repeats is None:
+        return None
+    starts = [cell.starts for cell in cells[:: repeats[1]][:once]]
     for dims in permutations(cut):
         places = product(*(range(counts[dim]) for dim in dims))
         expected = []
@@ -171,7 +196,26 @@ def grid_of(shape: Sequence[int], blocks: Sequence[Sequence[Block]]) -> Grid | N
             split.append(count)
         rest.append(len(split))
         split.append(part)
-    stacked = len(dims) == 1 and all(size[dim] == 1 for dim in range(dims[0]))
+    follow = len(dims) == 1 and all(size[dim] == 1 for dim in range(dims[0]))
     order = (*(at[dim] for dim in dims), *rest)
-    parts = tuple(counts[dim] for dim in dims)
-    return Grid(tuple(shape), parts, size, cells[0].numel, stacked, tuple(split), order)
+    return Grid(
+        shape=tuple(shape),
+        parts=tuple(counts[dim] for dim in dims),
+        block=size,
+        numel=cells[0].numel,
+        stacked=follow and repeats == (1, 1),
+        repeats=repeats,
+        _split=tuple(split),
+        _order=order,
+    )
+
+
+def _repeats(starts: Sequence[Any], once: int) -> tuple[int, int] | None:
+    """How often the participants go through all blocks, and how many in a row have the same."""
+    inner = next((n for n, start in enumerate(starts) if start != starts[0]), len(starts))
+    outer = len(starts) // (inner * once)
+    return (outer, inner) if list(starts) == _times(starts[::inner][:once], outer, inner) else None
+
+
+def _times(starts: Sequence[Any], outer: int, inner: int) -> list[Any]:
+    return [start for start in starts for _ in range(inner)] * outer

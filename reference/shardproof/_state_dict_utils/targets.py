@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from shardproof._state_dict_utils.layout import (
     Block,
@@ -72,6 +75,31 @@ class Place(NamedTuple):
 WHOLE = Place()
 _PLAIN = frozenset({torch.Tensor, nn.Parameter})
 _MARKS = frozenset({FSDP_FLATTENED, STANDS_FOR})
+
+
+# Weak: a mesh holds process groups.
+_PLACES: WeakKeyDictionary[DeviceMesh, dict[Hashable, tuple[Place, Block | None, bool]]]
+_PLACES = WeakKeyDictionary()
+
+
+def _place_of(spec: DTensorSpec) -> tuple[Place, Block | None, bool]:
+    """(the place, this rank's block, whether a reduction is pending).
+
+    Models have few layouts, and loads ask for the same again and again.
+    """
+    known = _PLACES.get(spec.mesh)
+    if known is None:
+        known = _PLACES[spec.mesh] = {}
+    # The types, too: a kind of partial of its own may equal the plain one.
+    kinds = tuple(map(type, spec.placements))
+    key = spec.placements, kinds, spec.shape, getattr(spec, "shard_order", None)
+    found = known.get(key)
+    if found is None:
+        place = Place(mesh_ranks(spec.mesh), tuple(spec.mesh.shape), cuts_of(spec))
+        coordinate = my_coordinate(spec.mesh)
+        block = None if coordinate is None else spec_block(spec, coordinate)
+        found = known[key] = place, block, bool(partial_dims(spec.placements))
+    return found
 
 
 class Targets:
@@ -234,10 +262,8 @@ class Model:
 
     def _plan_dtensor(self, value: DTensor, in_place: bool, cpu_offload: bool) -> None:
         spec = value._spec
-        self.place = Place(mesh_ranks(spec.mesh), tuple(spec.mesh.shape), cuts_of(spec))
-        coordinate = my_coordinate(spec.mesh)
-        self.block = None if coordinate is None else spec_block(spec, coordinate)
-        if partial_dims(spec.placements):
+        self.place, self.block, pending = _place_of(spec)
+        if pending:
             raise ValueError(
                 f"the target has placements {spec.placements}; a pending reduction "
                 "cannot take values"

@@ -292,15 +292,18 @@ class Transport:
             if grid is not None and len(wholes) > 1 and self._own_row(parcel):
                 grid.fill(room, wholes)
                 continue
-            for index, whole in enumerate(wholes):
-                part = room.view(len(rows), piece.count, -1)[:, index]
+            each = [room]
+            if len(wholes) > 1:
+                each = list(room.view(len(rows), len(wholes), -1).unbind(1))
+            for index, (whole, part) in enumerate(zip(wholes, each, strict=True)):
                 if grid is None or part.size(1) != grid.numel:
                     for taker, row in enumerate(part[first:], first):
                         self._fill_part(row, piece, parcel, index, taker)
                     continue
                 source = grid.of(whole)
                 space = grid.rows(part, source)
-                if len(grid.parts) == 1 and part.nbytes > _WORTH_A_VIEW:
+                single = len(grid.parts) == 1 and grid.repeats == (1, 1)
+                if single and part.nbytes > _WORTH_A_VIEW:
                     source, space = source[first:], space[first:]
                 into.append(space)
                 values.append(source)
