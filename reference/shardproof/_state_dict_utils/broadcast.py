@@ -187,6 +187,10 @@ def _run(
     source = dist.get_rank(group) == 0
     offers, failure = offers_of(full, keys) if source else (Offers(), None)
     wholes = offers.wholes
+    targets = Targets(in_place=True, cpu_offload=cpu_offload)
+    if not source:
+        # While the source looks at its own.
+        targets.look(local)
     offers, refused = tell(domain, group, offers, failure)
     if refused is not None:
         raise refused.error()
@@ -194,7 +198,7 @@ def _run(
     try:
         if keys is not None:
             _check_infos(full, keys, offers, source)
-        plan = _plan(offers, local, device, strict, cpu_offload, whole=keys is not None)
+        plan = _plan(offers, local, targets, device, strict and keys is None)
     except Exception as error:
         # Whatever it is, the others hear of it: they are about to wait for this rank.
         failure = Failure.of(error)
@@ -246,13 +250,11 @@ def _check_infos(full: dict[str, Any], keys: list[str], offers: Offers, source: 
 def _plan(
     offers: Offers,
     local: dict[str, Any],
+    targets: Targets,
     device: torch.device,
     strict: bool,
-    cpu_offload: bool,
-    whole: bool,
 ) -> _Plan:
     plan = _Plan()
-    targets = Targets(in_place=True, cpu_offload=cpu_offload)
     offered = list(offers.items())
     for key, offer in offered:
         value = local.get(key)
@@ -278,7 +280,7 @@ def _plan(
             assert offer.dtype is not None
             raw = torch.frombuffer(bytearray(offers.values[key]), dtype=torch.uint8)
             plan.scalars.append((target, raw.view(offer.dtype).view(())))
-    if strict and not whole:
+    if strict:
         known = set(offers.keys)
         plan.removed = [key for key in local if key not in known]
     return plan

@@ -115,6 +115,19 @@ class Targets:
     def __init__(self, in_place: bool, cpu_offload: bool = False) -> None:
         self._in_place, self._cpu_offload = in_place, cpu_offload
         self._models: dict[Hashable, Model] = {}
+        self._kinds: dict[Hashable, int] = {}
+        self._looked: dict[Any, int | None] = {}
+
+    def look(self, local: Mapping[Any, Any]) -> None:
+        """Learn of the values of a local state dict what does not depend on the full tensors."""
+        self._looked = {key: self._kind(value) for key, value in local.items()}
+
+    def _kind(self, value: Any) -> int | None:
+        """The same number for values that take full tensors alike; None for one by itself."""
+        likeness = _likeness(value)
+        if likeness is None:
+            return None
+        return self._kinds.setdefault(likeness, len(self._kinds))
 
     def target(
         self,
@@ -141,14 +154,14 @@ class Targets:
             ValueError: its shape, dtype or placements do not admit the full tensor.
 
         """
-        likeness = _likeness(value)
-        if likeness is None:
+        kind = self._looked[key] if key in self._looked else self._kind(value)
+        if kind is None:
             value = stood_for(value)
             return Target(key, value, self._model(key, value, size, dtype, device))
-        found = self._models.get((likeness, size, dtype, device))
+        found = self._models.get((kind, size, dtype, device))
         if found is None:
             found = self._model(key, value, size, dtype, device)
-            self._models[likeness, size, dtype, device] = found
+            self._models[kind, size, dtype, device] = found
         return Target(key, value, found)
 
     def _model(
@@ -166,7 +179,9 @@ def _likeness(value: Any) -> Hashable | None:
     kind = type(value)
     if kind is DTensor:
         spec, local = value._spec, value._local_tensor
-        if type(local) is not torch.Tensor or not local.is_contiguous() or local.is_neg():
+        if type(local) is not torch.Tensor or local.layout is not torch.strided:
+            return None
+        if not local.is_contiguous() or local.is_neg():
             return None
         order = getattr(spec, "shard_order", None)
         place = id(spec.mesh), spec.placements, spec.tensor_meta, order

@@ -184,9 +184,9 @@ class Transport:
 
     def _send_stream(self, todo: Stream, scattered: bool) -> None:
         work = None
+        buffers = _Buffers(self.domain.device)
         for width, pieces in todo.buckets():
-            shape = (todo.participants, width)
-            rows = torch.empty(shape, dtype=torch.uint8, device=self.domain.device)
+            rows = buffers.next(todo.participants * width).view(todo.participants, width)
             self._fill(rows, pieces, todo.parcels)
             finish(work)
             if scattered:
@@ -207,8 +207,9 @@ class Transport:
     def _receive_stream(self, todo: Stream, scattered: bool) -> None:
         column = self.me if scattered else 0
         here: tuple[torch.Tensor, Sequence[Piece]] | None = None
+        buffers = _Buffers(self.domain.device)
         for width, pieces in todo.buckets():
-            mine = torch.empty(width, dtype=torch.uint8, device=self.domain.device)
+            mine = buffers.next(width)
             group = self.group
             work = scatter(group, mine, None) if scattered else broadcast(group, mine)
             if here is not None:
@@ -317,6 +318,25 @@ class Transport:
         whole = self.wholes[parcel.items[piece.first + index]]
         found = block_elements(whole, block, piece.start, piece.stop)
         torch.cat([part.to(room.device) for part in found], out=room)
+
+
+class _Buffers:
+    """Two buckets of memory in turn: one is on its way while the other is packed, or unpacked.
+
+    New memory for each bucket would have to be mapped anew, which costs as much as to fill it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._made = [torch.empty(0, dtype=torch.uint8, device=device)] * 2
+
+    def next(self, nbytes: int) -> torch.Tensor:
+        """The bytes that were used the longest ago."""
+        buffer = self._made.pop(0)
+        if buffer.numel() < nbytes:
+            buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        self._made.append(buffer)
+        return buffer[:nbytes]
 
 
 # Up to how many bytes whole tensors are cut many at a time: they are copied twice then, and a
