@@ -206,7 +206,9 @@ def _run(
     told, _ = exchange(domain, columns, failure, repr(columns).encode())
     if told is not None and (found := first_failure(domain, told)):
         raise found.error()
-    kinds, wanted = _merged([columns] if told is None else [theirs for _, theirs in told])
+    kinds, wanted = columns[0], [columns[1]]
+    if told is not None:
+        kinds, wanted = _merged([theirs for _, theirs in told])
 
     for target, value in plan.scalars:
         target.take(value)

@@ -354,10 +354,10 @@ class Target:
 
     def result(self) -> Any:
         """The object for the local state dict."""
-        value, memory = self.value, self.open()
-        if isinstance(value, DTensor):
-            return value if self.model.keeps else with_local(value, memory)
-        return memory
+        if self.model.keeps:
+            return self.value
+        memory = self.open()
+        return with_local(self.value, memory) if isinstance(self.value, DTensor) else memory
 
     def landing(
         self, start: int, stop: int, values: torch.Tensor

@@ -247,7 +247,10 @@ class Transport:
                         for target, memory in zip(targets, copies_of_each(parts), strict=True):
                             target.memory = memory
                     else:
-                        memories += [target.open() for target in targets]
+                        if model.keeps and model.ordinary:
+                            memories += [target.value._local_tensor for target in targets]
+                        else:
+                            memories += [target.open() for target in targets]
                         values += parts.unbind()
                     continue
             for targets_of_key, part in zip(held, parts.unbind(), strict=True):
