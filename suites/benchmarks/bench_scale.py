@@ -54,7 +54,7 @@ class ShardMetadataAtScale(bench_fsdp.ShardMetadataOf):
 
 
 class LocalizeAtScale(bench_tensor_parallel.LocalizeDtensor):
-    """Weights become local Parameters, as after a forward; floor: one setattr each."""
+    """Weights become local Parameters, for the first time; floor: one setattr each."""
 
     fake, regimes, sizes, tracks = True, ("scale",), WORLDS, SCALE
     growth = FLAT

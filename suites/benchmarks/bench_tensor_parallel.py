@@ -112,7 +112,10 @@ def are_local(bed: Bed, root: nn.Module) -> None:
 
 
 class LocalizeDtensor(Measured):
-    """Weights become local Parameters, as after a forward; floor: one setattr each."""
+    """Weights become local Parameters for the first time; floor: one setattr each.
+
+    After a forward torch has nothing left to localize: it has lost the parameters.
+    """
 
     functions = (f"{DDP}_localize_dtensor",)
     sizes: ClassVar[tuple[int, ...]] = (2,)

@@ -268,8 +268,8 @@ MUTANTS: tuple[Mutant, ...] = (
             (
                 "flatten_trains_frozen",
                 "a frozen weight starts to train",
-                "    if tensor.requires_grad:\n        plain.requires",
-                "    if local.is_floating_point():\n        plain.requires",
+                "    if tensor.requires_grad:\n        return local.detach().requires",
+                "    if local.is_floating_point():\n        return local.detach().requires",
             ),
             (
                 "unflatten_takes_any_shape",

@@ -23,8 +23,8 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "localize_unties",
         "tied parameters come apart",
         "ddp.py",
-        "_localized.record(owner, name, *made[id(slots[name])])",
-        "_localized.record(owner, name, *_localized.localized(slots[name]))",
+        "_localized.record(owner, name, *made[id(held)])",
+        "_localized.record(owner, name, *_localized.localized(held))",
         "localize_dtensor",
     ),
     (
@@ -39,8 +39,8 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "localize_ignores_nothing",
         "parameters that another part manages are localized all the same",
         "ddp.py",
-        "elif isinstance(held, DTensor) and id(held) not in left_out:",
-        "elif isinstance(held, DTensor):",
+        "elif id(held) not in left_out:",
+        "else:",
         "localize_dtensor",
     ),
     (
@@ -55,19 +55,19 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "reconstruct_half_way",
         "after an error some parameters are DTensors",
         "ddp.py",
-        "        found.append((owner, name, entry, held))\n",
+        "            found.append((slots, name, entry, held))\n",
         (
-            "        found.append((owner, name, entry, held))\n"
-            "        _localized.slots_of(owner, name)[name] = built[id(held)]\n"
+            "            found.append((slots, name, entry, held))\n"
+            "            slots[name] = built[id(held)]\n"
         ),
         "reconstruct_dtensor",
     ),
     (
         "failure_leaves_dtensors",
         "after an exception in forward the module holds DTensors",
-        "ddp.py",
-        "always_call=True",
-        "always_call=False",
+        "_localized.py",
+        "        module._forward_hooks_always_called[self._number] = True\n",
+        "",
         "pre_dp_module_transform",
     ),
     (
@@ -92,16 +92,16 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "buffers_stay_dtensors",
         "DDP meets a DTensor among the buffers",
-        "_localized.py",
-        "for table in (owner._parameters, owner._buffers):",
-        "for table in (owner._parameters,):",
+        "ddp.py",
+        "tables: tuple[Any, Any] = owner._parameters, owner._buffers",
+        "tables: tuple[Any, ...] = (owner._parameters,)",
         "pre_dp_module_transform_ddp",
     ),
     (
         "state_dict_of_shards",
         "the state dict holds this rank's shards as if they were the whole",
         "_localized.py",
-        "            state_dict[key] = as_dtensor(value, entry.spec, key)",
+        "            state_dict[key] = as_dtensor(value, entry, key)",
         "            state_dict[key] = value",
         "pre_dp_module_transform_state",
     ),

@@ -72,7 +72,6 @@ def _offload_state_dict_to_cpu(
     return result
 
 
-@torch.no_grad()
 def _copy_state_dict(
     state_dict: dict[str, Any],
     copy_state_dict: dict[str, Any],

@@ -168,11 +168,19 @@ def _set_element(root_dict: STATE_DICT_TYPE, path: OBJ_PATH, value: Any) -> None
 
     """
     holder: Any = root_dict
-    step = 0
-    while step < len(path) - 1:
-        child = _existing(holder, path[step])
-        if child is None:
-            break
+    step, last = 0, len(path) - 1
+    while step < last:
+        item = path[step]
+        child = None
+        # What is of the usual types needs no further questions.
+        if type(holder) is dict:
+            child = holder.get(item)
+        elif type(holder) is list and type(item) is int and 0 <= item < len(holder):
+            child = holder[item]
+        if type(child) not in PLAIN:
+            child = _existing(holder, item)
+            if child is None:
+                break
         holder = child
         step += 1
     # What is missing is built apart and attached last: after an error the root is as it was.
@@ -190,14 +198,14 @@ def _set_element(root_dict: STATE_DICT_TYPE, path: OBJ_PATH, value: Any) -> None
         if item < -len(holder):
             raise IndexError(f"{path_name(path)!r}: no element {item} in a list of {len(holder)}")
         holder.extend([None] * (item + 1 - len(holder)))
-    elif not isinstance(holder, MutableMapping):
+    elif not isinstance(holder, (dict, MutableMapping)):
         raise TypeError(f"{path_name(path)!r} leads through a {type(holder).__name__}")
     holder[item] = value
 
 
 def _existing(holder: Any, item: PATH_ITEM) -> Any:
     """The container at ``item``, None where one has to be made."""
-    if isinstance(holder, Mapping):
+    if isinstance(holder, (dict, Mapping)):
         if item not in holder:
             return None
         child = holder[item]
@@ -207,7 +215,7 @@ def _existing(holder: Any, item: PATH_ITEM) -> Any:
             return None
     else:
         return None
-    if not isinstance(child, (MutableMapping, list)):
+    if not isinstance(child, (dict, list, MutableMapping)):
         raise TypeError(f"the value at {item!r} is a {type(child).__name__}, no container")
     return child
 

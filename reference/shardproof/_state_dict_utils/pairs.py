@@ -23,6 +23,7 @@ from shardproof._state_dict_utils.tensors import (
 )
 
 _PLAIN = frozenset({torch.Tensor, nn.Parameter})
+_SHARDED = frozenset({DTensor})
 _STRIDED = frozenset({torch.strided})
 
 
@@ -66,7 +67,10 @@ class Pairs:
     def copy(self, non_blocking: bool) -> None:
         """Copy. Of several sources for one taker the last wins, as if copied one by one."""
         targets, sources = self._targets, self._sources
-        with torch.no_grad():
+        # As torch.no_grad does: for a few small tensors its object costs as much as the copy.
+        recording = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
             if self._slow or len(set(map(id, self._takers))) < len(self._takers):
                 last = {id(taker): place for place, taker in enumerate(self._takers)}
                 slow = set(self._slow)
@@ -77,6 +81,8 @@ class Pairs:
                 targets = [targets[place] for place in fast]
                 sources = [sources[place] for place in fast]
             copy_all(targets, sources, non_blocking)
+        finally:
+            torch._C._set_grad_enabled(recording)
 
 
 def matching(target: Any, source: Any) -> bool:
@@ -101,14 +107,15 @@ def all_matching(
 
     None where one of them is not.
     """
-    if not (_PLAIN.issuperset(map(type, targets)) and _PLAIN.issuperset(map(type, sources))):
-        at = [place for place, target in enumerate(targets) if type(target) is DTensor]
-        if at != [place for place, source in enumerate(sources) if type(source) is DTensor]:
-            return None
-        if len(at) == len(targets):
+    kinds = set(map(type, targets)), set(map(type, sources))
+    if not (kinds[0] <= _PLAIN and kinds[1] <= _PLAIN):
+        if kinds[0] == kinds[1] == _SHARDED:
             ours, theirs = list(map(_spec, targets)), list(map(_spec, sources))
             targets, sources = list(map(_local, targets)), list(map(_local, sources))
         else:
+            at = [place for place, target in enumerate(targets) if type(target) is DTensor]
+            if at != [place for place, source in enumerate(sources) if type(source) is DTensor]:
+                return None
             ours, theirs = [targets[p]._spec for p in at], [sources[p]._spec for p in at]
             targets, sources = targets.copy(), sources.copy()
             for place in at:

@@ -35,7 +35,6 @@ from shardproof._state_dict_utils.walk import Walk
 _PORTABLE = 1
 
 
-@torch.no_grad()
 def _create_cpu_state_dict(
     state_dict: dict[str, Any], pin_memory: bool = False, share_memory: bool = False
 ) -> dict[str, Any]:
@@ -85,10 +84,10 @@ def _create_cpu_state_dict(
 def _allocate_leaf(
     value: torch.Tensor, fill: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    if isinstance(value, ShardedTensor):
-        return with_shards(value, fill, CPU)
     if isinstance(value, DTensor):
         return with_local(value, fill(local_of(value)))
+    if isinstance(value, ShardedTensor):
+        return with_shards(value, fill, CPU)
     return fill(value)
 
 

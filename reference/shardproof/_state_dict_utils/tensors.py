@@ -91,7 +91,9 @@ def settled(tensor: torch.Tensor) -> torch.Tensor:
 
 def local_of(tensor: DTensor) -> torch.Tensor:
     """The finished local tensor of a DTensor, detached, over the same storage."""
-    local = settled(tensor._local_tensor)
+    local = tensor._local_tensor
+    if type(local) is not torch.Tensor:
+        local = settled(local)
     return local.detach() if local.requires_grad else local
 
 
@@ -196,9 +198,11 @@ def copy_all(
 
 def fresh_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The values of a plain tensor in new memory on ``device``, detached, strides kept."""
-    tensor = settled(tensor)
+    usual = type(tensor) in _PLAIN
+    if not usual:
+        tensor = settled(tensor)
     if tensor.dtype in MOVABLE or not is_ordinary(tensor) or tensor.is_meta:
-        plain = tensor.detach() if tensor.requires_grad or type(tensor) not in _PLAIN else tensor
+        plain = tensor.detach() if tensor.requires_grad or not usual else tensor
         return plain.clone() if plain.device == device else plain.to(device, copy=True)
     return bits(tensor).to(device, copy=True).view(tensor.dtype)
 
@@ -218,8 +222,12 @@ def unwritable(tensor: Any) -> str | None:
 
 def dress_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Give ``tensor`` the ``requires_grad`` and the Parameter-ness of ``like``."""
-    # Asking for the very type first: nn.Parameter has an instance check of its own, in Python.
-    if type(like) is not torch.Tensor and isinstance(like, nn.Parameter):
+    # Asking for the very type first: nn.Parameter has an instance check of its own, in Python. It
+    # goes by the mark that a Parameter of another type of tensor bears.
+    kind = type(like)
+    if kind is not torch.Tensor and (
+        getattr(like, "_is_param", False) if kind is DTensor else isinstance(like, nn.Parameter)
+    ):
         return nn.Parameter(tensor, requires_grad=like.requires_grad)
     return tensor.requires_grad_() if like.requires_grad else tensor
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from itertools import repeat
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from shardproof._state_dict_utils.containers import LEAF_TYPES
 from shardproof._state_dict_utils.tensors import requires_grad_of, tie_key
 
 _PLAIN = frozenset({torch.Tensor, nn.Parameter})
+_DTENSOR = frozenset({DTensor})
+_local = attrgetter("_local_tensor")
 
 
 def dressed_tie_key(tensor: torch.Tensor) -> Hashable:
@@ -29,9 +32,14 @@ def maybe_tied(leaves: list[Any]) -> Iterable[bool]:
     It asks for addresses only, a tenth of what :func:`tie_key` costs; nearly all leaves have one
     of their own.
     """
+    kinds = set(map(type, leaves))
+    plain = leaves
+    if kinds == _DTENSOR:
+        plain = list(map(_local, leaves))
+        kinds = set(map(type, plain))
     try:
-        if _PLAIN.issuperset(map(type, leaves)):
-            addresses = list(map(torch.Tensor.data_ptr, leaves))
+        if kinds <= _PLAIN:
+            addresses = list(map(torch.Tensor.data_ptr, plain))
             if 0 in addresses:
                 addresses = list(map(_address, leaves))
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -127,21 +128,25 @@ def cpu_snapshot(
     ``shared`` remembers the memory already copied, so that ties stay ties; None where there are
     none.
     """
-
-    def plain(source: torch.Tensor) -> torch.Tensor:
-        if shared is None:
-            return fresh_copy(source, CPU)
-        key = geometry(source)
-        if key in shared:
-            return shared[key].detach()
-        shared[key] = fresh_copy(source, CPU)
-        return shared[key]
-
+    own: Callable[[torch.Tensor], torch.Tensor]
+    own = _cpu_copy if shared is None else partial(_first_cpu_copy, shared)
     if isinstance(tensor, DTensor):
-        return dress_like(with_local(tensor, plain(local_of(tensor))), tensor)
+        return dress_like(with_local(tensor, own(local_of(tensor))), tensor)
     if isinstance(tensor, ShardedTensor):
-        return with_shards(tensor, plain, CPU, requires_grad_of(tensor))
-    return dress_like(plain(tensor), tensor)
+        return with_shards(tensor, own, CPU, requires_grad_of(tensor))
+    return dress_like(own(tensor), tensor)
+
+
+def _cpu_copy(source: torch.Tensor) -> torch.Tensor:
+    return fresh_copy(source, CPU)
+
+
+def _first_cpu_copy(shared: dict[Hashable, torch.Tensor], source: torch.Tensor) -> torch.Tensor:
+    key = geometry(source)
+    if key in shared:
+        return shared[key].detach()
+    shared[key] = fresh_copy(source, CPU)
+    return shared[key]
 
 
 def _iterate_state_dict(

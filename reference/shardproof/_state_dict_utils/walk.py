@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from itertools import repeat
+from itertools import filterfalse, repeat
 from operator import eq
 from typing import Any, Final, NamedTuple
 
@@ -187,28 +187,30 @@ def _rebuilt(held: _Held, results: Iterator[Any]) -> Any:
 
 def _others(value: Any, companion: Any, named: bool, path: Path) -> Any:
     """The elements of the companion in the order of those of ``value``."""
-    where = path_name(path)
     if named:
-        if not isinstance(companion, Mapping):
+        if not isinstance(companion, (dict, Mapping)):
             raise CompanionMismatch(
-                f"{where}: expected a mapping, the companion has {kind_of(companion)}"
+                f"{path_name(path)}: expected a mapping, the companion has {kind_of(companion)}"
             )
         if len(value) == len(companion) and all(map(eq, value, companion)):
             return companion.values()
         if companion.keys() != value.keys():
-            missing = [key for key in value if key not in companion]
-            extra = [key for key in companion if key not in value]
+            missing = list(filterfalse(companion.__contains__, value))
+            extra = []
+            if len(value) - len(missing) != len(companion):
+                extra = list(filterfalse(value.__contains__, companion))
             raise CompanionMismatch(
-                f"{where}: expected the keys of the state dict; the companion lacks {missing} "
-                f"and has {extra} more"
+                f"{path_name(path)}: expected the keys of the state dict; the companion lacks "
+                f"{missing} and has {extra} more"
             )
         return map(companion.__getitem__, value)
     if isinstance(companion, Mapping) or not is_container(companion):
         raise CompanionMismatch(
-            f"{where}: expected a {type(value).__name__}, the companion has {kind_of(companion)}"
+            f"{path_name(path)}: expected a {type(value).__name__}, the companion has "
+            f"{kind_of(companion)}"
         )
     if len(companion) != len(value):
         raise CompanionMismatch(
-            f"{where}: expected {len(value)} elements, the companion has {len(companion)}"
+            f"{path_name(path)}: expected {len(value)} elements, the companion has {len(companion)}"
         )
     return companion

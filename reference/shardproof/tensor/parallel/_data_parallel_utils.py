@@ -54,7 +54,8 @@ def _flatten_tensor(tensor: torch.Tensor) -> tuple[torch.Tensor, DTensorSpec | N
     Returns:
         For a DTensor, a detached tensor over the storage of its local tensor and its spec. The
         tensor trains exactly where the DTensor does: frozen and integer ones stay as they are
-        (pytorch#171523 is of the same family). Any other tensor comes back itself, with None.
+        (pytorch#171523 is of the same family). Where neither trains it may be the local tensor
+        itself. Any other tensor comes back itself, with None.
 
     Local: no collective runs, and the input is not changed.
 
@@ -62,12 +63,11 @@ def _flatten_tensor(tensor: torch.Tensor) -> tuple[torch.Tensor, DTensorSpec | N
     if not isinstance(tensor, DTensor):
         return tensor, None
     local = tensor._local_tensor
-    if isinstance(local, AsyncCollectiveTensor):
+    if type(local) is not torch.Tensor and isinstance(local, AsyncCollectiveTensor):
         local = local.wait()
-    plain = local.detach()
     if tensor.requires_grad:
-        plain.requires_grad_()
-    return plain, tensor._spec
+        return local.detach().requires_grad_(), tensor._spec
+    return local.detach() if local.requires_grad else local, tensor._spec
 
 
 def _unflatten_tensor(
@@ -106,9 +106,18 @@ def _unflatten_tensor(
                 f"{tuple(spec.mesh.shape)} gives this rank {expected}"
             )
         tensor = tensor.new_empty(expected, requires_grad=tensor.requires_grad)
+    return around(tensor, spec, device_handle, compute_stream)
+
+
+def around(
+    tensor: torch.Tensor, spec: DTensorSpec, device_handle: Any = None, compute_stream: Any = None
+) -> DTensor:
+    """As :func:`_unflatten_tensor`, for a tensor that is known to have the local shape."""
     if not (tensor.requires_grad and torch.is_grad_enabled()):
         return dtensor(tensor.detach(), spec_of_dtype(spec, tensor.dtype))
-    finish = partial(sync_grad_hook, device_handle=device_handle, compute_stream=compute_stream)
+    finish: Callable[[Any], Any] = sync_grad_hook
+    if compute_stream is not None:
+        finish = partial(sync_grad_hook, device_handle=device_handle, compute_stream=compute_stream)
     apply: Callable[..., DTensor] = _Unflatten.apply
     return apply(tensor, spec, finish)
 

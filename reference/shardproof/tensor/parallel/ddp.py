@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from shardproof.tensor.parallel import _localized
 __all__: list[str] = []
 
 _SEAM = "_shardproof_seam"
+_STATE_DICT = "_shardproof_seam_state_dict"
 _IGNORED = "_shardproof_not_localized"
 
 
@@ -156,26 +157,30 @@ def _localize_dtensor(
     left_out = {id(reference()) for reference in module.__dict__.get(_IGNORED, ())}
 
     made: dict[int, tuple[torch.Tensor, Any]] = {}
-    found: list[tuple[nn.Module, str, _localized.Localized | None]] = []
-    for owner in module.modules():
+    found: list[tuple[nn.Module, str, DTensor]] = []
+    inside: list[tuple[_localized.Slots, str, _localized.Localized]] = []
+    parts = _localized.parts_of(module)
+    for owner in parts:
         records = _localized.records_of(owner)
-        for name, held in _localized.slots(owner):
-            entry = records.get(name)
-            if entry is not None and entry.inside is not None and held is entry.inside:
-                found.append((owner, name, entry))
-            elif isinstance(held, DTensor) and id(held) not in left_out:
-                if id(held) not in made:
-                    made[id(held)] = _localized.localized(held)
-                found.append((owner, name, None))
-    for owner, name, entry in found:
-        slots = _localized.slots_of(owner, name)
-        if entry is not None:
-            slots[name], entry.inside = entry.local, None
-        else:
-            _localized.record(owner, name, *made[id(slots[name])])
+        tables: tuple[Any, Any] = owner._parameters, owner._buffers
+        for slots in tables:
+            for name, held in slots.items():
+                if not isinstance(held, DTensor):
+                    continue
+                entry = records.get(name)
+                if entry is not None and entry.inside is held:
+                    inside.append((slots, name, entry))
+                elif id(held) not in left_out:
+                    if id(held) not in made:
+                        made[id(held)] = _localized.localized(held)
+                    found.append((owner, name, held))
+    for slots, name, entry in inside:
+        slots[name], entry.inside = entry.local, None
+    for owner, name, held in found:
+        _localized.record(owner, name, *made[id(held)])
     # Parts of it may have been localized, and hooked, on their own before.
     if made or _SEAM not in module.__dict__:
-        _attach(module)
+        _attach(_localized.parts_of(module))
 
 
 def _pre_dp_module_transform(module: nn.Module) -> None:
@@ -227,33 +232,36 @@ class _Seam:
 def _enter(module: nn.Module) -> int:
     """Put DTensors into the places of local Parameters; how many places were changed."""
     built: dict[int, DTensor] = {}
-    found = []
-    for owner, name, entry in _localized.recorded(module):
-        held = _localized.slots_of(owner, name).get(name)
-        if held is None or isinstance(held, DTensor):
-            continue
-        if id(held) not in built:
-            built[id(held)] = _localized.as_dtensor(held, entry.spec, name)
-        found.append((owner, name, entry, held))
-    for owner, name, entry, held in found:
+    found: list[tuple[_localized.Slots, str, _localized.Localized, torch.Tensor]] = []
+    for owner in _localized.parts_of(module):
+        for name, entry in _localized.records_of(owner).items():
+            slots = _localized.slots_of(owner, name)
+            held = slots.get(name)
+            if held is None or isinstance(held, DTensor):
+                continue
+            if id(held) not in built:
+                built[id(held)] = _localized.as_dtensor(held, entry, name)
+            found.append((slots, name, entry, held))
+    for slots, name, entry, held in found:
         if entry.local is not held:
             entry.stand_in(held)
-        entry.inside = _localized.slots_of(owner, name)[name] = built[id(held)]
+        entry.inside = slots[name] = built[id(held)]
     return len(found)
 
 
-def _attach(module: nn.Module) -> None:
-    """Hook every module of the tree that has localized parameters in or below it, once."""
+def _attach(parts: Mapping[nn.Module, bool]) -> None:
+    """Hook every module of a tree that has localized parameters in or below it, once."""
     seam = _Seam()
-    for part in module.modules():
-        if _SEAM not in part.__dict__ and next(_localized.recorded(part), None) is not None:
+    hooks = _localized.Hooks(seam.enter, seam.leave)
+    for part, holds in parts.items():
+        if not holds:
+            continue
+        if _SEAM not in part.__dict__:
             part.__dict__[_SEAM] = seam
-            part.register_forward_pre_hook(seam.enter, prepend=True)
-            part.register_forward_hook(seam.leave, always_call=True)
-        if _localized.records_of(part) and not getattr(part, _SEAM + "_state_dict", False):
-            part.__dict__[_SEAM + "_state_dict"] = True
-            part.register_state_dict_post_hook(_localized.state_dict_hook)
-            part.register_load_state_dict_pre_hook(_localized.load_state_dict_hook)
+            hooks.around_forward(part)
+        if _localized.records_of(part) and _STATE_DICT not in part.__dict__:
+            part.__dict__[_STATE_DICT] = True
+            hooks.around_state_dict(part)
 
 
 def _is_running(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ named local, and nothing communicates.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from torch.distributed._shard.sharded_tensor.metadata import (
     TensorProperties,
 )
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.remote_device import _remote_device
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
 
-from shardproof._state_dict_utils.layout import mesh_ranks, my_coordinate
+from shardproof._state_dict_utils.layout import mesh_ranks
 
 __all__ = [
     "_create_shard_md_from_dt",
@@ -45,10 +47,12 @@ def sharded_dim(tensor: DTensor) -> int | None:
 
     """
     _only_mesh_dim(tensor)
-    placement = tensor.placements[0]
-    if isinstance(placement, Replicate):
+    placement = tensor._spec.placements[0]
+    # Asking for the very type first: placements have an instance check of their own, in Python.
+    kind = type(placement)
+    if kind is Replicate or (kind is not Shard and isinstance(placement, Replicate)):
         return None
-    if isinstance(placement, Shard) and not isinstance(placement, _StridedShard):
+    if isinstance(placement, Shard) and (kind is Shard or not isinstance(placement, _StridedShard)):
         return int(placement.dim) % max(tensor.dim(), 1)
     raise NotImplementedError(
         f"a shard of placement {placement} has no single (offset, size); expected Shard or "
@@ -57,7 +61,7 @@ def sharded_dim(tensor: DTensor) -> int | None:
 
 
 def _only_mesh_dim(tensor: DTensor) -> DeviceMesh:
-    mesh = tensor.device_mesh
+    mesh = tensor._spec.mesh
     if mesh.ndim != 1:
         raise NotImplementedError(
             f"a DTensor with placements {tuple(tensor.placements)} on a mesh of shape "
@@ -66,9 +70,30 @@ def _only_mesh_dim(tensor: DTensor) -> DeviceMesh:
     return mesh
 
 
-def _step(tensor: DTensor, dim: int) -> int:
+def _step(size: int, count: int) -> int:
     """The size of all shards but the last ones, as ``torch.chunk`` cuts."""
-    return -(-int(tensor.size(dim)) // int(tensor.device_mesh.size(0)))
+    return -(-size // count)
+
+
+# FSDP asks for every parameter, and models have few shapes.
+@lru_cache(maxsize=4096)
+def _spacing(shape: torch.Size, dim: int | None, count: int) -> torch.Size:
+    """How far apart the shards are: zero but in the sharded dimension."""
+    offsets = [0] * len(shape)
+    if dim is not None:
+        offsets[dim] = _step(shape[dim], count)
+    return torch.Size(offsets)
+
+
+@lru_cache(maxsize=16384)
+def _box_at(shape: torch.Size, dim: int | None, count: int, idx: int) -> Box:
+    """The (offset, size) of one of ``count`` shards."""
+    offsets, sizes = [0] * len(shape), list(shape)
+    if dim is not None:
+        whole, step = shape[dim], _step(shape[dim], count)
+        offsets[dim] = min(idx * step, whole)
+        sizes[dim] = min(step, whole - offsets[dim])
+    return torch.Size(offsets), torch.Size(sizes)
 
 
 def _get_box(tensor: DTensor) -> Box:
@@ -88,10 +113,8 @@ def _get_box(tensor: DTensor) -> Box:
 
     """
     dim = sharded_dim(tensor)
-    offsets = [0] * tensor.dim()
-    if dim is not None:
-        offsets[dim] = _step(tensor, dim)
-    return torch.Size(offsets), tensor._local_tensor.size()
+    spec = tensor._spec
+    return _spacing(spec.shape, dim, spec.mesh.size(0)), tensor._local_tensor.size()
 
 
 def _get_box_for(tensor: DTensor, idx: int) -> Box:
@@ -113,15 +136,11 @@ def _get_box_for(tensor: DTensor, idx: int) -> Box:
 
     """
     dim = sharded_dim(tensor)
-    count = int(tensor.device_mesh.size(0))
+    spec = tensor._spec
+    count = spec.mesh.size(0)
     if not 0 <= idx < count:
         raise ValueError(f"shard {idx} does not exist, expected one of {count}")
-    offsets, sizes = [0] * tensor.dim(), list(tensor.size())
-    if dim is not None:
-        whole, step = int(tensor.size(dim)), _step(tensor, dim)
-        offsets[dim] = min(idx * step, whole)
-        sizes[dim] = min(step, whole - offsets[dim])
-    return torch.Size(offsets), torch.Size(sizes)
+    return _box_at(spec.shape, dim, count, idx)
 
 
 def _get_local_box(tensor: DTensor) -> Box:
@@ -137,13 +156,14 @@ def _get_local_box(tensor: DTensor) -> Box:
     Local: any rank of the mesh may call it alone.
 
     """
-    coordinate = my_coordinate(_only_mesh_dim(tensor))
+    dim = sharded_dim(tensor)
+    spec = tensor._spec
+    coordinate = spec.mesh.get_coordinate()
     if coordinate is None:
         raise ValueError(
-            f"rank {dist.get_rank()} has no shard: the mesh has ranks "
-            f"{mesh_ranks(tensor.device_mesh)}"
+            f"rank {dist.get_rank()} has no shard: the mesh has ranks {mesh_ranks(spec.mesh)}"
         )
-    return _get_box_for(tensor, coordinate[0])
+    return _box_at(spec.shape, dim, spec.mesh.size(0), coordinate[0])
 
 
 def _create_shard_md_from_dt(dt: DTensor, current_rank: int) -> ShardMetadata:
@@ -194,16 +214,17 @@ def _create_sharded_tensor_md_from_dt(
     Local: any rank of the mesh may call it alone.
 
     """
-    replicated = sharded_dim(dt) is None
-    owners = mesh_ranks(dt.device_mesh)
+    dim = sharded_dim(dt)
+    shape = dt._spec.shape
+    owners = mesh_ranks(dt._spec.mesh)
     held = dist.get_process_group_ranks(dt_pg)
-    if sorted(owners) != sorted(held):
+    if tuple(held) != owners and sorted(held) != sorted(owners):
         raise ValueError(f"the group has ranks {held}, expected those of the mesh, {owners}")
     device = dt._local_tensor.device
     devices = _devices_of(device)
     shards = []
-    for index, owner in enumerate(owners[:1] if replicated else owners):
-        offsets, sizes = _get_box_for(dt, index)
+    for index, owner in enumerate(owners if dim is not None else owners[:1]):
+        offsets, sizes = _box_at(shape, dim, len(owners), index)
         shards.append(
             ShardMetadata(list(offsets), list(sizes), remote_device(owner, device, devices))
         )
@@ -228,11 +249,22 @@ def _get_dt_pg(dt: DTensor) -> dist.ProcessGroup:
     return _only_mesh_dim(dt).get_group()
 
 
-def remote_device(rank: int, device: torch.device, devices_per_node: int) -> str:
-    """How metadata name the device of a global rank, alike on every rank that asks."""
+def remote_device(rank: int, device: torch.device, devices_per_node: int) -> _remote_device:
+    """How metadata name the device of a global rank, alike on every rank that asks.
+
+    A new object each time, for who moves a ShardedTensor writes into those of its metadata.
+    """
+    fresh = _remote_device.__new__(_remote_device)
+    fresh.__dict__.update(_parsed(rank, device, devices_per_node).__dict__)
+    return fresh
+
+
+# Reading its own string is most of what metadata cost.
+@lru_cache(maxsize=16384)
+def _parsed(rank: int, device: torch.device, devices_per_node: int) -> _remote_device:
     if device.type in ("cpu", "meta") or devices_per_node < 1:
-        return f"rank:{rank}/{device.type}"
-    return f"rank:{rank}/{device.type}:{rank % devices_per_node}"
+        return _remote_device(f"rank:{rank}/{device.type}")
+    return _remote_device(f"rank:{rank}/{device.type}:{rank % devices_per_node}")
 
 
 def _devices_of(device: torch.device) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import product
 from typing import Any
 
 import torch
@@ -18,14 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate
 
-from shardproof._state_dict_utils.layout import (
-    Block,
-    Cut,
-    block_at,
-    cuts_of,
-    local_shape,
-    my_coordinate,
-)
+from shardproof._state_dict_utils.layout import cuts_of, local_shape, my_coordinate
 from shardproof._state_dict_utils.stream import alone_bytes, carried
 from shardproof._state_dict_utils.tensors import (
     allocate,
@@ -44,6 +36,7 @@ from shardproof.tensor.parallel.fsdp.meshes import (
     root_dims,
     root_mesh,
 )
+from shardproof.tensor.parallel.fsdp.routes import Route, route_of
 
 __all__ = ["_all_gather_dtensor", "_chunk_dtensor"]
 
@@ -179,32 +172,27 @@ def _all_gather_dtensor(tensor: DTensor, parent_mesh: DeviceMesh | None) -> torc
             f"the DTensor is on {mesh_name(mesh)}, expected the root mesh, {mesh_name(parent_mesh)}"
         )
     spec = tensor._spec
-    kept = mesh.ndim - 1
-    cuts = cuts_of(spec)
-    mesh_shape = tuple(int(size) for size in mesh.shape)
     coordinate = my_coordinate(mesh)
     if coordinate is None:
         raise ValueError(f"this rank is not on {mesh_name(mesh)}")
-    outer = sorted({cut.mesh_dim for cut in cuts} - {kept})
-    dims = [d for d in outer if mesh_shape[d] > 1]
-    shape = tuple(int(size) for size in spec.shape)
-    inner = tuple(cut for cut in cuts if cut.mesh_dim == kept)
-    target = block_at(shape, mesh_shape, inner, coordinate)
-    partial = any(isinstance(p, Partial) for p in spec.placements[:-1])
+    route = route_of(tuple(spec.shape), tuple(mesh.shape), cuts_of(spec), coordinate)
     local = local_of(tensor)
-    if partial or (dims and target.region is None) or not is_ordinary(local):
+    scattered = route.dims and route.target.region is None
+    if scattered or _reduces(spec.placements) or not is_ordinary(local):
         return _by_redistribution(tensor)
-    if not dims:
+    if not route.dims:
         _check_local(tensor, local)
         return fresh_copy(local, local.device)
-    stride = tuple(spec.stride)
-    whole = allocate(target.shape, local.dtype, local.device, stride)
-    if local.is_meta:
-        return whole
-    if not _line_holds_target(shape, mesh_shape, cuts, kept):
-        dims.append(kept)
-    _gather_into(whole, target, tensor, local, dims, cuts)
+    whole = allocate(route.target.shape, local.dtype, local.device, tuple(spec.stride))
+    if not local.is_meta:
+        _gather_into(whole, route, tensor, local)
     return whole
+
+
+@lru_cache(maxsize=4096)
+def _reduces(placements: tuple[Placement, ...]) -> bool:
+    """Whether values are pending outside of tensor parallelism."""
+    return any(isinstance(placement, Partial) for placement in placements[:-1])
 
 
 def _by_redistribution(tensor: DTensor) -> torch.Tensor:
@@ -230,78 +218,49 @@ def _check_local(tensor: DTensor, local: torch.Tensor) -> None:
         )
 
 
-def _gather_into(
-    whole: torch.Tensor,
-    target: Block,
-    tensor: DTensor,
-    local: torch.Tensor,
-    dims: Sequence[int],
-    cuts: tuple[Cut, ...],
-) -> None:
-    """Gather over mesh dimensions and write the part that is ``target`` into ``whole``."""
+def _gather_into(whole: torch.Tensor, route: Route, tensor: DTensor, local: torch.Tensor) -> None:
+    """Gather as ``route`` says, and write what is wanted into ``whole``."""
     domain = mesh_domain(tensor.device_mesh)
-    here = domain.coordinate(domain.index())
-    shape, (local_size, dtype) = tuple(tensor._spec.shape), _expected(tensor)
-    coordinates = []
-    for place in product(*(range(domain.shape[d]) for d in dims)):
-        coordinate = list(here)
-        for dim, value in zip(dims, place, strict=True):
-            coordinate[dim] = value
-        coordinates.append(tuple(coordinate))
-    blocks = [block_at(shape, domain.shape, cuts, c) for c in coordinates]
-    stages = [domain.stage(d) for d in dims]
+    local_size, dtype = _expected(tensor)
+    stages = [domain.stage(d) for d in route.dims]
     good = (tuple(local.shape), local.dtype) == (local_size, dtype)
-    large = target.numel * dtype.itemsize >= alone_bytes()
-    in_place = large and len(stages) == 1 and stages[0].in_order and _stacked(blocks, target)
-    width = max(block.numel for block in blocks) * dtype.itemsize
-    verdict = _verdict(local, good)
-    payload = verdict.to(domain.device) if in_place else _message(local, verdict, width, domain)
+    large = route.target.numel * dtype.itemsize >= alone_bytes()
+    in_place = large and len(stages) == 1 and stages[0].in_order and route.stacked
+    verdict = _verdict(local, good).to(domain.device)
+    payload = verdict if in_place else _message(local, verdict, route.width * dtype.itemsize)
     rows = collect(stages, payload)
-    _check_verdicts(rows, tensor, domain, coordinates, blocks, dtype)
+    _check_verdicts(rows, tensor, domain, route, dtype)
     if in_place:
         _gather_in_place(whole, local, stages[0], domain.device)
         return
-    memory = whole.view(carrier(dtype))
-    for row, block in zip(rows, blocks, strict=True):
-        data = row[_HEADER_BYTES : _HEADER_BYTES + block.numel * dtype.itemsize]
-        _write(memory, target, data.view(carrier(dtype)).view(block.shape), block)
+    moved = carrier(dtype)
+    memory = whole if moved is dtype else whole.view(moved)
+    values = rows.view(moved)[:, _HEADER_BYTES // dtype.itemsize :]
+    if route.stacked and memory.is_contiguous():
+        memory.view(values.shape).copy_(values)
+        return
+    for row, block, writes in zip(values, route.blocks, route.writes, strict=True):
+        if writes:
+            part = row[: block.numel].view(block.shape)
+            for into, out in writes:
+                memory[into].copy_(part[out])
 
 
 def _check_verdicts(
-    rows: torch.Tensor,
-    tensor: DTensor,
-    domain: Domain,
-    coordinates: Sequence[tuple[int, ...]],
-    blocks: Sequence[Block],
-    dtype: torch.dtype,
+    rows: torch.Tensor, tensor: DTensor, domain: Domain, route: Route, dtype: torch.dtype
 ) -> None:
     """Raise if a rank's local tensor is not what the placements give to it."""
+    if all(rows[:, 0].tolist()):
+        return
     verdicts = rows[:, :_HEADER_BYTES].contiguous().view(torch.int64).tolist()
     for index, (fine, ndim, *sizes) in enumerate(verdicts):
         if not fine:
-            member = domain.name(domain.position(coordinates[index]))
+            member = domain.name(domain.position(route.coordinates[index]))
             raise ValueError(
                 f"{member}: the local tensor has shape {tuple(sizes[:ndim])} or another dtype; "
-                f"expected {blocks[index].shape}, {dtype} of {tuple(tensor._spec.shape)} with "
-                f"{tuple(tensor.placements)}"
+                f"expected {route.blocks[index].shape}, {dtype} of {tuple(tensor._spec.shape)} "
+                f"with {tuple(tensor.placements)}"
             )
-
-
-def _stacked(blocks: Sequence[Block], target: Block) -> bool:
-    """Whether equal blocks, one after the other, are the row-major bytes of ``target``."""
-    start, size = target.starts, blocks[0].shape
-    if start is None or any(block.shape != size for block in blocks):
-        return False
-    dim = next((d for d, length in enumerate(target.shape) if length > 1), 0)
-    if (*target.shape[:dim], *target.shape[dim + 1 :]) != (*size[:dim], *size[dim + 1 :]):
-        return False
-    if size[dim] * len(blocks) != target.shape[dim]:
-        return False
-    expected = (
-        (*start[:dim], start[dim] + index * size[dim], *start[dim + 1 :])
-        for index in range(len(blocks))
-    )
-    return all(block.starts == at for block, at in zip(blocks, expected, strict=True))
 
 
 def _gather_in_place(
@@ -320,67 +279,20 @@ def _gather_in_place(
 def _verdict(local: torch.Tensor, good: bool) -> torch.Tensor:
     """The header's bytes: whether this rank's tensor is good, and its shape."""
     sizes = [*local.shape, *([0] * _HEADER_DIMS)][:_HEADER_DIMS]
-    header = torch.tensor([int(good), min(local.dim(), _HEADER_DIMS), *sizes], dtype=torch.int64)
-    return header.view(torch.uint8)
+    # All bits of a good one are set, so that any byte of it tells.
+    header = [-1 if good else 0, min(local.dim(), _HEADER_DIMS), *sizes]
+    return torch.tensor(header, dtype=torch.int64).view(torch.uint8)
 
 
-def _message(
-    local: torch.Tensor, verdict: torch.Tensor, width: int, domain: Domain
-) -> torch.Tensor:
+def _message(local: torch.Tensor, verdict: torch.Tensor, width: int) -> torch.Tensor:
     """What a rank sends: its verdict, and behind it its bytes if they fit."""
-    message = torch.empty(_HEADER_BYTES + width, dtype=torch.uint8, device=domain.device)
-    message[:_HEADER_BYTES].copy_(verdict)
     nbytes = local.numel() * local.dtype.itemsize
+    values = carried(local)
+    if nbytes == width and values.device == verdict.device and values.is_contiguous():
+        return torch.cat((verdict, values.view(-1).view(torch.uint8)))
+    message = torch.empty(_HEADER_BYTES + width, dtype=torch.uint8, device=verdict.device)
+    message[:_HEADER_BYTES].copy_(verdict)
     if 0 < nbytes <= width:
-        values = carried(local)
         room = message[_HEADER_BYTES : _HEADER_BYTES + nbytes]
         room.view(values.dtype).view(values.shape).copy_(values)
     return message
-
-
-def _write(memory: torch.Tensor, target: Block, values: torch.Tensor, block: Block) -> None:
-    """Write the elements of ``block`` that are in ``target``, which ``memory`` holds."""
-    assert target.region is not None
-    for there, source in block.regions(tuple((0, size) for size in block.shape)):
-        into, out = [], []
-        for goal, found, held in zip(target.region, there, source, strict=True):
-            start, stop = max(goal.start, found.start), min(goal.stop, found.stop)
-            if start >= stop:
-                break
-            into.append(slice(start - goal.start, stop - goal.start))
-            shift = held.start - found.start
-            out.append(slice(start + shift, stop + shift))
-        else:
-            memory[tuple(into)].copy_(values[tuple(out)])
-
-
-@lru_cache(maxsize=4096)
-def _line_holds_target(
-    shape: tuple[int, ...], mesh_shape: tuple[int, ...], cuts: tuple[Cut, ...], kept: int
-) -> bool:
-    """Whether the ranks that differ in all dimensions but ``kept`` hold what one of them needs."""
-    inner = tuple(cut for cut in cuts if cut.mesh_dim == kept)
-    mixed = {cut.tensor_dim for cut in inner} & {
-        cut.tensor_dim for cut in cuts if cut.mesh_dim != kept
-    }
-    for dim in mixed:
-        along = tuple(Cut(0, c.mesh_dim, c.splits) for c in cuts if c.tensor_dim == dim)
-        if along[0].mesh_dim == kept and all(c.mesh_dim != kept for c in along[1:]):
-            continue
-        ranges = [
-            range(size if d != kept and any(c.mesh_dim == d for c in along) else 1)
-            for d, size in enumerate(mesh_shape)
-        ]
-        alone = tuple(c for c in along if c.mesh_dim == kept)
-        for place in range(mesh_shape[kept]):
-            held = 0
-            mine = [0] * len(mesh_shape)
-            mine[kept] = place
-            (want,) = block_at((shape[dim],), mesh_shape, alone, tuple(mine)).runs
-            for other in product(*ranges):
-                coordinate = (*other[:kept], place, *other[kept + 1 :])
-                (runs,) = block_at((shape[dim],), mesh_shape, along, coordinate).runs
-                held += sum(max(min(b, d) - max(a, c), 0) for a, b in want for c, d in runs)
-            if held < sum(b - a for a, b in want):
-                return False
-    return True

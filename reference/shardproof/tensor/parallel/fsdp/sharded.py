@@ -250,9 +250,13 @@ def _pre_load_state_dict(tensor: torch.Tensor) -> tuple[torch.Tensor, list[Shard
     Local: no collective runs.
 
     """
-    if not isinstance(tensor, ShardedTensor):
+    # Asking for the very type first: a miss of an instance check costs more than all the rest.
+    if type(tensor) is not ShardedTensor and not isinstance(tensor, ShardedTensor):
         raise TypeError(f"expected a ShardedTensor, got a {type(tensor).__name__}")
     shards = tensor.local_shards()
-    while len(shards) == 1 and isinstance(inner := shards[0].tensor, ShardedTensor):
+    while len(shards) == 1:
+        inner = shards[0].tensor
+        if type(inner) is torch.Tensor or not isinstance(inner, ShardedTensor):
+            break
         tensor, shards = inner, inner.local_shards()
-    return tensor, list(shards)
+    return tensor, [*shards]
