@@ -16,10 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils.agreement import Failure, exchange, first_failure
 from shardproof._state_dict_utils.offers import Offers, offers_of, tell
+from shardproof._state_dict_utils.places import WHOLE, Place
 from shardproof._state_dict_utils.targets import (
-    WHOLE,
     Model,
-    Place,
     Target,
     Targets,
     winners,

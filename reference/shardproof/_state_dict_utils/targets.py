@@ -6,30 +6,20 @@ writes that follow touch memory that existed before.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from itertools import product
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from shardproof._state_dict_utils.layout import (
     Block,
-    Cut,
-    block_at,
-    cuts_of,
     full_block,
-    mesh_ranks,
-    my_coordinate,
-    partial_dims,
     rectangles,
-    spec_block,
 )
+from shardproof._state_dict_utils.places import WHOLE, place_of
 from shardproof._state_dict_utils.tensors import (
     CPU,
     FSDP_FLATTENED,
@@ -48,58 +38,8 @@ from shardproof._state_dict_utils.tensors import (
 )
 from shardproof._state_dict_utils.ties import maybe_tied
 
-
-class Place(NamedTuple):
-    """Which part of full tensors a target takes, on whatever rank.
-
-    Attributes:
-        members: the global ranks of the target's mesh, row-major; none for a plain target.
-        mesh: the mesh's shape.
-        cuts: how it is sharded.
-
-    """
-
-    members: tuple[int, ...] = ()
-    mesh: tuple[int, ...] = ()
-    cuts: tuple[Cut, ...] = ()
-
-    def blocks(self, size: tuple[int, ...], ranks: Sequence[int]) -> list[Block | None]:
-        """What each global rank takes of a full tensor; None where it is outside the mesh."""
-        if not self.members:
-            return [full_block(size)] * len(ranks)
-        places = dict(zip(self.members, product(*map(range, self.mesh)), strict=True))
-        at = [places.get(rank) for rank in ranks]
-        return [None if c is None else block_at(size, self.mesh, self.cuts, c) for c in at]
-
-
-WHOLE = Place()
 _PLAIN = frozenset({torch.Tensor, nn.Parameter})
 _MARKS = frozenset({FSDP_FLATTENED, STANDS_FOR})
-
-
-# Weak: a mesh holds process groups.
-_PLACES: WeakKeyDictionary[DeviceMesh, dict[Hashable, tuple[Place, Block | None, bool]]]
-_PLACES = WeakKeyDictionary()
-
-
-def _place_of(spec: DTensorSpec) -> tuple[Place, Block | None, bool]:
-    """(the place, this rank's block, whether a reduction is pending).
-
-    Models have few layouts, and loads ask for the same again and again.
-    """
-    known = _PLACES.get(spec.mesh)
-    if known is None:
-        known = _PLACES[spec.mesh] = {}
-    # The types, too: a kind of partial of its own may equal the plain one.
-    kinds = tuple(map(type, spec.placements))
-    key = spec.placements, kinds, spec.shape, getattr(spec, "shard_order", None)
-    found = known.get(key)
-    if found is None:
-        place = Place(mesh_ranks(spec.mesh), tuple(spec.mesh.shape), cuts_of(spec))
-        coordinate = my_coordinate(spec.mesh)
-        block = None if coordinate is None else spec_block(spec, coordinate)
-        found = known[key] = place, block, bool(partial_dims(spec.placements))
-    return found
 
 
 class Targets:
@@ -277,7 +217,7 @@ class Model:
 
     def _plan_dtensor(self, value: DTensor, in_place: bool, cpu_offload: bool) -> None:
         spec = value._spec
-        self.place, self.block, pending = _place_of(spec)
+        self.place, self.block, pending = place_of(spec)
         if pending:
             raise ValueError(
                 f"the target has placements {spec.placements}; a pending reduction "

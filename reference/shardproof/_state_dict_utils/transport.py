@@ -19,6 +19,7 @@ from shardproof._state_dict_utils import stream
 from shardproof._state_dict_utils.grid import Grid, copies_of_each, grid_of
 from shardproof._state_dict_utils.layout import Block, full_block
 from shardproof._state_dict_utils.offers import Offer, Offers
+from shardproof._state_dict_utils.places import Place
 from shardproof._state_dict_utils.stream import (
     Parcel,
     Piece,
@@ -27,7 +28,7 @@ from shardproof._state_dict_utils.stream import (
     rooms,
     stack_into,
 )
-from shardproof._state_dict_utils.targets import Model, Place, Target
+from shardproof._state_dict_utils.targets import Model, Target
 from shardproof._state_dict_utils.tensors import MOVABLE, bits, copy_all
 from shardproof._state_dict_utils.wire import Domain, broadcast, finish, scatter
 
