@@ -190,7 +190,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "keys that nobody wants travel",
         "transport.py",
         "            if any(needed):\n",
-        "            needed = [mine or (0,) for mine in needed]\n            if kinds:\n",
+        "            needed = tuple([mine or (0,) for mine in needed])\n            if kinds:\n",
         "broadcast_state_dict",
         "broadcast_state_dict_manners",
     ),

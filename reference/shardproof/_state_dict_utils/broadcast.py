@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils.agreement import Failure, exchange, first_failure
-from shardproof._state_dict_utils.offers import Offers, offers_of, tell
+from shardproof._state_dict_utils.offers import Offer, Offers, offers_of, tell
 from shardproof._state_dict_utils.places import WHOLE, Place
 from shardproof._state_dict_utils.targets import (
     Model,
@@ -188,8 +188,11 @@ def _run(
     wholes = offers.wholes
     targets = Targets(in_place=True, cpu_offload=cpu_offload)
     if not source:
-        # While the source looks at its own.
-        targets.look(local)
+        try:
+            # While the source looks at its own.
+            targets.look(local)
+        except Exception as error:
+            failure = Failure.of(error)
     offers, refused = tell(domain, group, offers, failure)
     if refused is not None:
         raise refused.error()
@@ -216,7 +219,8 @@ def _run(
     leaders = plan.leaders
     results = {key: t.result() for key, t in plan.found.items() if key not in leaders}
     local.update(plan.values)
-    local.update({key: results[leaders.get(key, key)] for key in plan.found})
+    local.update(results)
+    local.update({key: results[leader] for key, leader in leaders.items()})
     for key in plan.removed:
         del local[key]
 
@@ -256,31 +260,33 @@ def _plan(
     strict: bool,
 ) -> _Plan:
     plan = _Plan()
-    offered = list(offers.items())
-    for key, offer in offered:
-        value = local.get(key)
+    found, kinds = plan.found, offers.kinds
+    scalars: dict[Any, Offer] = {}
+    for key, number in zip(offers.keys, offers.numbers, strict=True):
+        value, offer = local.get(key), kinds[number]
         if value is None and (key not in local or offer.kind == "tensor"):
             continue
         if offer.kind == "value":
             plan.values[key] = offers.values[key]
             continue
-        assert offer.dtype is not None
         here = device
-        if offer.kind == "scalar" and not isinstance(value, DTensor):
-            meta = isinstance(value, torch.Tensor) and value.is_meta
-            here = device if meta else CPU
-        plan.found[key] = targets.target(key, value, offer.size, offer.dtype, here)
-    plan.leaders = winners(plan.found)
-    for key, offer in offered:
-        target = plan.found.get(key)
-        if target is None or key in plan.leaders:
+        if offer.kind == "scalar":
+            scalars[key] = offer
+            if not isinstance(value, DTensor) and not getattr(value, "is_meta", False):
+                here = CPU
+        assert offer.dtype is not None
+        found[key] = targets.target(key, value, offer.size, offer.dtype, here, number)
+    plan.leaders = winners(found)
+    for key, target in found.items():
+        if key in plan.leaders:
             continue
-        if offer.kind == "tensor":
+        if key not in scalars:
             plan.targets.setdefault(offers.roots.get(key, key), []).append(target)
         elif target.model.block is not None:
-            assert offer.dtype is not None
             raw = torch.frombuffer(bytearray(offers.values[key]), dtype=torch.uint8)
-            plan.scalars.append((target, raw.view(offer.dtype).view(())))
+            dtype = scalars[key].dtype
+            assert dtype is not None
+            plan.scalars.append((target, raw.view(dtype).view(())))
     if strict:
         known = set(offers.keys)
         plan.removed = [key for key in local if key not in known]

@@ -60,7 +60,8 @@ def _distribute_state_dict(
         meta = isinstance(held, torch.Tensor) and held.is_meta
         scalar = not full.dim() and not meta and not isinstance(held, DTensor)
         where = CPU if scalar else device
-        found[key] = targets.target(key, held, full.size(), full.dtype, where), full
+        size, dtype = full.size(), full.dtype
+        found[key] = targets.target(key, held, size, dtype, where, (size, dtype)), full
     results = _filled(found)
     local_state_dict.update(values)
     local_state_dict.update(results)
@@ -99,7 +100,8 @@ def _distribute_tensors(
             continue
         held, value = pair
         full = plain_full_tensor(key, value)
-        found[key] = targets.target(key, held, full.size(), full.dtype, device), full
+        size, dtype = full.size(), full.dtype
+        found[key] = targets.target(key, held, size, dtype, device, (size, dtype)), full
     local_state_dict.update(_filled(found))
 
 

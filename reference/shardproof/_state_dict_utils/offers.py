@@ -98,12 +98,12 @@ def offers_of(full: dict[str, Any], keys: list[str] | None) -> tuple[Offers, Fai
                 raw = bits(plain).cpu().reshape(1).view(torch.uint8).numpy().tobytes()
                 offers.add(key, Offer("scalar", (), plain.dtype), raw)
                 continue
+            size, dtype = plain.shape, plain.dtype
             flat = is_ordinary(plain) and plain.is_contiguous() and not plain.is_neg()
-            likeness = plain.shape, plain.dtype, flat
-            number = numbers.get(likeness)
+            number = numbers.get((size, dtype, flat))
             if number is None:
-                offer = Offer("tensor", tuple(plain.size()), plain.dtype, flat)
-                number = numbers[likeness] = offers.number(offer)
+                number = offers.number(Offer("tensor", tuple(size), dtype, flat))
+                numbers[size, dtype, flat] = number
             offers.keys.append(key)
             offers.numbers.append(number)
             offers.wholes[key] = plain

@@ -76,6 +76,7 @@ class Targets:
         size: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
+        alike: Hashable,
     ) -> Target:
         """The entry ``key`` of a local state dict as something that takes a full tensor.
 
@@ -88,6 +89,8 @@ class Targets:
             size: the shape of the full tensor.
             dtype: the dtype of the full tensor.
             device: where new tensors are made.
+            alike: equal only where ``size`` and ``dtype`` are, and for values that are alike
+                ``device``.
 
         Raises:
             TypeError: the target is of a kind that cannot take a full tensor.
@@ -95,13 +98,13 @@ class Targets:
 
         """
         kind = self._looked[key] if key in self._looked else self._kind(value)
-        if kind is None:
-            value = stood_for(value)
-            return Target(key, value, self._model(key, value, size, dtype, device))
-        found = self._models.get((kind, size, dtype, device))
+        found = self._models.get((kind, alike))
         if found is None:
+            if kind is None:
+                value = stood_for(value)
             found = self._model(key, value, size, dtype, device)
-            self._models[kind, size, dtype, device] = found
+            if kind is not None:
+                self._models[kind, alike] = found
         return Target(key, value, found)
 
     def _model(

@@ -112,9 +112,10 @@ class Transport:
 
         """
         alike: dict[tuple[int, tuple[tuple[int, ...], ...]], list[Any]] = defaultdict(list)
-        for key, number, *needed in zip(offers.keys, offers.numbers, *wanted, strict=True):
+        told = zip(*wanted, strict=True)
+        for key, number, needed in zip(offers.keys, offers.numbers, told, strict=True):
             if any(needed):
-                alike[number, tuple(needed)].append(key)
+                alike[number, needed].append(key)
         together: list[Parcel] = []
         apart: list[Parcel] = []
         for place, ((number, wants), keys) in enumerate(alike.items()):
