@@ -23,12 +23,15 @@ class Mutant:
     new: str
     checks: tuple[str, ...]
     """Files below suites/conformance, one of which must fail."""
+    accelerator: bool = False
+    """Whether it shows only where there is another device than the CPU."""
 
 
-def _mutant(name: str, fault: str, file: str, old: str, new: str, *checks: str) -> Mutant:
-    return Mutant(
-        name, fault, _UTILS + file, old, new, tuple(f"{_SUITE}test_{c}.py" for c in checks)
-    )
+def _mutant(
+    name: str, fault: str, file: str, old: str, new: str, *checks: str, accelerator: bool = False
+) -> Mutant:
+    files = tuple(f"{_SUITE}test_{check}.py" for check in checks)
+    return Mutant(name, fault, _UTILS + file, old, new, files, accelerator)
 
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -220,6 +223,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "",
         "broadcast_state_dict",
         "broadcast_state_dict_manners",
+        accelerator=True,
     ),
     _mutant(
         "source_dtype_wins",

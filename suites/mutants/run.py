@@ -1,7 +1,8 @@
 """Plant each fault in a copy of the reference, and judge the copy: `ci/mutants [NAME ...]`.
 
 Exit 0: each fault was caught by a check of the function that it breaks; 1: one survived;
-2: no such name; 3: a fault could not be planted, or the judging itself broke.
+2: no such name; 3: a fault could not be planted, or the judging itself broke. A fault that shows
+only on an accelerator is named as not judged where there is none.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import torch
 
 from mutants.catalog import MUTANTS, Mutant
 
@@ -44,7 +47,10 @@ def plant(mutant: Mutant, folder: Path) -> None:
 
 
 def judge(mutant: Mutant) -> tuple[str, list[str]]:
-    """(what happened: caught, survived or broken; the checks that caught it)."""
+    """(what happened: caught, survived, unjudged or broken; the checks that caught it)."""
+    device = accelerator() if mutant.accelerator else None
+    if mutant.accelerator and device is None:
+        return "unjudged", []
     with tempfile.TemporaryDirectory(prefix="shardproof-mutant-") as name:
         folder = Path(name)
         plant(mutant, folder)
@@ -67,6 +73,7 @@ def judge(mutant: Mutant) -> tuple[str, list[str]]:
                 "4",
                 "--check-limit",
                 "15",
+                *(("--device", device) if device else ()),
                 *(str(ROOT / "suites" / "conformance" / t) for t in mutant.checks),
             ],
             cwd=ROOT,
@@ -92,6 +99,12 @@ def judge(mutant: Mutant) -> tuple[str, list[str]]:
     return ("caught" if killers else "survived"), killers
 
 
+def accelerator() -> str | None:
+    """The type of this machine's accelerator, if it has one; Gloo takes its tensors, too."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None else found.type
+
+
 def main() -> int:
     """Judge the mutants named, or all."""
     parser = argparse.ArgumentParser(prog="ci/mutants", description=__doc__)
@@ -114,8 +127,10 @@ def main() -> int:
             state, killers = judge(mutant)
         except CannotPlantError as error:
             state, killers = "broken", [str(error)]
-        worst = max(worst, {"caught": 0, "survived": 1, "broken": 3}[state])
+        worst = max(worst, {"caught": 0, "unjudged": 0, "survived": 1, "broken": 3}[state])
         first = killers[0].rpartition("::")[2] if state == "caught" else mutant.fault
+        if state == "unjudged":
+            first = f"shows on an accelerator only: {mutant.fault}"
         print(
             f"{number:>3}/{len(chosen)} {state:<9}{mutant.name:<44}{first}  "
             f"({time.monotonic() - began:.0f} s)",

@@ -271,23 +271,6 @@ class TestBroadcastStateDictStructure:
 
     @pytest.mark.law("structure")
     @pytest.mark.world(2)
-    @ON_META
-    def test_cpu_offload_makes_nothing_on_the_device(
-        self, judged: Any, mesh: Any, rank: int, device: torch.device, meta: bool
-    ) -> None:
-        """With `cpu_offload` the CPU holds the values, here of a device that could hold none."""
-        line = mesh(2)
-        full: dict[str, Any] = {k: numbers(5, 3, device=device) for k in ("rows", "plain")}
-        mine: dict[str, Any] = {
-            "rows": target(full["rows"], line, [S(0)], meta=meta),
-            "plain": blank(full["plain"]),
-        }
-        judged(_given(rank, full), mine, torch.device("meta"), cpu_offload=True)
-        assert_landed(mine["rows"], full["rows"], line, [S(0)], "rows")
-        assert_same(mine["plain"], full["plain"].cpu(), "plain")
-
-    @pytest.mark.law("structure")
-    @pytest.mark.world(2)
     @pytest.mark.parametrize("kind", ["sharded", "plain", "0-dim"])
     def test_a_meta_target_gives_the_dtype(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, kind: str

@@ -65,15 +65,26 @@ class TestGatherManyAlike:
     @EACH_DEPTH
     @EACH_DTYPE
     def test_layouts_side_by_side(
-        self, judged: Any, mesh: Any, rank: int, all_placements: Any, dtype: torch.dtype
+        self, judged: Any, mesh: Any, all_placements: Any, dtype: torch.dtype
     ) -> None:
         """Tensors of many layouts, each with others like it, come back under their own keys."""
         over = mesh(*(4,) if all_placements is ONE_D else (2, 2))
         cases = interleaved(all_placements, dtype)
-        order = turned(list(cases), rank)
-        got = judged({key: dtensor(cases[key][0], over, cases[key][1]) for key in order})
-        assert list(got) == order
+        got = judged({key: dtensor(full, over, p) for key, (full, p) in cases.items()})
+        assert list(got) == list(cases)
         for key, (full, _) in cases.items():
+            assert_same(got[key], full, key)
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(4)
+    def test_keys_in_another_order_on_each_rank(self, judged: Any, mesh: Any, rank: int) -> None:
+        """Of tensors that only their keys tell apart each rank gets the right one."""
+        line = mesh(4)
+        fulls = {f"w{n}": numbers(8, 6, salt=n) for n in range(20)}
+        order = turned(list(fulls), rank)
+        got = judged({key: dtensor(fulls[key], line, [S(0)]) for key in order})
+        assert list(got) == order, f"keys {list(got)}, expected {order}"
+        for key, full in fulls.items():
             assert_same(got[key], full, key)
 
     @pytest.mark.law("isolation")
