@@ -213,13 +213,15 @@ class Line:
         todo = _Copies()
         if pieces[0] is pieces[-1]:
             for piece, room in rooms(rows, pieces[0], parcels):
-                leaves: Sequence[Leaf] = parcels[piece.parcel].items
-                leaves = leaves[piece.first : piece.first + piece.count]
+                parcel = parcels[piece.parcel]
+                leaves: Sequence[Leaf] = parcel.items[piece.first : piece.first + piece.count]
                 grid = grids[piece.parcel]
                 if grid is None or piece.stop - piece.start != grid.numel:
                     for index, leaf in enumerate(leaves):
                         parts = list(room.view(len(room), len(leaves), -1)[:, index])
-                        self._unpack_shared(leaf, piece, parts, results, todo)
+                        for group in self.peers:
+                            mine = [parts[i] for i in group]
+                            self._unpack_piece(parcel, leaf, group, piece, mine, results, todo)
                 elif self._come_together(leaves, rows.device):
                     made = grid.fresh(room, len(leaves))
                     if room.dtype is not leaves[0].layout.dtype:
@@ -236,9 +238,10 @@ class Line:
             for group in self.peers:
                 for number, piece in enumerate(pieces[group[0]]):
                     peers = [pieces[i][number] for i in group]
-                    leaf = parcels[piece.parcel].items[piece.first]
+                    parcel = parcels[piece.parcel]
+                    leaf = parcel.items[piece.first]
                     parts = [rows[i, p.at : p.end] for i, p in zip(group, peers, strict=True)]
-                    self._unpack_piece(leaf, group, piece, parts, results, todo)
+                    self._unpack_piece(parcel, leaf, group, piece, parts, results, todo)
         todo.run()
 
     def _come_together(self, leaves: Sequence[Leaf], device: torch.device) -> bool:
@@ -257,20 +260,9 @@ class Line:
             out = results[leaf.path] = result_for(leaf, self.cpu_offload)
         return out
 
-    def _unpack_shared(
-        self,
-        leaf: Leaf,
-        piece: Piece,
-        parts: Sequence[torch.Tensor],
-        results: dict[str, torch.Tensor],
-        todo: _Copies,
-    ) -> None:
-        """Unpack what lies at the same place in the rows of all ranks."""
-        for group in self.peers:
-            self._unpack_piece(leaf, group, piece, [parts[i] for i in group], results, todo)
-
     def _unpack_piece(
         self,
+        parcel: Parcel,
         leaf: Leaf,
         group: Sequence[int],
         piece: Piece,
@@ -285,8 +277,7 @@ class Line:
             data = carried_view(reduced([p.view(dtype) for p in parts], ops, len(group)))
         else:
             data = parts[0].view(carrier(dtype))
-        blocks, _ = leaf.layout.line(self.coordinates)
-        block = blocks[group[0]][piece.block]
+        block = parcel.blocks[group[0]][piece.block]
         whole = carried_view(self._result(leaf, results))
         deliver(data, block, piece, lambda region, values: todo.add(whole[region], values))
 

@@ -75,8 +75,21 @@ class Offers:
         return zip(self.keys, map(self.kinds.__getitem__, self.numbers), strict=True)
 
     def told(self) -> tuple[Any, ...]:
-        """What is sent to the other ranks, as arguments."""
-        return self.keys, self.numbers, self.kinds, self.roots, self.values
+        """What is sent to the other ranks."""
+        columns = list(zip(*self.kinds, strict=True))
+        return self.keys, self.numbers, columns, self.roots, self.values
+
+    @staticmethod
+    def heard(
+        keys: list[Any],
+        numbers: list[int],
+        columns: list[tuple[Any, ...]],
+        roots: dict[Any, Any],
+        values: dict[Any, Any],
+    ) -> Offers:
+        """What :meth:`told` was made of, without the tensors."""
+        kinds = list(map(Offer._make, zip(*columns, strict=True)))
+        return Offers(keys, numbers, kinds, roots, values)
 
 
 def offers_of(full: dict[str, Any], keys: list[str] | None) -> tuple[Offers, Failure | None]:
@@ -145,7 +158,7 @@ def tell(
     received = data.cpu().numpy().tobytes()
     # The peers of a process group run the same program: they are trusted as torch trusts them.
     *told, refused = pickle.loads(received)  # noqa: S301
-    return Offers(*told), refused
+    return Offers.heard(*told), refused
 
 
 def _unpicklable(offers: Offers) -> Any:

@@ -95,7 +95,9 @@ class Transport:
     ) -> None:
         self.domain, self.group, self.wholes, self.targets = domain, group, wholes, targets
         self.me = domain.index()
+        # By the identity of a parcel; all live until the call ends.
         self._grids: dict[int, Grid | None] = {}
+        self._with_own_row: set[int] = set()
 
     def run(
         self,
@@ -125,15 +127,21 @@ class Transport:
             name = f"{place:012d}"
             if not parts.elsewhere:
                 self._keep(keys)
-            elif _travels_alone(offer, parts):
+                continue
+            if _travels_alone(offer, parts):
                 for key in keys:
                     self._send_alone(key, scattered=not parts.everywhere)
-            elif parts.everywhere:
-                together.append(Parcel(name, offer.dtype, parts.once, keys))
+                continue
+            small = math.prod(offer.size) * offer.dtype.itemsize <= _SMALL
+            if parts.everywhere:
+                parcel = Parcel(name, offer.dtype, parts.once, keys)
+                together.append(parcel)
             else:
                 parcel = Parcel(name, offer.dtype, parts.blocks, keys)
-                self._grids[id(parcel.blocks)] = parts.grid
+                self._grids[id(parcel)] = parts.grid
                 apart.append(parcel)
+            if small and len(keys) > 1:
+                self._with_own_row.add(id(parcel))
         for parcels, scattered in ((together, False), (apart, True)):
             self._run_stream(parcels, scattered)
 
@@ -204,7 +212,7 @@ class Transport:
 
     def _own_row(self, parcel: Parcel) -> bool:
         """Whether the source packs its own part, too: of small tensors that saves work."""
-        return len(parcel.items) > 1 and _is_small(parcel)
+        return id(parcel) in self._with_own_row
 
     def _receive_stream(self, todo: Stream, scattered: bool) -> None:
         column = self.me if scattered else 0
@@ -291,7 +299,7 @@ class Transport:
             wholes = [self.wholes[key] for key in keys]
             if parcel.dtype not in MOVABLE:
                 wholes = [bits(whole) for whole in wholes]
-            grid = self._grids.get(id(parcel.blocks))
+            grid = self._grids.get(id(parcel))
             if not several and len(wholes) > 1:
                 stack_into(room[0], wholes)
                 continue
@@ -347,11 +355,6 @@ class _Buffers:
 # Up to how many bytes whole tensors are cut many at a time: they are copied twice then, and a
 # larger one costs more to copy than to look at.
 _SMALL = 1 << 16
-
-
-def _is_small(parcel: Parcel) -> bool:
-    most = max(sum(block.numel for block in held) for held in parcel.blocks)
-    return most * len(parcel.blocks) * parcel.dtype.itemsize <= _SMALL
 
 
 def _receives(model: Model, block: Block, room: torch.Tensor) -> bool:
