@@ -118,7 +118,8 @@ def _start(folder: Path, owner: int, key: str, settings: Settings) -> socket.soc
     path = folder / "socket"
     for stale in (path, folder / "pid"):
         stale.unlink(missing_ok=True)
-    environment = os.environ | settings.environment()
+    # Where objects lie in memory follows the hashes: alike in every run.
+    environment = os.environ | settings.environment() | {"PYTHONHASHSEED": "0"}
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(SUITES), *filter(None, [os.environ.get("PYTHONPATH")])]
     )

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SHORTEST = 0.002
 """Seconds that a sample lasts at least; shorter calls are repeated within one."""
 MOST_CALLS = 2000
+MOST_RESETS = 20
+"""Calls a sample where each has to be reset: resets and checks take longer than they do."""
 
 
 def measure(task: Task, rank: int, device: torch.device) -> dict[str, Any]:
@@ -112,17 +114,30 @@ def _time(task: Task, bed: Bed, works: dict[str, Work], found: dict[str, dict[st
 
 
 def _calls(bed: Bed, work: Work) -> int:
-    """Calls a sample: one where the call must be reset, else as many as fill a sample."""
-    if work.resets:
-        return 1
+    """As many calls as fill a sample."""
     took, _ = _sample(bed, work, 1)
     shortest = bed.largest(took)
-    return max(1, min(MOST_CALLS, math.ceil(SHORTEST / max(shortest, 1e-9))))
+    most = MOST_RESETS if work.resets else MOST_CALLS
+    return max(1, min(most, math.ceil(SHORTEST / max(shortest, 1e-9))))
 
 
 def _sample(bed: Bed, work: Work, number: int) -> tuple[float, str]:
     """Seconds a call on this rank, and what is wrong with the results of these very calls."""
-    work.reset()
+    wrong, seconds = "", 0.0
+    if work.resets:
+        for _ in range(number):
+            work.reset()
+            took, results = _timed(bed, work, 1)
+            seconds += took
+            wrong = wrong or _wrong(work, results)
+    else:
+        seconds, results = _timed(bed, work, number)
+        wrong = _wrong(work, results)
+    return seconds / number, wrong
+
+
+def _timed(bed: Bed, work: Work, number: int) -> tuple[float, list[Any]]:
+    """Seconds that so many calls took on this rank, and their results."""
     results: list[Any] = []
     gc.collect(1)
     gc.disable()
@@ -134,12 +149,15 @@ def _sample(bed: Bed, work: Work, number: int) -> tuple[float, str]:
         for _ in range(number):
             results.append(work.call())
         bed.synchronize()
-        seconds = (time.perf_counter() - begin) / number
+        return time.perf_counter() - begin, results
     finally:
         gc.enable()
+
+
+def _wrong(work: Work, results: list[Any]) -> str:
     try:
         for result in results:
             work.check(result)
     except AssertionError as error:
-        return seconds, f"its result is wrong: {_line(error)}"
-    return seconds, ""
+        return f"its result is wrong: {_line(error)}"
+    return ""

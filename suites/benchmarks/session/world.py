@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Never
 
 from benchmarks.session.rounds import measure
+from benchmarks.session.steady import keep_memory
 from harness import place, rank
 from harness.blame import judge, not_started
 from harness.channel import Frame, RankEnd
@@ -63,6 +64,7 @@ class Sampler(rank.Rank):
     def serve(self) -> int:
         """Join, measure what the parent asks for, answer; the parent ends the process."""
         try:
+            keep_memory()
             self._join()
         except BaseException as error:
             self._channel.send("broken", message=one_line(error), details=traceback.format_exc())
