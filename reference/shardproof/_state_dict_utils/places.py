@@ -63,11 +63,12 @@ def place_of(spec: DTensorSpec) -> tuple[Place, Block | None, bool]:
         known = _PLACES[spec.mesh] = {}
     # The types, too: a kind of partial of its own may equal the plain one.
     kinds = tuple(map(type, spec.placements))
-    key = spec.placements, kinds, spec.shape, getattr(spec, "shard_order", None)
+    # An equal mesh of an earlier world may still be there, in which this process was another rank.
+    coordinate = my_coordinate(spec.mesh)
+    key = coordinate, spec.placements, kinds, spec.shape, getattr(spec, "shard_order", None)
     found = known.get(key)
     if found is None:
         place = Place(mesh_ranks(spec.mesh), tuple(spec.mesh.shape), cuts_of(spec))
-        coordinate = my_coordinate(spec.mesh)
         block = None if coordinate is None else spec_block(spec, coordinate)
         found = known[key] = place, block, bool(partial_dims(spec.placements))
     return found
