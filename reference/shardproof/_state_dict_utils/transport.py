@@ -256,12 +256,12 @@ class Transport:
                     if model.copies and model.device == room.device:
                         for target, memory in zip(targets, copies_of_each(parts), strict=True):
                             target.memory = memory
+                        continue
+                    if model.keeps and model.ordinary:
+                        memories += [target.value._local_tensor for target in targets]
                     else:
-                        if model.keeps and model.ordinary:
-                            memories += [target.value._local_tensor for target in targets]
-                        else:
-                            memories += [target.open() for target in targets]
-                        values += parts.unbind()
+                        memories += [target.open() for target in targets]
+                    values += parts.unbind()
                     continue
             for targets_of_key, part in zip(held, parts.unbind(), strict=True):
                 for target in targets_of_key:
