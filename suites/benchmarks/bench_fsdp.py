@@ -65,6 +65,7 @@ class AllGatherDtensor(Measured):
     """TP's part of each weight from FSDP's chunks; floor: one all-gather among FSDP's ranks."""
 
     functions = (f"{PATH}_all_gather_dtensor",)
+    redistributes = True
 
     def work(self, bed: Bed) -> Work:
         from benchmarks.bed import Work

@@ -16,6 +16,7 @@ class GatherStateDict(Measured):
     functions = ("_state_dict_utils._gather_state_dict",)
     regimes: ClassVar[tuple[str, ...]] = ("many", "model", "large", "mixed")
     sizes: ClassVar[tuple[int, ...]] = (2, 4, 8)
+    redistributes = True
 
     def work(self, bed: Bed) -> Work:
         from benchmarks.bed import Work
@@ -33,6 +34,7 @@ class GatherStateDictToFirst(Measured):
     functions = ("_state_dict_utils._gather_state_dict",)
     regimes = ("many", "model", "large")
     sizes = (4,)
+    redistributes = True
 
     def work(self, bed: Bed) -> Work:
         from benchmarks.bed import Work

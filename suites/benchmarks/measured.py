@@ -71,6 +71,8 @@ class Measured(abc.ABC):
     """Whether it says nothing without an accelerator."""
     absent: ClassVar[Mapping[str, str]] = {}
     """Arm to the reason why it cannot be measured: torch refuses, or gives a wrong result."""
+    redistributes: ClassVar[bool] = False
+    """Whether torch's function gathers DTensors by torch's own redistribution."""
     tracks: ClassVar[tuple[str, ...]] = MOVED
     fake: ClassVar[bool] = False
     """Whether one process stands for rank 0 of a world whose communication does nothing."""
@@ -109,6 +111,8 @@ class Measured(abc.ABC):
         """Why there is no number for the arm, in words; empty when there must be one."""
         if cls.device_only and settings.device == "cpu":
             return "needs an accelerator: ci/bench --device cuda"
+        if arm == TORCH and cls.redistributes and settings.over_gloo:
+            return "Gloo ends a process that gathers DTensors on a device (pytorch#152645)"
         return cls.absent.get(arm, "")
 
     def __init_subclass__(cls) -> None:

@@ -90,6 +90,11 @@ class Settings:
         """The regime's name as a parameter of asv: results of other sizes must not mix."""
         return f"quick {name}" if self.quick else name
 
+    @property
+    def over_gloo(self) -> bool:
+        """Whether tensors lie on a device and travel over Gloo, so that ranks may share one."""
+        return self.device != "cpu" and self.backend == "gloo"
+
     def where(self) -> str:
         """Backend and device, for the names of worlds."""
         return f"{self.backend} on {self.device}"

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.listing import benchmarks
 from benchmarks.session.parent import Parent
 from benchmarks.settings import ARMS, Settings
+from harness import devices
 
 SHOWN = (
     ("GatherStateDict", "many", 4),
@@ -84,7 +85,7 @@ def where(settings: Settings) -> str:
         platform.machine(),
     )
     device = (
-        torch.cuda.get_device_name() if settings.device == "cuda" else f"{os.cpu_count()} cores"
+        f"{os.cpu_count()} cores" if settings.device == "cpu" else devices.name(settings.device)
     )
     small = ", small models (--quick)" if settings.quick else ""
     return f"{device}, {cpu}, torch {torch.__version__}, {settings.where()}{small}"

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from faults.sessions import Outcome, Session
+from harness import devices
 
 SOURCE = """
 import os, pytest
@@ -77,8 +77,7 @@ def test_another_failure_than_the_expected_is_not_expected(judge: Judge) -> None
 
 
 def test_conditions_choose_the_runs_that_an_entry_is_for(judge: Judge) -> None:
-    built = torch.accelerator.current_accelerator(check_available=False)
-    build = built.type if built else "cpu"
+    build = devices.built()
     here = (
         f'["torch>=2.11", "torch<3", "backend==gloo", "device==cpu", "build=={build}", "world>1"]'
     )

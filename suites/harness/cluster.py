@@ -18,11 +18,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from harness import crew, place, rank
+from harness import crew, devices, place, rank
 from harness.channel import Frame, ParentEnd, RankEnd
 from harness.crew import Crew, Evidence, Look, Node, Orders, Part, Starter
 from harness.machines import spread
-from harness.options import Settings, device_count
+from harness.options import Settings
 from harness.place import Place
 from harness.requirements import WorldSpec
 
@@ -295,7 +295,9 @@ class Cluster:
 def room_for(settings: Settings, here: Place) -> int:
     """The most ranks that this node takes of one world."""
     return (
-        min(here.ranks, device_count(settings.device)) if settings.backend == "nccl" else here.ranks
+        min(here.ranks, devices.count(settings.device))
+        if settings.backend == "nccl"
+        else here.ranks
     )
 
 

@@ -21,6 +21,8 @@ from typing import Any
 from harness import processes
 
 _SHM = Path("/dev/shm")
+_DRIVERS = ("/dev/nvidia", "/dev/kfd", "/dev/dri/")
+"""Device files that a GPU's driver opens for the process, many, and as it comes to need them."""
 _OWN_VARIABLES = frozenset({"PYTEST_CURRENT_TEST"})
 
 _WATCHED = re.compile(r"^tfd:\s*(\d+)", re.MULTILINE)
@@ -132,7 +134,8 @@ def _descriptors() -> Iterator[tuple[int, str]]:
     """Descriptors that a check can be blamed for.
 
     Transports keep sockets, epoll and event descriptors for the life of the process, and Gloo a
-    pipe for each group, told by its being watched by an epoll instance.
+    pipe for each group, told by its being watched by an epoll instance. A GPU's driver opens its
+    device files whenever the process does something for the first time.
     """
     found: dict[int, str] = {}
     for name in os.listdir("/proc/self/fd"):
@@ -146,5 +149,6 @@ def _descriptors() -> Iterator[tuple[int, str]]:
             info = Path(f"/proc/self/fdinfo/{number}").read_text()
             watched |= {found.get(int(t), "") for t in _WATCHED.findall(info)}
     for number, target in found.items():
-        if target not in watched and not target.startswith(("socket:", "anon_inode:")):
+        kept = ("socket:", "anon_inode:", *_DRIVERS)
+        if target not in watched and not target.startswith(kept):
             yield number, target

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import place
+from harness import devices, place
 from harness.place import Place
 
 DEFAULT_SUBJECT = "torch.distributed"
@@ -222,8 +222,7 @@ def _device(name: str) -> str:
         ) from error
     if kind.index is not None:
         raise pytest.UsageError(f"--device {name}: give a type such as {kind.type}, not one device")
-    module = getattr(torch, kind.type, None)
-    if module is None or not getattr(module, "is_available", lambda: False)():
+    if not devices.count(kind.type):
         raise pytest.UsageError(
             f"--device {name}: torch {torch.__version__} sees no such device here"
         )
@@ -253,8 +252,7 @@ def _world_size(size: int | None, backend: str, device: str) -> None:
         return
     if size < 1:
         raise pytest.UsageError(f"--world-size {size}: expected a number from 1 up")
-    available = device_count(device)
-    if backend == "nccl" and size > available:
+    if backend == "nccl" and size > (available := devices.count(device)):
         raise pytest.UsageError(
             f"--world-size {size}: NCCL needs a GPU a rank, and this machine has {available}"
         )
@@ -268,13 +266,6 @@ def _shared_dir(name: str | None, here: Place | None) -> Path | None:
     if not (folder := Path(name).absolute()).is_dir():
         raise pytest.UsageError(f"--shared-dir {name}: expected a folder that exists on each node")
     return folder
-
-
-def device_count(device: str) -> int:
-    """Devices of a type on this machine, without making a context on any of them."""
-    import torch
-
-    return 1 if device == "cpu" else int(getattr(torch, device).device_count())
 
 
 def _order(text: str) -> str:

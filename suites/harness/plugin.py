@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from harness import blame, node, options, processes, requirements, results, spawned, warm
+from harness import blame, devices, node, options, processes, requirements, results, spawned, warm
 from harness.cluster import Cluster, NodesError
 from harness.echo import check_report, phase_report
 from harness.expectations import Entry, Expectations, Facts, append
@@ -105,8 +105,6 @@ class Run:
         self._nodes: list[dict[str, Any]] = []
         import torch
 
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        built = torch.accelerator.current_accelerator(check_available=False)
         self._expectations = Expectations(
             settings.expectations,
             settings.subject,
@@ -114,8 +112,8 @@ class Run:
                 str(torch.__version__),
                 settings.backend,
                 settings.device,
-                accelerator.type if accelerator else "none",
-                built.type if built else "cpu",
+                devices.accelerator() or "none",
+                devices.built(),
             ),
         )
 

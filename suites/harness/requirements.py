@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from harness import subjects
-from harness.options import Settings, device_count
+from harness import devices, subjects
+from harness.options import Settings
 
 SIZE_PARAMETER = "_world_size"
 
@@ -53,9 +53,7 @@ class WorldSpec:
 
 
 def _accelerator() -> str:
-    import torch
-
-    return "" if torch.accelerator.is_available() else "an accelerator"
+    return "" if devices.accelerator() else "an accelerator"
 
 
 @functools.cache
@@ -99,12 +97,23 @@ def _resident_memory() -> str:
     return ""
 
 
-FEATURES: dict[str, Callable[[], str]] = {
-    "accelerator": _accelerator,
-    "docker": _docker,
-    "cuda image": _cuda_image,
-    "unsorted groups": _unsorted_groups,
-    "resident memory": _resident_memory,
+def _functional_gathers(settings: Settings) -> str:
+    """Whether torch's own all-gathers of DTensors, which some checks compare with, can run."""
+    if settings.backend == "gloo" and settings.device != "cpu":
+        return (
+            "a backend that gathers DTensors: Gloo ends the process when it is given tensors of a "
+            "device (https://github.com/pytorch/pytorch/issues/152645)"
+        )
+    return ""
+
+
+FEATURES: dict[str, Callable[[Settings], str]] = {
+    "accelerator": lambda _: _accelerator(),
+    "docker": lambda _: _docker(),
+    "cuda image": lambda _: _cuda_image(),
+    "unsorted groups": lambda _: _unsorted_groups(),
+    "resident memory": lambda _: _resident_memory(),
+    "functional gathers": _functional_gathers,
 }
 """Name to a probe that says in words what is missing, or nothing."""
 
@@ -171,15 +180,15 @@ def unmet(item: pytest.Item, spec: WorldSpec | None, settings: Settings) -> str:
         if settings.place is not None:
             if settings.shared_dir is None and "shared" in getattr(item, "fixturenames", ()):
                 return "needs a folder that all nodes see: --shared-dir"
-        elif settings.backend == "nccl" and spec.size > device_count(settings.device):
-            return f"needs {spec.size} GPUs; this machine has {device_count(settings.device)}"
+        elif settings.backend == "nccl" and spec.size > devices.count(settings.device):
+            return f"needs {spec.size} GPUs; this machine has {devices.count(settings.device)}"
     for mark in item.iter_markers("needs"):
         for name in mark.args:
             if name not in FEATURES:
                 raise pytest.UsageError(
                     f"{item.nodeid}: needs({name!r}): expected one of {', '.join(FEATURES)}"
                 )
-            if missing := FEATURES[name]():
+            if missing := FEATURES[name](settings):
                 return f"needs {missing}"
     if (judged := item.get_closest_marker("judges")) and (
         missing := subjects.missing(settings.subject, judged.args[0])

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from harness import devices
 from harness.options import Settings
 from harness.verdicts import Judgement, Verdict
 
@@ -148,7 +149,7 @@ def _commit(root: Path) -> str:
 def _nccl() -> str | None:
     import torch
 
-    if not torch.cuda.is_available():
+    if torch.version.cuda is None or not devices.count("cuda"):
         return None
     return ".".join(map(str, torch.cuda.nccl.version()))
 

@@ -65,7 +65,8 @@ def unfit() -> str:
         names = ", ".join(t.name for t in threading.enumerate())
         return (
             f"the parent has {count} threads (Python's own: {names}), and a fork copies only one: "
-            "find who started them, or use --start-method spawn"
+            "find who started them (asking NVIDIA's driver starts one: ask on a rank, or through "
+            "harness.devices), or use --start-method spawn"
         )
     if torch.cuda.is_initialized():
         return "the parent holds a CUDA context, which no fork survives: use --start-method spawn"

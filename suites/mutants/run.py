@@ -17,8 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
+from harness import devices
 from mutants.catalog import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[2]
@@ -101,8 +100,7 @@ def judge(mutant: Mutant) -> tuple[str, list[str]]:
 
 def accelerator() -> str | None:
     """The type of this machine's accelerator, if it has one; Gloo takes its tensors, too."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return None if found is None else found.type
+    return devices.accelerator() or None
 
 
 def main() -> int:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from harness import rank
+
 _NAMES = (
     "bool",
     "uint8",
@@ -69,10 +71,11 @@ def numbers(
     *shape: int,
     dtype: torch.dtype = torch.float32,
     salt: int = 0,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
 ) -> torch.Tensor:
     """A contiguous tensor of small whole numbers, neighbours different, exact in the dtype.
 
+    Without `device` it lies on the device of this rank; on the CPU where there is no rank.
     Tensors of different `salt` differ. float8_e8m0fnu holds powers of two only, bool two values.
     """
     index = torch.arange(math.prod(shape), dtype=torch.int64)
@@ -90,6 +93,8 @@ def numbers(
             flat = torch.view_as_complex(pair).to(dtype)
     else:
         flat = whole.to(torch.float32).to(dtype) if dtype.is_floating_point else whole.to(dtype)
+    if device is None:
+        device = rank.current.device if rank.current is not None else "cpu"
     return flat.reshape(shape).to(device)
 
 

@@ -86,7 +86,7 @@ def assert_chunked(
 ) -> None:
     """`got` is the DTensor over the root mesh that holds this rank's chunk of `full`.
 
-    What it says of the other ranks' data shows in `full_tensor()` only.
+    What it says of the other ranks' data shows in `read_whole` only.
     """
     assert isinstance(got, DTensor), f"{what}: expected a DTensor, got {type(got).__name__}"
     assert got.device_mesh == root, f"{what}: on {got.device_mesh}, expected {root}"

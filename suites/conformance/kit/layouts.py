@@ -113,6 +113,28 @@ def dtensor(
     )
 
 
+def read_whole(tensor: DTensor) -> torch.Tensor:
+    """The global tensor as torch reads it out of the shards; all ranks of the world call it.
+
+    Gloo ends a process in which a DTensor on a device is gathered
+    (https://github.com/pytorch/pytorch/issues/152645): there copies are gathered on the CPU.
+    """
+    mesh = tensor.device_mesh
+    if mesh.device_type == "cpu" or dist.get_backend() != "gloo":
+        return tensor.full_tensor()
+    there = DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+    local = tensor.to_local().detach().cpu()
+    whole: torch.Tensor = DTensor.from_local(
+        local,
+        there,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    ).full_tensor()
+    return whole
+
+
 def sharded_tensor(
     full: torch.Tensor,
     boxes: Sequence[tuple[Sequence[int], Sequence[int], int]],

@@ -132,6 +132,7 @@ class TestGatherStateDictValues:
         assert_same(got["w"], full)
 
     @pytest.mark.law("values")
+    @pytest.mark.needs("functional gathers")
     @pytest.mark.world(2)
     def test_a_pending_collective_is_waited_for(self, judged: Any, mesh: Any) -> None:
         """A DTensor whose local tensor is still on its way comes out finished and plain."""

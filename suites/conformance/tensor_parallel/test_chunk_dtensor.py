@@ -25,7 +25,7 @@ from conformance.kit.fsdp1 import (
     tp_mesh,
 )
 from conformance.kit.generated import drawn, layouts
-from conformance.kit.layouts import R, S, dtensor, part
+from conformance.kit.layouts import R, S, dtensor, part, read_whole
 from conformance.kit.memory import MIB, peak_growth
 from conformance.kit.nested import spoil
 
@@ -61,7 +61,7 @@ class TestChunkDTensor:
             full = numbers(*size)
             got = call(judged, given(full, root, held), root)
             assert got.shape == full.shape, f"{size}: shape {tuple(got.shape)}"
-            assert_same(got.full_tensor(), full, str(size))
+            assert_same(read_whole(got), full, str(size))
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)
@@ -73,7 +73,7 @@ class TestChunkDTensor:
             full = numbers(*size)
             got = call(judged, given(full, root, held), root)
             assert_chunked(got, full, root, held, str(size))
-            assert_same(got.full_tensor(), full, f"{size}, whole")
+            assert_same(read_whole(got), full, f"{size}, whole")
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)
@@ -86,7 +86,7 @@ class TestChunkDTensor:
                 full, what = numbers(*size), f"{size} on {shape}"
                 got = call(judged, given(full, root, held), root)
                 assert_chunked(got, full, root, held, what)
-                assert_same(got.full_tensor(), full, f"{what}, whole")
+                assert_same(read_whole(got), full, f"{what}, whole")
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)
@@ -99,7 +99,7 @@ class TestChunkDTensor:
                 full, what = numbers(*size), f"{size} on {shape}"
                 got = call(judged, given(full, root, held), root)
                 assert_chunked(got, full, root, held, what)
-                assert_same(got.full_tensor(), full, f"{what}, whole")
+                assert_same(read_whole(got), full, f"{what}, whole")
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)
@@ -112,7 +112,7 @@ class TestChunkDTensor:
             full = numbers(*size)
             got = call(judged, given(full, root, held), root)
             assert_chunked(got, full, root, held, str(size))
-            assert_same(got.full_tensor(), full, f"{size}, whole")
+            assert_same(read_whole(got), full, f"{size}, whole")
 
     @pytest.mark.law("values")
     @pytest.mark.world(8)
@@ -134,7 +134,7 @@ class TestChunkDTensor:
             full = numbers(*size)
             got = call(judged, given(full, root, S(0)), root)
             assert got.shape == full.shape, f"{size}: shape {tuple(got.shape)}"
-            assert_same(got.full_tensor(), full, str(size))
+            assert_same(read_whole(got), full, str(size))
 
     @pytest.mark.law("group")
     @pytest.mark.world(4)
@@ -204,7 +204,7 @@ class TestChunkDTensor:
             full, what = numbers(*shape), f"{shape} {held_id(held)}"
             got = call(judged, given(full, root, held), root)
             assert_chunked(got, full, root, held, what)
-            assert_same(got.full_tensor(), full, f"{what}, whole")
+            assert_same(read_whole(got), full, f"{what}, whole")
 
     @pytest.mark.law("cost")
     @pytest.mark.world(4)

@@ -159,6 +159,7 @@ class TestPostUnflattenTransform:
         assert not _is_fsdp_flattened(tensor), "the DTensor that was flattened bears the mark"
 
     @pytest.mark.law("autograd")
+    @pytest.mark.needs("functional gathers")
     @pytest.mark.world(2)
     def test_the_gradient_reaches_the_flat_parameter(self, judged: Any, mesh: Any) -> None:
         """The gradient lands in the weight's section of the flat parameter, complete, exact."""
@@ -177,6 +178,7 @@ class TestPostUnflattenTransform:
         assert_same(flat.grad, expected)
 
     @pytest.mark.law("autograd")
+    @pytest.mark.needs("functional gathers")
     @pytest.mark.world(2)
     def test_the_compute_stream(self, judged: Any, mesh: Any) -> None:
         """With a compute stream, views are made on it, and pending gradients waited for on it."""

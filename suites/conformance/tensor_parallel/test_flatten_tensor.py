@@ -121,6 +121,7 @@ class TestFlattenTensor:
             assert spec.mesh == line
 
     @pytest.mark.law("values")
+    @pytest.mark.needs("functional gathers")
     @pytest.mark.world(2)
     def test_a_pending_collective_is_finished(self, judged: Any, mesh: Any) -> None:
         """The local tensor of a DTensor that is still being gathered arrives with final values."""

@@ -30,7 +30,7 @@ def nested(full: torch.Tensor, root: Any) -> tuple[ShardedTensor, ShardedTensor]
     inner = sharded_tensor(mine, rows(mine.shape, counts), column.get_group())
     half = len(full) // 2
     metadata = [
-        ShardMetadata([i * half, 0], [half, full.shape[1]], f"rank:{owner}/cpu")
+        ShardMetadata([i * half, 0], [half, full.shape[1]], f"rank:{owner}/{full.device}")
         for i, owner in enumerate(line.mesh.tolist())
     ]
     here = metadata[line.get_local_rank()]

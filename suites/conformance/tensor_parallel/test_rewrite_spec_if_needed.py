@@ -40,7 +40,7 @@ class TestRewriteSpecIfNeeded:
                 ["rank:2/cuda:0", "rank:0/cuda:1", "rank:1/cuda:0"],
             ):
                 before = spec(*places, dim=dim)
-                got = judged(before, numbers(4), rank)
+                got = judged(before, numbers(4, device=CPU), rank)
                 assert isinstance(got, ChunkShardingSpec)
                 assert got.dim == dim, f"dimension {got.dim}, expected {dim}"
                 expected = [(r, CPU if r == rank else d) for r, d in said(before)]
@@ -50,7 +50,9 @@ class TestRewriteSpecIfNeeded:
     @pytest.mark.world(1)
     def test_every_place_of_this_rank(self, judged: Any) -> None:
         """A rank that holds several chunks gets its device for each of them."""
-        got = judged(spec("rank:1/cuda:0", "rank:0/cuda:0", "rank:1/cuda:1"), numbers(4), 1)
+        got = judged(
+            spec("rank:1/cuda:0", "rank:0/cuda:0", "rank:1/cuda:1"), numbers(4, device=CPU), 1
+        )
         assert said(got) == [(1, CPU), (0, torch.device("cuda:0")), (1, CPU)]
 
     @pytest.mark.law("values")
@@ -70,7 +72,7 @@ class TestRewriteSpecIfNeeded:
             ("others do not fit", spec("rank:0/cuda:0", "rank:1/cpu"), 1),
             ("no place", spec("rank:0/cuda:0", "rank:1/cuda:1"), 2),
         ):
-            got = judged(before, numbers(4), rank)
+            got = judged(before, numbers(4, device=CPU), rank)
             assert got.dim == before.dim, name
             assert said(got) == said(before), f"{name}: {said(got)}"
 
@@ -83,7 +85,7 @@ class TestRewriteSpecIfNeeded:
             ShardMetadata([1, 0], [3, 2], "rank:1/cpu"),
         ]
         before = EnumerableShardingSpec(shards)
-        got = judged(before, numbers(4, 2), 0)
+        got = judged(before, numbers(4, 2, device=CPU), 0)
         assert isinstance(got, EnumerableShardingSpec)
         assert got.shards == shards
 
@@ -91,7 +93,7 @@ class TestRewriteSpecIfNeeded:
     @pytest.mark.world(1)
     def test_the_inputs_stay_as_they_were(self, judged: Any) -> None:
         """The spec and the tensor are not changed; a second call gives the same."""
-        before, tensor = spec("rank:0/cuda:0", "rank:1/cuda:1"), numbers(4)
+        before, tensor = spec("rank:0/cuda:0", "rank:1/cuda:1"), numbers(4, device=CPU)
         kept, printed = copy.deepcopy(before), fingerprint(tensor)
         places = list(map(id, before.placements))
         for turn in ("first call", "second call"):

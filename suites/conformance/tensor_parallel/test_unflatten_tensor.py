@@ -165,6 +165,7 @@ class TestUnflattenTensor:
             assert_same(local.grad, part(factor, line, placements), what)
 
     @pytest.mark.law("autograd")
+    @pytest.mark.needs("functional gathers")
     @pytest.mark.world(2, 4)
     def test_a_reduced_gradient_arrives_finished(self, judged: Any, mesh: Any, world: Any) -> None:
         """A gradient that has to be reduced on its way arrives complete, and is no promise."""
@@ -192,6 +193,7 @@ class TestUnflattenTensor:
         assert_same(local.grad, expected.contiguous())
 
     @pytest.mark.law("autograd")
+    @pytest.mark.needs("functional gathers")
     @pytest.mark.world(2)
     def test_waits_on_the_compute_stream(self, judged: Any, mesh: Any) -> None:
         """With a compute stream, what is still pending of a gradient is waited for on it."""
