@@ -178,14 +178,26 @@ class Bed:
     # --- floors
 
     def copies(self, nbytes: int, *, fresh: bool = True, pinned: bool = False) -> Work:
-        """One copy of that many bytes from the device to host memory, new or `fresh=False` old."""
+        """One copy of that many bytes from the device to host memory, new or `fresh=False` old.
+
+        From another device bytes cross the bus into page-locked memory, and are copied on from
+        there at the same time: the slower of the two is the limit, which is the copy on the CPU.
+        Into memory that is page-locked itself (`pinned`) they only cross the bus.
+        """
         source = self._pattern(nbytes)
+        if self.device.type != "cpu" and not pinned:
+            source = source.cpu().pin_memory()
         there = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
 
         def call() -> torch.Tensor:
             return (torch.empty(nbytes, dtype=torch.uint8) if fresh else there).copy_(source)
 
         return Work(call, lambda got: self.same(got, source.cpu(), "the copied bytes"))
+
+    def moves(self, nbytes: int) -> Work:
+        """One copy of that many bytes into new memory of the device."""
+        source = self._pattern(nbytes)
+        return Work(lambda: source.clone(), lambda got: self.same(got, source, "the copied bytes"))
 
     def gathers(self, nbytes: int) -> Work:
         """One all-gather that brings that many bytes from others to each rank."""

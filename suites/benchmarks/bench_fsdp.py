@@ -58,7 +58,7 @@ class ChunkDtensor(Measured):
         return Work(lambda: [chunk(w, rank, line) for w in weights], check)
 
     def floor(self, bed: Bed) -> Work:
-        return bed.copies(_chunk_bytes(bed))
+        return bed.moves(_chunk_bytes(bed))
 
 
 class AllGatherDtensor(Measured):
@@ -124,7 +124,7 @@ class ChunkTensor(Measured):
         return Work(lambda: [chunk(w, bed.rank, bed.size, bed.size, group) for w in weights], check)
 
     def floor(self, bed: Bed) -> Work:
-        return bed.copies(bed.total // bed.size)
+        return bed.moves(bed.total // bed.size)
 
 
 class Boxes(Measured):

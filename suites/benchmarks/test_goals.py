@@ -59,10 +59,10 @@ def test_noise_makes_nothing_slower_than_torch(torch: float, slower: bool) -> No
 def test_a_miss_without_a_reason_fails() -> None:
     goal = Goal("AnyBenchmark", "many", floor=1.3)
     got = reached(goal, _samples(3.0, 2.0), tensors=10, agreement=0)
-    row, fine = goals._row(goal, 4, got)
+    row, fine = goals._row(goal, 4, got, "")
     assert not fine
     assert "slower than torch" in row
     assert "no reason recorded" in row
-    row, fine = goals._row(goal._replace(why="because"), 4, got)
+    row, fine = goals._row(goal, 4, got, "because")
     assert fine
     assert "because" in row

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from shardproof._state_dict_utils.containers import is_container
+from shardproof._state_dict_utils.host import HostCopies, cpu_copy, in_use
 from shardproof._state_dict_utils.pairs import all_matching, difference, matching
 from shardproof._state_dict_utils.ties import dressed_tie_key, maybe_tied
 from shardproof._state_dict_utils.traverse import (
@@ -55,6 +56,7 @@ def _offload_state_dict_to_cpu(
         check_leaf_types(walk)
     if not on_this_rank(ranks_only, None):
         return {}
+    own = HostCopies(walk.leaves) if in_use() else cpu_copy
     snapshots: dict[Hashable, torch.Tensor] = {}
     copied: dict[Hashable, torch.Tensor] = {}
     results: list[Any] = []
@@ -62,11 +64,11 @@ def _offload_state_dict_to_cpu(
         if not isinstance(value, torch.Tensor):
             results.append(copy_leaf_value(value))
         elif not tied:
-            results.append(cpu_snapshot(value))
+            results.append(cpu_snapshot(value, None, own))
         else:
             key = dressed_tie_key(value)
             if key not in snapshots:
-                snapshots[key] = cpu_snapshot(value, copied)
+                snapshots[key] = cpu_snapshot(value, copied, own)
             results.append(snapshots[key])
     result: dict[str, Any] = walk.rebuilt(results)
     return result

@@ -18,13 +18,13 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils.agreement import Entries, agree_on_entries, entries_of
+from shardproof._state_dict_utils.host import HostCopies
 from shardproof._state_dict_utils.leaves import Found, Leaf, find
 from shardproof._state_dict_utils.line import (
     Agreed,
     Line,
     carried_view,
     needs_bucket,
-    result_device,
     result_for,
 )
 from shardproof._state_dict_utils.stream import (
@@ -37,6 +37,7 @@ from shardproof._state_dict_utils.tensors import (
     dress_like,
     fresh_copy,
     geometry,
+    local_of,
 )
 from shardproof._state_dict_utils.traverse import copy_leaf_value, on_this_rank
 from shardproof._state_dict_utils.wire import (
@@ -206,13 +207,17 @@ def _gather(
             kinds[number].append(found.leaves[path])
     here = wanted is None or dist.get_rank() in wanted
     results: dict[str, torch.Tensor] = {}
+    staying: list[Leaf] = []
     streams: dict[Any, list[list[Leaf]]] = defaultdict(list)
     for kind in kinds:
         layout = kind[0].layout
         if layout.domain is not None and layout.dims and not layout.meta:
             streams[layout.stream].append(kind)
         elif here:
-            results.update({leaf.path: _in_place(leaf, cpu_offload) for leaf in kind})
+            staying += kind
+    if staying:
+        own = HostCopies([leaf.tensor for leaf in staying if cpu_offload])
+        results.update({leaf.path: _in_place(leaf, cpu_offload, own) for leaf in staying})
     for key in sorted(streams):
         Line(streams[key], wanted, agreed, cpu_offload).gather(results)
     if not here:
@@ -221,11 +226,13 @@ def _gather(
     return results
 
 
-def _in_place(leaf: Leaf, cpu_offload: bool) -> torch.Tensor:
-    """The whole tensor of a leaf of which nothing has to travel."""
+def _in_place(leaf: Leaf, cpu_offload: bool, own: HostCopies) -> torch.Tensor:
+    """The whole tensor of a leaf of which nothing has to travel; ``own`` has copies for the CPU."""
     tensor, layout = leaf.tensor, leaf.layout
     if isinstance(tensor, DTensor) and (layout.domain is None or not layout.meta):
-        return fresh_copy(tensor._local_tensor, result_device(layout, cpu_offload))
+        if cpu_offload:
+            return own(local_of(tensor))
+        return fresh_copy(tensor._local_tensor, layout.device)
     full = result_for(leaf, cpu_offload)
     if layout.domain is not None and not layout.meta:
         whole = carried_view(full)
@@ -245,6 +252,8 @@ def _rebuild(
     found: Found, gathered: Mapping[str, torch.Tensor], cpu_offload: bool
 ) -> dict[str, Any]:
     """The containers of the state dict around the results; plain leaves are copied."""
+    plain = (v for n, v in zip(found.names, found.walk.leaves, strict=True) if n not in gathered)
+    own = HostCopies(list(plain) if cpu_offload else [])
     copied: dict[Hashable, torch.Tensor] = {}
     dressed: dict[Hashable, torch.Tensor] = {}
     results: list[Any] = []
@@ -257,7 +266,7 @@ def _rebuild(
             continue
         key = geometry(value)
         if key not in copied:
-            copied[key] = fresh_copy(value, CPU if cpu_offload else value.device)
+            copied[key] = own(value) if cpu_offload else fresh_copy(value, value.device)
         dress = (key, type(value), value.requires_grad)
         if dress not in dressed:
             dressed[dress] = dress_like(copied[key].detach(), value)

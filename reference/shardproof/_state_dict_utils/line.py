@@ -15,6 +15,7 @@ import torch
 from shardproof._state_dict_utils import stream
 from shardproof._state_dict_utils.agreement import Entries
 from shardproof._state_dict_utils.grid import Grid
+from shardproof._state_dict_utils.host import is_far, landed
 from shardproof._state_dict_utils.leaves import Leaf
 from shardproof._state_dict_utils.reduction import reduced
 from shardproof._state_dict_utils.spread import Layout
@@ -197,7 +198,10 @@ class Line:
                 rows = collect(self.stages, bucket)
             if rows is not None and self.me in self.takers:
                 # One copy of the bucket instead of one per tensor.
-                rows = rows.to(next(iter(devices))) if len(devices) == 1 else rows
+                if devices == {CPU} and is_far(rows):
+                    rows = landed(rows)
+                elif len(devices) == 1:
+                    rows = rows.to(next(iter(devices)))
                 self._unpack(rows, pieces, parcels, grids, results)
             # Else they would still be there when the next bucket's are made.
             del bucket, rows

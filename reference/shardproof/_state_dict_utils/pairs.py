@@ -11,6 +11,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
+from shardproof._state_dict_utils.host import in_use, into_host
 from shardproof._state_dict_utils.tensors import (
     MOVABLE,
     copy_all,
@@ -80,7 +81,7 @@ class Pairs:
                 fast = [place for place in last.values() if place not in slow]
                 targets = [targets[place] for place in fast]
                 sources = [sources[place] for place in fast]
-            copy_all(targets, sources, non_blocking)
+            (into_host if in_use() else copy_all)(targets, sources, non_blocking)
         finally:
             torch._C._set_grad_enabled(recording)
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from shardproof._state_dict_utils import stream
 from shardproof._state_dict_utils.grid import Grid, copies_of_each, grid_of
+from shardproof._state_dict_utils.host import Outgoing, is_far, sends
 from shardproof._state_dict_utils.layout import Block, full_block
 from shardproof._state_dict_utils.offers import Offer, Offers
 from shardproof._state_dict_utils.places import Place
@@ -195,9 +196,15 @@ class Transport:
     def _send_stream(self, todo: Stream, scattered: bool) -> None:
         work = None
         buffers = _Buffers(self.domain.device)
+        outgoing = self._outgoing(todo.parcels)
         for width, pieces in todo.buckets():
             rows = buffers.next(todo.participants * width).view(todo.participants, width)
-            self._fill(rows, pieces, todo.parcels)
+            if outgoing is None:
+                self._fill(rows, pieces, todo.parcels)
+            else:
+                packed = outgoing.next(rows.numel()).view(rows.shape)
+                self._fill(packed, pieces, todo.parcels)
+                outgoing.send(packed, rows)
             finish(work)
             if scattered:
                 work = scatter(self.group, rows[0], rows)
@@ -209,6 +216,14 @@ class Transport:
         rest = [parcel for parcel in todo.parcels if not self._own_row(parcel)]
         self._keep([key for parcel in rest for key in parcel.items])
         finish(work)
+
+    def _outgoing(self, parcels: Sequence[Parcel]) -> Outgoing | None:
+        """Where tensors are packed that lie on the CPU and travel from a device; None elsewhere."""
+        assert self.wholes is not None
+        if not sends(self.domain.device):
+            return None
+        wholes = [self.wholes[key] for parcel in parcels for key in parcel.items]
+        return None if any(map(is_far, wholes)) else Outgoing(self.domain.device)
 
     def _own_row(self, parcel: Parcel) -> bool:
         """Whether the source packs its own part, too: of small tensors that saves work."""

@@ -16,11 +16,11 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils.containers import LEAF_TYPES, Path, is_container, path_name
+from shardproof._state_dict_utils.host import cpu_copy
 from shardproof._state_dict_utils.pairs import Pairs
 from shardproof._state_dict_utils.tensors import (
     CPU,
     dress_like,
-    fresh_copy,
     geometry,
     kind_of,
     local_of,
@@ -121,15 +121,16 @@ def on_this_rank(ranks_only: tuple[int, ...], pg: dist.ProcessGroup | None) -> b
 
 
 def cpu_snapshot(
-    tensor: torch.Tensor, shared: dict[Hashable, torch.Tensor] | None = None
+    tensor: torch.Tensor,
+    shared: dict[Hashable, torch.Tensor] | None = None,
+    copied: Callable[[torch.Tensor], torch.Tensor] = cpu_copy,
 ) -> torch.Tensor:
     """A copy of any tensor leaf in new CPU memory, Parameter-ness and ``requires_grad`` kept.
 
     ``shared`` remembers the memory already copied, so that ties stay ties; None where there are
-    none.
+    none. ``copied`` gives the copy of a plain tensor.
     """
-    own: Callable[[torch.Tensor], torch.Tensor]
-    own = _cpu_copy if shared is None else partial(_first_cpu_copy, shared)
+    own = copied if shared is None else partial(_first_copy, shared, copied)
     if isinstance(tensor, DTensor):
         return dress_like(with_local(tensor, own(local_of(tensor))), tensor)
     if isinstance(tensor, ShardedTensor):
@@ -137,15 +138,15 @@ def cpu_snapshot(
     return dress_like(own(tensor), tensor)
 
 
-def _cpu_copy(source: torch.Tensor) -> torch.Tensor:
-    return fresh_copy(source, CPU)
-
-
-def _first_cpu_copy(shared: dict[Hashable, torch.Tensor], source: torch.Tensor) -> torch.Tensor:
+def _first_copy(
+    shared: dict[Hashable, torch.Tensor],
+    copied: Callable[[torch.Tensor], torch.Tensor],
+    source: torch.Tensor,
+) -> torch.Tensor:
     key = geometry(source)
     if key in shared:
         return shared[key].detach()
-    shared[key] = fresh_copy(source, CPU)
+    shared[key] = copied(source)
     return shared[key]
 
 
