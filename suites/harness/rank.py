@@ -238,6 +238,8 @@ class Rank:
                 setattr(distributed_c10d, name, timeout)
         if self.spec.device != "cpu":
             torch.accelerator.set_device_index(self.device.index)
+            # A driver opens pipes when it is first used: used here, they are no check's leak.
+            torch.ones(1, device=self.device).cpu()
         store = self._store()
         store.set_timeout(timeout)
         self._board = dist.PrefixStore("board", store)  # type: ignore[attr-defined]

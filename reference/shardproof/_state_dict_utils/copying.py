@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from shardproof._state_dict_utils import host
 from shardproof._state_dict_utils.containers import is_container
-from shardproof._state_dict_utils.host import HostCopies, cpu_copy, in_use
 from shardproof._state_dict_utils.pairs import all_matching, difference, matching
 from shardproof._state_dict_utils.ties import dressed_tie_key, maybe_tied
 from shardproof._state_dict_utils.traverse import (
@@ -56,19 +56,19 @@ def _offload_state_dict_to_cpu(
         check_leaf_types(walk)
     if not on_this_rank(ranks_only, None):
         return {}
-    own = HostCopies(walk.leaves) if in_use() else cpu_copy
+    ready = host.copies(walk.leaves)
     snapshots: dict[Hashable, torch.Tensor] = {}
     copied: dict[Hashable, torch.Tensor] = {}
     results: list[Any] = []
-    for value, tied in zip(walk.leaves, maybe_tied(walk.leaves), strict=True):
+    for place, (value, tied) in enumerate(zip(walk.leaves, maybe_tied(walk.leaves), strict=True)):
         if not isinstance(value, torch.Tensor):
             results.append(copy_leaf_value(value))
         elif not tied:
-            results.append(cpu_snapshot(value, None, own))
+            results.append(cpu_snapshot(value, None, ready.get(place)))
         else:
             key = dressed_tie_key(value)
             if key not in snapshots:
-                snapshots[key] = cpu_snapshot(value, copied, own)
+                snapshots[key] = cpu_snapshot(value, copied)
             results.append(snapshots[key])
     result: dict[str, Any] = walk.rebuilt(results)
     return result

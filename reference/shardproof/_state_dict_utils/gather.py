@@ -17,14 +17,15 @@ import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
+from shardproof._state_dict_utils import host
 from shardproof._state_dict_utils.agreement import Entries, agree_on_entries, entries_of
-from shardproof._state_dict_utils.host import HostCopies
 from shardproof._state_dict_utils.leaves import Found, Leaf, find
 from shardproof._state_dict_utils.line import (
     Agreed,
     Line,
     carried_view,
     needs_bucket,
+    result_device,
     result_for,
 )
 from shardproof._state_dict_utils.stream import (
@@ -37,7 +38,6 @@ from shardproof._state_dict_utils.tensors import (
     dress_like,
     fresh_copy,
     geometry,
-    local_of,
 )
 from shardproof._state_dict_utils.traverse import copy_leaf_value, on_this_rank
 from shardproof._state_dict_utils.wire import (
@@ -215,9 +215,9 @@ def _gather(
             streams[layout.stream].append(kind)
         elif here:
             staying += kind
-    if staying:
-        own = HostCopies([leaf.tensor for leaf in staying if cpu_offload])
-        results.update({leaf.path: _in_place(leaf, cpu_offload, own) for leaf in staying})
+    ready = host.copies([leaf.tensor for leaf in staying]) if cpu_offload else {}
+    for place, leaf in enumerate(staying):
+        results[leaf.path] = _in_place(leaf, cpu_offload, ready.get(place))
     for key in sorted(streams):
         Line(streams[key], wanted, agreed, cpu_offload).gather(results)
     if not here:
@@ -226,13 +226,13 @@ def _gather(
     return results
 
 
-def _in_place(leaf: Leaf, cpu_offload: bool, own: HostCopies) -> torch.Tensor:
-    """The whole tensor of a leaf of which nothing has to travel; ``own`` has copies for the CPU."""
+def _in_place(leaf: Leaf, cpu_offload: bool, made: torch.Tensor | None) -> torch.Tensor:
+    """The whole tensor of a leaf of which nothing has to travel; ``made``: of it a copy is made."""
     tensor, layout = leaf.tensor, leaf.layout
     if isinstance(tensor, DTensor) and (layout.domain is None or not layout.meta):
-        if cpu_offload:
-            return own(local_of(tensor))
-        return fresh_copy(tensor._local_tensor, layout.device)
+        if made is not None:
+            return made
+        return fresh_copy(tensor._local_tensor, result_device(layout, cpu_offload))
     full = result_for(leaf, cpu_offload)
     if layout.domain is not None and not layout.meta:
         whole = carried_view(full)
@@ -252,12 +252,14 @@ def _rebuild(
     found: Found, gathered: Mapping[str, torch.Tensor], cpu_offload: bool
 ) -> dict[str, Any]:
     """The containers of the state dict around the results; plain leaves are copied."""
-    plain = (v for n, v in zip(found.names, found.walk.leaves, strict=True) if n not in gathered)
-    own = HostCopies(list(plain) if cpu_offload else [])
+    ready: dict[int, torch.Tensor] = {}
+    if cpu_offload and host.in_use():
+        pairs = zip(found.names, found.walk.leaves, strict=True)
+        ready = host.copies([None if name in gathered else value for name, value in pairs])
     copied: dict[Hashable, torch.Tensor] = {}
     dressed: dict[Hashable, torch.Tensor] = {}
     results: list[Any] = []
-    for name, value in zip(found.names, found.walk.leaves, strict=True):
+    for place, (name, value) in enumerate(zip(found.names, found.walk.leaves, strict=True)):
         if name in gathered:
             results.append(gathered[name])
             continue
@@ -266,7 +268,9 @@ def _rebuild(
             continue
         key = geometry(value)
         if key not in copied:
-            copied[key] = own(value) if cpu_offload else fresh_copy(value, value.device)
+            made = ready.get(place)
+            to = CPU if cpu_offload else value.device
+            copied[key] = fresh_copy(value, to) if made is None else made
         dress = (key, type(value), value.requires_grad)
         if dress not in dressed:
             dressed[dress] = dress_like(copied[key].detach(), value)

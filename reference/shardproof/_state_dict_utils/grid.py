@@ -7,19 +7,17 @@ and one operation moves them, where rectangles would have to be moved one by one
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations, product
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from shardproof._state_dict_utils.layout import Block, Cut, block_at
 from shardproof._state_dict_utils.stream import stack_into
-
-# torch's own annotation says that it returns nothing.
-copies_of_each: Callable[[torch.Tensor], Sequence[torch.Tensor]] = cast(Any, torch.unbind_copy)
+from shardproof._state_dict_utils.tensors import copies_of_each
 
 # Bytes that stay in the processor's second cache while they are written and read once.
 _NEAR = 1 << 18

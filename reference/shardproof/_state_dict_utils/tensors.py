@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from shardproof._state_dict_utils.layout import local_shape
+from shardproof._state_dict_utils.pages import LARGE, ask_for_large_pages
 
 CPU = torch.device("cpu")
 FSDP_FLATTENED = "_fsdp_flattened"
@@ -44,7 +45,7 @@ MOVABLE = frozenset(
         torch.bool,
     }
 )
-_PLAIN = frozenset({torch.Tensor, nn.Parameter})
+PLAIN = frozenset({torch.Tensor, nn.Parameter})
 _INTEGER_OF_WIDTH = {
     1: torch.uint8,
     2: torch.int16,
@@ -100,7 +101,7 @@ def local_of(tensor: DTensor) -> torch.Tensor:
 def is_ordinary(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` is a strided tensor with memory of its own kind, no wrapper."""
     kind = type(tensor)
-    if kind not in _PLAIN and (
+    if kind not in PLAIN and (
         isinstance(tensor, (DTensor, ShardedTensor, AsyncCollectiveTensor))
         or hasattr(kind, "__tensor_flatten__")
     ):
@@ -144,6 +145,7 @@ def allocate(
         fresh = torch.empty_strided(shape, stride, dtype=made, device=device)
     else:
         fresh = torch.empty(shape, dtype=made, device=device)
+    ask_for_large_pages(fresh)
     return fresh if made is dtype else fresh.view(dtype)
 
 
@@ -196,13 +198,19 @@ def copy_all(
         torch._foreach_copy_(targets, sources, non_blocking=non_blocking)
 
 
+# A copy of each tensor along the first dimension; torch's own annotation says that it gives none.
+copies_of_each: Callable[[torch.Tensor], Sequence[torch.Tensor]] = cast(Any, torch.unbind_copy)
+
+
 def fresh_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The values of a plain tensor in new memory on ``device``, detached, strides kept."""
-    usual = type(tensor) in _PLAIN
+    usual = type(tensor) in PLAIN
     if not usual:
         tensor = settled(tensor)
     if tensor.dtype in MOVABLE or not is_ordinary(tensor) or tensor.is_meta:
         plain = tensor.detach() if tensor.requires_grad or not usual else tensor
+        if usual and device == CPU and plain.nbytes >= LARGE and is_ordinary(plain):
+            return allocate_like(plain, device).copy_(plain)
         return plain.clone() if plain.device == device else plain.to(device, copy=True)
     return bits(tensor).to(device, copy=True).view(tensor.dtype)
 

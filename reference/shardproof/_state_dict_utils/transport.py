@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 
 from shardproof._state_dict_utils import stream
-from shardproof._state_dict_utils.grid import Grid, copies_of_each, grid_of
+from shardproof._state_dict_utils.grid import Grid, grid_of
 from shardproof._state_dict_utils.host import Outgoing, is_far, sends
 from shardproof._state_dict_utils.layout import Block, full_block
 from shardproof._state_dict_utils.offers import Offer, Offers
+from shardproof._state_dict_utils.pages import new_bytes
 from shardproof._state_dict_utils.places import Place
 from shardproof._state_dict_utils.stream import (
     Parcel,
@@ -30,7 +31,7 @@ from shardproof._state_dict_utils.stream import (
     stack_into,
 )
 from shardproof._state_dict_utils.targets import Model, Target
-from shardproof._state_dict_utils.tensors import MOVABLE, bits, copy_all
+from shardproof._state_dict_utils.tensors import MOVABLE, bits, copies_of_each, copy_all
 from shardproof._state_dict_utils.wire import Domain, broadcast, finish, scatter
 
 # From how many bytes on leaving out a row of them costs less than writing it.
@@ -362,7 +363,7 @@ class _Buffers:
         """The bytes that were used the longest ago."""
         buffer = self._made.pop(0)
         if buffer.numel() < nbytes:
-            buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            buffer = new_bytes(nbytes, self._device)
         self._made.append(buffer)
         return buffer[:nbytes]
 

@@ -16,11 +16,11 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils.containers import LEAF_TYPES, Path, is_container, path_name
-from shardproof._state_dict_utils.host import cpu_copy
 from shardproof._state_dict_utils.pairs import Pairs
 from shardproof._state_dict_utils.tensors import (
     CPU,
     dress_like,
+    fresh_copy,
     geometry,
     kind_of,
     local_of,
@@ -123,30 +123,32 @@ def on_this_rank(ranks_only: tuple[int, ...], pg: dist.ProcessGroup | None) -> b
 def cpu_snapshot(
     tensor: torch.Tensor,
     shared: dict[Hashable, torch.Tensor] | None = None,
-    copied: Callable[[torch.Tensor], torch.Tensor] = cpu_copy,
+    made: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A copy of any tensor leaf in new CPU memory, Parameter-ness and ``requires_grad`` kept.
 
     ``shared`` remembers the memory already copied, so that ties stay ties; None where there are
-    none. ``copied`` gives the copy of a plain tensor.
+    none. ``made`` is the copy of a leaf's memory, where that was made already.
     """
-    own = copied if shared is None else partial(_first_copy, shared, copied)
+    own: Callable[[torch.Tensor], torch.Tensor]
+    own = _cpu_copy if shared is None else partial(_first_cpu_copy, shared)
     if isinstance(tensor, DTensor):
-        return dress_like(with_local(tensor, own(local_of(tensor))), tensor)
+        local = own(local_of(tensor)) if made is None else made
+        return dress_like(with_local(tensor, local), tensor)
     if isinstance(tensor, ShardedTensor):
         return with_shards(tensor, own, CPU, requires_grad_of(tensor))
-    return dress_like(own(tensor), tensor)
+    return dress_like(own(tensor) if made is None else made, tensor)
 
 
-def _first_copy(
-    shared: dict[Hashable, torch.Tensor],
-    copied: Callable[[torch.Tensor], torch.Tensor],
-    source: torch.Tensor,
-) -> torch.Tensor:
+def _cpu_copy(source: torch.Tensor) -> torch.Tensor:
+    return fresh_copy(source, CPU)
+
+
+def _first_cpu_copy(shared: dict[Hashable, torch.Tensor], source: torch.Tensor) -> torch.Tensor:
     key = geometry(source)
     if key in shared:
         return shared[key].detach()
-    shared[key] = copied(source)
+    shared[key] = fresh_copy(source, CPU)
     return shared[key]
 
 
