@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from benchmarks.session.steady import new_bytes
 from benchmarks.settings import Leaf, leaves
 from conformance.kit.layouts import dtensor, part
 from harness.subjects import Subject
@@ -178,26 +179,23 @@ class Bed:
     # --- floors
 
     def copies(self, nbytes: int, *, fresh: bool = True, pinned: bool = False) -> Work:
-        """One copy of that many bytes from the device to host memory, new or `fresh=False` old.
-
-        From another device bytes cross the bus into page-locked memory, and are copied on from
-        there at the same time: the slower of the two is the limit, which is the copy on the CPU.
-        Into memory that is page-locked itself (`pinned`) they only cross the bus.
-        """
+        """One copy of that many bytes from the device to host memory, new or `fresh=False` old."""
         source = self._pattern(nbytes)
-        if self.device.type != "cpu" and not pinned:
-            source = source.cpu().pin_memory()
         there = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
 
         def call() -> torch.Tensor:
-            return (torch.empty(nbytes, dtype=torch.uint8) if fresh else there).copy_(source)
+            return (new_bytes(nbytes) if fresh else there).copy_(source)
 
         return Work(call, lambda got: self.same(got, source.cpu(), "the copied bytes"))
 
     def moves(self, nbytes: int) -> Work:
         """One copy of that many bytes into new memory of the device."""
         source = self._pattern(nbytes)
-        return Work(lambda: source.clone(), lambda got: self.same(got, source, "the copied bytes"))
+
+        def call() -> torch.Tensor:
+            return new_bytes(nbytes, self.device).copy_(source)
+
+        return Work(call, lambda got: self.same(got, source, "the copied bytes"))
 
     def gathers(self, nbytes: int) -> Work:
         """One all-gather that brings that many bytes from others to each rank."""
@@ -208,7 +206,7 @@ class Bed:
         expected = torch.cat(parts)
 
         def call() -> torch.Tensor:
-            out = torch.empty(share * self.size, dtype=torch.uint8, device=self.device)
+            out = new_bytes(share * self.size, self.device)
             gather(out, mine)
             return out
 
@@ -221,9 +219,9 @@ class Bed:
         expected = self._pattern(share, self.rank)
 
         def call() -> tuple[torch.Tensor, torch.Tensor]:
-            out = torch.empty(share, dtype=torch.uint8, device=self.device)
+            out = new_bytes(share, self.device)
             dist.scatter(out, rows, src=0)
-            same = shared if self.rank == 0 else torch.empty_like(shared)
+            same = shared if self.rank == 0 else new_bytes(everywhere, self.device)
             if everywhere:
                 dist.broadcast(same, src=0)
             return out, same
@@ -240,7 +238,7 @@ class Bed:
         shared = self._pattern(nbytes)
 
         def call() -> torch.Tensor:
-            out = shared if self.rank == 0 else torch.empty_like(shared)
+            out = shared if self.rank == 0 else new_bytes(nbytes, self.device)
             dist.broadcast(out, src=0)
             return out
 
@@ -250,13 +248,15 @@ class Bed:
         """One gather of `share` bytes of each rank to rank 0."""
         mine = self._pattern(share, self.rank)
 
-        def call() -> list[torch.Tensor] | None:
-            rows = [torch.empty_like(mine) for _ in range(self.size)] if self.rank == 0 else None
-            dist.gather(mine, rows, dst=0)
+        def call() -> list[torch.Tensor]:
+            rows = [
+                new_bytes(share, self.device) for _ in range(self.size if self.rank == 0 else 0)
+            ]
+            dist.gather(mine, rows or None, dst=0)
             return rows
 
-        def check(got: list[torch.Tensor] | None) -> None:
-            for number, row in enumerate(got or ()):
+        def check(got: list[torch.Tensor]) -> None:
+            for number, row in enumerate(got):
                 self.same(row, self._pattern(share, number), f"the bytes of rank {number}")
 
         return Work(call, check)

@@ -253,10 +253,11 @@ def _pre_load_state_dict(tensor: torch.Tensor) -> tuple[torch.Tensor, list[Shard
     # Asking for the very type first: a miss of an instance check costs more than all the rest.
     if type(tensor) is not ShardedTensor and not isinstance(tensor, ShardedTensor):
         raise TypeError(f"expected a ShardedTensor, got a {type(tensor).__name__}")
-    shards = tensor.local_shards()
+    # What local_shards() gives; the call would be a quarter of this one.
+    shards = tensor._local_shards
     while len(shards) == 1:
         inner = shards[0].tensor
         if type(inner) is torch.Tensor or not isinstance(inner, ShardedTensor):
             break
-        tensor, shards = inner, inner.local_shards()
-    return tensor, [*shards]
+        tensor, shards = inner, inner._local_shards
+    return tensor, shards.copy()
