@@ -255,6 +255,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *(_mutant(*fault) for fault in copies.FAULTS),
     *(_mutant(*fault) for fault in memory.FAULTS),
     *(_mutant(*fault) for fault in together.FAULTS),
+    *(_mutant(*fault, accelerator=True) for fault in together.ON_A_DEVICE),
     # --- tensor parallel ----------------------------------------------------------------------
     *(
         Mutant(

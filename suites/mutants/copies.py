@@ -36,8 +36,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "buffers_lose_strides",
         "staging buffers are always row-major",
         "staging.py",
-        "        return torch.empty_like(tensor, device=CPU)\n    tensor =",
-        "        return torch.empty(tensor.size(), dtype=tensor.dtype)\n    tensor =",
+        "        buffer = torch.empty_like(tensor, device=CPU)\n",
+        "        buffer = torch.empty(tensor.size(), dtype=tensor.dtype)\n",
         "create_cpu_state_dict",
     ),
     (

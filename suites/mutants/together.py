@@ -71,3 +71,23 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "many_alike",
     ),
 )
+
+ON_A_DEVICE: tuple[tuple[str, ...], ...] = (
+    (
+        "snapshots_change_places",
+        "of small tensors that leave a device together each gets the values of another",
+        "host.py",
+        "[place for place, _ in part], copies_of_each(near)",
+        "[place for place, _ in reversed(part)], copies_of_each(near)",
+        "many_alike",
+    ),
+    (
+        "copies_change_places",
+        "small tensors that leave a device together land in each other's targets",
+        "host.py",
+        "copy_all([target for target, _ in part], list(near.unbind()))",
+        "copy_all([target for target, _ in reversed(part)], list(near.unbind()))",
+        "many_alike",
+    ),
+)
+"""Faults that show where tensors lie on another device than the CPU."""

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
-from conformance.kit.compare import assert_same
+from conformance.kit.compare import assert_same, local
 from conformance.kit.data import SOME_DTYPES, VIEWS, dtype_id, numbers
 from conformance.kit.landing import assert_landed, blank, target
 from conformance.kit.layouts import ONE_D, TWO_D, R, S, dtensor, part, placement_id
@@ -210,6 +211,25 @@ class TestBroadcastManyAlike:
             else:
                 assert_landed(mine[key], tensor, line, [S(0)], key)
 
+    @pytest.mark.law("values")
+    @pytest.mark.world(4)
+    def test_a_source_on_the_cpu(
+        self, judged: Any, mesh: Any, rank: int, device: torch.device
+    ) -> None:
+        """Whole tensors that the source holds on the CPU land on the device of the targets."""
+        line = mesh(4)
+        sizes = {"w": (128, 96), "u": (7, 3), "v": (16,)}
+        full = {
+            f"{kind}{n}": numbers(*size, salt=n, device="cpu")
+            for kind, size in sizes.items()
+            for n in range(FILLING if kind == "w" else ALIKE)
+        }
+        mine = {key: target(tensor.to(device), line, [S(0)]) for key, tensor in full.items()}
+        judged(full if rank == 0 else {}, mine, device)
+        for key, tensor in full.items():
+            assert_landed(mine[key], tensor, line, [S(0)], key)
+            assert mine[key].device.type == device.type, f"{key}: on {mine[key].device}"
+
 
 @pytest.mark.judges("_state_dict_utils._distribute_state_dict")
 class TestDistributeManyAlike:
@@ -233,3 +253,62 @@ class TestDistributeManyAlike:
         judged(full, mine, device)
         for key, (tensor, placements) in cases.items():
             assert_landed(mine[key], tensor.to(device), over, placements, key)
+
+
+def many_kinds(mesh: Any, salt: int = 0) -> dict[str, Any]:
+    """Small tensors of several dtypes, shapes, strides and kinds, each with others like it."""
+    found: dict[str, Any] = {}
+    for number in range(ALIKE):
+        for dtype in SOME_DTYPES:
+            for shape in [*SHAPES, ()]:
+                full = numbers(*shape, dtype=dtype, salt=salt + len(found))
+                found[f"{number} {dtype_id(dtype)} {shape}"] = full
+                placements = [S(0)] if shape else [R]
+                found[f"{number} {dtype_id(dtype)} {shape} DTensor"] = dtensor(
+                    full, mesh, placements
+                )
+        for view in ("transposed", "offset", "sliced"):
+            found[f"{number} {view}"] = VIEWS[view](numbers(8, 12, salt=salt + len(found)))
+        found[f"{number} Parameter"] = torch.nn.Parameter(numbers(5, 3, salt=salt + len(found)))
+    return found
+
+
+@pytest.mark.judges("_state_dict_utils._offload_state_dict_to_cpu")
+class TestOffloadManyAlike:
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    def test_kinds_side_by_side(self, judged: Any, mesh: Any) -> None:
+        """Of many small tensors each snapshot has its own values and kind, on the CPU."""
+        given = many_kinds(mesh(2))
+        got = judged(given)
+        assert list(got) == list(given)
+        for key, value in given.items():
+            assert type(got[key]) is type(value), f"{key}: a {type(got[key]).__name__}"
+            assert local(got[key]).device.type == "cpu", f"{key}: on {local(got[key]).device}"
+            assert_same(local(got[key]).detach(), local(value).detach(), key)
+
+
+@pytest.mark.judges("_state_dict_utils._copy_state_dict")
+class TestCopyManyAlike:
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("non_blocking", [False, True], ids=["blocking", "non-blocking"])
+    def test_kinds_side_by_side(self, judged: Any, mesh: Any, non_blocking: bool) -> None:
+        """Each of many small tensors lands in its own target, which keeps its memory."""
+        given, other = many_kinds(mesh(2)), many_kinds(mesh(2), salt=1)
+        targets = {
+            key: dtensor(
+                numbers(*value.shape, dtype=value.dtype, salt=3), mesh(2), value.placements
+            )
+            if isinstance(value, DTensor)
+            else torch.zeros_like(value, device="cpu")
+            for key, value in other.items()
+        }
+        addresses = {key: local(value).data_ptr() for key, value in targets.items()}
+        got = judged(given, targets, non_blocking=non_blocking)
+        if non_blocking and torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        for key, value in given.items():
+            assert got[key] is targets[key], f"{key}: not the target"
+            assert local(targets[key]).data_ptr() == addresses[key], f"{key}: in other memory"
+            assert_same(local(targets[key]).detach(), local(value).detach(), key)
