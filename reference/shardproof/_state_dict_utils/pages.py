@@ -36,17 +36,18 @@ _advise = _madvise()
 def new_bytes(count: int, device: torch.device) -> torch.Tensor:
     """Uninitialised bytes, in large pages where they are many."""
     fresh = torch.empty(count, dtype=torch.uint8, device=device)
-    ask_for_large_pages(fresh)
+    if count >= LARGE:
+        ask_for_large_pages(fresh)
     return fresh
 
 
 def ask_for_large_pages(fresh: torch.Tensor) -> None:
-    """Ask for large pages under memory that nobody has written yet.
+    """Ask for large pages under memory of LARGE bytes or more that nobody has written yet.
 
     An advice: where the kernel cannot follow it, as without transparent huge pages, all stays as it
     is. Nothing is touched, and nothing is asked for memory on a device.
     """
-    if fresh.nbytes < LARGE or fresh.device.type != "cpu" or _advise is None:
+    if fresh.device.type != "cpu" or _advise is None:
         return
     if type(fresh) is not torch.Tensor:  # one that stands for memory, and has none
         return

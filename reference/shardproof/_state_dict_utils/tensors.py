@@ -145,7 +145,8 @@ def allocate(
         fresh = torch.empty_strided(shape, stride, dtype=made, device=device)
     else:
         fresh = torch.empty(shape, dtype=made, device=device)
-    ask_for_large_pages(fresh)
+    if fresh.nbytes >= LARGE:
+        ask_for_large_pages(fresh)
     return fresh if made is dtype else fresh.view(dtype)
 
 
