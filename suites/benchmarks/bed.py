@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from benchmarks.session.steady import new_bytes
 from benchmarks.settings import Leaf, leaves
 from conformance.kit.layouts import dtensor, part
 from harness.subjects import Subject
@@ -184,18 +183,14 @@ class Bed:
         there = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
 
         def call() -> torch.Tensor:
-            return (new_bytes(nbytes) if fresh else there).copy_(source)
+            return (torch.empty(nbytes, dtype=torch.uint8) if fresh else there).copy_(source)
 
         return Work(call, lambda got: self.same(got, source.cpu(), "the copied bytes"))
 
     def moves(self, nbytes: int) -> Work:
         """One copy of that many bytes into new memory of the device."""
         source = self._pattern(nbytes)
-
-        def call() -> torch.Tensor:
-            return new_bytes(nbytes, self.device).copy_(source)
-
-        return Work(call, lambda got: self.same(got, source, "the copied bytes"))
+        return Work(lambda: source.clone(), lambda got: self.same(got, source, "the copied bytes"))
 
     def gathers(self, nbytes: int) -> Work:
         """One all-gather that brings that many bytes from others to each rank."""
@@ -206,7 +201,7 @@ class Bed:
         expected = torch.cat(parts)
 
         def call() -> torch.Tensor:
-            out = new_bytes(share * self.size, self.device)
+            out = torch.empty(share * self.size, dtype=torch.uint8, device=self.device)
             gather(out, mine)
             return out
 
@@ -219,9 +214,9 @@ class Bed:
         expected = self._pattern(share, self.rank)
 
         def call() -> tuple[torch.Tensor, torch.Tensor]:
-            out = new_bytes(share, self.device)
+            out = torch.empty(share, dtype=torch.uint8, device=self.device)
             dist.scatter(out, rows, src=0)
-            same = shared if self.rank == 0 else new_bytes(everywhere, self.device)
+            same = shared if self.rank == 0 else torch.empty_like(shared)
             if everywhere:
                 dist.broadcast(same, src=0)
             return out, same
@@ -238,7 +233,7 @@ class Bed:
         shared = self._pattern(nbytes)
 
         def call() -> torch.Tensor:
-            out = shared if self.rank == 0 else new_bytes(nbytes, self.device)
+            out = shared if self.rank == 0 else torch.empty_like(shared)
             dist.broadcast(out, src=0)
             return out
 
@@ -248,15 +243,13 @@ class Bed:
         """One gather of `share` bytes of each rank to rank 0."""
         mine = self._pattern(share, self.rank)
 
-        def call() -> list[torch.Tensor]:
-            rows = [
-                new_bytes(share, self.device) for _ in range(self.size if self.rank == 0 else 0)
-            ]
-            dist.gather(mine, rows or None, dst=0)
+        def call() -> list[torch.Tensor] | None:
+            rows = [torch.empty_like(mine) for _ in range(self.size)] if self.rank == 0 else None
+            dist.gather(mine, rows, dst=0)
             return rows
 
-        def check(got: list[torch.Tensor]) -> None:
-            for number, row in enumerate(got):
+        def check(got: list[torch.Tensor] | None) -> None:
+            for number, row in enumerate(got or ()):
                 self.same(row, self._pattern(share, number), f"the bytes of rank {number}")
 
         return Work(call, check)

@@ -36,8 +36,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "buffers_lose_strides",
         "staging buffers are always row-major",
         "staging.py",
-        "        buffer = torch.empty_like(tensor, device=CPU)\n",
-        "        buffer = torch.empty(tensor.size(), dtype=tensor.dtype)\n",
+        "        return torch.empty_like(tensor, device=CPU)\n    tensor =",
+        "        return torch.empty(tensor.size(), dtype=tensor.dtype)\n    tensor =",
         "create_cpu_state_dict",
     ),
     (

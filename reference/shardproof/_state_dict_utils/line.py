@@ -17,7 +17,6 @@ from shardproof._state_dict_utils.agreement import Entries
 from shardproof._state_dict_utils.grid import Grid
 from shardproof._state_dict_utils.host import is_far, landed
 from shardproof._state_dict_utils.leaves import Leaf
-from shardproof._state_dict_utils.pages import new_bytes
 from shardproof._state_dict_utils.reduction import reduced
 from shardproof._state_dict_utils.spread import Layout
 from shardproof._state_dict_utils.stream import (
@@ -190,7 +189,7 @@ class Line:
         layouts = {leaf.layout for parcel in parcels for leaf in parcel.items}
         devices = {result_device(layout, self.cpu_offload) for layout in layouts}
         for width, pieces in todo.buckets():
-            bucket = new_bytes(width, self.domain.device)
+            bucket = torch.empty(width, dtype=torch.uint8, device=self.domain.device)
             pack(bucket, pieces[self.me], parcels, _part)
             if len(self.takers) == 1:
                 taker = self.places[self.takers[0]]

@@ -15,7 +15,6 @@ import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-from shardproof._state_dict_utils.pages import LARGE, ask_for_large_pages
 from shardproof._state_dict_utils.tensors import (
     CPU,
     MOVABLE,
@@ -94,10 +93,7 @@ def _allocate_leaf(
 
 def _buffer_like(tensor: torch.Tensor, *, pin_memory: bool, share_memory: bool) -> torch.Tensor:
     if not (pin_memory or share_memory) and tensor.dtype in MOVABLE and is_ordinary(tensor):
-        buffer = torch.empty_like(tensor, device=CPU)
-        if buffer.nbytes >= LARGE:
-            ask_for_large_pages(buffer)
-        return buffer
+        return torch.empty_like(tensor, device=CPU)
     tensor = settled(tensor)
     pinnable = pin_memory and tensor.numel() > 0
     if not is_ordinary(tensor):

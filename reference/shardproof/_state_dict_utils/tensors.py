@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from shardproof._state_dict_utils.layout import local_shape
-from shardproof._state_dict_utils.pages import LARGE, ask_for_large_pages
 
 CPU = torch.device("cpu")
 FSDP_FLATTENED = "_fsdp_flattened"
@@ -145,8 +144,6 @@ def allocate(
         fresh = torch.empty_strided(shape, stride, dtype=made, device=device)
     else:
         fresh = torch.empty(shape, dtype=made, device=device)
-    if fresh.nbytes >= LARGE:
-        ask_for_large_pages(fresh)
     return fresh if made is dtype else fresh.view(dtype)
 
 
@@ -210,8 +207,6 @@ def fresh_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         tensor = settled(tensor)
     if tensor.dtype in MOVABLE or not is_ordinary(tensor) or tensor.is_meta:
         plain = tensor.detach() if tensor.requires_grad or not usual else tensor
-        if usual and device == CPU and plain.nbytes >= LARGE and is_ordinary(plain):
-            return allocate_like(plain, device).copy_(plain)
         return plain.clone() if plain.device == device else plain.to(device, copy=True)
     return bits(tensor).to(device, copy=True).view(tensor.dtype)
 

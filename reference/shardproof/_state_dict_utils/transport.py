@@ -20,7 +20,6 @@ from shardproof._state_dict_utils.grid import Grid, grid_of
 from shardproof._state_dict_utils.host import Outgoing, is_far, sends
 from shardproof._state_dict_utils.layout import Block, full_block
 from shardproof._state_dict_utils.offers import Offer, Offers
-from shardproof._state_dict_utils.pages import new_bytes
 from shardproof._state_dict_utils.places import Place
 from shardproof._state_dict_utils.stream import (
     Parcel,
@@ -363,7 +362,7 @@ class _Buffers:
         """The bytes that were used the longest ago."""
         buffer = self._made.pop(0)
         if buffer.numel() < nbytes:
-            buffer = new_bytes(nbytes, self._device)
+            buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         self._made.append(buffer)
         return buffer[:nbytes]
 

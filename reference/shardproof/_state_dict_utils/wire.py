@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardproof._state_dict_utils.layout import mesh_ranks
-from shardproof._state_dict_utils.pages import new_bytes
 from shardproof._state_dict_utils.tensors import CPU
 
 
@@ -141,7 +140,7 @@ def all_gather(
     size = dist.get_world_size(group)
     rows = into
     if rows is None:
-        rows = new_bytes(size * payload.numel(), payload.device)
+        rows = torch.empty(size * payload.numel(), dtype=torch.uint8, device=payload.device)
     if payload.numel():
         # Renamed upstream; the old name warns where the new one exists.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -197,7 +196,7 @@ def collect_to(
         if place != target:
             dist.gather(flat, None, group=stage.group, group_dst=first)
             return None
-        into = new_bytes(size * flat.numel(), flat.device).view(size, flat.numel())
+        into = torch.empty((size, flat.numel()), dtype=torch.uint8, device=flat.device)
         dist.gather(flat, list(into), group=stage.group, group_dst=first)
         rows = _placed(into, stage)
     return rows.reshape(-1, payload.numel())
