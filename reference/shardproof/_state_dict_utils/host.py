@@ -90,6 +90,10 @@ def into_host(
     targets: list[torch.Tensor], sources: list[torch.Tensor], non_blocking: bool = False
 ) -> None:
     """Copy each source into its target, as ``copy_all`` does; small ones from a GPU together."""
+    memories = [target.untyped_storage().data_ptr() for target in targets if target.numel()]
+    if len(set(memories)) < len(memories):  # where targets overlap the last one wins: in order
+        copy_all(targets, sources, non_blocking)
+        return
     groups: dict[Hashable, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
     rest: list[tuple[torch.Tensor, torch.Tensor]] = []
     for pair in zip(targets, sources, strict=True):
