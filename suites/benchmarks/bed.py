@@ -77,13 +77,13 @@ class Bed:
         dist.all_gather_object(told, text)
         return next((f"rank {r}: {t}" for r, t in enumerate(told) if t), "")
 
-    def largest(self, number: float) -> float:
-        """The largest over the ranks; all ranks call it, one collective."""
+    def largest(self, numbers: Sequence[float]) -> list[float]:
+        """Of each number the largest over the ranks; all ranks call it, one collective."""
         if self.fake or self.size == 1:
-            return number
-        shared = torch.tensor([number], dtype=torch.float64, device=self.device)
+            return list(numbers)
+        shared = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.all_reduce(shared, dist.ReduceOp.MAX)
-        return float(shared.item())
+        return shared.tolist()
 
     def synchronize(self) -> None:
         """Wait for the device, so that the clock sees all of the work."""

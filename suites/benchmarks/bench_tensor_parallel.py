@@ -16,19 +16,25 @@ DDP = "tensor.parallel.ddp."
 
 
 class FlattenTensor(Measured):
-    """Each weight's local tensor and spec; floor: its local tensor, in a bare loop."""
+    """Local tensor and spec of each weight, which trains; floor: what a bare loop reads of it."""
 
     functions = (f"{UTILS}_flatten_tensor",)
     sizes = (2,)
+    version = "2"
 
     def work(self, bed: Bed) -> Work:
         from benchmarks.bed import Work
 
-        flatten, sharded = bed.function(self.functions[0]), list(bed.sharded().values())
+        # Frozen ones would be no comparison: torch makes their local tensors train.
+        flatten = bed.function(self.functions[0])
+        sharded = list(bed.sharded().values())
+        for tensor in sharded:
+            tensor.requires_grad_()
 
         def check(got: list[Any]) -> None:
             for leaf, tensor, (mine, spec) in zip(bed.leaves, sharded, got, strict=True):
                 bed.same(mine, bed.mine(leaf), leaf.name)
+                assert mine.requires_grad, f"{leaf.name}: does not train"
                 assert spec == tensor._spec, f"{leaf.name}: {spec}"
 
         return Work(lambda: [flatten(t) for t in sharded], check)

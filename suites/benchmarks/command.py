@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.agreement import FACTOR
 from benchmarks.environment import clean, interpreter
 from benchmarks.settings import PREFIX, Settings
 from harness import warm
@@ -24,8 +25,6 @@ ROUNDS = 4
 """Interleaved rounds of a comparison."""
 COMPARED = r"(time_call|track_(collectives|received|peak|calls))$"
 """What a comparison looks at: a ratio has no samples to tell a change from noise by."""
-FACTOR = 1.15
-"""Ratio of times that a comparison takes for a change: two runs of one code agree within this."""
 
 
 def main() -> int:
@@ -33,6 +32,10 @@ def main() -> int:
     warm.limit_threads()  # before anything imports torch or numpy
     options = _options()
     settings = Settings(options.quick, options.device, options.backend)
+    if options.agree:
+        from benchmarks import agreement
+
+        return agreement.main(*options.agree)
     if options.check or options.update_baseline:
         return _counted(options, settings)
     if options.journal and (options.table or options.goals):
@@ -73,6 +76,14 @@ def _options() -> argparse.Namespace:
     )
     what.add_argument(
         "--goals", action="store_true", help="what the reference is to reach, and does"
+    )
+    what.add_argument(
+        "--agree",
+        type=Path,
+        nargs=2,
+        metavar=("FIRST", "SECOND"),
+        help="whether two journals of one code say the same: ratios within "
+        f"{FACTOR - 1:.0%}%, counts exactly",
     )
     parser.add_argument("--quick", action="store_true", help="small models, few samples")
     parser.add_argument("--bench", metavar="REGEX", help="only benchmarks whose name matches")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from benchmarks.bed import Bed, Work
 
 
-class Agreement(Measured):
+class _Agreement(Measured):
     """What ranks may pay to agree on keys and shapes: two small all-gathers."""
 
     def work(self, bed: Bed) -> Work:
@@ -250,7 +250,7 @@ def main(settings: Settings, pattern: str | None, world: int) -> int:
         print(f"{number}/{len(chosen)} {name}", file=sys.stderr, flush=True)
         try:
             if size not in agreement:
-                told = parent.measure(Agreement(), "model", size, arms=(FLOOR,))
+                told = parent.measure(_Agreement(), "model", size, arms=(FLOOR,))
                 agreement[size] = statistics.median(told[FLOOR]["seconds"])
             found = parent.measure(benchmark, goal.regime, size, profiled=True)
         except WorldError as error:

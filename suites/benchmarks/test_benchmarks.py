@@ -70,7 +70,7 @@ def test_asv_finds_each_benchmark_once() -> None:
 def test_every_track_has_a_unit() -> None:
     for found in disc_benchmarks(str(HERE)):
         assert found.unit != "unit", found.name
-        assert found.version == "1", found.name
+        assert found.version.isdigit(), f"{found.name}: a version that asv made of its source"
 
 
 def test_each_benchmark_states_itself() -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from benchmarks.session.counting import PEAKS, Traffic, count, peak_bytes, python_calls
 from benchmarks.session.profiling import CALLS, profile
-from benchmarks.session.statistics import interval, quiet, ratio, slowest
+from benchmarks.session.statistics import FEWEST, PRECISION, interval, quiet, ratio, settled, width
 
 CPU = torch.device("cpu")
 
@@ -78,12 +78,6 @@ def test_counts_reset_before_each_call() -> None:
     assert resets == 2 + PEAKS
 
 
-def test_the_slowest_rank_of_each_round_counts() -> None:
-    assert slowest([[1.0, 5.0], [3.0, 2.0]]) == [3.0, 5.0]
-    with pytest.raises(ValueError, match="shorter"):
-        slowest([[1.0, 5.0], [3.0]])
-
-
 def test_a_disturbed_half_does_not_show() -> None:
     """Neither single outliers nor a disturbance that lasts move the number."""
     calm = [1.0, 1.1, 0.9] * 4
@@ -104,6 +98,17 @@ def test_the_median_lies_in_an_interval_of_order(count: int, bounds: tuple[int, 
     """As tables of the sign test have it for 95 %."""
     shuffled = [float(n * 7 % count) for n in range(count)]
     assert interval(shuffled) == tuple(map(float, bounds))
+
+
+def test_rounds_end_when_every_ratio_is_known() -> None:
+    """One pair of arms that nobody knows yet keeps all going; few rounds are never enough."""
+    calm = [1.0, 1.01, 0.99] * 10
+    noisy = [1.0, 1.3, 0.7] * 10
+    assert width(calm, [2.0] * 30) < PRECISION < width(noisy, [2.0] * 30)
+    assert settled([calm, [2.0] * 30])
+    assert not settled([calm, [2.0] * 30, noisy])
+    assert not settled([calm[: FEWEST - 1], [2.0] * (FEWEST - 1)])
+    assert not settled([calm]), "a single arm has no ratio"
 
 
 def test_a_profile_names_where_the_time_goes() -> None:

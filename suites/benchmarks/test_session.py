@@ -60,6 +60,11 @@ class Dies(Faulty):
             os._exit(7)
         return 1
 
+class Lags(Faulty):
+    def fault(self, bed):
+        time.sleep(0.03 * bed.rank)
+        return 1
+
 class Hangs(Faulty):
     def fault(self, bed):
         Path(os.environ["PIDS"], str(os.getpid())).touch()
@@ -122,6 +127,14 @@ def test_a_wrong_result_has_no_number(run: Run, name: str) -> None:
     assert "peak" not in arms["shardproof"]
     assert arms["floor"]["seconds"]
     assert not arms["floor"]["wrong"]
+
+
+def test_the_slowest_rank_counts(run: Run) -> None:
+    """A call is over when its last rank is done: each time is that rank's."""
+    arms = run.ask("Lags")
+    assert min(arms["shardproof"]["seconds"]) >= 0.03
+    assert max(arms["floor"]["seconds"]) < 0.03
+    assert len(arms["floor"]["seconds"]) == len(arms["shardproof"]["seconds"]), "rounds"
 
 
 def test_an_exception_has_no_number(run: Run) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.measured import COUNTED, TRACKS, Measured
-from benchmarks.session.statistics import quiet, ratio, slowest
+from benchmarks.session.statistics import quiet, ratio
 from benchmarks.settings import ARMS, FLOOR, TORCH, Settings, leaves
 from harness import processes, warm
 
@@ -182,7 +182,7 @@ def _merged(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {"wrong": next((r["wrong"] for r in ranks if r["wrong"]), "")}
     if "profile" in ranks[0]:
         merged["profile"] = ranks[0]["profile"]
-    seconds = [] if merged["wrong"] else slowest([r["seconds"] for r in ranks])
+    seconds = [] if merged["wrong"] else ranks[0]["seconds"]  # of all ranks already
     merged["seconds"] = seconds
     if seconds:
         merged["median"] = quiet(seconds)

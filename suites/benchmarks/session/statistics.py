@@ -8,14 +8,6 @@ import statistics
 from collections.abc import Sequence
 
 
-def slowest(by_rank: Sequence[Sequence[float]]) -> list[float]:
-    """Of each round the largest time over the ranks; raises ValueError where ranks differ in count.
-
-    A collective is over when its last rank is.
-    """
-    return [max(times) for times in zip(*by_rank, strict=True)]
-
-
 def quiet(samples: Sequence[float], blocks: int = 4) -> float:
     """The smallest of the medians of up to `blocks` consecutive parts of the samples.
 
@@ -55,3 +47,29 @@ def interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float,
     # Of `left_out` samples on either side, the last is the bound.
     last = max(left_out - 1, 0)
     return ordered[last], ordered[count - 1 - last]
+
+
+PRECISION = 0.07
+"""A ratio is known well enough when its interval reaches this far to either side, relative to it:
+two runs whose ratios are known so well differ by more than 15 % once in a few hundred."""
+FEWEST = 9
+"""Rounds before an interval is believed: of fewer, some are narrow by chance."""
+
+
+def settled(arms: Sequence[Sequence[float]]) -> bool:
+    """Whether the ratios of all pairs of arms are known well enough to stop; one alone never is.
+
+    Args:
+        arms: of each the times of all rounds so far.
+
+    """
+    if len(arms) < 2 or len(arms[0]) < FEWEST:
+        return False
+    return all(width(a, b) <= PRECISION for a, b in itertools.combinations(arms, 2))
+
+
+def width(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Half the interval of `ratio`, relative to it."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    low, high = interval(ratios)
+    return (high - low) / 2 / statistics.median(ratios)

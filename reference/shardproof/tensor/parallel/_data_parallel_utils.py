@@ -60,14 +60,16 @@ def _flatten_tensor(tensor: torch.Tensor) -> tuple[torch.Tensor, DTensorSpec | N
     Local: no collective runs, and the input is not changed.
 
     """
-    if not isinstance(tensor, DTensor):
-        return tensor, None
-    local = tensor._local_tensor
-    if type(local) is not torch.Tensor and isinstance(local, AsyncCollectiveTensor):
-        local = local.wait()
-    if tensor.requires_grad:
-        return local.detach().requires_grad_(), tensor._spec
-    return local.detach() if local.requires_grad else local, tensor._spec
+    if isinstance(tensor, DTensor):
+        local = tensor._local_tensor
+        if type(local) is not torch.Tensor and isinstance(local, AsyncCollectiveTensor):
+            local = local.wait()
+        if tensor.requires_grad:
+            local = local.detach().requires_grad_()
+        elif local.requires_grad:
+            local = local.detach()
+        return local, tensor._spec
+    return tensor, None
 
 
 def _unflatten_tensor(

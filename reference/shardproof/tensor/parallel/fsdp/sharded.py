@@ -255,9 +255,10 @@ def _pre_load_state_dict(tensor: torch.Tensor) -> tuple[torch.Tensor, list[Shard
         raise TypeError(f"expected a ShardedTensor, got a {type(tensor).__name__}")
     # What local_shards() gives; the call would be a quarter of this one.
     shards = tensor._local_shards
-    while len(shards) == 1:
-        inner = shards[0].tensor
-        if type(inner) is torch.Tensor or not isinstance(inner, ShardedTensor):
-            break
-        tensor, shards = inner, inner._local_shards
-    return tensor, shards.copy()
+    if len(shards) != 1:
+        return tensor, shards.copy()
+    shard = shards[0]
+    inner = shard.tensor
+    if type(inner) is torch.Tensor or not isinstance(inner, ShardedTensor):
+        return tensor, [shard]
+    return _pre_load_state_dict(inner)

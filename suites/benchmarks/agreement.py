@@ -1,0 +1,112 @@
+"""Whether two runs of one code say the same: `ci/bench --agree FIRST SECOND`.
+
+Ratios agree within what a comparison of two revisions takes for no change, counts exactly, and both
+runs measured the same.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.measured import COUNTED
+from benchmarks.session.statistics import width
+from benchmarks.settings import FLOOR, TORCH
+
+RATIOS = {"ratio_to_floor": FLOOR, "ratio_to_torch": TORCH}
+FACTOR = 1.15
+"""Ratio of two times that is taken for a change: two runs of one code agree within this."""
+
+Arms = Mapping[str, Any]
+
+
+class Pair(NamedTuple):
+    """A number of two runs.
+
+    Attributes:
+        what: benchmark, regime, size of the world, arm and track.
+        values: what each run says; None where it does not.
+        known: of a ratio half its interval in each run, relative to it.
+
+    """
+
+    what: str
+    values: tuple[float | None, float | None]
+    known: tuple[float, float] | None = None
+
+    @property
+    def apart(self) -> bool:
+        """Whether the runs disagree."""
+        first, second = self.values
+        if first is None or second is None or self.known is None:
+            return first != second
+        return max(first, second) > FACTOR * min(first, second)
+
+    def __str__(self) -> str:
+        first, second = self.values
+        if first is None or second is None:
+            return f"{self.what}: only the {'first' if second is None else 'second'} run has it"
+        known = "" if self.known is None else ", known within {:.0%} and {:.0%}".format(*self.known)
+        return f"{self.what}: {first:.4g} and {second:.4g}{known}"
+
+
+def pairs(first: Mapping[str, Arms], second: Mapping[str, Arms]) -> Iterator[Pair]:
+    """All ratios and counts of two runs; of a measurement that only one made a single pair."""
+    for name in dict.fromkeys((*first, *second)):
+        if name not in first or name not in second:
+            yield Pair(name, (1.0, None) if name in first else (None, 1.0))
+            continue
+        ours, theirs = first[name], second[name]
+        for arm in dict.fromkeys((*ours, *theirs)):
+            for track in (*RATIOS, *COUNTED):
+                values = tuple(run.get(arm, {}).get(track) for run in (ours, theirs))
+                if values != (None, None):
+                    yield Pair(f"{name}, {arm}: {track}", values, _known(track, arm, ours, theirs))
+
+
+def _known(track: str, arm: str, *runs: Arms) -> tuple[float, float] | None:
+    if track not in RATIOS:
+        return None
+    first, second = (
+        width(run[arm]["seconds"], run[RATIOS[track]]["seconds"])
+        if run.get(arm, {}).get(track)
+        else 0.0
+        for run in runs
+    )
+    return first, second
+
+
+def read(file: Path) -> dict[str, Arms]:
+    """What a journal holds: measurement to arm to numbers; ValueError where it is no journal."""
+    found = {}
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        try:
+            one = json.loads(line)
+            found[f"{one['benchmark']} {one['regime']} x{one['size']}"] = one["arms"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is no journal: line {number}: {error!r}") from None
+    return found
+
+
+def main(first: Path, second: Path) -> int:
+    """Print what disagrees. 0: nothing does; 1: something; 2: no journal; 3: both are empty."""
+    try:
+        found = list(pairs(read(first), read(second)))
+    except (OSError, ValueError) as error:
+        print(f"ci/bench: {error}; --journal makes one", file=sys.stderr)
+        return 2
+    if not found:
+        print(f"ci/bench: {first} and {second} measured nothing", file=sys.stderr)
+        return 3
+    for pair in found:
+        if pair.apart:
+            print(pair)
+    for text, chosen in (
+        (f"ratios agree within {FACTOR - 1:.0%}", [p for p in found if p.known is not None]),
+        ("counts are the same", [p for p in found if p.known is None]),
+    ):
+        print(f"{sum(not p.apart for p in chosen)} of {len(chosen)} {text}")
+    return 1 if any(pair.apart for pair in found) else 0

@@ -1,0 +1,80 @@
+"""Two runs of one code: what counts as agreement, and what the command says and ends with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.settings import FLOOR, REFERENCE
+
+
+def line(name: str, ratio: float, collectives: float = 2) -> dict[str, Any]:
+    """A measurement as the journal holds it, of ten equal rounds."""
+    ours = {
+        "wrong": "",
+        "seconds": [ratio] * 10,
+        "ratio_to_floor": ratio,
+        "collectives": collectives,
+    }
+    floor = {"wrong": "", "seconds": [1.0] * 10}
+    return {"benchmark": name, "regime": "many", "size": 4, "arms": {REFERENCE: ours, FLOOR: floor}}
+
+
+def agree(folder: Path, *runs: list[dict[str, Any]]) -> subprocess.CompletedProcess[str]:
+    """What `ci/bench --agree` makes of two journals."""
+    files = []
+    for number, lines in enumerate(runs):
+        files.append(folder / f"{number}.jsonl")
+        files[-1].write_text("".join(f"{json.dumps(one)}\n" for one in lines))
+    command = [sys.executable, "-m", "benchmarks.command", "--agree", *map(str, files)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "collectives", "status"), [(2.3, 2, 0), (1.8, 2, 0), (2.4, 2, 1), (2.0, 3, 1)]
+)
+def test_ratios_have_room_and_counts_have_none(
+    tmp_path: Path, ratio: float, collectives: float, status: int
+) -> None:
+    told = agree(tmp_path, [line("Gather", 2.0)], [line("Gather", ratio, collectives)])
+    assert told.returncode == status, told.stderr
+    off = ("Gather many x4, shardproof: ratio_to_floor", "Gather many x4, shardproof: collectives")
+    assert (off[0] in told.stdout) is (ratio == 2.4)
+    assert (off[1] in told.stdout) is (collectives == 3)
+    assert f"{ratio != 2.4:d} of 1 ratios agree within 15%" in told.stdout
+    assert f"{collectives == 2:d} of 1 counts are the same" in told.stdout
+
+
+def test_a_number_that_one_run_lacks_is_told(tmp_path: Path) -> None:
+    """A run that measured less does not agree by that."""
+    less = line("Gather", 2.0)
+    del less["arms"][REFERENCE]["collectives"]
+    told = agree(tmp_path, [line("Gather", 2.0), line("Copy", 2.0)], [less])
+    assert told.returncode == 1
+    assert "Gather many x4, shardproof: collectives: only the first run has it" in told.stdout
+    assert "Copy many x4: only the first run has it" in told.stdout
+
+
+def test_nothing_in_common_is_no_agreement(tmp_path: Path) -> None:
+    told = agree(tmp_path, [], [])
+    assert told.returncode == 3
+    assert "measured nothing" in told.stderr
+
+
+def test_what_is_no_journal_is_named(tmp_path: Path) -> None:
+    text, missing = tmp_path / "notes.txt", tmp_path / "missing.jsonl"
+    text.write_text("a note\n")
+    command = [sys.executable, "-m", "benchmarks.command", "--agree"]
+    for first, said in ((text, "no journal"), (missing, "No such file")):
+        told = subprocess.run(
+            [*command, str(first), str(text)], capture_output=True, text=True, check=False
+        )
+        assert told.returncode == 2
+        assert said in told.stderr
+        assert str(first) in told.stderr
+        assert "Traceback" not in told.stderr
