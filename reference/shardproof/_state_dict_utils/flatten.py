@@ -85,9 +85,10 @@ def _flatten_state_dict(
     if len(flat) != len(names):
         names = _told_apart(names, paths)
         flat = dict(zip(names, values, strict=True))
-    for name, value in flat.items():
-        if type(value) not in LEAF_TYPES:
-            flat[name] = own_empty(value)
+    if not LEAF_TYPES.issuperset(map(type, values)):
+        for name, value in flat.items():
+            if type(value) not in LEAF_TYPES:
+                flat[name] = own_empty(value)
     root = container_of(state_dict)
     mapping: FLATTEN_MAPPING = {} if root is ANY_DICT else TypedMapping.of(root)
     mapping.update(zip(names, paths, strict=True))
@@ -220,6 +221,8 @@ def _existing(holder: Any, item: PATH_ITEM) -> Any:
     return child
 
 
+# What is shared below containers whose paths need no types; one each is a twentieth of all time.
+_UNTYPED: dict[str, Branch | None] = {"branch": None}
 _NAMED = frozenset({dict, OrderedDict})
 _USUAL = _NAMED | {list, tuple}
 """The types of nearly all containers: asking whether a value is one takes a while."""
@@ -270,7 +273,7 @@ def _leaves(root: Any) -> tuple[list[OBJ_PATH], list[str], list[Any]]:
             if len(stack) % _ROUND == 0:
                 _refuse_rings(stack)
             items, prefix = (*items, item), f"{prefix}{item}."
-            branch, shared = below, {"branch": below}
+            branch, shared = below, _UNTYPED if below is None else {"branch": below}
             named = kind in _NAMED or (kind not in _USUAL and isinstance(value, Mapping))
             holder, steps = value, iter(value.items()) if named else enumerate(value)
             break

@@ -1,8 +1,8 @@
 """New host memory that is about to be written in full: mapped in one call, not page by page.
 
 The C library maps large memory anew for each tensor, and the kernel gives each of its pages at the
-first write to it: on a virtual machine 50 ms for 64 MiB, of which the bytes themselves take 8. Asked
-for all pages at once it takes 33. Whole tensors of 64 MiB, broadcast, come to 0.7 of their time so.
+first write to it: on a virtual machine 64 MiB take 50 ms so, of which the bytes themselves take 8.
+Asked for all pages at once it is 33 and 8, and a broadcast of whole tensors 0.7 of its time.
 """
 
 from __future__ import annotations
