@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.measured import COUNTED
+from benchmarks.measured import COUNTED, TRACKS
 from benchmarks.session.statistics import width
 from benchmarks.settings import FLOOR, TORCH
 
@@ -62,6 +62,8 @@ def pairs(first: Mapping[str, Arms], second: Mapping[str, Arms]) -> Iterator[Pai
         ours, theirs = first[name], second[name]
         for arm in dict.fromkeys((*ours, *theirs)):
             for track in (*RATIOS, *COUNTED):
+                if arm not in TRACKS[track][1]:
+                    continue
                 values = tuple(run.get(arm, {}).get(track) for run in (ours, theirs))
                 if values != (None, None):
                     yield Pair(f"{name}, {arm}: {track}", values, _known(track, arm, ours, theirs))

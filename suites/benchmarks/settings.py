@@ -74,7 +74,7 @@ class Settings:
     @property
     def rounds(self) -> tuple[int, int]:
         """Fewest and most rounds of one measurement."""
-        return (3, 9) if self.quick else (5, 200)
+        return (3, 9) if self.quick else (5, 500)
 
     @property
     def limit(self) -> float:

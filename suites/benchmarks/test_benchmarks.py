@@ -241,9 +241,16 @@ def test_the_time_for_rounds_is_what_was_asked_for(
 def test_asv_that_is_to_be_quick_is_noticed() -> None:
     """From its command line, since it tells the benchmarks nothing."""
     for arguments, little in ((["--quick"], True), (["-q"], True), (["--bench", "quick"], False)):
-        code = "import sys; sys.stdin.read()"
-        process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE)
+        code = "import sys; print('up', flush=True); sys.stdin.read()"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         try:
+            # Only then is its command line there: an exec has ended before it.
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"up\n"
             assert client.wants_little(process.pid) is little
         finally:
             process.communicate(timeout=20)

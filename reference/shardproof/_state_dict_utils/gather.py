@@ -158,9 +158,10 @@ def _agree(
         inside = set(whole.members)
         domains = [d for d in domains if not inside.issuperset(d.members)]
         domains = sorted([*domains, whole], key=lambda domain: domain.key)
-    layouts = set(map(attrgetter("layout"), found.leaves.values()))
-    limited = any(layout.large for layout in layouts) and any(
-        leaf.layout.large and needs_bucket(leaf, cpu_offload) for leaf in found.leaves.values()
+    layouts = dict.fromkeys(map(attrgetter("layout"), found.leaves.values()))
+    large = {layout for layout in layouts if layout.large}
+    limited = bool(large) and any(
+        leaf.layout in large and needs_bucket(leaf, cpu_offload) for leaf in found.leaves.values()
     )
     failure, details, flagged = agree_on_entries(domains, found.columns(), found.failure, limited)
     if failure is not None:

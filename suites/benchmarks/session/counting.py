@@ -7,7 +7,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,7 +151,7 @@ def count(
     found = []
     for _ in range(peaks):
         reset()
-        with _Settled() if peaks > 1 else nullcontext():
+        with _Settled():
             found.append(peak_bytes(call, device))
     peak = min(found)
     reset()
@@ -161,7 +160,7 @@ def count(
 
 PEAKS = 3
 """Times that a peak is measured that must repeat: Gloo's threads may free a buffer late."""
-SETTLED = 0.005
+SETTLED = 0.01
 """Seconds after which those threads are taken to be done."""
 SMALLEST = 1024
 """Bytes of the smallest allocation that counts; smaller ones are bookkeeping, freed at any time."""

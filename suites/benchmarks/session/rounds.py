@@ -31,6 +31,9 @@ core of its own, another waits for all the others: samples are long enough to wa
 MOST_CALLS = 2000
 MOST_RESETS = 50
 """Calls a sample where each has to be reset: resets and checks take longer than they do."""
+SETTLING = 1 / 8
+"""Share of the time for rounds before which they do not end, however alike they are: a heap that
+grows, or a neighbour on the machine, lasts for seconds."""
 MOST_SAMPLES = 9
 SHARE = 0.25
 """An arm that is done sooner takes more samples in a round, whose median counts: up to so many, and
@@ -126,7 +129,8 @@ def _time(task: Task, bed: Bed, works: dict[str, Work], found: dict[str, dict[st
             found[arm]["seconds"].append(statistics.median(told[: samples[arm]]))
             del told[: samples[arm]]
         over = done >= fewest and spent * (done + 1) / done > task.budget
-        if over or done >= most or settled([found[arm]["seconds"] for arm in order]):
+        known = spent > SETTLING * task.budget and settled([found[a]["seconds"] for a in order])
+        if over or known or done >= most:
             break
     for arm in works:
         found[arm]["wrong"] = bed.agree(found[arm]["wrong"])
