@@ -34,11 +34,11 @@ MOST_RESETS = 50
 SETTLING = 1 / 8
 """Share of the time for rounds before which they do not end, however alike they are: a heap that
 grows, or a neighbour on the machine, lasts for seconds."""
-MOST_SAMPLES = 9
+MOST_SAMPLES = 25
 SHARE = 0.25
 """An arm that is done sooner takes more samples in a round, whose median counts: up to so many, and
 no more of the round's time than this share of the slowest arm's. Where torch takes 13 s and the
-reference 0.1 s, five rounds are five samples of one and 45 of the other."""
+reference 0.1 s, five rounds are five samples of one and 125 of the other."""
 
 
 def measure(task: Task, rank: int, device: torch.device) -> dict[str, Any]:
