@@ -93,7 +93,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "large_alone_on_some_ranks",
         "a rank with a strided part of a large tensor is not waited for with a bucket",
         "gather.py",
-        "    limited = any(layout.large for layout in layouts) and any(\n",
+        "    limited = bool(large) and any(\n",
         "    limited = not layouts and any(\n",
         "large_tensors",
     ),
@@ -273,8 +273,8 @@ MUTANTS: tuple[Mutant, ...] = (
             (
                 "flatten_trains_frozen",
                 "a frozen weight starts to train",
-                "    if tensor.requires_grad:\n        return local.detach().requires",
-                "    if local.is_floating_point():\n        return local.detach().requires",
+                "        if tensor.requires_grad:\n            local = local.detach().requires",
+                "        if local.is_floating_point():\n            local = local.detach().requires",
             ),
             (
                 "unflatten_takes_any_shape",

@@ -16,6 +16,15 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "offload_state_dict_to_cpu",
     ),
     (
+        "large_copy_left_empty",
+        "new memory for a large tensor is mapped, and nothing is written into it",
+        "tensors.py",
+        "return map_ahead(torch.empty_like(plain)).copy_(plain)",
+        "return map_ahead(torch.empty_like(plain))",
+        "large_tensors",
+        "offload_state_dict_to_cpu",
+    ),
+    (
         "copy_truncates",
         "another dtype is accepted and converted",
         "pairs.py",

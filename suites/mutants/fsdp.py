@@ -103,8 +103,8 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "inner_shards_stay_wrapped",
         "a nested ShardedTensor is loaded as if it were flat",
         "sharded.py",
-        "    while len(shards) == 1:\n",
-        "    while False:\n",
+        "    if len(shards) != 1:\n",
+        "    if shards:\n",
         "pre_load_state_dict",
     ),
     (
