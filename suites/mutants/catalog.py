@@ -273,8 +273,8 @@ MUTANTS: tuple[Mutant, ...] = (
             (
                 "flatten_trains_frozen",
                 "a frozen weight starts to train",
-                "        if tensor.requires_grad:\n            local = local.detach().requires",
-                "        if local.is_floating_point():\n            local = local.detach().requires",
+                "        if tensor.requires_grad:\n            local = local.detach()",
+                "        if local.is_floating_point():\n            local = local.detach()",
             ),
             (
                 "unflatten_takes_any_shape",
