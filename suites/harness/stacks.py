@@ -74,15 +74,32 @@ def ask(targets: dict[int, Path], patience: float = 2.0) -> dict[int, tuple[str,
         if states[pid] == "T":
             processes.signal_quietly(pid, signal.SIGCONT)
     deadline = time.monotonic() + patience
-    dumps: dict[int, str] = {}
-    while len(dumps) < len(targets) and time.monotonic() < deadline:
-        for pid, path in targets.items():
-            text = path.read_text(errors="replace") if path.exists() else ""
-            # Threads are dumped first, the one that the signal met last; wait for its frames.
-            if pid not in dumps and "Current thread" in text and text.endswith("\n"):
-                dumps[pid] = text
+    dumps = dict.fromkeys(targets, "")
+    missing = set(targets)
+    while missing and time.monotonic() < deadline:
         time.sleep(0.01)
-    for pid, path in targets.items():
-        if pid not in dumps:
-            dumps[pid] = path.read_text(errors="replace") if path.exists() else ""
+        for pid in tuple(missing):
+            text = _read(targets[pid])
+            if text == dumps[pid] and _is_whole(text):
+                missing.remove(pid)
+            dumps[pid] = text
     return {pid: (states[pid], without_harness(dumps[pid])) for pid in targets}
+
+
+# A main thread's outermost frame; what stands for frames beyond the hundredth, and for none.
+_OUTERMOST = (" in <module>", "  ...", "<no Python frame>")
+
+
+def _is_whole(dump: str) -> bool:
+    """Whether the dump of the thread that the signal met, which is the last, has its last frame.
+
+    On a busy machine the parent reads it while the rank is still writing, line by line.
+    """
+    _, found, main = dump.rpartition("Current thread")
+    # Python 3.14 goes on with the frames of C.
+    last = main.rstrip("\n").endswith(_OUTERMOST) or "C stack trace" in main
+    return bool(found) and main.endswith("\n") and last
+
+
+def _read(file: Path) -> str:
+    return file.read_text(errors="replace") if file.exists() else ""
