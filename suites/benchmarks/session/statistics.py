@@ -50,9 +50,10 @@ def interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float,
 
 
 PRECISION = 0.07
-"""A ratio is known well enough when its interval reaches this far to either side, relative to it: by
-the noise of rounds alone two runs would differ by more than 15 % once in a few hundred. What differs
-from world to world, such as where a heap lies, comes on top, and no number of rounds shows it."""
+"""A ratio is known well enough when its interval reaches this far to either side, relative to it:
+by the noise of rounds alone two runs would differ by more than 15 % once in a few hundred. What
+differs from world to world, such as where a heap lies, comes on top, and no number of rounds shows
+it."""
 FEWEST = 9
 """Rounds before an interval is believed: of fewer, some are narrow by chance."""
 
