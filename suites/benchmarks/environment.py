@@ -4,6 +4,9 @@ asv's own environments install torch anew, from the network, at versions that no
 one is a bare venv that sees the packages of the interpreter that runs asv, and into which the
 commit's reference is copied; so both sides of a comparison run on the very same torch. The suite
 that measures them is the working tree's, as always in asv.
+
+`asv run --quick` is heard here, too, since asv tells its benchmarks nothing of it: they take small
+models then, as `ci/bench --quick` does, whose numbers keep apart from others by their names.
 """
 
 from __future__ import annotations
@@ -14,10 +17,13 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from asv import environment, util
+
+from benchmarks.settings import PREFIX
 
 PACKAGE = "shardproof"
 
@@ -90,3 +96,14 @@ def clean(root: Path) -> bool:
     except FileNotFoundError:  # no git
         return False
     return told.returncode == 0 and not told.stdout.strip()
+
+
+def told_quick(command: Sequence[str]) -> bool:
+    """Whether this command line is asv's, and asks for a quick run."""
+    program = Path(command[0])
+    is_asv = program.name == "asv" or program.parts[-2:] == ("asv", "__main__.py")
+    return is_asv and not {"--quick", "-q"}.isdisjoint(command[1:])
+
+
+if told_quick(sys.argv):  # asv imports this before it starts any process
+    os.environ[f"{PREFIX}QUICK"] = "1"

@@ -73,10 +73,8 @@ class Settings:
 
     @property
     def rounds(self) -> tuple[int, int]:
-        """Fewest and most rounds of one measurement; one will do where hardly any time is given."""
-        if self.quick:
-            return 3, 9
-        return (5 if self.budget >= 1 else 1), 500
+        """Fewest and most rounds of one measurement."""
+        return (3, 9) if self.quick else (5, 500)
 
     @property
     def limit(self) -> float:

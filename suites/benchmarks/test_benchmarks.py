@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 from asv_runner.discovery import disc_benchmarks
 
-from benchmarks import baseline, command, measured
+from benchmarks import baseline, command, environment, measured
 from benchmarks.listing import HERE, benchmarks
-from benchmarks.session import client
 from benchmarks.settings import PREFIX, REFERENCE, TORCH, Settings
 
 SUITES = HERE.parent
@@ -238,23 +237,19 @@ def test_the_time_for_rounds_is_what_was_asked_for(
     assert command._settings(command._options()).budget == budget
 
 
-def test_asv_that_is_to_be_quick_is_noticed() -> None:
+@pytest.mark.parametrize(
+    ("command_line", "quick"),
+    [
+        ("/venv/bin/asv run --quick", True),
+        ("/site-packages/asv/__main__.py continuous -q HEAD~1 HEAD", True),
+        ("/venv/bin/asv run --bench quick", False),
+        ("/venv/bin/pytest -q", False),
+        ("/venv/bin/python", False),
+    ],
+)
+def test_asv_that_is_to_be_quick_is_noticed(command_line: str, quick: bool) -> None:
     """From its command line, since it tells the benchmarks nothing."""
-    for arguments, little in ((["--quick"], True), (["-q"], True), (["--bench", "quick"], False)):
-        code = "import sys; print('up', flush=True); sys.stdin.read()"
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        try:
-            # Only then is its command line there: an exec has ended before it.
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"up\n"
-            assert client.wants_little(process.pid) is little
-        finally:
-            process.communicate(timeout=20)
-    assert not client.wants_little(process.pid), "it is gone"
+    assert environment.told_quick(command_line.split()) is quick
 
 
 @pytest.mark.parametrize(

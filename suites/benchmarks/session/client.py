@@ -23,8 +23,6 @@ SUITES = Path(__file__).parents[2]
 START_LIMIT = 90.0
 """Seconds that the server has to import what it needs."""
 OWNER = f"{PREFIX}OWNER"
-LITTLE = 0.3
-"""Seconds for the rounds of a measurement under `asv run --quick`, which asks each once."""
 
 
 class SessionError(Exception):
@@ -35,8 +33,6 @@ def ask(request: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """The server's answer; raises SessionError with the cause when there is none."""
     owner = int(os.environ.get(OWNER, 0)) or run_of(os.getpid())
     folder = _folder(owner)
-    if not settings.seconds and wants_little(owner):
-        settings = settings.with_(seconds=LITTLE)
     key = _key(settings)
     line = json.dumps({**request, "key": key}).encode() + b"\n"
     limit = settings.limit + 60
@@ -72,11 +68,6 @@ def run_of(pid: int) -> int:
             found = above
         above = _parent(above)
     return found
-
-
-def wants_little(pid: int) -> bool:
-    """Whether that process was told to be quick: asv tells it to nobody else."""
-    return not {"--quick", "-q"}.isdisjoint(_words(pid))
 
 
 def _words(pid: int) -> list[str]:

@@ -51,6 +51,11 @@ class Task:
     def rounds(self) -> tuple[int, int]:
         return self.settings.rounds
 
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest tensor."""
+        return max((t.nbytes for t in self.data.values()), default=0)
+
     def work(self, bed: Bed) -> Work:
         return self.benchmark.work(bed)
 

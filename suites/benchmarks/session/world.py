@@ -64,7 +64,7 @@ class Sampler(rank.Rank):
     def serve(self) -> int:
         """Join, measure what the parent asks for, answer; the parent ends the process."""
         try:
-            keep_memory()
+            keep_memory(max(task.largest for task in self._tasks))
             self._join()
         except BaseException as error:
             self._channel.send("broken", message=one_line(error), details=traceback.format_exc())

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import (
@@ -37,7 +38,7 @@ from shardproof.tensor.parallel.fsdp.boxes import (
 __all__ = ["_chunk_tensor", "_pre_load_state_dict", "_rewrite_spec_if_needed"]
 
 
-def _rewrite_spec_if_needed(spec: ShardingSpec, tensor: torch.Tensor, rank: int) -> ShardingSpec:
+def _rewrite_spec_if_needed(spec: ShardingSpec, tensor: Tensor, rank: int) -> ShardingSpec:
     """The sharding of ``spec`` with this rank's shards on the device of ``tensor``.
 
     FSDP moves optimizer state to the CPU, and ShardedTensor refuses a shard that is elsewhere
@@ -82,12 +83,12 @@ def _moved(placement: Any, device: torch.device, rank: int) -> Any:
 
 
 def _chunk_tensor(
-    tensor: torch.Tensor,
+    tensor: Tensor,
     rank: int,
     world_size: int,
     num_devices_per_node: int,
     pg: dist.ProcessGroup,
-) -> torch.Tensor:
+) -> Tensor:
     """FSDP's chunk of a tensor that every rank of ``pg`` holds, as ShardedTensor.
 
     Args:
@@ -184,7 +185,7 @@ def _around(
 
 
 def _chunk_rows(
-    tensor: torch.Tensor,
+    tensor: Tensor,
     num_devices_per_node: int,
     pg: dist.ProcessGroup,
     everywhere: bool = False,
@@ -228,14 +229,14 @@ def _chunk_rows(
     )
 
 
-def _compact(part: torch.Tensor) -> torch.Tensor:
+def _compact(part: Tensor) -> Tensor:
     """A contiguous copy, bit for bit."""
     if not is_ordinary(part):
         return part.clone(memory_format=torch.contiguous_format)
     return bits(part).clone(memory_format=torch.contiguous_format).view(part.dtype)
 
 
-def _pre_load_state_dict(tensor: torch.Tensor) -> tuple[torch.Tensor, list[Shard]]:
+def _pre_load_state_dict(tensor: Tensor) -> tuple[Tensor, list[Shard]]:
     """What FSDP loads from a ShardedTensor.
 
     Args:
@@ -253,12 +254,12 @@ def _pre_load_state_dict(tensor: torch.Tensor) -> tuple[torch.Tensor, list[Shard
     # Asking for the very type first: a miss of an instance check costs more than all the rest.
     if type(tensor) is not ShardedTensor and not isinstance(tensor, ShardedTensor):
         raise TypeError(f"expected a ShardedTensor, got a {type(tensor).__name__}")
-    # What local_shards() gives; the call would be a quarter of this one.
-    shards = tensor._local_shards
-    if len(shards) != 1:
-        return tensor, shards.copy()
-    shard = shards[0]
+    try:
+        # What local_shards() gives; the call would be a quarter of this one.
+        (shard,) = tensor._local_shards
+    except ValueError:  # none, or several
+        return tensor, tensor._local_shards.copy()
     inner = shard.tensor
-    if type(inner) is torch.Tensor or not isinstance(inner, ShardedTensor):
+    if type(inner) is Tensor or not isinstance(inner, ShardedTensor):
         return tensor, [shard]
     return _pre_load_state_dict(inner)
