@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.measured import COUNTED, TRACKS
-from benchmarks.session.statistics import width
+from benchmarks.session.statistics import ratios, width
 from benchmarks.settings import FLOOR, TORCH
 
 RATIOS = {"ratio_to_floor": FLOOR, "ratio_to_torch": TORCH}
@@ -73,7 +73,7 @@ def _known(track: str, arm: str, *runs: Arms) -> tuple[float, float] | None:
     if track not in RATIOS:
         return None
     first, second = (
-        width(run[arm]["seconds"], run[RATIOS[track]]["seconds"])
+        width(ratios(run[arm]["seconds"], run[RATIOS[track]]["seconds"]))
         if run.get(arm, {}).get(track)
         else 0.0
         for run in runs

@@ -118,8 +118,8 @@ def _options() -> argparse.Namespace:
         type=float,
         default=0.0,
         metavar="S",
-        help="most time for the rounds of one measurement, which end sooner where its ratios are "
-        f"known (default: {Settings().budget:g}; --compare: {COMPARED_SECONDS:g}; "
+        help="most time for one measurement, in as many worlds as have 4 s each (default: "
+        f"{Settings().budget:g}; --compare: {COMPARED_SECONDS:g}; "
         f"--quick: {Settings(quick=True).budget:g})",
     )
     parser.add_argument("--device", default="cpu", metavar="TYPE", help="default: %(default)s")

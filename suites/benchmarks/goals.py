@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from benchmarks.listing import benchmarks
 from benchmarks.measured import Measured
 from benchmarks.session.parent import Parent
-from benchmarks.session.statistics import interval
+from benchmarks.session.statistics import Worlds, interval, ratio, ratios, typical
 from benchmarks.settings import FLOOR, REFERENCE, TORCH, Settings, leaves
 from benchmarks.table import where
 
@@ -84,35 +84,31 @@ class Reached(NamedTuple):
     slower: bool
 
 
-def reached(
-    goal: Goal, seconds: Mapping[str, Sequence[float]], tensors: int, agreement: float
-) -> Reached:
+def reached(goal: Goal, seconds: Mapping[str, Worlds], tensors: int, agreement: float) -> Reached:
     """Hold samples against a goal.
 
     Args:
         goal: the goal.
-        seconds: arm to its samples; those of one round stand at the same place.
+        seconds: arm to its times of each round of each world.
         tensors: how many tensors the call takes.
         agreement: seconds that agreeing may take.
 
     """
-    ours = statistics.median(seconds[REFERENCE])
+    ours = typical(seconds[REFERENCE])
     missed = []
     to_floor = None
     allowed = goal.per_tensor * 1e-6 * tensors + agreement
     if goal.floor is not None:
-        floor = statistics.median(seconds[FLOOR])
-        to_floor = ours / floor
-        if ours > goal.floor * floor + allowed:
+        to_floor = ratio(seconds[REFERENCE], seconds[FLOOR])
+        if to_floor > goal.floor + allowed / typical(seconds[FLOOR]):
             missed.append("floor")
     elif goal.per_tensor and ours > allowed:
         missed.append("floor")
     to_torch, slower = None, False
     if goal.torch is not None and TORCH in seconds:
-        pairs = zip(seconds[TORCH], seconds[REFERENCE], strict=True)
-        ratios = [theirs / mine for theirs, mine in pairs]
-        low, high = interval(ratios)
-        to_torch = low, statistics.median(ratios), high
+        faster = ratios(seconds[TORCH], seconds[REFERENCE])
+        low, high = interval(faster)
+        to_torch = low, statistics.median(faster), high
         slower = high < 1
         # A goal of 1 asks that torch be not faster, and noise makes either faster now and then.
         if slower or (goal.torch > 1 and to_torch[1] < goal.torch):
@@ -253,7 +249,7 @@ def main(settings: Settings, pattern: str | None, world: int) -> int:
         try:
             if size not in agreement:
                 told = parent.measure(_Agreement(), "model", size, arms=(FLOOR,))
-                agreement[size] = statistics.median(told[FLOOR]["seconds"])
+                agreement[size] = told[FLOOR]["median"]
             found = parent.measure(benchmark, goal.regime, size, profiled=True)
         except WorldError as error:
             print(f"{name}: {error}", file=sys.stderr)

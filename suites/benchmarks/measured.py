@@ -123,7 +123,9 @@ class Measured(abc.ABC):
             [_world(n, settings) for n in dict.fromkeys(s for _, s in cls.grid(settings))],
         )
 
-        time_call: Any = sampled(lambda params: _ask(cls, "time", params)["seconds"])
+        time_call: Any = sampled(
+            lambda params: [s for world in _ask(cls, "time", params)["seconds"] for s in world]
+        )
         time_call.__doc__ = f"Seconds, largest over the ranks: {cls.__doc__}"
         time_call.params = [list(ARMS), *axes]
         cls.time_call = time_call  # type: ignore[attr-defined]

@@ -27,6 +27,13 @@ WIDTH = {
     "uint8": 1,
 }
 
+WORLD = 4.0
+"""Seconds for the rounds in each world of a measurement."""
+FEWEST_WORLDS, MOST_WORLDS = 3, 7
+"""Where memory lies differs from world to world, and times with it, by a tenth or more; no number
+of rounds in one of them shows that. A measurement has the larger number, unless its time is over;
+the median of the smaller forgives one."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -38,7 +45,7 @@ class Settings:
     smallest: bool = False
     """Only the smallest world of each benchmark: to see that everything runs."""
     seconds: float = 0.0
-    """Most time for the rounds of one measurement; 0: the default of quick or full."""
+    """Most time for one measurement; 0: the default of quick or full."""
     deadline: float = 0.0
     """Seconds after which a measurement is ended, and fails; 0: the default of quick or full."""
 
@@ -68,13 +75,21 @@ class Settings:
 
     @property
     def budget(self) -> float:
-        """Seconds for the rounds of one measurement; they end sooner where its ratios are known."""
-        return self.seconds or (0.3 if self.quick else 40.0)
+        """Seconds for one measurement, which ends sooner where its ratios are known."""
+        return self.seconds or (0.3 if self.quick else MOST_WORLDS * WORLD)
+
+    @property
+    def worlds(self) -> tuple[int, int]:
+        """Fewest and most worlds of one measurement: what little time there is, is for one."""
+        most = max(1, min(MOST_WORLDS, int(self.budget / WORLD)))
+        return min(FEWEST_WORLDS, most), most
 
     @property
     def rounds(self) -> tuple[int, int]:
-        """Fewest and most rounds of one measurement."""
-        return (3, 9) if self.quick else (5, 500)
+        """Fewest and most rounds in each world."""
+        if self.quick:
+            return 3, 9
+        return (5 if self.worlds[1] == 1 else 1), 500
 
     @property
     def limit(self) -> float:

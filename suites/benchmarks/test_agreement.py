@@ -17,11 +17,11 @@ def line(name: str, ratio: float, collectives: float = 2) -> dict[str, Any]:
     """A measurement as the journal holds it, of ten equal rounds."""
     ours = {
         "wrong": "",
-        "seconds": [ratio] * 10,
+        "seconds": [[ratio] * 10],
         "ratio_to_floor": ratio,
         "collectives": collectives,
     }
-    floor = {"wrong": "", "seconds": [1.0] * 10}
+    floor = {"wrong": "", "seconds": [[1.0] * 10]}
     return {"benchmark": name, "regime": "many", "size": 4, "arms": {REFERENCE: ours, FLOOR: floor}}
 
 

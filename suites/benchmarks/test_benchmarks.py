@@ -8,6 +8,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from asv_runner.discovery import disc_benchmarks
 
 from benchmarks import baseline, command, environment, measured
 from benchmarks.listing import HERE, benchmarks
+from benchmarks.session.parent import Parent
 from benchmarks.settings import PREFIX, REFERENCE, TORCH, Settings
 
 SUITES = HERE.parent
@@ -217,7 +220,7 @@ def test_points_of_a_graph_are_counted() -> None:
 @pytest.mark.parametrize(
     ("arguments", "environment", "budget"),
     [
-        ([], "", 40),
+        ([], "", 28),
         ([], "2.5", 2.5),
         (["--goals"], "2.5", 2.5),
         (["--goals", "--seconds", "5"], "2.5", 5),
@@ -235,6 +238,45 @@ def test_the_time_for_rounds_is_what_was_asked_for(
         monkeypatch.setenv(f"{PREFIX}SECONDS", environment)
     monkeypatch.setattr(sys, "argv", ["ci/bench", *arguments])
     assert command._settings(command._options()).budget == budget
+
+
+@pytest.mark.parametrize(
+    ("settings", "worlds"),
+    [
+        (Settings(), (3, 7)),
+        (Settings(seconds=13), (3, 3)),
+        (Settings(seconds=9), (2, 2)),
+        (Settings(seconds=2), (1, 1)),
+        (Settings(quick=True), (1, 1)),
+    ],
+)
+def test_rounds_are_spread_over_worlds(settings: Settings, worlds: tuple[int, int]) -> None:
+    assert settings.worlds == worlds
+
+
+@pytest.mark.parametrize(("took", "worlds"), [(1, 7), (6, 5), (100, 3)])
+def test_worlds_end_with_the_time_for_them(
+    monkeypatch: pytest.MonkeyPatch, took: float, worlds: int
+) -> None:
+    """But not before so many that their median forgives one; counts are those of the first."""
+    now, asked = 0.0, []
+
+    def one_world(self: Parent, wanted: Any, *, counted: bool, **how: Any) -> Iterator[Any]:
+        nonlocal now
+        now += took
+        asked.append(counted)
+        numbers: dict[str, Any] = {"wrong": "", "seconds": [[float(len(asked))]]}
+        yield {REFERENCE: numbers | ({"calls": 5} if counted else {})}
+
+    monkeypatch.setattr(Parent, "measure_all", one_world)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    one = object.__new__(Parent)
+    one.settings, one._journal = Settings(), None
+    (found,) = one.measure(benchmarks()[0], "many", 2).values()
+    assert found["seconds"] == [[float(n + 1)] for n in range(worlds)]
+    assert found["median"] == (worlds + 1) / 2
+    assert found["calls"] == 5
+    assert asked == [True] + [False] * (worlds - 1)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,16 @@ import torch.distributed as dist
 
 from benchmarks.session.counting import PEAKS, Traffic, count, peak_bytes, python_calls
 from benchmarks.session.profiling import CALLS, profile
-from benchmarks.session.statistics import FEWEST, PRECISION, interval, quiet, ratio, settled, width
+from benchmarks.session.statistics import (
+    FEWEST,
+    PRECISION,
+    interval,
+    ratio,
+    ratios,
+    settled,
+    typical,
+    width,
+)
 
 CPU = torch.device("cpu")
 
@@ -78,17 +87,21 @@ def test_counts_reset_before_each_call() -> None:
     assert resets == 2 + PEAKS
 
 
-def test_a_disturbed_half_does_not_show() -> None:
-    """Neither single outliers nor a disturbance that lasts move the number."""
-    calm = [1.0, 1.1, 0.9] * 4
-    assert quiet(calm) == 1.0
-    assert quiet([*calm[:6], *[9.0] * 6]) == 1.0
-    assert quiet([1.0, 50.0, 1.0]) == 1.0
-
-
 def test_a_ratio_is_of_the_same_rounds() -> None:
     """A machine that is slow for a while slows both, and the ratio stays."""
-    assert ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == 2.0
+    assert ratio([[2.0, 20.0, 2.0]], [[1.0, 10.0, 1.0]]) == 2.0
+
+
+def test_each_world_counts_once() -> None:
+    """However many rounds the odd one had."""
+    ours, floor = [[2.0] * 9, [5.0] * 50, [2.2] * 9], [[1.0] * 9, [1.0] * 50, [1.0] * 9]
+    assert ratios(ours, floor) == [2.0, 5.0, 2.2]
+    assert ratio(ours, floor) == 2.2
+    assert typical(ours) == 2.2
+
+
+def test_rounds_are_the_samples_where_there_is_one_world() -> None:
+    assert ratios([[2.0, 3.0, 4.0]], [[1.0, 1.0, 2.0]]) == [2.0, 3.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +117,7 @@ def test_rounds_end_when_every_ratio_is_known() -> None:
     """One pair of arms that nobody knows yet keeps all going; few rounds are never enough."""
     calm = [1.0, 1.01, 0.99] * 10
     noisy = [1.0, 1.3, 0.7] * 10
-    assert width(calm, [2.0] * 30) < PRECISION < width(noisy, [2.0] * 30)
+    assert width(calm) < PRECISION < width(noisy)
     assert settled([calm, [2.0] * 30])
     assert not settled([calm, [2.0] * 30, noisy])
     assert not settled([calm[: FEWEST - 1], [2.0] * (FEWEST - 1)])

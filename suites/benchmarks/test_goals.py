@@ -23,12 +23,13 @@ def test_every_measurement_has_one_goal() -> None:
     assert set(names) == {(type(b).__name__, regime) for b in real for regime in b.regimes}
 
 
-def _samples(ours: float, torch: float) -> dict[str, list[float]]:
-    noise = [1.0, 0.9, 1.1, 1.0, 0.95, 1.05, 1.0, 1.02]
+def _samples(ours: float, torch: float) -> dict[str, list[list[float]]]:
+    """Of seven worlds three rounds each, which are alike."""
+    noise = [1.0, 0.9, 1.1, 1.0, 0.95, 1.05, 1.02]
     return {
-        REFERENCE: [ours * n for n in noise],
-        TORCH: [torch * n for n in reversed(noise)],
-        FLOOR: [1.0] * len(noise),
+        REFERENCE: [[ours * n] * 3 for n in noise],
+        TORCH: [[torch * n] * 3 for n in reversed(noise)],
+        FLOOR: [[1.0] * 3 for _ in noise],
     }
 
 
@@ -50,7 +51,7 @@ def test_each_limit_is_kept_or_missed(ours: float, torch: float, missed: tuple[s
     ("torch", "slower"), [(1.3, False), (1.02, False), (0.97, False), (0.8, True)]
 )
 def test_noise_makes_nothing_slower_than_torch(torch: float, slower: bool) -> None:
-    """Ours takes 1.0: torch is faster where it is so beyond the spread of the rounds."""
+    """Ours takes 1.0: torch is faster where it is so beyond the spread of the worlds."""
     got = reached(Goal("AnyBenchmark", "many"), _samples(1.0, torch), tensors=1, agreement=0)
     assert got.slower is slower
     assert got.missed == (("torch",) if slower else ())

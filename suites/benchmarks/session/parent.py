@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.measured import COUNTED, TRACKS, Measured
-from benchmarks.session.statistics import quiet, ratio
+from benchmarks.session.statistics import ratio, typical
 from benchmarks.settings import ARMS, FLOOR, TORCH, Settings, leaves
 from harness import processes, warm
 
@@ -45,7 +45,8 @@ class Task:
 
     @property
     def budget(self) -> float:
-        return self.settings.budget
+        """Seconds for the rounds of one world."""
+        return self.settings.budget / self.settings.worlds[1]
 
     @property
     def rounds(self) -> tuple[int, int]:
@@ -85,10 +86,38 @@ class Parent:
         self._journal = Path(journal) if journal else None
 
     def measure(
-        self, benchmark: Measured, regime: str, size: int, **how: Any
+        self,
+        benchmark: Measured,
+        regime: str,
+        size: int,
+        *,
+        timed: bool = True,
+        counted: bool = True,
+        profiled: bool = False,
+        **how: Any,
     ) -> dict[str, dict[str, Any]]:
-        """One measurement in a world of its own; see `measure_all`."""
-        (found,) = self.measure_all([(benchmark, regime, size)], **how)
+        """One measurement, its rounds spread over several worlds; see `measure_all`.
+
+        Counts and profiles are of the first.
+        """
+        begin = time.monotonic()
+        fewest, most = self.settings.worlds if timed else (1, 1)
+        worlds: list[dict[str, dict[str, Any]]] = []
+        spent = 0.0
+        while len(worlds) < fewest or (len(worlds) < most and spent < self.settings.budget):
+            first = not worlds
+            worlds += self.measure_all(
+                [(benchmark, regime, size)],
+                timed=timed,
+                counted=counted and first,
+                profiled=profiled and first,
+                spent=spent,
+                **how,
+            )
+            spent = time.monotonic() - begin
+        found = {arm: _together([world[arm] for world in worlds]) for arm in worlds[0]}
+        _relate(found)
+        self._note(benchmark, regime, size, found)
         return found
 
     def measure_all(
@@ -99,14 +128,16 @@ class Parent:
         timed: bool = True,
         counted: bool = True,
         profiled: bool = False,
+        spent: float = 0.0,
         abandoned: Callable[[], None] = lambda: None,
     ) -> Iterator[dict[str, dict[str, Any]]]:
         """(benchmark, regime, size) one after the other in one world; all of one size.
 
-        Of each: arm to its numbers, which are wrong, seconds (of each round, the slowest rank's),
-        median, and the tracks; of the reference where its first rank spent its time, if
-        `profiled`. Raises `world.WorldError` with the rank and the cause when the world
-        gives no answer, RuntimeError when ranks cannot be forked.
+        Of each: arm to its numbers, which are wrong, seconds (of each world those of its rounds,
+        the slowest rank's), median, and the tracks; of the reference where its first rank spent
+        its time, if `profiled`. `spent` of the seconds that one may take are gone already. Raises
+        `world.WorldError` with the rank and the cause when the world gives no answer, RuntimeError
+        when ranks cannot be forked.
         """
         from benchmarks.session.world import MeasuredWorld
 
@@ -114,7 +145,7 @@ class Parent:
             replace(self._task(b, r, s, arms, timed, counted), profiled=profiled)
             for b, r, s in wanted
         ]
-        world = MeasuredWorld(self._spec(tasks[0].size), SEED, tasks)
+        world = MeasuredWorld(self._spec(tasks[0].size, spent), SEED, tasks)
         with world.ended():
             if reason := warm.unfit():
                 raise RuntimeError(reason)
@@ -124,7 +155,6 @@ class Parent:
                 by_rank = world.measured(number, abandoned)
                 found = {arm: _merged([r[arm] for r in by_rank]) for arm in task.arms}
                 _relate(found)
-                self._note(task, found)
                 yield found
 
     def fresh_worlds(self, size: int, count: int) -> list[float]:
@@ -164,18 +194,20 @@ class Parent:
             self._data[regime] = {leaf.name: values(n, leaf) for n, leaf in enumerate(made)}
         return self._data[regime]
 
-    def _spec(self, size: int) -> Any:
+    def _spec(self, size: int, spent: float = 0.0) -> Any:
         from harness.requirements import WorldSpec
 
         own = self.settings
-        return WorldSpec(size, own.backend, own.device, own.collective, own.limit, reuse=False)
+        limit = max(own.limit - spent, 2.0)
+        collective = min(own.collective, limit / 2)
+        return WorldSpec(size, own.backend, own.device, collective, limit, reuse=False)
 
-    def _note(self, task: Task, found: dict[str, Any]) -> None:
+    def _note(self, benchmark: Measured, regime: str, size: int, found: dict[str, Any]) -> None:
         if self._journal is not None:
             line = {
-                "benchmark": type(task.benchmark).__name__,
-                "regime": task.regime,
-                "size": task.size,
+                "benchmark": type(benchmark).__name__,
+                "regime": regime,
+                "size": size,
                 "arms": found,
             }
             with self._journal.open("a") as file:
@@ -183,18 +215,33 @@ class Parent:
 
 
 def _merged(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """One arm's numbers over all ranks: of each the largest."""
+    """One arm's numbers over all ranks of a world: of each the largest."""
     merged: dict[str, Any] = {"wrong": next((r["wrong"] for r in ranks if r["wrong"]), "")}
     if "profile" in ranks[0]:
         merged["profile"] = ranks[0]["profile"]
-    seconds = [] if merged["wrong"] else ranks[0]["seconds"]  # of all ranks already
-    merged["seconds"] = seconds
-    if seconds:
-        merged["median"] = quiet(seconds)
+    rounds = ranks[0]["seconds"]  # of all ranks already
+    merged["seconds"] = [rounds] if rounds else []
     for name in COUNTED:
-        if not merged["wrong"] and all(name in r for r in ranks):
+        if all(name in r for r in ranks):
             merged[name] = max(r[name] for r in ranks)
-    return merged
+    return _believed(merged)
+
+
+def _together(worlds: list[dict[str, Any]]) -> dict[str, Any]:
+    """One arm's numbers over all worlds; what only the first has is its own."""
+    together = dict(worlds[0])
+    together["wrong"] = next((w["wrong"] for w in worlds if w["wrong"]), "")
+    together["seconds"] = [rounds for world in worlds for rounds in world["seconds"]]
+    return _believed(together)
+
+
+def _believed(numbers: dict[str, Any]) -> dict[str, Any]:
+    """The numbers with their median; none where a result was wrong."""
+    if numbers["wrong"]:
+        return {"wrong": numbers["wrong"], "seconds": []}
+    if numbers["seconds"]:
+        numbers["median"] = typical(numbers["seconds"])
+    return numbers
 
 
 def _relate(found: dict[str, dict[str, Any]]) -> None:

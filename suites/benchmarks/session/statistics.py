@@ -7,24 +7,32 @@ import math
 import statistics
 from collections.abc import Sequence
 
+Worlds = Sequence[Sequence[float]]
+"""Seconds of a call: of each world those of its rounds."""
 
-def quiet(samples: Sequence[float], blocks: int = 4) -> float:
-    """The smallest of the medians of up to `blocks` consecutive parts of the samples.
 
-    A median forgives single rounds that something disturbed, the smallest of several a disturbance
-    that lasted for some of the run. Parts have three samples or more.
+def typical(seconds: Worlds) -> float:
+    """Median over the worlds of the median over the rounds of each."""
+    return statistics.median(map(statistics.median, seconds))
+
+
+def ratios(ours: Worlds, theirs: Worlds) -> list[float]:
+    """Our time over theirs: of each world the median of its rounds; of a single one each round's.
+
+    The two stand next to each other in each round, so that what slows the machine slows both. One
+    world is one sample: memory lies elsewhere in the next, and all rounds of a world have that in
+    common.
     """
-    count = max(1, min(blocks, len(samples) // 3))
-    edges = [len(samples) * n // count for n in range(count + 1)]
-    return min(statistics.median(samples[a:b]) for a, b in itertools.pairwise(edges))
+    by_world = [
+        [a / b for a, b in zip(mine, other, strict=True)]
+        for mine, other in zip(ours, theirs, strict=True)
+    ]
+    return by_world[0] if len(by_world) == 1 else list(map(statistics.median, by_world))
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Median over the rounds of our time over theirs in the same round.
-
-    The two stand next to each other in each round, so that what slows the machine slows both.
-    """
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+def ratio(ours: Worlds, theirs: Worlds) -> float:
+    """Median of the `ratios`."""
+    return statistics.median(ratios(ours, theirs))
 
 
 def interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
@@ -49,17 +57,15 @@ def interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float,
     return ordered[last], ordered[count - 1 - last]
 
 
-PRECISION = 0.07
-"""A ratio is known well enough when its interval reaches this far to either side, relative to it:
-by the noise of rounds alone two runs would differ by more than 15 % once in a few hundred. What
-differs from world to world, such as where a heap lies, comes on top, and no number of rounds shows
-it."""
+PRECISION = 0.1
+"""A world has rounds enough when the interval of a ratio reaches this far to either side, relative
+to it; the median of several worlds is known better."""
 FEWEST = 9
 """Rounds before an interval is believed: of fewer, some are narrow by chance."""
 
 
 def settled(arms: Sequence[Sequence[float]]) -> bool:
-    """Whether the ratios of all pairs of arms are known well enough to stop; one alone never is.
+    """Whether a world has shown the ratios of all pairs of arms; a single arm has none.
 
     Args:
         arms: of each the times of all rounds so far.
@@ -67,11 +73,10 @@ def settled(arms: Sequence[Sequence[float]]) -> bool:
     """
     if len(arms) < 2 or len(arms[0]) < FEWEST:
         return False
-    return all(width(a, b) <= PRECISION for a, b in itertools.combinations(arms, 2))
+    return all(width(ratios([a], [b])) <= PRECISION for a, b in itertools.combinations(arms, 2))
 
 
-def width(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Half the interval of `ratio`, relative to it."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    low, high = interval(ratios)
-    return (high - low) / 2 / statistics.median(ratios)
+def width(samples: Sequence[float]) -> float:
+    """Half the interval of the median, relative to it."""
+    low, high = interval(samples)
+    return (high - low) / 2 / statistics.median(samples)
