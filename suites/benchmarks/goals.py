@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 class _Agreement(Measured):
     """What ranks may pay to agree on keys and shapes: two small all-gathers."""
 
+    absent = dict.fromkeys((TORCH, REFERENCE), "a limit, not a function")
+
     def work(self, bed: Bed) -> Work:
         return self.floor(bed)
 
@@ -226,33 +228,35 @@ def main(settings: Settings, pattern: str | None, world: int) -> int:
 
     Ends with 0; 1: a miss without a reason, or a wrong result; 3: nothing was measured.
     """
-    from benchmarks.session.world import WorldError
-
     known = {type(b).__name__: b for b in benchmarks()}
     chosen = [g for g in all_goals() if pattern is None or re.search(pattern, g.benchmark)]
     chosen = [g for g in chosen if not known[g.benchmark].missing(REFERENCE, settings)]
     if not chosen:
         print(f"ci/bench: no goal's benchmark matches {pattern!r}", file=sys.stderr)
         return 3
-    parent = Parent(settings)
+    wanted = [(known[g.benchmark], g.regime, size_of(known[g.benchmark], world)) for g in chosen]
+    sizes = sorted({size for _, _, size in wanted} - {1})
+    agreements = [(_Agreement(), "model", size) for size in sizes]
+    results = Parent(settings).measure_each(
+        [*agreements, *wanted],
+        profiled=True,
+        told=lambda text: print(text, file=sys.stderr, flush=True),
+    )
     agreement = {1: 0.0}
+    for size, told in zip(sizes, results, strict=False):
+        if isinstance(told, Exception):
+            print(f"the agreement of {size} ranks: {told}", file=sys.stderr)
+            return 3
+        agreement[size] = told[FLOOR]["median"]
     head = "reference / floor | us a tensor | torch / reference (95 %) | |"
     print(f"| {where(settings)} | limit | {head}")
     print("| --- | --- | ---: | ---: | ---: | --- |")
     status = 0
     profiles: list[str] = []
-    for number, goal in enumerate(chosen, 1):
-        benchmark = known[goal.benchmark]
-        size = size_of(benchmark, world)
+    for goal, (_, _, size), found in zip(chosen, wanted, results[len(sizes) :], strict=True):
         name = f"{goal.benchmark} {goal.regime} x{size}"
-        print(f"{number}/{len(chosen)} {name}", file=sys.stderr, flush=True)
-        try:
-            if size not in agreement:
-                told = parent.measure(_Agreement(), "model", size, arms=(FLOOR,))
-                agreement[size] = told[FLOOR]["median"]
-            found = parent.measure(benchmark, goal.regime, size, profiled=True)
-        except WorldError as error:
-            print(f"{name}: {error}", file=sys.stderr)
+        if isinstance(found, Exception):
+            print(f"{name}: {found}", file=sys.stderr)
             status = 1
             continue
         if wrong := [f"{arm}: {n['wrong']}" for arm, n in found.items() if n.get("wrong")]:

@@ -33,20 +33,18 @@ SHOWN = (
 
 def main(settings: Settings) -> int:
     """Measure what is SHOWN and print it as Markdown; 1 when an arm that should has no number."""
-    from benchmarks.session.world import WorldError
-
     known = {type(b).__name__: b for b in benchmarks()}
-    parent = Parent(settings)
+    wanted = [(known[name], regime, size) for name, regime, size in SHOWN]
+    results = Parent(settings).measure_each(
+        wanted, told=lambda text: print(text, file=sys.stderr, flush=True)
+    )
     print(f"| {where(settings)} | torch | shardproof | floor | collectives | received | peak |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     status = 0
-    for name, regime, size in SHOWN:
-        print(f"{name} {regime} x{size}", file=sys.stderr, flush=True)
-        benchmark = known[name]
-        try:
-            found = parent.measure(benchmark, regime, size)
-        except WorldError as error:
-            print(f"{name} {regime} x{size}: {error}", file=sys.stderr)
+    for (benchmark, regime, size), found in zip(wanted, results, strict=True):
+        name = f"{type(benchmark).__name__} {regime} x{size}"
+        if isinstance(found, Exception):
+            print(f"{name}: {found}", file=sys.stderr)
             status = 1
             continue
         times: list[str] = []
@@ -54,7 +52,7 @@ def main(settings: Settings) -> int:
         for arm in ARMS:
             numbers = found.get(arm, {})
             if wrong := numbers.get("wrong"):
-                print(f"{name} {regime} x{size}, {arm}: {wrong}", file=sys.stderr)
+                print(f"{name}, {arm}: {wrong}", file=sys.stderr)
                 status = 1
             times.append(_seconds(numbers["median"]) if "median" in numbers else "-")
             counts.append(numbers)

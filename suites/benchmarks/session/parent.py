@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from benchmarks.bed import Bed, Work
 
 SEED = 0
+Wanted = tuple[Measured, str, int]
+"""Benchmark, regime, size of the world."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,10 @@ def named(module: str, name: str) -> Measured:
     return found()
 
 
+def _name(benchmark: Measured, regime: str, size: int) -> str:
+    return f"{type(benchmark).__name__} {regime} x{size}"
+
+
 class Parent:
     """Measures whatever it is asked; one at a time, in the process that made it."""
 
@@ -86,43 +92,82 @@ class Parent:
         self._journal = Path(journal) if journal else None
 
     def measure(
+        self, benchmark: Measured, regime: str, size: int, **how: Any
+    ) -> dict[str, dict[str, Any]]:
+        """One measurement; see `measure_each`. Raises `world.WorldError` where it gave nothing."""
+        (found,) = self.measure_each([(benchmark, regime, size)], **how)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def measure_each(
         self,
-        benchmark: Measured,
-        regime: str,
-        size: int,
+        wanted: Sequence[Wanted],
         *,
         timed: bool = True,
         counted: bool = True,
         profiled: bool = False,
+        told: Callable[[str], None] = lambda _: None,
         **how: Any,
-    ) -> dict[str, dict[str, Any]]:
-        """One measurement, its rounds spread over several worlds; see `measure_all`.
+    ) -> list[dict[str, dict[str, Any]] | Exception]:
+        """All of them in one world each, then all in the next, until each has its worlds.
 
-        Counts and profiles are of the first.
+        So the worlds of one are minutes apart where there are many: a neighbour on the machine who
+        takes its cache for a while gets one of them, and the median forgives it. Counts and
+        profiles are of the first. Of each the numbers as `measure_all` gives them, or the
+        `world.WorldError` that ended it.
+
+        Args:
+            wanted: (benchmark, regime, size) of each.
+            timed: whether times are measured, and not counts alone.
+            counted: whether collectives, bytes, peak and Python calls are counted.
+            profiled: whether to say where the reference spends its time.
+            told: hears what is measured next.
+            how: more for `measure_all`.
+
         """
-        begin = time.monotonic()
+        from benchmarks.session.world import WorldError
+
         fewest, most = self.settings.worlds if timed else (1, 1)
-        worlds: list[dict[str, dict[str, Any]]] = []
-        spent = 0.0
-        while len(worlds) < fewest or (len(worlds) < most and spent < self.settings.budget):
-            first = not worlds
-            worlds += self.measure_all(
-                [(benchmark, regime, size)],
-                timed=timed,
-                counted=counted and first,
-                profiled=profiled and first,
-                spent=spent,
-                **how,
-            )
-            spent = time.monotonic() - begin
+        worlds: list[list[dict[str, dict[str, Any]]]] = [[] for _ in wanted]
+        spent = [0.0] * len(wanted)
+        failed: dict[int, Exception] = {}
+        for turn in range(most):
+            for number, one in enumerate(wanted):
+                enough = turn >= fewest and spent[number] > self.settings.budget
+                if enough or number in failed:
+                    continue
+                told(f"world {turn + 1} of {most}, {number + 1}/{len(wanted)}: {_name(*one)}")
+                begin = time.monotonic()
+                try:
+                    worlds[number] += self.measure_all(
+                        [one],
+                        timed=timed,
+                        counted=counted and turn == 0,
+                        profiled=profiled and turn == 0,
+                        spent=spent[number],
+                        **how,
+                    )
+                except WorldError as error:
+                    failed[number] = error
+                spent[number] += time.monotonic() - begin
+        return [
+            failed.get(number) or self._whole(one, worlds[number])
+            for number, one in enumerate(wanted)
+        ]
+
+    def _whole(
+        self, one: Wanted, worlds: Sequence[dict[str, dict[str, Any]]]
+    ) -> dict[str, dict[str, Any]]:
+        """The numbers of all worlds of a measurement, noted in the journal."""
         found = {arm: _together([world[arm] for world in worlds]) for arm in worlds[0]}
         _relate(found)
-        self._note(benchmark, regime, size, found)
+        self._note(*one, found)
         return found
 
     def measure_all(
         self,
-        wanted: Sequence[tuple[Measured, str, int]],
+        wanted: Sequence[Wanted],
         *,
         arms: tuple[str, ...] = ARMS,
         timed: bool = True,
