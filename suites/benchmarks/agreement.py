@@ -39,16 +39,19 @@ class Pair(NamedTuple):
 
     @property
     def apart(self) -> bool:
-        """Whether the runs disagree."""
+        """Whether the runs disagree; of what neither has nobody knows that they agree."""
         first, second = self.values
-        if first is None or second is None or self.known is None:
+        if first is None or second is None:
+            return True
+        if self.known is None:
             return first != second
         return max(first, second) > FACTOR * min(first, second)
 
     def __str__(self) -> str:
         first, second = self.values
         if first is None or second is None:
-            return f"{self.what}: only the {'first' if second is None else 'second'} run has it"
+            has = f"only the {'first' if second is None else 'second'} run"
+            return f"{self.what}: {'neither run' if first is second else has} has it"
         known = "" if self.known is None else ", known within {:.0%} and {:.0%}".format(*self.known)
         return f"{self.what}: {first:.4g} and {second:.4g}{known}"
 
@@ -61,6 +64,9 @@ def pairs(first: Mapping[str, Arms], second: Mapping[str, Arms]) -> Iterator[Pai
             continue
         ours, theirs = first[name], second[name]
         for arm in dict.fromkeys((*ours, *theirs)):
+            wrong = [run.get(arm, {}).get("wrong") for run in (ours, theirs)]
+            if all(wrong):
+                yield Pair(f"{name}, {arm} ({wrong[0]})", (None, None))
             for track in (*RATIOS, *COUNTED):
                 if arm not in TRACKS[track][1]:
                     continue

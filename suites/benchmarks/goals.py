@@ -170,6 +170,10 @@ _SHARE = (
     "whose page faults are most of it; torch hands out views of the full tensors where it can"
 )
 
+_NO_FASTER = (
+    "nearly all is the copy of the shards, as the floor's is, but into new memory; 20 times as fast "
+    "as torch would be five times as fast as that copy"
+)
 GOALS: tuple[Goal, ...] = (
     Goal("GatherStateDict", "many", 1.3, 10, 50, _TENSOR),
     Goal("GatherStateDict", "model", 1.3, 10, 1, _TENSOR),
@@ -186,7 +190,7 @@ GOALS: tuple[Goal, ...] = (
     Goal("BroadcastWholeStateDict", "large", 1.3, 10, 1, _COPY),
     Goal("DistributeStateDict", "many", 1.2, 10, 20, _SHARE),
     Goal("DistributeStateDict", "model", 1.2, 10, 20, _SHARE),
-    Goal("DistributeStateDict", "large", 1.2, 10, 20, _SHARE),
+    Goal("DistributeStateDict", "large", 1.2, 10, 20, _NO_FASTER),
     Goal("CopyStateDict", "many", 1.2, 4, 1, _ASKED),
     Goal("CopyStateDict", "model", 1.2, 4, 1, _CHECKED),
     Goal("CopyStateDict", "large", 1.2, 4, 1),

@@ -60,6 +60,17 @@ def test_a_number_that_one_run_lacks_is_told(tmp_path: Path) -> None:
     assert "Copy many x4: only the first run has it" in told.stdout
 
 
+def test_what_neither_run_has_is_no_agreement(tmp_path: Path) -> None:
+    """Two runs in which the same result was wrong."""
+    wrong = line("Gather", 2.0)
+    wrong["arms"][REFERENCE] = {"wrong": "its result is wrong: got 2", "seconds": []}
+    told = agree(tmp_path, [wrong, line("Copy", 2.0)], [wrong, line("Copy", 2.0)])
+    assert told.returncode == 1
+    assert (
+        "Gather many x4, shardproof (its result is wrong: got 2): neither run has it" in told.stdout
+    )
+
+
 def test_nothing_in_common_is_no_agreement(tmp_path: Path) -> None:
     told = agree(tmp_path, [], [])
     assert told.returncode == 3

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.session.counting import PEAKS, Traffic, count, peak_bytes, python_calls
-from benchmarks.session.profiling import CALLS, profile
+from benchmarks.session.profiling import CALLS, MOST_CALLS, profile
 from benchmarks.session.statistics import (
     FEWEST,
     PRECISION,
@@ -124,15 +124,17 @@ def test_rounds_end_when_every_ratio_is_known() -> None:
     assert not settled([calm]), "a single arm has no ratio"
 
 
-def test_a_profile_names_where_the_time_goes() -> None:
+@pytest.mark.parametrize(("said", "calls"), [(10.0, CALLS), (0.1, 5), (1e-6, MOST_CALLS)])
+def test_a_profile_names_where_the_time_goes(said: float, calls: int) -> None:
+    """Of calls enough that the scheduler does not decide; numbers are those of one call."""
     resets = []
 
     def call() -> None:
         time.sleep(0.01)
 
-    found = profile(call, lambda: resets.append(1))
+    found = profile(call, lambda: resets.append(1), said)
     seconds, entries, where = found[0]
     assert where == "time.sleep"
-    assert entries == 1, "entries are those of one call"
-    assert 0.01 <= seconds < 0.1, "so are the seconds"
-    assert len(resets) == CALLS
+    assert entries == 1
+    assert 0.01 <= seconds < 0.1
+    assert len(resets) == calls

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import cProfile
 import gc
+import math
 import pstats
 from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
 
-CALLS = 3
+CALLS, MOST_CALLS = 3, 50
 """Calls that a profile covers."""
+LASTS = 0.5
+"""Seconds that it lasts, so that the scheduler's slices, of some ms where ranks outnumber the
+cores, do not all fall on one function."""
 SHOWN = 8
 """Functions that it names."""
 
 
-def profile(call: Callable[[], Any], reset: Callable[[], None]) -> list[tuple[float, int, str]]:
+def profile(
+    call: Callable[[], Any], reset: Callable[[], None], seconds: float
+) -> list[tuple[float, int, str]]:
     """(seconds of its own in one call, entries in one call, function), the costliest first.
 
-    All ranks of a world call it, because the call communicates. A function's entry costs more
+    All ranks of a world call it with the same `seconds`, about those of one call, because the call
+    communicates. A function's entry costs more
     under the profiler, so Python looks dearer than it is beside one long call into C++. The last
     line is what is left.
     """
     watch = cProfile.Profile()
-    for _ in range(CALLS):
+    calls = max(CALLS, min(MOST_CALLS, math.ceil(LASTS / seconds)))
+    for _ in range(calls):
         reset()
         gc.collect()
         watch.enable()
@@ -37,9 +45,9 @@ def profile(call: Callable[[], Any], reset: Callable[[], None]) -> list[tuple[fl
         reverse=True,
     )
     rest = found[SHOWN:]
-    shown = [(own / CALLS, entries // CALLS, name) for own, entries, name in found[:SHOWN]]
-    left = sum(own for own, _, _ in rest) / CALLS
-    return [*shown, (left, sum(n for _, n, _ in rest) // CALLS, f"{len(rest)} more functions")]
+    shown = [(own / calls, entries // calls, name) for own, entries, name in found[:SHOWN]]
+    left = sum(own for own, _, _ in rest) / calls
+    return [*shown, (left, sum(n for _, n, _ in rest) // calls, f"{len(rest)} more functions")]
 
 
 def _name(file: str, line: int, function: str) -> str:

@@ -67,7 +67,8 @@ def measure(task: Task, rank: int, device: torch.device) -> dict[str, Any]:
             found[arm] |= dataclasses.asdict(count(work.call, work.reset, device, peaks))
     if task.profiled and REFERENCE in works:
         work = works[REFERENCE]
-        found[REFERENCE]["profile"] = profile(work.call, work.reset)
+        seconds = statistics.median(found[REFERENCE]["seconds"] or [math.inf])
+        found[REFERENCE]["profile"] = profile(work.call, work.reset, seconds)
     return found
 
 
