@@ -171,8 +171,8 @@ _SHARE = (
 )
 
 _NO_FASTER = (
-    "nearly all is the copy of the shards, as the floor's is, but into new memory; 20 times as fast "
-    "as torch would be five times as fast as that copy"
+    "nearly all is the copy of the shards, as the floor's is, but into new memory; 20 times as "
+    "fast as torch would be five times as fast as that copy"
 )
 GOALS: tuple[Goal, ...] = (
     Goal("GatherStateDict", "many", 1.3, 10, 50, _TENSOR),
