@@ -6,12 +6,12 @@ runs measured the same.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.journal import read
 from benchmarks.measured import COUNTED, TRACKS
 from benchmarks.session.statistics import ratios, width
 from benchmarks.settings import FLOOR, TORCH
@@ -87,22 +87,10 @@ def _known(track: str, arm: str, *runs: Arms) -> tuple[float, float] | None:
     return first, second
 
 
-def read(file: Path) -> dict[str, Arms]:
-    """What a journal holds: measurement to arm to numbers; ValueError where it is no journal."""
-    found = {}
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        try:
-            one = json.loads(line)
-            found[f"{one['benchmark']} {one['regime']} x{one['size']}"] = one["arms"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is no journal: line {number}: {error!r}") from None
-    return found
-
-
 def main(first: Path, second: Path) -> int:
     """Print what disagrees. 0: nothing does; 1: something; 2: no journal; 3: both are empty."""
     try:
-        found = list(pairs(read(first), read(second)))
+        found = list(pairs(read(first)[1], read(second)[1]))
     except (OSError, ValueError) as error:
         print(f"ci/bench: {error}; --journal makes one", file=sys.stderr)
         return 2

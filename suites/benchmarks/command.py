@@ -45,11 +45,11 @@ def main() -> int:
     if options.table:
         from benchmarks import table
 
-        return table.main(settings)
+        return table.main(settings, options.kept)
     if options.goals:
         from benchmarks import goals
 
-        return goals.main(settings, options.bench, options.world)
+        return goals.main(settings, options.bench, options.world, options.kept)
     if options.publish:
         return _publish()
     settings = settings.with_(smallest=settings.quick)
@@ -106,6 +106,13 @@ def _options() -> argparse.Namespace:
         "--journal", type=Path, metavar="FILE", help="also write each measurement there, as JSON"
     )
     parser.add_argument(
+        "--from",
+        dest="kept",
+        type=Path,
+        metavar="FILE",
+        help="with --table or --goals: the numbers of such a file, nothing is measured",
+    )
+    parser.add_argument(
         "--world",
         type=int,
         default=4,
@@ -125,6 +132,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", metavar="TYPE", help="default: %(default)s")
     parser.add_argument("--backend", metavar="NAME", help="default: the device's own")
     options = parser.parse_args()
+    if options.kept and not (options.table or options.goals):
+        parser.error("--from: expected --table or --goals beside it")
     if options.seconds < 0:
         parser.error(f"--seconds {options.seconds:g}: expected more than 0")
     try:

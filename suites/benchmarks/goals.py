@@ -11,14 +11,14 @@ import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.listing import benchmarks
+from benchmarks.listing import benchmarks, label
 from benchmarks.measured import Measured
-from benchmarks.session.parent import Parent
+from benchmarks.session.numbers import numbers
 from benchmarks.session.statistics import Worlds, interval, ratio, ratios, typical
 from benchmarks.settings import FLOOR, REFERENCE, TORCH, Settings, leaves
-from benchmarks.table import where
 
 if TYPE_CHECKING:
     from benchmarks.bed import Bed, Work
@@ -227,10 +227,11 @@ def size_of(benchmark: Measured, wanted: int) -> int:
     return min(benchmark.sizes, key=lambda size: (abs(size - wanted), size))
 
 
-def main(settings: Settings, pattern: str | None, world: int) -> int:
-    """Measure, print a row of Markdown for each goal.
+def main(settings: Settings, pattern: str | None, world: int, file: Path | None) -> int:
+    """Measure, or read a journal, and print a row of Markdown for each goal.
 
-    Ends with 0; 1: a miss without a reason, or a wrong result; 3: nothing was measured.
+    Ends with 0; 1: a miss without a reason, or a wrong result; 2: no journal; 3: nothing was
+    measured.
     """
     known = {type(b).__name__: b for b in benchmarks()}
     chosen = [g for g in all_goals() if pattern is None or re.search(pattern, g.benchmark)]
@@ -241,11 +242,11 @@ def main(settings: Settings, pattern: str | None, world: int) -> int:
     wanted = [(known[g.benchmark], g.regime, size_of(known[g.benchmark], world)) for g in chosen]
     sizes = sorted({size for _, _, size in wanted} - {1})
     agreements = [(_Agreement(), "model", size) for size in sizes]
-    results = Parent(settings).measure_each(
-        [*agreements, *wanted],
-        profiled=True,
-        told=lambda text: print(text, file=sys.stderr, flush=True),
-    )
+    try:
+        place, results = numbers([*agreements, *wanted], settings, file, profiled=True)
+    except (OSError, ValueError) as error:
+        print(f"ci/bench: {error}; --journal makes one", file=sys.stderr)
+        return 2
     agreement = {1: 0.0}
     for size, told in zip(sizes, results, strict=False):
         if isinstance(told, Exception):
@@ -253,12 +254,12 @@ def main(settings: Settings, pattern: str | None, world: int) -> int:
             return 3
         agreement[size] = told[FLOOR]["median"]
     head = "reference / floor | us a tensor | torch / reference (95 %) | |"
-    print(f"| {where(settings)} | limit | {head}")
+    print(f"| {place} | limit | {head}")
     print("| --- | --- | ---: | ---: | ---: | --- |")
     status = 0
     profiles: list[str] = []
-    for goal, (_, _, size), found in zip(chosen, wanted, results[len(sizes) :], strict=True):
-        name = f"{goal.benchmark} {goal.regime} x{size}"
+    for goal, one, found in zip(chosen, wanted, results[len(sizes) :], strict=True):
+        name, size = label(*one), one[2]
         if isinstance(found, Exception):
             print(f"{name}: {found}", file=sys.stderr)
             status = 1
@@ -276,7 +277,8 @@ def main(settings: Settings, pattern: str | None, world: int) -> int:
         print(row, flush=True)
         status = status if fine else 1
         if got.missed:
-            profiles += _profile(f"{goal.benchmark} {goal.regime}", found[REFERENCE]["profile"])
+            lines = found[REFERENCE].get("profile", ())
+            profiles += _profile(f"{goal.benchmark} {goal.regime}", lines)
     print("\n".join(profiles))
     return status
 

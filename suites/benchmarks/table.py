@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.listing import benchmarks
-from benchmarks.session.parent import Parent
+from benchmarks.listing import benchmarks, label
+from benchmarks.session.numbers import numbers
 from benchmarks.settings import ARMS, Settings
-from harness import devices
 
 SHOWN = (
     ("GatherStateDict", "many", 4),
@@ -31,18 +28,23 @@ SHOWN = (
 """What the README shows of the grid: one of each family."""
 
 
-def main(settings: Settings) -> int:
-    """Measure what is SHOWN and print it as Markdown; 1 when an arm that should has no number."""
+def main(settings: Settings, file: Path | None) -> int:
+    """Measure what is SHOWN, or find it in a journal, and print it as Markdown.
+
+    Ends with 0; 1: an arm that should has no number; 2: no journal.
+    """
     known = {type(b).__name__: b for b in benchmarks()}
     wanted = [(known[name], regime, size) for name, regime, size in SHOWN]
-    results = Parent(settings).measure_each(
-        wanted, told=lambda text: print(text, file=sys.stderr, flush=True)
-    )
-    print(f"| {where(settings)} | torch | shardproof | floor | collectives | received | peak |")
+    try:
+        place, results = numbers(wanted, settings, file)
+    except (OSError, ValueError) as error:
+        print(f"ci/bench: {error}; --journal makes one", file=sys.stderr)
+        return 2
+    print(f"| {place} | torch | shardproof | floor | collectives | received | peak |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     status = 0
     for (benchmark, regime, size), found in zip(wanted, results, strict=True):
-        name = f"{type(benchmark).__name__} {regime} x{size}"
+        name = label(benchmark, regime, size)
         if isinstance(found, Exception):
             print(f"{name}: {found}", file=sys.stderr)
             status = 1
@@ -50,12 +52,12 @@ def main(settings: Settings) -> int:
         times: list[str] = []
         counts: list[dict[str, Any]] = []
         for arm in ARMS:
-            numbers = found.get(arm, {})
-            if wrong := numbers.get("wrong"):
+            told = found.get(arm, {})
+            if wrong := told.get("wrong"):
                 print(f"{name}, {arm}: {wrong}", file=sys.stderr)
                 status = 1
-            times.append(_seconds(numbers["median"]) if "median" in numbers else "-")
-            counts.append(numbers)
+            times.append(_seconds(told["median"]) if "median" in told else "-")
+            counts.append(told)
         columns = [
             " / ".join(_count(c.get(track), unit) for c in counts[:2])
             for track, unit in (("collectives", ""), ("received", "B"), ("peak", "B"))
@@ -68,25 +70,6 @@ def main(settings: Settings) -> int:
         ]
         print(f"| {' | '.join(row)} |", flush=True)
     return status
-
-
-def where(settings: Settings) -> str:
-    """The machine, torch and the settings, for a table's head."""
-    import torch
-
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    device = (
-        f"{os.cpu_count()} cores" if settings.device == "cpu" else devices.name(settings.device)
-    )
-    small = ", small models (--quick)" if settings.quick else ""
-    return f"{device}, {cpu}, torch {torch.__version__}, {settings.where()}{small}"
 
 
 def _seconds(value: float) -> str:

@@ -83,7 +83,7 @@ def test_counts_reset_before_each_call() -> None:
         nonlocal resets
         resets += 1
 
-    count(lambda: None, reset, CPU, peaks=PEAKS)
+    count(lambda: None, reset, CPU)
     assert resets == 2 + PEAKS
 
 

@@ -142,31 +142,31 @@ class Counts:
     """Python functions called: work on the CPU that no clock disturbs."""
 
 
-def count(
-    call: Callable[[], Any], reset: Callable[[], None], device: torch.device, peaks: int
-) -> Counts:
-    """Run the call under `Traffic`, then `peaks` times measured, then under a counter of calls.
+def count(call: Callable[[], Any], reset: Callable[[], None], device: torch.device) -> Counts:
+    """Run the call under `Traffic`, then measured once or more, then under a counter of calls.
 
     All ranks call it. What the call gives is freed before the next one.
     """
     reset()
     with Traffic() as seen:
         call()
+    peaks, settled = (PEAKS, SETTLED) if seen.collectives <= MANY else (1, SETTLED_MANY)
     found = []
     for _ in range(peaks):
         reset()
-        with _Settled(SETTLED if peaks > 1 else SETTLED_ONCE):
+        with _Settled(settled):
             found.append(peak_bytes(call, device))
     peak = min(found)
     reset()
     return Counts(seen.collectives, seen.received, peak, python_calls(call))
 
 
-PEAKS = 3
-"""Times that a peak is measured that must repeat: Gloo's threads may free a buffer late."""
-SETTLED, SETTLED_ONCE = 0.01, 0.002
-"""Seconds after which those threads are taken to be done. The second: for what is measured once,
-torch's, which has 2000 collectives where the reference has two."""
+PEAKS, SETTLED = 3, 0.01
+"""Times that a peak is measured, and seconds after each of its collectives: a thread of Gloo's may
+free its buffers late."""
+MANY, SETTLED_MANY = 500, 0.005
+"""Collectives from which one time has to do, and seconds after each: torch's calls have 2000 where
+the reference's have two."""
 SMALLEST = 1024
 """Bytes of the smallest allocation that counts; smaller ones are bookkeeping, freed at any time."""
 

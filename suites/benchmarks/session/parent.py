@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,9 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import journal
+from benchmarks.journal import Arms
+from benchmarks.listing import label
 from benchmarks.measured import COUNTED, TRACKS, Measured
 from benchmarks.session.statistics import ratio, typical
 from benchmarks.settings import ARMS, FLOOR, TORCH, Settings, leaves
+from benchmarks.where import where
 from harness import processes, warm
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from benchmarks.bed import Bed, Work
 
 SEED = 0
+LONGEST = 2.5
+"""Times its budget that a measurement may take, where calls are so slow that a few fill a world."""
 Wanted = tuple[Measured, str, int]
 """Benchmark, regime, size of the world."""
 
@@ -74,10 +79,6 @@ def named(module: str, name: str) -> Measured:
     return found()
 
 
-def _name(benchmark: Measured, regime: str, size: int) -> str:
-    return f"{type(benchmark).__name__} {regime} x{size}"
-
-
 class Parent:
     """Measures whatever it is asked; one at a time, in the process that made it."""
 
@@ -88,12 +89,10 @@ class Parent:
         warm.warm_up()
         self.settings = settings
         self._data: dict[str, dict[str, torch.Tensor]] = {}
-        journal = os.environ.get("SHARDPROOF_BENCH_JOURNAL")
-        self._journal = Path(journal) if journal else None
+        file = os.environ.get("SHARDPROOF_BENCH_JOURNAL")
+        self._journal = Path(file) if file else None
 
-    def measure(
-        self, benchmark: Measured, regime: str, size: int, **how: Any
-    ) -> dict[str, dict[str, Any]]:
+    def measure(self, benchmark: Measured, regime: str, size: int, **how: Any) -> Arms:
         """One measurement; see `measure_each`. Raises `world.WorldError` where it gave nothing."""
         (found,) = self.measure_each([(benchmark, regime, size)], **how)
         if isinstance(found, Exception):
@@ -109,7 +108,7 @@ class Parent:
         profiled: bool = False,
         told: Callable[[str], None] = lambda _: None,
         **how: Any,
-    ) -> list[dict[str, dict[str, Any]] | Exception]:
+    ) -> list[Arms | Exception]:
         """All of them in one world each, then all in the next, until each has its worlds.
 
         So the worlds of one are minutes apart where there are many: a neighbour on the machine who
@@ -129,15 +128,16 @@ class Parent:
         from benchmarks.session.world import WorldError
 
         fewest, most = self.settings.worlds if timed else (1, 1)
-        worlds: list[list[dict[str, dict[str, Any]]]] = [[] for _ in wanted]
-        spent = [0.0] * len(wanted)
+        worlds: list[list[Arms]] = [[] for _ in wanted]
+        spent, first = [0.0] * len(wanted), [0.0] * len(wanted)
         failed: dict[int, Exception] = {}
         for turn in range(most):
             for number, one in enumerate(wanted):
-                enough = turn >= fewest and spent[number] > self.settings.budget
-                if enough or number in failed:
+                # The first counts, too, which may take longer than all that is timed.
+                long = spent[number] - first[number] > LONGEST * self.settings.budget
+                if number in failed or (long and turn >= fewest):
                     continue
-                told(f"world {turn + 1} of {most}, {number + 1}/{len(wanted)}: {_name(*one)}")
+                told(f"world {turn + 1} of {most}, {number + 1}/{len(wanted)}: {label(*one)}")
                 begin = time.monotonic()
                 try:
                     worlds[number] += self.measure_all(
@@ -151,18 +151,18 @@ class Parent:
                 except WorldError as error:
                     failed[number] = error
                 spent[number] += time.monotonic() - begin
+                if turn == 0:
+                    first[number] = spent[number]
         return [
             failed.get(number) or self._whole(one, worlds[number])
             for number, one in enumerate(wanted)
         ]
 
-    def _whole(
-        self, one: Wanted, worlds: Sequence[dict[str, dict[str, Any]]]
-    ) -> dict[str, dict[str, Any]]:
+    def _whole(self, one: Wanted, worlds: Sequence[Arms]) -> Arms:
         """The numbers of all worlds of a measurement, noted in the journal."""
         found = {arm: _together([world[arm] for world in worlds]) for arm in worlds[0]}
         _relate(found)
-        self._note(*one, found)
+        self._note(one, found)
         return found
 
     def measure_all(
@@ -175,7 +175,7 @@ class Parent:
         profiled: bool = False,
         spent: float = 0.0,
         abandoned: Callable[[], None] = lambda: None,
-    ) -> Iterator[dict[str, dict[str, Any]]]:
+    ) -> Iterator[Arms]:
         """(benchmark, regime, size) one after the other in one world; all of one size.
 
         Of each: arm to its numbers, which are wrong, seconds (of each world those of its rounds,
@@ -247,16 +247,9 @@ class Parent:
         collective = min(own.collective, limit / 2)
         return WorldSpec(size, own.backend, own.device, collective, limit, reuse=False)
 
-    def _note(self, benchmark: Measured, regime: str, size: int, found: dict[str, Any]) -> None:
+    def _note(self, one: Wanted, found: Arms) -> None:
         if self._journal is not None:
-            line = {
-                "benchmark": type(benchmark).__name__,
-                "regime": regime,
-                "size": size,
-                "arms": found,
-            }
-            with self._journal.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            journal.write(self._journal, where(self.settings), one, found)
 
 
 def _merged(ranks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -289,7 +282,7 @@ def _believed(numbers: dict[str, Any]) -> dict[str, Any]:
     return numbers
 
 
-def _relate(found: dict[str, dict[str, Any]]) -> None:
+def _relate(found: Arms) -> None:
     for arm, numbers in found.items():
         for other, name in ((FLOOR, "ratio_to_floor"), (TORCH, "ratio_to_torch")):
             theirs = found.get(other, {}).get("seconds")

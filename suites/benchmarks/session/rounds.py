@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.bed import Bed, Work
-from benchmarks.session.counting import PEAKS, count
+from benchmarks.session.counting import count
 from benchmarks.session.profiling import profile
 from benchmarks.session.statistics import settled
 from benchmarks.settings import FLOOR, REFERENCE
@@ -59,12 +59,12 @@ def measure(task: Task, rank: int, device: torch.device) -> dict[str, Any]:
         found[arm] = {"wrong": wrong, "seconds": []}
         if not wrong:
             works[arm] = work
-    if task.timed and works:
-        _time(task, bed, works, found)
+    # Counts come first: torch's shared memory remembers how often it was called.
     if task.counted:
         for arm, work in works.items():
-            peaks = PEAKS if arm == REFERENCE else 1  # the baseline holds the reference's
-            found[arm] |= dataclasses.asdict(count(work.call, work.reset, device, peaks))
+            found[arm] |= dataclasses.asdict(count(work.call, work.reset, device))
+    if task.timed and works:
+        _time(task, bed, works, found)
     if task.profiled and REFERENCE in works:
         work = works[REFERENCE]
         seconds = statistics.median(found[REFERENCE]["seconds"] or [math.inf])
@@ -75,7 +75,7 @@ def measure(task: Task, rank: int, device: torch.device) -> dict[str, Any]:
 def _build(task: Task, bed: Bed) -> tuple[str, Work]:
     """Build the arm's work and do it: a first call does what later ones do not.
 
-    Twice where no clock runs afterwards, whose first sample does not count either. All ranks agree
+    Twice where no clock comes next, whose first sample does not count either. All ranks agree
     after each step, so that none is alone in the next call's collectives.
     """
     work = Work(lambda: None, lambda _: None)
@@ -88,7 +88,7 @@ def _build(task: Task, bed: Bed) -> tuple[str, Work]:
         work.reset()
         work.check(work.call())
 
-    for step in (build, once) if task.timed else (build, once, once):
+    for step in (build, once, once) if task.counted or not task.timed else (build, once):
         if wrong := bed.agree(_attempt(step)):
             return wrong, work
     return "", work

@@ -1,0 +1,29 @@
+"""Numbers for a table: measured now, or taken from a journal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import journal
+from benchmarks.journal import Arms
+from benchmarks.session.parent import Parent, Wanted
+from benchmarks.settings import Settings
+from benchmarks.where import where
+
+
+def numbers(
+    wanted: Sequence[Wanted], settings: Settings, file: Path | None, **how: Any
+) -> tuple[str, list[Arms | Exception]]:
+    """(where it was measured, of each its numbers or why there are none).
+
+    Raises OSError or ValueError where `file` is given and is no journal.
+    """
+    if file is not None:
+        return journal.kept(file, wanted)
+    found = Parent(settings).measure_each(
+        wanted, told=lambda text: print(text, file=sys.stderr, flush=True), **how
+    )
+    return where(settings), found
