@@ -22,7 +22,8 @@ def line(name: str, ratio: float, collectives: float = 2) -> dict[str, Any]:
         "collectives": collectives,
     }
     floor = {"wrong": "", "seconds": [[1.0] * 10]}
-    return {"benchmark": name, "regime": "many", "size": 4, "arms": {REFERENCE: ours, FLOOR: floor}}
+    arms = {REFERENCE: ours, FLOOR: floor}
+    return {"where": "here", "benchmark": name, "regime": "many", "size": 4, "arms": arms}
 
 
 def agree(folder: Path, *runs: list[dict[str, Any]]) -> subprocess.CompletedProcess[str]:
@@ -69,6 +70,12 @@ def test_what_neither_run_has_is_no_agreement(tmp_path: Path) -> None:
     assert (
         "Gather many x4, shardproof (its result is wrong: got 2): neither run has it" in told.stdout
     )
+
+
+def test_numbers_of_two_machines_are_no_run(tmp_path: Path) -> None:
+    told = agree(tmp_path, [line("Gather", 2.0), line("Copy", 2.0) | {"where": "there"}], [])
+    assert told.returncode == 2
+    assert "has numbers of several: here; there" in told.stderr
 
 
 def test_nothing_in_common_is_no_agreement(tmp_path: Path) -> None:
