@@ -29,10 +29,10 @@ WIDTH = {
 
 WORLD = 4.0
 """Seconds for the rounds in each world of a measurement."""
-FEWEST_WORLDS, MOST_WORLDS = 3, 7
+FEWEST_WORLDS = 3
 """Where memory lies differs from world to world, and times with it, by a tenth or more; no number
-of rounds in one of them shows that. A measurement has the larger number, unless its time is over;
-the median of the smaller forgives one."""
+of rounds in one of them shows that. A measurement has a world for each WORLD seconds, unless its
+calls take too long; the median of three forgives one."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class Settings:
     @property
     def budget(self) -> float:
         """Seconds for one measurement, which ends sooner where its ratios are known."""
-        return self.seconds or (0.3 if self.quick else MOST_WORLDS * WORLD)
+        return self.seconds or (0.3 if self.quick else 7 * WORLD)
 
     @property
     def worlds(self) -> tuple[int, int]:
         """Fewest and most worlds of one measurement: what little time there is, is for one."""
-        most = max(1, min(MOST_WORLDS, int(self.budget / WORLD)))
+        most = max(1, int(self.budget / WORLD))
         return min(FEWEST_WORLDS, most), most
 
     @property

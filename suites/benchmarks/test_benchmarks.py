@@ -244,6 +244,7 @@ def test_the_time_for_rounds_is_what_was_asked_for(
     ("settings", "worlds"),
     [
         (Settings(), (3, 7)),
+        (Settings(seconds=112), (3, 28)),
         (Settings(seconds=13), (3, 3)),
         (Settings(seconds=9), (2, 2)),
         (Settings(seconds=2), (1, 1)),
