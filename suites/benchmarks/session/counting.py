@@ -164,7 +164,7 @@ def count(call: Callable[[], Any], reset: Callable[[], None], device: torch.devi
 PEAKS, SETTLED = 3, 0.01
 """Times that a peak is measured, and seconds after each of its collectives: a thread of Gloo's may
 free its buffers late."""
-MANY, SETTLED_MANY = 500, 0.005
+MANY, SETTLED_MANY = 150, 0.005
 """Collectives from which one time has to do, and seconds after each: torch's calls have 2000 where
 the reference's have two."""
 SMALLEST = 1024
