@@ -103,8 +103,8 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "inner_shards_stay_wrapped",
         "a nested ShardedTensor is loaded as if it were flat",
         "sharded.py",
-        "    if len(shards) != 1:\n",
-        "    if shards:\n",
+        "    return _pre_load_state_dict(inner)\n",
+        "    return tensor, [shard]\n",
         "pre_load_state_dict",
     ),
     (
