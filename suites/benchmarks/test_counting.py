@@ -76,15 +76,16 @@ def test_calls_are_those_of_the_call() -> None:
     assert python_calls(call) == 6
 
 
-def test_counts_reset_before_each_call() -> None:
+@pytest.mark.parametrize(("exact", "peaks"), [(True, PEAKS), (False, 1)])
+def test_counts_reset_before_each_call(exact: bool, peaks: int) -> None:
     resets = 0
 
     def reset() -> None:
         nonlocal resets
         resets += 1
 
-    count(lambda: None, reset, CPU)
-    assert resets == 2 + PEAKS
+    count(lambda: None, reset, CPU, exact=exact)
+    assert resets == 2 + peaks
 
 
 def test_a_ratio_is_of_the_same_rounds() -> None:
