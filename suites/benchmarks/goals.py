@@ -277,8 +277,8 @@ def main(settings: Settings, pattern: str | None, world: int, file: Path | None)
         row, fine = _row(goal, size, got, why)
         print(row, flush=True)
         status = status if fine else 1
-        if got.missed:
-            lines = found[REFERENCE].get("profile", ())
+        # A journal of `--table` has none.
+        if got.missed and (lines := found[REFERENCE].get("profile")):
             profiles += _profile(f"{goal.benchmark} {goal.regime}", lines)
     print("\n".join(profiles))
     return status
