@@ -1,10 +1,9 @@
-"""Collectives, bytes and memory of one call, without noise."""
+"""Collectives, bytes, memory and Python calls of one call, without noise."""
 
 from __future__ import annotations
 
 import gc
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,9 @@ from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
     _resolve_process_group,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.session.desugared import desugars
+from benchmarks.session.peaks import PEAKS, Settled, peak_bytes
 
 _SILENT = ("wait_tensor", "barrier", "_wrap_tensor_autograd", "_allgather_base_backward")
 
@@ -58,32 +60,14 @@ class Traffic(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if desugars(types):
+            return NotImplemented
         result = func(*args, **(kwargs or {}))
         namespace, _, name = func.name().partition("::")
         if namespace in {"c10d", "_c10d_functional"} and not any(s in name for s in _SILENT):
             self.names[name] += 1
             group = next(g for g in map(_group, reversed(args)) if g is not None)
             self.received += _received(name.rstrip("_"), args, result, group)
-        return result
-
-
-class _Settled(TorchDispatchMode):
-    """Waits after each collective until the transport's threads have dropped its buffers."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self._seconds = seconds
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.name().partition("::")[0] in {"c10d", "_c10d_functional"}:
-            time.sleep(self._seconds)
         return result
 
 
@@ -142,66 +126,22 @@ class Counts:
     """Python functions called: work on the CPU that no clock disturbs."""
 
 
-def count(
-    call: Callable[[], Any], reset: Callable[[], None], device: torch.device, *, exact: bool
-) -> Counts:
-    """Run the call under `Traffic`, then measured once or more, then under a counter of calls.
+def count(call: Callable[[], Any], reset: Callable[[], None], device: torch.device) -> Counts:
+    """Run the call under `Traffic`, then measured more than once, then under a counter of calls.
 
-    All ranks call it. What the call gives is freed before the next one. Where the peak need not be
-    `exact` it is measured once, which saves seconds.
+    All ranks call it. What the call gives is freed before the next one.
     """
     reset()
     with Traffic() as seen:
         call()
-    exact = exact and seen.collectives <= MANY
-    peaks, settled = (PEAKS, SETTLED) if exact else (1, SETTLED_ONCE)
     found = []
-    for _ in range(peaks):
+    for _ in range(PEAKS):
         reset()
-        with _Settled(settled):
+        with Settled():
             found.append(peak_bytes(call, device))
     peak = min(found)
     reset()
     return Counts(seen.collectives, seen.received, peak, python_calls(call))
-
-
-PEAKS, SETTLED = 3, 0.01
-"""Times that a peak is measured, and seconds after each of its collectives: a thread of Gloo's may
-free its buffers late."""
-MANY, SETTLED_ONCE = 150, 0.002
-"""Collectives from which one time has to do, and seconds after each: torch's calls have 2000 where
-the reference's have two."""
-SMALLEST = 1024
-"""Bytes of the smallest allocation that counts; smaller ones are bookkeeping, freed at any time."""
-
-
-def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Bytes by which the call raises what torch's allocator has handed out, at its highest.
-
-    Sizes as asked for, so the same from run to run; on the CPU from the profiler's record of
-    allocations, which sees every thread.
-    """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = call()
-        torch.cuda.synchronize()
-        del kept
-        return int(torch.cuda.max_memory_allocated() - before)
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        kept = call()
-    del kept
-    record = profile.kineto_results
-    assert record is not None
-    events = [e for e in record.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        if abs(event.nbytes()) >= SMALLEST:
-            live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def python_calls(call: Callable[[], Any]) -> int:

@@ -62,8 +62,7 @@ def measure(task: Task, rank: int, device: torch.device) -> dict[str, Any]:
     # Counts come first: torch's shared memory remembers how often it was called.
     if task.counted:
         for arm, work in works.items():
-            exact = arm == REFERENCE or not task.settings.quick  # the baseline holds the former
-            counts = count(work.call, work.reset, device, exact=exact)
+            counts = count(work.call, work.reset, device)
             found[arm] |= dataclasses.asdict(counts)
     if task.timed and works:
         _time(task, bed, works, found)
