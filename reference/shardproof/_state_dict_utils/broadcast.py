@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils.agreement import Failure, exchange, first_failure
+from shardproof._state_dict_utils.needs import Need
 from shardproof._state_dict_utils.offers import Offer, Offers, offers_of, tell
 from shardproof._state_dict_utils.places import WHOLE, Place
 from shardproof._state_dict_utils.targets import (
@@ -24,7 +25,7 @@ from shardproof._state_dict_utils.targets import (
     winners,
 )
 from shardproof._state_dict_utils.tensors import CPU
-from shardproof._state_dict_utils.transport import Need, Transport
+from shardproof._state_dict_utils.transport import Transport
 from shardproof._state_dict_utils.wire import Domain, group_domain
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -89,7 +90,28 @@ def copies(leaves: Sequence[Any]) -> dict[int, torch.Tensor]:
 def into_host(
     targets: list[torch.Tensor], sources: list[torch.Tensor], non_blocking: bool = False
 ) -> None:
-    """Copy each source into its target, as ``copy_all`` does; small ones from a GPU together."""
+    """Copy each source into its target, as ``copy_all`` does, whatever device each is on.
+
+    What goes from a GPU into page-locked memory is under way all at once, and small tensors for
+    ordinary memory go together.
+    """
+    if not in_use() or not any(map(_is_cuda, sources)):
+        copy_all(targets, sources, non_blocking)
+    elif targets[0].is_pinned():
+        # Asking each of them would cost half of its copy. One that is not waits for its own copy,
+        # and so is right as well.
+        copy_all(targets, sources, non_blocking=True)
+        if not non_blocking:
+            for device in set(map(_device, filter(is_far, sources))):
+                _mark(device).synchronize()
+    else:
+        _together(targets, sources, non_blocking)
+
+
+_is_cuda, _device = attrgetter("is_cuda"), attrgetter("device")
+
+
+def _together(targets: list[torch.Tensor], sources: list[torch.Tensor], non_blocking: bool) -> None:
     memories = [target.untyped_storage().data_ptr() for target in targets if target.numel()]
     if len(set(memories)) < len(memories):  # where targets overlap the last one wins: in order
         copy_all(targets, sources, non_blocking)

@@ -33,17 +33,18 @@ def _kernel() -> ctypes.CDLL | None:
 _LIBC = _kernel()
 
 
-def map_ahead(tensor: torch.Tensor) -> torch.Tensor:
+def map_ahead(tensor: torch.Tensor, *, alone: bool = False) -> torch.Tensor:
     """Map the memory of a dense tensor of LARGE bytes or more, whose contents do not matter yet.
 
     Returns the same tensor. Nothing happens where that would not help: on a device, where the
-    memory is there already, and where several threads would share the writing, and so the pages.
+    memory is there already, and where several threads would share the writing, and so the pages;
+    ``alone`` says that they will not, since a GPU's driver writes.
     """
     if (
         _LIBC is None
         or type(tensor) is not torch.Tensor
         or tensor.device.type != "cpu"
-        or torch.get_num_threads() > 1
+        or not (alone or torch.get_num_threads() == 1)
     ):
         return tensor
     begin = -(-tensor.data_ptr() // _PAGE) * _PAGE

@@ -11,10 +11,9 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-from shardproof._state_dict_utils.host import in_use, into_host
+from shardproof._state_dict_utils.host import into_host
 from shardproof._state_dict_utils.tensors import (
     MOVABLE,
-    copy_all,
     dtype_of,
     kind_of,
     put,
@@ -84,7 +83,7 @@ class Pairs:
                 fast = [place for place in last.values() if place not in slow]
                 targets = [targets[place] for place in fast]
                 sources = [sources[place] for place in fast]
-            (into_host if in_use() else copy_all)(targets, sources, non_blocking)
+            into_host(targets, sources, non_blocking)
         finally:
             torch._C._set_grad_enabled(recording)
 

@@ -92,10 +92,10 @@ def _allocate_leaf(
 
 
 def _buffer_like(tensor: torch.Tensor, *, pin_memory: bool, share_memory: bool) -> torch.Tensor:
-    if not (pin_memory or share_memory) and tensor.dtype in MOVABLE and is_ordinary(tensor):
-        return torch.empty_like(tensor, device=CPU)
-    tensor = settled(tensor)
     pinnable = pin_memory and tensor.numel() > 0
+    if not share_memory and tensor.dtype in MOVABLE and is_ordinary(tensor):
+        return torch.empty_like(tensor, device=CPU, pin_memory=pinnable)
+    tensor = settled(tensor)
     if not is_ordinary(tensor):
         return torch.empty_like(tensor.detach(), device=CPU)
     if share_memory:

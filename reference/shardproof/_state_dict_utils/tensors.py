@@ -208,10 +208,17 @@ def fresh_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         tensor = settled(tensor)
     if tensor.dtype in MOVABLE or not is_ordinary(tensor) or tensor.is_meta:
         plain = tensor.detach() if tensor.requires_grad or not usual else tensor
+        if (
+            usual
+            and device.type == "cpu"
+            and (plain.device == device or plain.is_cuda)
+            and plain.layout is torch.strided
+            and plain.nbytes >= LARGE
+        ):
+            fresh = torch.empty_like(plain, device=device)
+            return map_ahead(fresh, alone=plain.is_cuda).copy_(plain)
         if plain.device != device:
             return plain.to(device, copy=True)
-        if usual and plain.layout is torch.strided and plain.nbytes >= LARGE:
-            return map_ahead(torch.empty_like(plain)).copy_(plain)
         return plain.clone()
     return bits(tensor).to(device, copy=True).view(tensor.dtype)
 

@@ -9,18 +9,17 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from shardproof._state_dict_utils import stream
-from shardproof._state_dict_utils.grid import Grid, grid_of
-from shardproof._state_dict_utils.host import Outgoing, is_far, sends
-from shardproof._state_dict_utils.layout import Block, full_block
+from shardproof._state_dict_utils.grid import Grid
+from shardproof._state_dict_utils.host import Outgoing, is_far, landed, sends
+from shardproof._state_dict_utils.layout import Block
+from shardproof._state_dict_utils.needs import Need, Parts, parts_of
 from shardproof._state_dict_utils.offers import Offer, Offers
-from shardproof._state_dict_utils.places import Place
 from shardproof._state_dict_utils.stream import (
     Parcel,
     Piece,
@@ -30,50 +29,11 @@ from shardproof._state_dict_utils.stream import (
     stack_into,
 )
 from shardproof._state_dict_utils.targets import Model, Target
-from shardproof._state_dict_utils.tensors import MOVABLE, bits, copies_of_each, copy_all
+from shardproof._state_dict_utils.tensors import CPU, MOVABLE, bits, copies_of_each, copy_all
 from shardproof._state_dict_utils.wire import Domain, broadcast, finish, scatter
 
 # From how many bytes on leaving out a row of them costs less than writing it.
 _WORTH_A_VIEW = 1 << 16
-
-Need = tuple[Place, bool]
-"""(what is needed of a full tensor, whether it can be received right where it belongs)."""
-
-
-class _Parts:
-    """What the ranks need of tensors that are needed alike.
-
-    Attributes:
-        blocks: per rank the distinct blocks.
-        elsewhere: whether a rank other than the source needs any.
-        everywhere: whether they all need all of it.
-        direct: whether they all need one part, received where it belongs; and whether the source
-            does.
-        grid: that of the blocks, if they make one.
-
-    """
-
-    def __init__(
-        self,
-        size: tuple[int, ...],
-        ranks: tuple[int, ...],
-        needs: tuple[tuple[Need, ...], ...],
-    ) -> None:
-        """``needs`` is per rank what it needs; one entry where all need the same."""
-        held = {need[0]: need[0].blocks(size, ranks) for mine in set(needs) for need in mine}
-        everyone = needs if len(needs) > 1 else needs * len(ranks)
-        self.blocks: list[list[Block]] = []
-        for index, mine in enumerate(everyone):
-            found = (held[place][index] for place, _ in mine)
-            self.blocks.append(list(dict.fromkeys(b for b in found if b is not None and b.numel)))
-        others = self.blocks[1:]
-        self.elsewhere = any(others)
-        whole = [full_block(size)]
-        self.everywhere = all(blocks == whole for blocks in others)
-        single = [len(mine) == 1 and mine[0][1] for mine in everyone]
-        self.direct = all(single[1:]), single[0]
-        self.grid = grid_of(size, self.blocks)
-        self.once = [whole]
 
 
 class Transport:
@@ -99,6 +59,10 @@ class Transport:
         # By the identity of a parcel; all live until the call ends.
         self._grids: dict[int, Grid | None] = {}
         self._with_own_row: set[int] = set()
+        # One copy of a bucket to the CPU instead of one per tensor.
+        self._lands = sends(domain.device) and all(
+            target.model.device == CPU for each in targets.values() for target in each
+        )
 
     def run(
         self,
@@ -124,7 +88,7 @@ class Transport:
         for place, ((number, wants), keys) in enumerate(alike.items()):
             offer = offers.kinds[number]
             assert offer.dtype is not None
-            parts = _parts(offer.size, self.domain.members, kinds, wants)
+            parts = parts_of(offer.size, self.domain.members, kinds, wants)
             name = f"{place:012d}"
             if not parts.elsewhere:
                 self._keep(keys)
@@ -252,6 +216,8 @@ class Transport:
         column: int,
     ) -> None:
         """Write what has arrived into the targets."""
+        if self._lands:
+            mine = landed(mine)
         memories: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
         for piece, room in rooms(mine, pieces, parcels):
@@ -377,24 +343,7 @@ def _receives(model: Model, block: Block, room: torch.Tensor) -> bool:
     return model.block == block and model.source_dtype is room.dtype
 
 
-def _parts(
-    size: tuple[int, ...],
-    ranks: tuple[int, ...],
-    kinds: Sequence[Need],
-    wants: tuple[tuple[int, ...], ...],
-) -> _Parts:
-    """What the ranks need of tensors of one shape; remembered for small worlds."""
-    needs = tuple([tuple([kinds[kind] for kind in mine]) for mine in wants])
-    make = _remembered_parts if len(ranks) <= _REMEMBERED else _Parts
-    return make(size, ranks, needs)
-
-
-# A large world's parts would fill the memory.
-_REMEMBERED = 64
-_remembered_parts = lru_cache(maxsize=1024)(_Parts)
-
-
-def _travels_alone(offer: Offer, parts: _Parts) -> bool:
+def _travels_alone(offer: Offer, parts: Parts) -> bool:
     """Whether a tensor is so large that it is sent from where it lies to where it belongs.
 
     That saves the copies into and out of a bucket. The answer rests on what all ranks know.
