@@ -23,7 +23,7 @@ from conformance.kit.compare import assert_same, local
 from integration.kit.checkpoints import FLAT
 from integration.kit.models import MLP
 from integration.kit.optimizers import STEPS, Oracle, sgd, train_wrapped
-from integration.kit.recipes import RECIPES, Trainee
+from integration.kit.recipes import RECIPES, Trainee, gathering
 
 # torch warns whoever loads without a process group that it takes him to be alone.
 ALONE = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -121,7 +121,7 @@ def tensors(state: Any) -> list[torch.Tensor]:
 class TestAsyncSave:
     @pytest.mark.law("isolation")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("recipe", FLAT)
+    @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
     @ALONE
     def test_the_moment_of_the_save(
         self, device: Any, world: Any, shared: Path, recipe: str
@@ -157,7 +157,7 @@ class TestAsyncSave:
 
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("recipe", FLAT)
+    @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
     @ALONE
     def test_a_cached_staging(self, device: Any, world: Any, shared: Path, recipe: str) -> None:
         """A stager that caches stages each save in the same memory, which is not the model's."""

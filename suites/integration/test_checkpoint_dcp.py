@@ -41,7 +41,7 @@ from integration.kit.optimizers import (
     other,
     train_wrapped,
 )
-from integration.kit.recipes import RECIPES, Trainee
+from integration.kit.recipes import GATHERS, RECIPES, Trainee
 
 
 def save(state: dict[str, Any], folder: Path) -> None:
@@ -127,6 +127,7 @@ class TestModelOntoAnotherMesh:
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)
+    @GATHERS
     @pytest.mark.parametrize(("source", "target"), ROADS, ids=str)
     def test_another_recipe(self, device: Any, shared: Path, source: str, target: str) -> None:
         """What one recipe saved another can load, tied and frozen parameters included."""
@@ -213,12 +214,12 @@ class TestModelOntoNoMesh:
         assert_loaded(mine, whole(MLP), "from the file")
 
 
-OPTIMIZER_ROADS = [
+OPTIMIZER_ROADS: list[Any] = [
     ("fully_shard", "fully_shard", (4, 1)),
     ("fully_shard", "fully_shard", (1, 4)),
-    ("fsdp1", "fully_shard", (1, 4)),
-    ("fsdp1", "fully_shard", (2, 2)),
-    ("fsdp1", "fsdp1", (4, 1)),
+    pytest.param("fsdp1", "fully_shard", (1, 4), marks=GATHERS),
+    pytest.param("fsdp1", "fully_shard", (2, 2), marks=GATHERS),
+    pytest.param("fsdp1", "fsdp1", (4, 1), marks=GATHERS),
     ("fully_shard", "fsdp1", (4, 1)),
 ]
 
@@ -314,7 +315,7 @@ def _stepped(model: nn.Module) -> torch.optim.Optimizer:
     """An optimizer after a step on made-up gradients, sharded as the parameters are."""
     made = torch.optim.SGD(model.parameters(), 0.5, momentum=0.5, foreach=False)
     for number, param in enumerate(model.parameters()):
-        grad = numbers(*param.shape, salt=number, dtype=torch.float64)
+        grad = numbers(*param.shape, salt=number, dtype=torch.float64, device=param.device)
         if isinstance(param, DTensor):
             param.grad = dtensor(grad, param.device_mesh, param.placements)
         else:

@@ -32,6 +32,7 @@ from integration.kit.checkpoints import (
     whole,
 )
 from integration.kit.models import MLP, TRANSFORMER
+from integration.kit.recipes import GATHERS, gathering
 
 FULL = StateDictOptions(full_state_dict=True)
 
@@ -75,21 +76,21 @@ def load(recipe: str, device: torch.device) -> None:
 class TestGetModelStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("recipe", FLAT)
+    @pytest.mark.parametrize("recipe", gathering(FLAT, "replicate"))
     def test_each_option(self, device: Any, recipe: str) -> None:
         """Each combination gives the oracle's keys and values, whole or this rank's part."""
         get(recipe, device, full_on_cpu=False)
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("recipe", FLAT)
+    @pytest.mark.parametrize("recipe", gathering(FLAT, "replicate"))
     def test_full_on_the_cpu(self, device: Any, recipe: str) -> None:
         """With full_state_dict and cpu_offload rank 0 gets the whole state, the others {}."""
         get(recipe, device, full_on_cpu=True)
 
     @pytest.mark.law("isolation")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("recipe", FLAT)
+    @pytest.mark.parametrize("recipe", gathering(FLAT, "replicate"))
     def test_what_was_got_stays(self, device: Any, recipe: str) -> None:
         """A state dict in CPU memory, or a full one, is a snapshot: training does not change it."""
         for got in (Got(False, True, False), Got(True, False, False)):
@@ -111,6 +112,7 @@ class TestSetModelStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", FLAT)
+    @GATHERS
     def test_each_option(self, device: Any, recipe: str) -> None:
         """Each combination puts the given values into the parameters that the model has."""
         load(recipe, device)
@@ -136,6 +138,7 @@ class TestSetModelStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(8)
     @pytest.mark.parametrize("recipe", HYBRID)
+    @GATHERS
     def test_each_option_hybrid(self, device: Any, recipe: str) -> None:
         """So it is with replicas over a third dimension of the mesh."""
         load(recipe, device)

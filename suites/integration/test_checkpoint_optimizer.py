@@ -25,7 +25,7 @@ from integration.kit.optimizers import (
     other,
     train_wrapped,
 )
-from integration.kit.recipes import RECIPES, Trainee
+from integration.kit.recipes import GATHERS, RECIPES, Trainee, gathering
 
 SHARDED = [
     StateDictOptions(cpu_offload=offload, flatten_optimizer_state_dict=flat)
@@ -103,34 +103,35 @@ def load(
 class TestGetOptimizerStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("recipe", FLAT)
+    @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
     def test_sharded(self, device: Any, recipe: str) -> None:
         """Each rank gets its part of the state as a DTensor, nested or flat, on its device."""
         get(recipe, device, SHARDED)
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("recipe", FLAT)
+    @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
     def test_full(self, device: Any, recipe: str) -> None:
         """With full_state_dict every rank gets the unsharded optimizer's state."""
         get(recipe, device, FULL)
 
     @pytest.mark.law("values")
     @pytest.mark.world(4, collective=8, limit=25)
-    @pytest.mark.parametrize("recipe", FLAT)
+    @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
     def test_full_on_the_cpu(self, device: Any, recipe: str) -> None:
         """With cpu_offload besides, rank 0 gets it in CPU memory and the others {}."""
         get(recipe, device, FULL_ON_CPU)
 
     @pytest.mark.law("structure")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("recipe", ["fsdp1", "fully_shard"])
+    @pytest.mark.parametrize("recipe", gathering(["fsdp1", "fully_shard"], "fsdp1"))
     def test_a_frozen_parameter(self, device: Any, recipe: str) -> None:
         """A frozen parameter has no state, and its place in its parameter group."""
         get(recipe, device, [*SHARDED[:1], *FULL[:1]], frozen=True)
 
     @pytest.mark.law("values")
     @pytest.mark.world(8)
+    @GATHERS
     def test_hybrid(self, device: Any) -> None:
         """So it is with replicas over a third dimension of the mesh."""
         get("hsdp", device, [*SHARDED[:1], *FULL[:1]])
@@ -140,35 +141,35 @@ class TestGetOptimizerStateDict:
 class TestSetOptimizerStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("recipe", FLAT)
+    @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
     def test_sharded(self, device: Any, recipe: str) -> None:
         """A sharded state, nested or flat, lands in a new optimizer, which then trains alike."""
         load(recipe, device, SHARDED)
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("recipe", FLAT)
+    @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
     def test_full(self, device: Any, recipe: str) -> None:
         """So does a full one, held by every rank or broadcast from rank 0."""
         load(recipe, device, FULL_SETS)
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("recipe", ["fsdp1", "fully_shard"])
+    @pytest.mark.parametrize("recipe", gathering(["fsdp1", "fully_shard"], "fsdp1"))
     def test_full_and_flat(self, device: Any, recipe: str) -> None:
         """So does a full one that flatten_optimizer_state_dict made, with the same option."""
         load(recipe, device, FULL)
 
     @pytest.mark.law("structure")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("recipe", ["fsdp1", "fully_shard"])
+    @pytest.mark.parametrize("recipe", gathering(["fsdp1", "fully_shard"], "fsdp1"))
     def test_a_frozen_parameter(self, device: Any, recipe: str) -> None:
         """The state of a model with a frozen parameter lands, too, strict or not."""
         load(recipe, device, [*SHARDED[:1], *FULL_SETS], frozen=True)
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("recipe", FLAT)
+    @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
     def test_each_rank_takes_back_its_own(self, device: Any, recipe: str) -> None:
         """What a rank got without options it can load; training goes on as if nothing was."""
         for name in OPTIMIZERS:
@@ -183,6 +184,7 @@ class TestSetOptimizerStateDict:
 
     @pytest.mark.law("values")
     @pytest.mark.world(8)
+    @GATHERS
     def test_hybrid(self, device: Any) -> None:
         """So it is with replicas over a third dimension of the mesh."""
         load("hsdp", device, [*SHARDED[:1], *FULL_SETS[:1]])

@@ -13,7 +13,7 @@ import pytest
 
 from integration.kit.models import MLP, TRANSFORMER, UNTIED
 from integration.kit.oracle import Pair, Regime
-from integration.kit.recipes import Recipe, over
+from integration.kit.recipes import GATHERS, Recipe, over
 
 REGIMES = {
     "plain": ("sgd", Regime()),
@@ -54,6 +54,7 @@ class TestParity:
     @pytest.mark.parametrize(
         "recipe", over("ddp", "replicate", "fsdp1", "fsdp1-flat", "fully_shard")
     )
+    @GATHERS
     def test_transformer(self, device: Any, recipe: Recipe) -> None:
         """A transformer with a frozen block, tied where the recipe allows, trains like the whole.
 
@@ -64,6 +65,7 @@ class TestParity:
     @pytest.mark.law("values")
     @pytest.mark.world(8, collective=20, limit=100)
     @pytest.mark.parametrize("recipe", over("hsdp", "fully_shard-hybrid"))
+    @GATHERS
     def test_three_dimensions(self, device: Any, recipe: Recipe) -> None:
         """Both do so with replicas of the shards, on a mesh of three dimensions."""
         grid = recipe.grid(device)

@@ -15,7 +15,7 @@ from conformance.kit.agree import attempt
 from conformance.kit.compare import assert_same
 from integration.kit.models import MLP, TIED, TRANSFORMER, Batch
 from integration.kit.oracle import Pair, Regime, plain_name
-from integration.kit.recipes import DDP, FSDP1, FULLY_SHARD, Recipe, over
+from integration.kit.recipes import DDP, FSDP1, FULLY_SHARD, GATHERS, Recipe, over
 
 
 def _single(salt: int, rows: int) -> Batch:
@@ -49,6 +49,7 @@ class TestClipping:
     @pytest.mark.exercises("training.fully_shard")
     @pytest.mark.law("values")
     @pytest.mark.world(4)
+    @GATHERS
     def test_the_norm_of_dtensors(self, device: Any) -> None:
         """Under fully_shard torch's own clip_grad_norm_ takes the norm over all shards."""
         pair, most = Pair(FULLY_SHARD.make(TRANSFORMER, device)), 2**-4
@@ -90,6 +91,7 @@ class TestRoads:
     @pytest.mark.law("autograd")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", over("ddp", "fully_shard"))
+    @GATHERS
     def test_activation_checkpointing(self, device: Any, recipe: Recipe) -> None:
         """Blocks whose forward is computed again in the backward train like others."""
 

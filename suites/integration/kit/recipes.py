@@ -9,7 +9,7 @@ parallelism's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -200,6 +200,16 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (DDP, REPLICATE, FSDP1, FSDP1_FLAT, HSDP, FULLY_SHARD, FULLY_SHARD_HYBRID)
 }
+
+
+GATHERS = pytest.mark.needs("functional gathers")
+"""For checks in which torch gathers DTensors by itself: in the transformer's forward under tensor
+parallelism, and where FSDP1 gives or takes the state of an optimizer."""
+
+
+def gathering(names: Sequence[str], *some: str) -> list[Any]:
+    """Names of recipes as parameters of a check; over `some` of them it is one that GATHERS."""
+    return [pytest.param(name, marks=[GATHERS] if name in some else []) for name in names]
 
 
 def over(*names: str) -> list[Any]:
