@@ -19,6 +19,7 @@ from benchmarks.session.statistics import (
     FEWEST,
     PRECISION,
     interval,
+    middle,
     ratio,
     ratios,
     settled,
@@ -153,7 +154,15 @@ def test_each_world_counts_once() -> None:
     ours, floor = [[2.0] * 9, [5.0] * 50, [2.2] * 9], [[1.0] * 9, [1.0] * 50, [1.0] * 9]
     assert ratios(ours, floor) == [2.0, 5.0, 2.2]
     assert ratio(ours, floor) == 2.2
+    assert ratio([*ours, [2.4]], [*floor, [1.0]]) == middle([2.0, 5.0, 2.2, 2.4])
     assert typical(ours) == 2.2
+
+
+def test_an_odd_world_in_four_is_forgiven() -> None:
+    """It lies among the five that are alike, and each of those counts."""
+    assert 1.0 < middle([1.0, 1.05, 1.1, 1.15, 1.2, 9.0]) < 1.2
+    assert middle([2.0, 8.0]) == pytest.approx(4.0)
+    assert middle([3.0] * 5 + [30.0]) == 3.0
 
 
 def test_rounds_are_the_samples_where_there_is_one_world() -> None:

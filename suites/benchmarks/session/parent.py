@@ -15,7 +15,16 @@ from benchmarks.journal import Arms
 from benchmarks.listing import label
 from benchmarks.measured import COUNTED, TRACKS, Measured
 from benchmarks.session.statistics import ratio, typical
-from benchmarks.settings import ARMS, FLOOR, TORCH, Settings, leaves
+from benchmarks.settings import (
+    ARMS,
+    CROWDED,
+    FEWEST_WORLDS,
+    FLOOR,
+    TORCH,
+    Settings,
+    crowded,
+    leaves,
+)
 from benchmarks.where import where
 from harness import processes, warm
 
@@ -53,7 +62,7 @@ class Task:
     @property
     def budget(self) -> float:
         """Seconds for the rounds of one world."""
-        return self.settings.budget / self.settings.worlds[1]
+        return self.settings.world
 
     @property
     def rounds(self) -> tuple[int, int]:
@@ -127,17 +136,18 @@ class Parent:
         """
         from benchmarks.session.world import WorldError
 
-        fewest, most = self.settings.worlds if timed else (1, 1)
+        most = [self._worlds(*one) if timed else 1 for one in wanted]
         worlds: list[list[Arms]] = [[] for _ in wanted]
         spent, first = [0.0] * len(wanted), [0.0] * len(wanted)
         failed: dict[int, Exception] = {}
-        for turn in range(most):
+        for turn in range(max(most, default=0)):
             for number, one in enumerate(wanted):
                 # The first counts, too, which may take longer than all that is timed.
-                long = spent[number] - first[number] > LONGEST * self.settings.budget
-                if number in failed or (long and turn >= fewest):
+                longest = LONGEST * self.settings.world * most[number]
+                long = spent[number] - first[number] > longest
+                if number in failed or turn >= most[number] or (long and turn >= FEWEST_WORLDS):
                     continue
-                told(f"world {turn + 1} of {most}, {number + 1}/{len(wanted)}: {label(*one)}")
+                told(f"world {turn + 1}/{most[number]}, {number + 1}/{len(wanted)}: {label(*one)}")
                 begin = time.monotonic()
                 try:
                     worlds[number] += self.measure_all(
@@ -157,6 +167,11 @@ class Parent:
             failed.get(number) or self._whole(one, worlds[number])
             for number, one in enumerate(wanted)
         ]
+
+    def _worlds(self, benchmark: Measured, regime: str, size: int) -> int:
+        """The most worlds of a measurement."""
+        most = self.settings.worlds
+        return most * CROWDED if most > 1 and crowded(size) and not benchmark.fake else most
 
     def _whole(self, one: Wanted, worlds: Sequence[Arms]) -> Arms:
         """The numbers of all worlds of a measurement, noted in the journal."""

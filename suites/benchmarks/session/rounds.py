@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-import os
 import statistics
 import time
 import traceback
@@ -19,7 +18,7 @@ from benchmarks.bed import Bed, Work
 from benchmarks.session.counting import count
 from benchmarks.session.profiling import profile
 from benchmarks.session.statistics import settled
-from benchmarks.settings import FLOOR, REFERENCE
+from benchmarks.settings import FLOOR, REFERENCE, crowded
 
 if TYPE_CHECKING:
     from benchmarks.session.parent import Task
@@ -142,8 +141,7 @@ def _time(task: Task, bed: Bed, works: dict[str, Work], found: dict[str, dict[st
 def _plan(bed: Bed, works: dict[str, Work]) -> tuple[dict[str, int], dict[str, int]]:
     """Of each arm, how many calls fill a sample, and how many samples it takes in a round."""
     calls, seconds = {}, {}
-    shared = not bed.fake and bed.size > len(os.sched_getaffinity(0))
-    least = SHORTEST_SHARED if shared else SHORTEST
+    least = SHORTEST_SHARED if crowded(bed.size) and not bed.fake else SHORTEST
     for arm, work in works.items():
         (one,) = bed.largest(_sample(bed, work, 1)[:1])
         one = max(one, 1e-9)

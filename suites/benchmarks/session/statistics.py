@@ -31,8 +31,24 @@ def ratios(ours: Worlds, theirs: Worlds) -> list[float]:
 
 
 def ratio(ours: Worlds, theirs: Worlds) -> float:
-    """Median of the `ratios`."""
-    return statistics.median(ratios(ours, theirs))
+    """The `middle` of the `ratios`; of a single world's, and of three worlds', their median."""
+    found = ratios(ours, theirs)
+    return middle(found) if len(ours) >= FEWEST_PAIRED else statistics.median(found)
+
+
+FEWEST_PAIRED = 4
+"""Worlds from which on one that is odd is forgiven when they are paired."""
+
+
+def middle(worlds: Sequence[float]) -> float:
+    """Of a few positive samples the median of the means of all pairs, each with itself too.
+
+    Geometric means, since half and double lie as far from one. It forgives one odd sample in four,
+    and of seven is known as well as the median of eleven (Hodges and Lehmann, 1963): two runs of
+    145 ratios here disagreed about 13 medians, and of the same samples about 9 of these.
+    """
+    pairs = itertools.combinations_with_replacement(worlds, 2)
+    return statistics.median(math.sqrt(a * b) for a, b in pairs)
 
 
 def interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
