@@ -8,7 +8,6 @@ on a device the profile of each miss stands for them.
 from __future__ import annotations
 
 import re
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,9 +107,8 @@ def reached(goal: Goal, seconds: Mapping[str, Worlds], tensors: int, agreement: 
         missed.append("floor")
     to_torch, slower = None, False
     if goal.torch is not None and TORCH in seconds:
-        faster = ratios(seconds[TORCH], seconds[REFERENCE])
-        low, high = interval(faster)
-        to_torch = low, statistics.median(faster), high
+        low, high = interval(ratios(seconds[TORCH], seconds[REFERENCE]))
+        to_torch = low, ratio(seconds[TORCH], seconds[REFERENCE]), high
         slower = high < 1
         # A goal of 1 asks that torch be not faster, and noise makes either faster now and then.
         if slower or (goal.torch > 1 and to_torch[1] < goal.torch):

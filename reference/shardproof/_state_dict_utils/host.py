@@ -102,7 +102,8 @@ def into_host(
         # and so is right as well.
         copy_all(targets, sources, non_blocking=True)
         if not non_blocking:
-            for device in set(map(_device, filter(is_far, sources))):
+            # Of the targets, too: what one of them still reads the caller may change.
+            for device in filter(sends, {*map(_device, sources), *map(_device, targets)}):
                 _mark(device).synchronize()
     else:
         _together(targets, sources, non_blocking)
