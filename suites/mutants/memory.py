@@ -39,8 +39,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "copied_by_way_of_copies",
         "the values are copied once more on their way into the target",
         "pairs.py",
-        "copy_all)(targets, sources, non_blocking)",
-        "copy_all)(targets, [s.clone() for s in sources], non_blocking)",
+        "into_host(targets, sources, non_blocking)",
+        "into_host(targets, [s.clone() for s in sources], non_blocking)",
         "memory",
     ),
 )
