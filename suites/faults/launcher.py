@@ -112,6 +112,8 @@ class _Server:
             self._codes[pid] = None
             return pid
         processes.die_with_parent(parent)
+        # What a shell starts in the background ignores it, and hands that on.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(cwd)
         for descriptor, path, flags in (
             (0, os.devnull, os.O_RDONLY),
