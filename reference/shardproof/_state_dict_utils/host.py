@@ -99,7 +99,10 @@ def into_host(
         copy_all(targets, sources, non_blocking)
     elif targets[0].is_pinned():
         # Asking each of them would cost half of its copy. One that is not waits for its own copy,
-        # and so is right as well.
+        # and so is right as well. A lazy conj or neg has to be resolved before: torch would do that
+        # on the CPU, without waiting for the bytes.
+        if any(map(torch.Tensor.is_neg, sources)) or any(map(torch.Tensor.is_conj, sources)):
+            sources = [source.resolve_conj().resolve_neg() for source in sources]
         copy_all(targets, sources, non_blocking=True)
         if not non_blocking:
             # Of the targets, too: what one of them still reads the caller may change.

@@ -60,9 +60,9 @@ class Transport:
         self._grids: dict[int, Grid | None] = {}
         self._with_own_row: set[int] = set()
         # One copy of a bucket to the CPU instead of one per tensor.
-        self._lands = sends(domain.device) and all(
-            target.model.device == CPU for each in targets.values() for target in each
-        )
+        self._lands = sends(domain.device) and {CPU} == {
+            target.model.device for each in targets.values() for target in each
+        }
 
     def run(
         self,
