@@ -244,6 +244,22 @@ MUTANTS: tuple[Mutant, ...] = (
         "distribute_state_dict",
     ),
     _mutant(
+        "broadcast_unifies_tied_objects",
+        "of two DTensors over one memory the caller gets one twice, and loses a Parameter so",
+        "broadcast.py",
+        " if not found[key].model.keeps",
+        "",
+        "broadcast_state_dict",
+    ),
+    _mutant(
+        "distribute_unifies_tied_objects",
+        "of two DTensors over one memory the caller gets one twice, and loses a Parameter so",
+        "distribute.py",
+        "        elif target.model.keeps:\n",
+        "        elif False:\n",
+        "distribute_tensors",
+    ),
+    _mutant(
         "distribute_adds_keys",
         "keys that the target lacks appear",
         "distribute.py",

@@ -207,8 +207,8 @@ def _run(
         failure = Failure.of(error)
     columns = plan.columns(offers, domain)
     told, _ = exchange(domain, columns, failure, repr(columns).encode())
-    if told is not None and (found := first_failure(domain, told)):
-        raise found.error()
+    if told is not None and (failed := first_failure(domain, told)):
+        raise failed.error()
     kinds, wanted = columns[0], [columns[1]]
     if told is not None:
         kinds, wanted = _merged([theirs for _, theirs in told])
@@ -217,11 +217,12 @@ def _run(
         target.take(value)
     transport = Transport(domain, group, wholes if source else None, plan.targets)
     transport.run(offers, kinds, wanted)
-    leaders = plan.leaders
-    results = {key: t.result() for key, t in plan.found.items() if key not in leaders}
+    leaders, found = plan.leaders, plan.found
+    results = {key: target.result() for key, target in found.items() if key not in leaders}
     local.update(plan.values)
     local.update(results)
-    local.update({key: results[leader] for key, leader in leaders.items()})
+    # What is written in place stays the caller's object, also where another shares its memory.
+    local.update({key: results[at] for key, at in leaders.items() if not found[key].model.keeps})
     for key in plan.removed:
         del local[key]
 

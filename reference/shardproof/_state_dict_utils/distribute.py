@@ -112,4 +112,7 @@ def _filled(found: dict[str, tuple[Target, torch.Tensor]]) -> dict[str, Any]:
     for key, (target, full) in found.items():
         if key not in leaders:
             results[key] = target.filled(full)
-    return {key: results[leaders.get(key, key)] for key in found}
+        elif target.model.keeps:
+            # The leader's values are in its memory, and it stays the caller's object.
+            results[key] = target.value
+    return {key: results[key if key in results else leaders[key]] for key in found}

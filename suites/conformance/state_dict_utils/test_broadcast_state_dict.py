@@ -294,7 +294,10 @@ class TestBroadcastStateDictStructure:
     def test_tied_targets_stay_tied(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, kind: str, meta: bool
     ) -> None:
-        """One target under two keys is one tensor under both; its twin stays apart."""
+        """What shares memory under several keys still does; its twin stays apart.
+
+        Each DTensor with memory stays the object that it was, also beside a view of itself.
+        """
         line = mesh(2)
         tensor = numbers(6, 3, device=device)
 
@@ -304,16 +307,18 @@ class TestBroadcastStateDictStructure:
             return target(tensor, line, [S(0) if kind == "sharded" else R], meta=meta)
 
         tied = make()
-        mine = {"a": tied, "b": tied, "twin": make()}
-        full = {"a": tensor, "b": tensor, "twin": tensor.clone()}
+        given = {"a": tied, "b": tied, "view": tied.detach(), "twin": make()}
+        mine = dict(given)
+        full = dict.fromkeys(("a", "b", "view"), tensor) | {"twin": tensor.clone()}
         judged(_given(rank, full), mine, device)
         for key, value in mine.items():
             if kind == "plain":
                 assert_same(value, tensor, key)
             else:
                 assert_landed(value, tensor, line, [S(0) if kind == "sharded" else R], key)
-        a, b, twin = (local(value).data_ptr() for value in mine.values())
-        assert a == b, "a and b have come apart"
+                assert meta or value is given[key], f"{key}: another DTensor"
+        a, b, view, twin = (local(value).data_ptr() for value in mine.values())
+        assert a == b == view, "a, b and view have come apart"
         assert a != twin, "a and twin have become one"
 
     @pytest.mark.law("structure")

@@ -114,15 +114,21 @@ class TestDistributeTensors:
     def test_only_pairs_among_the_keys_change(
         self, judged: Any, mesh: Any, device: torch.device
     ) -> None:
-        """Entries that are not named, plain tensors and absent keys stay; no key appears."""
+        """Entries that are not named, plain tensors and absent keys stay; no key appears.
+
+        What has memory stays the object that it was, also beside a view of itself.
+        """
         line = mesh(2)
         full = numbers(5, 3, device=device)
         plain = numbers(3, device=device)
         pair = (target(full, line, [S(0)]), full)
-        state: dict[str, Any] = {"z": pair, "w": pair, "plain": plain, "n": 3}
-        judged(state, ["plain", "w", "absent"], device)
-        assert list(state) == ["z", "w", "plain", "n"], f"keys {list(state)}"
+        view = pair[0].detach()
+        state: dict[str, Any] = {"z": pair, "w": pair, "view": (view, full), "plain": plain, "n": 3}
+        judged(state, ["plain", "w", "view", "absent"], device)
+        assert list(state) == ["z", "w", "view", "plain", "n"], f"keys {list(state)}"
         assert state["z"] is pair
+        assert state["w"] is pair[0], "w: another DTensor"
+        assert state["view"] is view, "view: another DTensor"
         assert state["plain"] is plain
         assert state["n"] == 3
         assert_landed(state["w"], full, line, [S(0)], "w")
