@@ -188,13 +188,18 @@ def _run(
     offers, failure = offers_of(full, keys) if source else (Offers(), None)
     wholes = offers.wholes
     targets = Targets(in_place=True, cpu_offload=cpu_offload)
-    if not source:
+
+    def look() -> None:
+        nonlocal failure
         try:
-            # While the source looks at its own.
             targets.look(local)
         except Exception as error:
             failure = Failure.of(error)
-    offers, refused = tell(domain, group, offers, failure)
+
+    # The source does so while the others hear of its tensors, they while it looks at those.
+    if not source:
+        look()
+    offers, refused = tell(domain, group, offers, failure, look)
     if refused is not None:
         raise refused.error()
     plan = _Plan()

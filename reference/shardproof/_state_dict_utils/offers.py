@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -138,27 +138,43 @@ def tell(
     group: dist.ProcessGroup,
     offers: Offers,
     failure: Failure | None,
+    meanwhile: Callable[[], None],
 ) -> tuple[Offers, Failure | None]:
-    """Send the source's offers, or its error, to all."""
+    """Send the source's offers, or its error, to all.
+
+    The source runs ``meanwhile``, which must not raise, while the bytes travel. Two broadcasts.
+    """
+    if domain.index() != 0:
+        head = _as_tensor(bytes(_LENGTH.size), domain.device)
+        finish(broadcast(group, head))
+        length = int(_LENGTH.unpack(bytes(head.tolist()))[0])
+        data = _as_tensor(bytes(length), domain.device)
+        finish(broadcast(group, data))
+        body = data.cpu().numpy().tobytes()
+    else:
+        body = _written(domain, offers, failure)
+        head = _as_tensor(_LENGTH.pack(len(body)), domain.device)
+        data = _as_tensor(body, domain.device)
+        # Both at once: the others may still be looking at their targets.
+        works = [broadcast(group, head), broadcast(group, data)]
+        meanwhile()
+        for work in works:
+            finish(work)
+    # The peers of a process group run the same program: they are trusted as torch trusts them.
+    *told, refused = pickle.loads(body)  # noqa: S301
+    return Offers.heard(*told), refused
+
+
+def _written(domain: Domain, offers: Offers, failure: Failure | None) -> bytes:
+    """What the source says."""
     if failure is not None:
         failure = Failure(failure.kind, f"{domain.name(0)}: {failure.message}", True)
-    body = b""
-    if domain.index() == 0:
-        try:
-            body = pickle.dumps((*offers.told(), failure))
-        except Exception as error:
-            culprit = _unpicklable(offers)
-            text = f"{domain.name(0)}: {culprit!r}: expected a value that can be pickled: {error}"
-            body = pickle.dumps((*Offers().told(), Failure("TypeError", text, True)))
-    head = _as_tensor(_LENGTH.pack(len(body)), domain.device)
-    finish(broadcast(group, head))
-    length = int(_LENGTH.unpack(bytes(head.tolist()))[0])
-    data = _as_tensor(body.ljust(length, b"\0"), domain.device)
-    finish(broadcast(group, data))
-    received = data.cpu().numpy().tobytes()
-    # The peers of a process group run the same program: they are trusted as torch trusts them.
-    *told, refused = pickle.loads(received)  # noqa: S301
-    return Offers.heard(*told), refused
+    try:
+        return pickle.dumps((*offers.told(), failure))
+    except Exception as error:
+        culprit = _unpicklable(offers)
+        text = f"{domain.name(0)}: {culprit!r}: expected a value that can be pickled: {error}"
+        return pickle.dumps((*Offers().told(), Failure("TypeError", text, True)))
 
 
 def _unpicklable(offers: Offers) -> Any:

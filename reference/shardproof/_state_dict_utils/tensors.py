@@ -210,10 +210,10 @@ def fresh_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         plain = tensor.detach() if tensor.requires_grad or not usual else tensor
         if (
             usual
-            and device.type == "cpu"
-            and (plain.device == device or plain.is_cuda)
             and plain.layout is torch.strided
             and plain.nbytes >= LARGE
+            and device.type == "cpu"
+            and (plain.device == device or plain.is_cuda)
         ):
             fresh = torch.empty_like(plain, device=device)
             return map_ahead(fresh, alone=plain.is_cuda).copy_(plain)
