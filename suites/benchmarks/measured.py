@@ -80,7 +80,7 @@ class Measured(abc.ABC):
     """Count to how the reference's grows with the world: constant, or at most linear."""
 
     # asv's own settings; the session has its own, shorter limits.
-    timeout = 900
+    timeout = 1500
     version = "1"
     number = 1
     rounds = 1

@@ -192,13 +192,15 @@ def test_rounds_are_spread_over_worlds(settings: Settings, worlds: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("took", "cores", "worlds"), [(1, 2, 7), (15, 2, 6), (100, 2, 3), (1, 1, 14), (15, 1, 11)]
+    ("took", "cores", "worlds"),
+    [(1, 2, 7), (15, 2, 6), (100, 2, 3), (500, 2, 2), (700, 2, 1), (1, 1, 14), (15, 1, 11)],
 )
 def test_worlds_end_with_the_time_for_them(
     monkeypatch: pytest.MonkeyPatch, took: float, cores: int, worlds: int
 ) -> None:
     """But not before so many that one is forgiven; counts are those of the first.
 
+    Of very long ones none is begun that the deadline would end.
     Where two ranks share a core there are twice as many.
     """
     now, asked = 0.0, []

@@ -138,14 +138,18 @@ class Parent:
 
         most = [self._worlds(*one) if timed else 1 for one in wanted]
         worlds: list[list[Arms]] = [[] for _ in wanted]
-        spent, first = [0.0] * len(wanted), [0.0] * len(wanted)
+        spent, first, latest = ([0.0] * len(wanted) for _ in range(3))
         failed: dict[int, Exception] = {}
         for turn in range(max(most, default=0)):
             for number, one in enumerate(wanted):
                 # The first counts, too, which may take longer than all that is timed.
                 longest = LONGEST * self.settings.world * most[number]
                 long = spent[number] - first[number] > longest
-                if number in failed or turn >= most[number] or (long and turn >= FEWEST_WORLDS):
+                # What the last world took the next one may take, too: it has to fit, or what was
+                # measured would be lost.
+                late = spent[number] + latest[number] > self.settings.limit
+                over = (long and turn >= FEWEST_WORLDS) or (late and turn > 0)
+                if number in failed or turn >= most[number] or over:
                     continue
                 told(f"world {turn + 1}/{most[number]}, {number + 1}/{len(wanted)}: {label(*one)}")
                 begin = time.monotonic()
@@ -160,7 +164,8 @@ class Parent:
                     )
                 except WorldError as error:
                     failed[number] = error
-                spent[number] += time.monotonic() - begin
+                latest[number] = time.monotonic() - begin
+                spent[number] += latest[number]
                 if turn == 0:
                     first[number] = spent[number]
         return [
