@@ -110,7 +110,7 @@ class Settings:
         """Seconds after which a measurement is ended, and fails.
 
         For all its worlds: the first one of torch's gather of 2000 tensors over 8 ranks, which is
-        counted, too, takes nine minutes on two cores.
+        counted, too, takes eight minutes on two cores.
         """
         return self.deadline or (60.0 if self.quick else 1200.0)
 
