@@ -137,6 +137,8 @@ def _options() -> argparse.Namespace:
         parser.error("--from: expected --table or --goals beside it")
     if options.seconds < 0:
         parser.error(f"--seconds {options.seconds:g}: expected more than 0")
+    if options.world < 1:
+        parser.error(f"--world {options.world}: expected a number of ranks, 1 or more")
     try:
         Settings.from_environment()
     except ValueError as error:

@@ -246,8 +246,9 @@ def test_asv_that_is_to_be_quick_is_noticed(command_line: str, quick: bool) -> N
         (["--backend", "nosuch"], "--backend nosuch: this torch build lacks it"),
         (["--check", "--publish"], "not allowed with argument"),
         (["--seconds", "-1"], "--seconds -1: expected more than 0"),
+        (["--goals", "--world", "0"], "--world 0: expected a number of ranks"),
     ],
-    ids=["device", "backend", "both", "seconds"],
+    ids=["device", "backend", "both", "seconds", "world"],
 )
 def test_wrong_usage_is_told(arguments: list[str], said: str) -> None:
     ran = subprocess.run(
