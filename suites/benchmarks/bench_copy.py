@@ -135,6 +135,9 @@ class CreateSharedCpuStateDict(CreateCpuStateDict):
 
     regimes = ("model",)
     arguments: ClassVar[dict[str, bool]] = {"share_memory": True}
+    varies: ClassVar[dict[tuple[str, str], str]] = {
+        ("model", "calls"): "6575 or 6617 for a small model"
+    }
 
 
 class CreatePinnedCpuStateDict(CreateCpuStateDict):

@@ -125,8 +125,8 @@ def _options() -> argparse.Namespace:
         type=float,
         default=0.0,
         metavar="S",
-        help="most time for one measurement, in as many worlds as have 4 s each, "
-        "twice as many where ranks share cores (default: "
+        help="most time for one measurement, in as many worlds as have 4 s each; it ends sooner "
+        "where its ratios are known (default: "
         f"{Settings().budget:g}; --compare: {COMPARED_SECONDS:g}; "
         f"--quick: {Settings(quick=True).budget:g})",
     )

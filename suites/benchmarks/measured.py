@@ -71,6 +71,8 @@ class Measured(abc.ABC):
     """Whether it says nothing without an accelerator."""
     absent: ClassVar[Mapping[str, str]] = {}
     """Arm to the reason why it cannot be measured: torch refuses, or gives a wrong result."""
+    varies: ClassVar[Mapping[tuple[str, str], str]] = {}
+    """(regime, count) to how torch's differs from call to call, so that it has none there."""
     redistributes: ClassVar[bool] = False
     """Whether torch's function gathers DTensors by torch's own redistribution."""
     tracks: ClassVar[tuple[str, ...]] = MOVED
@@ -143,6 +145,8 @@ class Measured(abc.ABC):
             track.params = [list(arms), *axes]  # type: ignore[attr-defined]
             if name == "ratio_to_torch":
                 track.setup = partial(_torch_is_there, cls)  # type: ignore[attr-defined]
+            elif name in COUNTED:
+                track.setup = partial(_repeats, cls, name)  # type: ignore[attr-defined]
             setattr(cls, track.__name__, track)
 
     def setup(self, *params: str) -> None:
@@ -154,6 +158,13 @@ class Measured(abc.ABC):
 def _torch_is_there(cls: type[Measured], *_: str) -> None:
     """Leave out the ratio where torch has no number; asv calls it with the parameters."""
     if reason := cls.missing(TORCH, Settings.from_environment()):
+        raise NotImplementedError(f"torch: {reason}")
+
+
+def _repeats(cls: type[Measured], count: str, arm: str, regime: str, *_: str) -> None:
+    """Leave out torch's count where it is not the same each time."""
+    reason = cls.varies.get((regime.removeprefix("quick "), count))
+    if reason and arm == TORCH:
         raise NotImplementedError(f"torch: {reason}")
 
 

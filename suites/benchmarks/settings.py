@@ -29,15 +29,12 @@ WIDTH = {
 
 WORLD = 4.0
 """Seconds for the rounds in each world of a measurement."""
-FEWEST_WORLDS = 3
-"""Where memory lies differs from world to world, and times with it, by a tenth or more; no number
-of rounds in one of them shows that. A measurement has a world for each WORLD seconds, unless its
-calls take too long; the median of three forgives one."""
-
-
-CROWDED = 2
-"""So many times the worlds where ranks share cores: theirs differ by 11 %, others by 7 %
-(standard deviation)."""
+MOST_WORLDS = 40
+FEWEST_WORLDS = 4
+"""Where memory lies differs from world to world, and whether a neighbour on the machine has the
+other half of a core changes within seconds; times differ with both, by a tenth or more, and no
+number of rounds in one world shows that. Worlds go on until their ratios are known, or the time for
+them is over."""
 
 
 def crowded(size: int) -> bool:
@@ -86,7 +83,7 @@ class Settings:
     @property
     def budget(self) -> float:
         """Seconds for one measurement, which ends sooner where its ratios are known."""
-        return self.seconds or (0.3 if self.quick else 7 * WORLD)
+        return self.seconds or (0.3 if self.quick else MOST_WORLDS * WORLD)
 
     @property
     def worlds(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,13 +11,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from benchmarks import baseline, command, environment, measured
+from benchmarks.bench_broadcast import DistributeStateDict
+from benchmarks.journal import read
 from benchmarks.listing import HERE, benchmarks
 from benchmarks.session.parent import Parent
-from benchmarks.settings import PREFIX, REFERENCE, TORCH, Settings
+from benchmarks.settings import FLOOR, PREFIX, REFERENCE, TORCH, Settings
 
 SUITES = HERE.parent
 QUICK = Settings(quick=True)
@@ -35,6 +39,34 @@ def test_where_torch_has_no_number_no_ratio_to_it_is_asked_for(benchmark: Any) -
     with pytest.raises(NotImplementedError) as caught:
         track.setup("shardproof", "many", "2 ranks, gloo on cpu")
     assert reason in str(caught.value)
+
+
+def test_a_count_that_differs_from_call_to_call_is_not_told() -> None:
+    """It is torch's alone, and n/a in that regime only."""
+    benchmark: Any = DistributeStateDict()
+    peak = benchmark.track_peak
+    for arm, regime in ((TORCH, "many"), (REFERENCE, "model"), (FLOOR, "model")):
+        peak.setup(arm, regime, "4 ranks, gloo on cpu")
+    with pytest.raises(NotImplementedError, match=r"from 21\.9 to 24\.4 MiB"):
+        peak.setup(TORCH, "quick model", "4 ranks, gloo on cpu")
+
+
+def test_a_count_that_differs_from_call_to_call_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The others are."""
+    counts = {"wrong": "", "seconds": [], "collectives": 147, "peak": 5}
+
+    world = Mock()
+    world.ended = contextlib.nullcontext
+    world.measured.return_value = [{REFERENCE: counts, TORCH: counts}]
+    monkeypatch.setattr("benchmarks.session.world.MeasuredWorld", lambda *_: world)
+    monkeypatch.setattr("harness.warm.unfit", lambda: "")
+    one = object.__new__(Parent)
+    one.settings, one._data = Settings(), {"model": {}}
+    (found,) = one.measure_all([(DistributeStateDict(), "model", 4)], arms=(TORCH, REFERENCE))
+    assert found[TORCH] == {"wrong": "", "seconds": [], "collectives": 147}
+    assert found[REFERENCE] == counts
 
 
 def test_what_is_left_out_cannot_be_measured() -> None:
@@ -156,7 +188,7 @@ def test_points_of_a_graph_are_counted() -> None:
 @pytest.mark.parametrize(
     ("arguments", "environment", "budget"),
     [
-        ([], "", 28),
+        ([], "", 160),
         ([], "2.5", 2.5),
         (["--goals"], "2.5", 2.5),
         (["--goals", "--seconds", "5"], "2.5", 5),
@@ -179,7 +211,7 @@ def test_the_time_for_rounds_is_what_was_asked_for(
 @pytest.mark.parametrize(
     ("settings", "worlds"),
     [
-        (Settings(), 7),
+        (Settings(), 40),
         (Settings(seconds=112), 28),
         (Settings(seconds=13), 3),
         (Settings(seconds=9), 2),
@@ -192,16 +224,16 @@ def test_rounds_are_spread_over_worlds(settings: Settings, worlds: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("took", "cores", "worlds"),
-    [(1, 2, 7), (15, 2, 6), (100, 2, 3), (500, 2, 2), (700, 2, 1), (1, 1, 14), (15, 1, 11)],
+    ("took", "spread", "worlds"),
+    [(1, 0.0, 4), (1, 0.2, 8), (1, 1.0, 40), (100, 1.0, 6), (500, 1.0, 2), (700, 1.0, 1)],
 )
-def test_worlds_end_with_the_time_for_them(
-    monkeypatch: pytest.MonkeyPatch, took: float, cores: int, worlds: int
+def test_worlds_go_on_until_the_ratios_are_known(
+    monkeypatch: pytest.MonkeyPatch, took: float, spread: float, worlds: int
 ) -> None:
-    """But not before so many that one is forgiven; counts are those of the first.
+    """Or the time for them is over; counts are those of the first.
 
-    Of very long ones none is begun that the deadline would end.
-    Where two ranks share a core there are twice as many.
+    The floor's times are 1 and `spread` more in turns, whose standard deviation is about half of
+    it. Of very long worlds none is begun that the deadline would end.
     """
     now, asked = 0.0, []
 
@@ -209,19 +241,61 @@ def test_worlds_end_with_the_time_for_them(
         nonlocal now
         now += took
         asked.append(counted)
-        numbers: dict[str, Any] = {"wrong": "", "seconds": [[float(len(asked))]]}
-        yield {REFERENCE: numbers | ({"calls": 5} if counted else {})}
+        odd = 1 + spread * (len(asked) % 2)
+        floor = {"wrong": "", "seconds": [[odd]]}
+        ours: dict[str, Any] = {"wrong": "", "seconds": [[1.0]]}
+        yield {REFERENCE: ours | ({"calls": 5} if counted else {}), FLOOR: floor}
 
     monkeypatch.setattr(Parent, "measure_all", one_world)
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     one = object.__new__(Parent)
     one.settings, one._journal = Settings(), None
-    (found,) = one.measure(benchmarks()[0], "many", 2).values()
-    assert found["seconds"] == [[float(n + 1)] for n in range(worlds)]
-    assert found["median"] == (worlds + 1) / 2
+    found = one.measure(benchmarks()[0], "many", 2)[REFERENCE]
+    assert found["seconds"] == [[1.0]] * worlds
     assert found["calls"] == 5
     assert asked == [True] + [False] * (worlds - 1)
+
+
+def test_a_wrong_arm_does_not_keep_a_measurement_going(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no times, so no ratio of it can become known."""
+
+    def one_world(self: Parent, wanted: Any, **how: Any) -> Iterator[Any]:
+        fine = {"wrong": "", "seconds": [[1.0]]}
+        yield {REFERENCE: fine, FLOOR: fine, TORCH: {"wrong": "on purpose", "seconds": []}}
+
+    monkeypatch.setattr(Parent, "measure_all", one_world)
+    one = object.__new__(Parent)
+    one.settings, one._journal = Settings(), None
+    found = one.measure(benchmarks()[0], "many", 2)
+    assert len(found[REFERENCE]["seconds"]) == 4
+    assert found[TORCH] == {"wrong": "on purpose", "seconds": []}
+
+
+def test_a_measurement_is_in_the_journal_as_soon_as_it_is_done(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its neighbour that needs more worlds, or is stopped in one, takes nothing with it."""
+    file = tmp_path / "journal"
+    worlds = 0
+
+    def one_world(self: Parent, wanted: Any, **how: Any) -> Iterator[Any]:
+        nonlocal worlds
+        seconds = 1.0
+        if wanted[0][2] == 4:
+            worlds += 1
+            seconds += worlds
+            if worlds == 6:
+                raise KeyboardInterrupt
+        floor = {"wrong": "", "seconds": [[seconds]]}
+        yield {REFERENCE: {"wrong": "", "seconds": [[1.0]]}, FLOOR: floor}
+
+    monkeypatch.setattr(Parent, "measure_all", one_world)
+    one = object.__new__(Parent)
+    one.settings, one._journal = Settings(), file
+    wanted = [(benchmarks()[0], "many", size) for size in (2, 4)]
+    with pytest.raises(KeyboardInterrupt):
+        one.measure_each(wanted)
+    assert [line.rpartition(" x")[2] for line in read(file)[1]] == ["2"]
 
 
 @pytest.mark.parametrize(

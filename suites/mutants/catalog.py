@@ -255,7 +255,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "distribute_unifies_tied_objects",
         "of two DTensors over one memory the caller gets one twice, and loses a Parameter so",
         "distribute.py",
-        "        elif target.model.keeps:\n",
+        "        elif model.keeps:\n",
         "        elif False:\n",
         "distribute_tensors",
     ),

@@ -63,6 +63,22 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "many_alike",
     ),
     (
+        "distributed_share_a_stack",
+        "what is cut together of full tensors are views of one memory",
+        "distribute.py",
+        "copies_of_each(stacked[:, *block.region])",
+        "stacked[:, *block.region].clone().unbind()",
+        "many_alike",
+    ),
+    (
+        "distributed_change_places",
+        "of small full tensors that are cut together each target gets the values of another",
+        "distribute.py",
+        "        stacked = torch.stack([full for _, full in some])\n",
+        "        stacked = torch.stack([full for _, full in reversed(some)])\n",
+        "many_alike",
+    ),
+    (
         "targets_alike_by_shape",
         "targets of one shape are taken for alike, however they are sharded",
         "targets.py",

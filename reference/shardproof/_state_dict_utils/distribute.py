@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from shardproof._state_dict_utils.targets import Target, Targets, plain_full_tensor, winners
-from shardproof._state_dict_utils.tensors import CPU
+from shardproof._state_dict_utils.targets import (
+    Model,
+    Target,
+    Targets,
+    plain_full_tensor,
+    winners,
+)
+from shardproof._state_dict_utils.tensors import CPU, copies_of_each
 
 
 @torch.no_grad()
@@ -105,14 +112,43 @@ def _distribute_tensors(
     local_state_dict.update(_filled(found))
 
 
+SMALL = 8 << 10
+"""Bytes of a full tensor up to which it is cut together with others that are laid out alike: to
+copy all of it costs less than to look at its part alone."""
+TOGETHER = 16
+"""So many at once, through 128 KiB at most: more would not be faster."""
+
+
 def _filled(found: dict[str, tuple[Target, torch.Tensor]]) -> dict[str, Any]:
     """The results by key; of tied targets the last key's values are in all of them."""
     leaders = winners({key: target for key, (target, _) in found.items()})
     results: dict[str, Any] = {}
+    alike: dict[Model, list[str]] = {}
     for key, (target, full) in found.items():
+        model = target.model
         if key not in leaders:
-            results[key] = target.filled(full)
-        elif target.model.keeps:
+            if model.copies and full.nbytes <= SMALL and full.device == model.device:
+                alike.setdefault(model, []).append(key)
+            else:
+                results[key] = target.filled(full)
+        elif model.keeps:
             # The leader's values are in its memory, and it stays the caller's object.
             results[key] = target.value
+    for model, keys in alike.items():
+        results.update(zip(keys, _cut(model, [found[key] for key in keys]), strict=True))
     return {key: results[key if key in results else leaders[key]] for key in found}
+
+
+def _cut(model: Model, pairs: list[tuple[Target, torch.Tensor]]) -> Iterator[Any]:
+    """The results of targets of one model whose new memory is a copy of a part of full tensors."""
+    block = model.block
+    if block is None or block.region is None or len(pairs) == 1:
+        yield from [target.filled(full) for target, full in pairs]
+        return
+    for begin in range(0, len(pairs), TOGETHER):
+        some = pairs[begin : begin + TOGETHER]
+        stacked = torch.stack([full for _, full in some])
+        for (target, _), part in zip(some, copies_of_each(stacked[:, *block.region]), strict=True):
+            target.memory = part
+            yield target.result()
+        del stacked

@@ -150,6 +150,7 @@ class Model:
         keeps: whether values are written into the memory that is there.
         ordinary: whether the memory that is there is contiguous, and holds its values as they are;
             so where there is none.
+        copies: whether new memory of a target is but a copy of its part of the full tensor.
 
     Raises:
         TypeError, ValueError: as :meth:`Targets.target` says.
@@ -158,6 +159,7 @@ class Model:
 
     __slots__ = (
         "block",
+        "copies",
         "device",
         "dtype",
         "is_piece",
@@ -206,6 +208,12 @@ class Model:
             )
             if self.keeps:
                 self.device = like.device
+        self.copies = (
+            not self.keeps
+            and self.ordinary
+            and self.dtype == self.source_dtype
+            and self.dtype in MOVABLE
+        )
 
     def _check(self, value: torch.Tensor) -> None:
         if not self.is_piece and value.size() != self.size:
@@ -241,16 +249,6 @@ class Model:
     def receives_directly(self, device: torch.device) -> bool:
         """Whether bytes for a target can be received on ``device`` right into its memory."""
         return self.ordinary and self.dtype == self.source_dtype and self.device == device
-
-    @property
-    def copies(self) -> bool:
-        """Whether new memory of a target is but a copy of its part of the full tensor."""
-        return (
-            not self.keeps
-            and self.ordinary
-            and self.dtype == self.source_dtype
-            and self.dtype in MOVABLE
-        )
 
 
 class Target:
@@ -383,11 +381,12 @@ def plain_full_tensor(key: Any, value: torch.Tensor) -> torch.Tensor:
         ValueError: it has no data.
 
     """
-    if type(value) is not torch.Tensor and isinstance(value, (DTensor, ShardedTensor)):
-        raise TypeError(
-            f"{key!r}: the full state dict has a {kind_of(value)}, expected a full tensor"
-        )
+    if type(value) is not torch.Tensor:
+        if isinstance(value, (DTensor, ShardedTensor)):
+            raise TypeError(
+                f"{key!r}: the full state dict has a {kind_of(value)}, expected a full tensor"
+            )
+        value = settled(value)
     if value.is_meta:
         raise ValueError(f"{key!r}: the full tensor is on the meta device, expected values")
-    plain = settled(value)
-    return plain.detach() if plain.requires_grad else plain
+    return value.detach() if value.requires_grad else value

@@ -14,15 +14,13 @@ from benchmarks import journal
 from benchmarks.journal import Arms
 from benchmarks.listing import label
 from benchmarks.measured import COUNTED, TRACKS, Measured
-from benchmarks.session.statistics import ratio, typical
+from benchmarks.session.statistics import known, ratio, typical
 from benchmarks.settings import (
     ARMS,
-    CROWDED,
     FEWEST_WORLDS,
     FLOOR,
     TORCH,
     Settings,
-    crowded,
     leaves,
 )
 from benchmarks.where import where
@@ -118,12 +116,12 @@ class Parent:
         told: Callable[[str], None] = lambda _: None,
         **how: Any,
     ) -> list[Arms | Exception]:
-        """All of them in one world each, then all in the next, until each has its worlds.
+        """All of them in one world each, then all in the next, until the ratios of each are known.
 
         So the worlds of one are minutes apart where there are many: a neighbour on the machine who
         takes its cache for a while gets one of them, and the median forgives it. Counts and
         profiles are of the first. Of each the numbers as `measure_all` gives them, or the
-        `world.WorldError` that ended it.
+        `world.WorldError` that ended it; in the journal as soon as it is done.
 
         Args:
             wanted: (benchmark, regime, size) of each.
@@ -136,22 +134,16 @@ class Parent:
         """
         from benchmarks.session.world import WorldError
 
-        most = [self._worlds(*one) if timed else 1 for one in wanted]
+        most = self.settings.worlds if timed else 1
         worlds: list[list[Arms]] = [[] for _ in wanted]
         spent, first, latest = ([0.0] * len(wanted) for _ in range(3))
-        failed: dict[int, Exception] = {}
-        for turn in range(max(most, default=0)):
+        done: dict[int, Arms | Exception] = {}
+        for turn in range(most):
             for number, one in enumerate(wanted):
-                # The first counts, too, which may take longer than all that is timed.
-                longest = LONGEST * self.settings.world * most[number]
-                long = spent[number] - first[number] > longest
-                # What the last world took the next one may take, too: it has to fit, or what was
-                # measured would be lost.
-                late = spent[number] + latest[number] > self.settings.limit
-                over = (long and turn >= FEWEST_WORLDS) or (late and turn > 0)
-                if number in failed or turn >= most[number] or over:
+                if number in done:
                     continue
-                told(f"world {turn + 1}/{most[number]}, {number + 1}/{len(wanted)}: {label(*one)}")
+                left = f"{len(wanted) - len(done)} of {len(wanted)} not known yet"
+                told(f"world {turn + 1}, {left}: {label(*one)}")
                 begin = time.monotonic()
                 try:
                     worlds[number] += self.measure_all(
@@ -163,20 +155,21 @@ class Parent:
                         **how,
                     )
                 except WorldError as error:
-                    failed[number] = error
+                    done[number] = error
+                    continue
                 latest[number] = time.monotonic() - begin
                 spent[number] += latest[number]
                 if turn == 0:
                     first[number] = spent[number]
-        return [
-            failed.get(number) or self._whole(one, worlds[number])
-            for number, one in enumerate(wanted)
-        ]
-
-    def _worlds(self, benchmark: Measured, regime: str, size: int) -> int:
-        """The most worlds of a measurement."""
-        most = self.settings.worlds
-        return most * CROWDED if most > 1 and crowded(size) and not benchmark.fake else most
+                # The first counts, too, which may take longer than all that is timed.
+                long = spent[number] - first[number] > LONGEST * self.settings.world * most
+                # What the last world took the next one may take, too: it has to fit, or what was
+                # measured would be lost.
+                late = spent[number] + latest[number] > self.settings.limit
+                enough = turn + 1 >= FEWEST_WORLDS and (long or _known(worlds[number]))
+                if enough or late or turn + 1 == most:
+                    done[number] = self._whole(one, worlds[number])
+        return [done[number] for number in range(len(wanted))]
 
     def _whole(self, one: Wanted, worlds: Sequence[Arms]) -> Arms:
         """The numbers of all worlds of a measurement, noted in the journal."""
@@ -219,6 +212,9 @@ class Parent:
             for number, task in enumerate(tasks):
                 by_rank = world.measured(number, abandoned)
                 found = {arm: _merged([r[arm] for r in by_rank]) for arm in task.arms}
+                for name in COUNTED:
+                    if (task.regime, name) in task.benchmark.varies:
+                        found.get(TORCH, {}).pop(name, None)
                 _relate(found)
                 yield found
 
@@ -270,6 +266,12 @@ class Parent:
     def _note(self, one: Wanted, found: Arms) -> None:
         if self._journal is not None:
             journal.write(self._journal, where(self.settings), one, found)
+
+
+def _known(worlds: Sequence[Arms]) -> bool:
+    """Whether the ratios of all arms that have times in these worlds are known."""
+    seconds = [[s for w in worlds for s in w[arm]["seconds"]] for arm in worlds[0]]
+    return known([s for s in seconds if len(s) == len(worlds)])
 
 
 def _merged(ranks: list[dict[str, Any]]) -> dict[str, Any]:

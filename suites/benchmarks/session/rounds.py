@@ -30,6 +30,9 @@ core of its own, another waits for all the others: samples are long enough to wa
 MOST_CALLS = 2000
 MOST_RESETS = 50
 """Calls a sample where each has to be reset: resets and checks take longer than they do."""
+PREPARED = 0.5
+"""Rounds last at least this share of what it took to build the arms and to do each of them once:
+where a model takes 20 s to lay out, one more round costs less than one more world."""
 SETTLING = 1 / 8
 """Share of the time for rounds before which they do not end, however alike they are: a heap that
 grows, or a neighbour on the machine, lasts for seconds."""
@@ -52,19 +55,21 @@ def measure(task: Task, rank: int, device: torch.device) -> dict[str, Any]:
     bed = Bed(task, rank, device)
     found: dict[str, dict[str, Any]] = {}
     works: dict[str, Work] = {}
+    begin = time.monotonic()
     for arm in task.arms:
         bed.arm = arm
         wrong, work = _build(task, bed)
         found[arm] = {"wrong": wrong, "seconds": []}
         if not wrong:
             works[arm] = work
+    (building,) = bed.largest([time.monotonic() - begin])
     # Counts come first: torch's shared memory remembers how often it was called.
     if task.counted:
         for arm, work in works.items():
             counts = count(work.call, work.reset, device)
             found[arm] |= dataclasses.asdict(counts)
     if task.timed and works:
-        _time(task, bed, works, found)
+        _time(bed, works, found, task.rounds, max(task.budget, PREPARED * building))
     if task.profiled and REFERENCE in works:
         work = works[REFERENCE]
         seconds = statistics.median(found[REFERENCE]["seconds"] or [math.inf])
@@ -109,10 +114,16 @@ def _line(error: Exception) -> str:
     return (str(error).strip() or "(no text)").partition("\n")[0][:500]
 
 
-def _time(task: Task, bed: Bed, works: dict[str, Work], found: dict[str, dict[str, Any]]) -> None:
+def _time(
+    bed: Bed,
+    works: dict[str, Work],
+    found: dict[str, dict[str, Any]],
+    rounds: tuple[int, int],
+    budget: float,
+) -> None:
     """Rounds until the ratios are known well enough, or the time for them is over."""
     calls, samples = _plan(bed, works)
-    fewest, most = task.rounds
+    fewest, most = rounds
     begin, done = time.monotonic(), 0
     order = list(works)
     while order:
@@ -130,8 +141,8 @@ def _time(task: Task, bed: Bed, works: dict[str, Work], found: dict[str, dict[st
         for arm in turned:
             found[arm]["seconds"].append(statistics.median(told[: samples[arm]]))
             del told[: samples[arm]]
-        over = done >= fewest and spent * (done + 1) / done > task.budget
-        known = spent > SETTLING * task.budget and settled([found[a]["seconds"] for a in order])
+        over = done >= fewest and spent * (done + 1) / done > budget
+        known = spent > SETTLING * budget and settled([found[a]["seconds"] for a in order])
         if over or known or done >= most:
             break
     for arm in works:

@@ -254,6 +254,37 @@ class TestDistributeManyAlike:
         for key, (tensor, placements) in cases.items():
             assert_landed(mine[key], tensor.to(device), over, placements, key)
 
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("view", VIEWS)
+    def test_full_tensors_of_any_strides(
+        self, judged: Any, mesh: Any, device: torch.device, view: str
+    ) -> None:
+        """Some full tensors are views of other memory."""
+        line = mesh(2)
+        full = {f"w{n}": numbers(8, 6, salt=n).to(device) for n in range(9)}
+        full["w3"] = VIEWS[view](full["w3"])
+        mine: dict[str, Any] = {key: target(tensor, line, [S(0)]) for key, tensor in full.items()}
+        judged(full, mine, device)
+        for key, tensor in full.items():
+            assert_landed(mine[key], tensor, line, [S(0)], key)
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("placements", [[R], [S(0)], [S(1)]], ids=placement_id)
+    def test_results_are_apart(
+        self, judged: Any, mesh: Any, device: torch.device, placements: Any
+    ) -> None:
+        """Each of a hundred has its own values, and memory of its own, no more than it needs."""
+        full = {f"w{n}": numbers(8, 6, salt=n).to(device) for n in range(100)}
+        mine: dict[str, Any] = {
+            key: target(tensor, mesh(2), placements) for key, tensor in full.items()
+        }
+        judged(full, mine, device)
+        for key, tensor in full.items():
+            assert_landed(mine[key], tensor, mesh(2), placements, key)
+        assert_apart({key: tensor._local_tensor for key, tensor in mine.items()})
+
 
 def many_kinds(mesh: Any, salt: int = 0) -> dict[str, Any]:
     """Small tensors of several dtypes, shapes, strides and kinds, each with others like it."""
