@@ -225,7 +225,7 @@ def test_rounds_are_spread_over_worlds(settings: Settings, worlds: int) -> None:
 
 @pytest.mark.parametrize(
     ("took", "spread", "worlds"),
-    [(1, 0.0, 4), (1, 0.2, 8), (1, 1.0, 40), (100, 1.0, 6), (500, 1.0, 2), (700, 1.0, 1)],
+    [(1, 0.0, 4), (1, 0.2, 10), (1, 1.0, 40), (100, 1.0, 6), (500, 1.0, 2), (700, 1.0, 1)],
 )
 def test_worlds_go_on_until_the_ratios_are_known(
     monkeypatch: pytest.MonkeyPatch, took: float, spread: float, worlds: int
