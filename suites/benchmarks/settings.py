@@ -29,7 +29,7 @@ WIDTH = {
 
 WORLD = 4.0
 """Seconds for the rounds in each world of a measurement."""
-MOST_WORLDS = 40
+MOST_WORLDS = 20
 FEWEST_WORLDS = 4
 """Where memory lies differs from world to world, and whether a neighbour on the machine has the
 other half of a core changes within seconds; times differ with both, by a tenth or more, and no

@@ -17,7 +17,7 @@ from shardproof._state_dict_utils.targets import (
     plain_full_tensor,
     winners,
 )
-from shardproof._state_dict_utils.tensors import CPU, copies_of_each
+from shardproof._state_dict_utils.tensors import CPU, PLAIN, copies_of_each
 
 
 @torch.no_grad()
@@ -127,7 +127,7 @@ def _filled(found: dict[str, tuple[Target, torch.Tensor]]) -> dict[str, Any]:
     for key, (target, full) in found.items():
         model = target.model
         if key not in leaders:
-            if model.copies and full.nbytes <= SMALL and full.device == model.device:
+            if model.copies and full.device == model.device and _is_small(full):
                 alike.setdefault(model, []).append(key)
             else:
                 results[key] = target.filled(full)
@@ -137,6 +137,11 @@ def _filled(found: dict[str, tuple[Target, torch.Tensor]]) -> dict[str, Any]:
     for model, keys in alike.items():
         results.update(zip(keys, _cut(model, [found[key] for key in keys]), strict=True))
     return {key: results[key if key in results else leaders[key]] for key in found}
+
+
+def _is_small(full: torch.Tensor) -> bool:
+    """Whether it is a strided tensor of no kind of its own, and small."""
+    return type(full) in PLAIN and full.layout is torch.strided and full.nbytes <= SMALL
 
 
 def _cut(model: Model, pairs: list[tuple[Target, torch.Tensor]]) -> Iterator[Any]:

@@ -121,7 +121,8 @@ class Parent:
         So the worlds of one are minutes apart where there are many: a neighbour on the machine who
         takes its cache for a while gets one of them, and the median forgives it. Counts and
         profiles are of the first. Of each the numbers as `measure_all` gives them, or the
-        `world.WorldError` that ended it; in the journal as soon as it is done.
+        `world.WorldError` that ended it; in the journal as soon as it is done, and what there is of
+        it when it is interrupted.
 
         Args:
             wanted: (benchmark, regime, size) of each.
@@ -132,12 +133,33 @@ class Parent:
             how: more for `measure_all`.
 
         """
+        worlds: list[list[Arms]] = [[] for _ in wanted]
+        done: dict[int, Arms | Exception] = {}
+        try:
+            self._go_on(wanted, worlds, done, timed, counted, profiled, told, how)
+        except KeyboardInterrupt:
+            for number, one in enumerate(wanted):
+                if worlds[number] and number not in done:
+                    self._whole(one, worlds[number])
+            raise
+        return [done[number] for number in range(len(wanted))]
+
+    def _go_on(
+        self,
+        wanted: Sequence[Wanted],
+        worlds: list[list[Arms]],
+        done: dict[int, Arms | Exception],
+        timed: bool,
+        counted: bool,
+        profiled: bool,
+        told: Callable[[str], None],
+        how: dict[str, Any],
+    ) -> None:
+        """Worlds of each of `wanted`, into `worlds`, until all are in `done`."""
         from benchmarks.session.world import WorldError
 
         most = self.settings.worlds if timed else 1
-        worlds: list[list[Arms]] = [[] for _ in wanted]
         spent, first, latest = ([0.0] * len(wanted) for _ in range(3))
-        done: dict[int, Arms | Exception] = {}
         for turn in range(most):
             for number, one in enumerate(wanted):
                 if number in done:
@@ -169,7 +191,6 @@ class Parent:
                 enough = turn + 1 >= FEWEST_WORLDS and (long or _known(worlds[number]))
                 if enough or late or turn + 1 == most:
                     done[number] = self._whole(one, worlds[number])
-        return [done[number] for number in range(len(wanted))]
 
     def _whole(self, one: Wanted, worlds: Sequence[Arms]) -> Arms:
         """The numbers of all worlds of a measurement, noted in the journal."""
