@@ -15,8 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from benchmarks import baseline, command, environment, measured
-from benchmarks.bench_broadcast import DistributeStateDict
+from benchmarks import baseline, bench_broadcast, command, environment, measured
 from benchmarks.journal import read
 from benchmarks.listing import HERE, benchmarks
 from benchmarks.session.parent import Parent
@@ -43,7 +42,7 @@ def test_where_torch_has_no_number_no_ratio_to_it_is_asked_for(benchmark: Any) -
 
 def test_a_count_that_differs_from_call_to_call_is_not_told() -> None:
     """It is torch's alone, and n/a in that regime only."""
-    benchmark: Any = DistributeStateDict()
+    benchmark: Any = bench_broadcast.DistributeStateDict()
     peak = benchmark.track_peak
     for arm, regime in ((TORCH, "many"), (REFERENCE, "model"), (FLOOR, "model")):
         peak.setup(arm, regime, "4 ranks, gloo on cpu")
@@ -64,7 +63,9 @@ def test_a_count_that_differs_from_call_to_call_is_not_kept(
     monkeypatch.setattr("harness.warm.unfit", lambda: "")
     one = object.__new__(Parent)
     one.settings, one._data = Settings(), {"model": {}}
-    (found,) = one.measure_all([(DistributeStateDict(), "model", 4)], arms=(TORCH, REFERENCE))
+    (found,) = one.measure_all(
+        [(bench_broadcast.DistributeStateDict(), "model", 4)], arms=(TORCH, REFERENCE)
+    )
     assert found[TORCH] == {"wrong": "", "seconds": [], "collectives": 147}
     assert found[REFERENCE] == counts
 
