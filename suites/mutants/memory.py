@@ -31,8 +31,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "cut_from_copies",
         "each full tensor is copied before its shard is cut from it, and all copies stay",
         "distribute.py",
-        "where, (size, dtype)), full\n",
-        "where, (size, dtype)), full.clone()\n",
+        "where, alike, layout), full\n",
+        "where, alike, layout), full.clone()\n",
         "memory",
     ),
     (

@@ -125,8 +125,9 @@ def _broadcast_state_dict(
 
     Raises, the same on every rank, before anything changes:
         TypeError: the full state dict has a DTensor or ShardedTensor (pytorch#164843), or a value
-            that cannot be pickled, or a target is a ShardedTensor.
-        ValueError: shapes or dtypes of full tensor and target do not fit.
+            that cannot be pickled, or a tensor for one of the ranks' keys that is sparse or
+            quantized; or a target is a ShardedTensor.
+        ValueError: shapes, dtypes or layouts of full tensor and target do not fit.
 
     All ranks of the group have to call it. Collectives: two broadcasts for the offer, one
     all-gather to agree (two where the ranks need different parts, or one refuses), and one
@@ -271,11 +272,17 @@ def _plan(
     scalars: dict[Any, Offer] = {}
     for key, number in zip(offers.keys, offers.numbers, strict=True):
         value, offer = local.get(key), kinds[number]
-        if value is None and (key not in local or offer.kind == "tensor"):
+        if value is None and (key not in local or offer.kind in ("tensor", "opaque")):
             continue
         if offer.kind == "value":
             plan.values[key] = offers.values[key]
             continue
+        if offer.kind == "opaque":
+            layout, dtype = offers.values[key], offer.dtype
+            raise TypeError(
+                f"{key!r}: the full tensor has layout {layout} and dtype {dtype}, "
+                "expected a strided tensor that is not quantized"
+            )
         here = device
         if offer.kind == "scalar":
             scalars[key] = offer

@@ -38,13 +38,14 @@ def _distribute_state_dict(
     After it, for each key that both have: a DTensor target is replaced by a new DTensor on
     ``device`` with its mesh, placements and dtype, a plain target by a new tensor with its dtype;
     a 0-dim tensor for a plain target comes out on the CPU. None stays None where a tensor with
-    dimensions is offered. Values that are no tensors are copied. Tied targets stay tied: the last
-    key of the full state dict wins. No key is added.
+    dimensions is offered. A sparse or quantized tensor lands whole in a plain target of its kind.
+    Values that are no tensors are copied. Tied targets stay tied: the last key of the full state
+    dict wins. No key is added.
 
     Raises, on this rank and before anything changes:
         TypeError: the full state dict has a DTensor or ShardedTensor, or a target is a
             ShardedTensor.
-        ValueError: shapes or dtypes of full tensor and target do not fit.
+        ValueError: shapes, dtypes or layouts of full tensor and target do not fit.
 
     No collective runs, so a rank whose full state dict is empty keeps what it has and nobody
     waits (pytorch#157781).
@@ -67,8 +68,8 @@ def _distribute_state_dict(
         meta = isinstance(held, torch.Tensor) and held.is_meta
         scalar = not full.dim() and not meta and not isinstance(held, DTensor)
         where = CPU if scalar else device
-        size, dtype = full.size(), full.dtype
-        found[key] = targets.target(key, held, size, dtype, where, (size, dtype)), full
+        size, dtype, layout = alike = full.size(), full.dtype, full.layout
+        found[key] = targets.target(key, held, size, dtype, where, alike, layout), full
     results = _filled(found)
     local_state_dict.update(values)
     local_state_dict.update(results)
@@ -107,8 +108,8 @@ def _distribute_tensors(
             continue
         held, value = pair
         full = plain_full_tensor(key, value)
-        size, dtype = full.size(), full.dtype
-        found[key] = targets.target(key, held, size, dtype, device, (size, dtype)), full
+        size, dtype, layout = alike = full.size(), full.dtype, full.layout
+        found[key] = targets.target(key, held, size, dtype, device, alike, layout), full
     local_state_dict.update(_filled(found))
 
 
@@ -140,8 +141,8 @@ def _filled(found: dict[str, tuple[Target, torch.Tensor]]) -> dict[str, Any]:
 
 
 def _is_small(full: torch.Tensor) -> bool:
-    """Whether it is a strided tensor of no kind of its own, and small."""
-    return type(full) in PLAIN and full.layout is torch.strided and full.nbytes <= SMALL
+    """Whether it is of no kind of its own, and small."""
+    return type(full) in PLAIN and full.nbytes <= SMALL
 
 
 def _cut(model: Model, pairs: list[tuple[Target, torch.Tensor]]) -> Iterator[Any]:

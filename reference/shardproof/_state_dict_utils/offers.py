@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from shardproof._state_dict_utils.agreement import Failure
 from shardproof._state_dict_utils.targets import plain_full_tensor
-from shardproof._state_dict_utils.tensors import bits, geometry, is_ordinary
+from shardproof._state_dict_utils.tensors import bits, geometry, is_opaque, is_ordinary
 from shardproof._state_dict_utils.ties import maybe_tied
 from shardproof._state_dict_utils.wire import Domain, broadcast, finish
 
@@ -24,7 +24,8 @@ class Offer(NamedTuple):
     """What the source has under a key, without the data.
 
     Attributes:
-        kind: ``tensor``, ``scalar`` (0-dim, its bytes travel with the offers) or ``value``.
+        kind: ``tensor``, ``scalar`` (0-dim, its bytes travel with the offers), ``value``, or
+            ``opaque``: a tensor that cannot be sent, and its layout as the value.
         size: of a tensor.
         dtype: of a tensor.
         flat: whether a tensor's memory can be sent as it is.
@@ -107,12 +108,16 @@ def offers_of(full: dict[str, Any], keys: list[str] | None) -> tuple[Offers, Fai
                 offers.add(key, Offer("value"), value)
                 continue
             plain = plain_full_tensor(key, value)
+            size, dtype, ordinary = plain.shape, plain.dtype, is_ordinary(plain)
+            if not ordinary and is_opaque(plain.layout, dtype):
+                # Whether this is an error is seen where it is wanted.
+                offers.add(key, Offer("opaque", tuple(size), dtype), plain.layout)
+                continue
             if not plain.dim() and keys is None:
                 raw = bits(plain).cpu().reshape(1).view(torch.uint8).numpy().tobytes()
-                offers.add(key, Offer("scalar", (), plain.dtype), raw)
+                offers.add(key, Offer("scalar", (), dtype), raw)
                 continue
-            size, dtype = plain.shape, plain.dtype
-            flat = is_ordinary(plain) and plain.is_contiguous() and not plain.is_neg()
+            flat = ordinary and plain.is_contiguous() and not plain.is_neg()
             number = numbers.get((size, dtype, flat))
             if number is None:
                 number = offers.number(Offer("tensor", tuple(size), dtype, flat))

@@ -28,6 +28,8 @@ from shardproof._state_dict_utils.tensors import (
     STANDS_FOR,
     allocate,
     allocate_like,
+    fresh_copy,
+    is_opaque,
     is_ordinary,
     kind_of,
     put,
@@ -78,6 +80,7 @@ class Targets:
         dtype: torch.dtype,
         device: torch.device,
         alike: Hashable,
+        layout: torch.layout = torch.strided,
     ) -> Target:
         """The entry ``key`` of a local state dict as something that takes a full tensor.
 
@@ -90,12 +93,13 @@ class Targets:
             size: the shape of the full tensor.
             dtype: the dtype of the full tensor.
             device: where new tensors are made.
-            alike: equal only where ``size`` and ``dtype`` are, and for values that are alike
-                ``device``.
+            alike: equal only where ``size``, ``dtype`` and ``layout`` are, and for values that
+                are alike ``device``.
+            layout: that of the full tensor.
 
         Raises:
             TypeError: the target is of a kind that cannot take a full tensor.
-            ValueError: its shape, dtype or placements do not admit the full tensor.
+            ValueError: its shape, dtype, layout or placements do not admit the full tensor.
 
         """
         kind = self._looked[key] if key in self._looked else self._kind(value)
@@ -103,17 +107,23 @@ class Targets:
         if found is None:
             if kind is None:
                 value = stood_for(value)
-            found = self._model(key, value, size, dtype, device)
+            found = self._model(key, value, size, dtype, layout, device)
             if kind is not None:
                 self._models[kind, alike] = found
         return Target(key, value, found)
 
     def _model(
-        self, key: Any, value: Any, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
+        self,
+        key: Any,
+        value: Any,
+        size: tuple[int, ...],
+        dtype: torch.dtype,
+        layout: torch.layout,
+        device: torch.device,
     ) -> Model:
         device = CPU if self._cpu_offload else device
         try:
-            return Model(value, size, dtype, device, self._in_place, self._cpu_offload)
+            return Model(value, size, dtype, layout, device, self._in_place, self._cpu_offload)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{key!r}: {error}") from None
 
@@ -142,6 +152,8 @@ class Model:
     Attributes:
         size: the shape of the full tensors.
         source_dtype: their dtype.
+        layout: theirs.
+        is_opaque: whether they can but be copied as a whole.
         dtype: that of the results.
         device: where new tensors are made.
         place: which part of a full tensor a target takes, on whatever rank.
@@ -162,8 +174,10 @@ class Model:
         "copies",
         "device",
         "dtype",
+        "is_opaque",
         "is_piece",
         "keeps",
+        "layout",
         "ordinary",
         "place",
         "size",
@@ -175,6 +189,7 @@ class Model:
         value: Any,
         size: tuple[int, ...],
         dtype: torch.dtype,
+        layout: torch.layout,
         device: torch.device,
         in_place: bool,
         cpu_offload: bool,
@@ -182,6 +197,8 @@ class Model:
         distributed = isinstance(value, DTensor)
         self.size = size
         self.source_dtype = dtype
+        self.layout = layout
+        self.is_opaque = is_opaque(layout, dtype)
         self.device = device
         self.place = WHOLE
         self.block: Block | None = None
@@ -210,6 +227,7 @@ class Model:
                 self.device = like.device
         self.copies = (
             not self.keeps
+            and not self.is_opaque
             and self.ordinary
             and self.dtype == self.source_dtype
             and self.dtype in MOVABLE
@@ -221,10 +239,17 @@ class Model:
                 f"the target has shape {tuple(value.size())}, expected {self.size} "
                 "as the full tensor has"
             )
-        if self.source_dtype.is_complex and not value.dtype.is_complex:
+        mine, theirs = value.dtype, self.source_dtype
+        if (theirs.is_complex and not mine.is_complex) or (
+            is_opaque(torch.strided, theirs) and mine != theirs
+        ):
             raise ValueError(
-                f"the target has dtype {value.dtype}, which cannot take the full "
-                f"tensor's {self.source_dtype}"
+                f"the target has dtype {mine}, which cannot take the full tensor's {theirs}"
+            )
+        if value.layout is not self.layout:
+            raise ValueError(
+                f"the target has layout {value.layout}, expected {self.layout} "
+                "as the full tensor has"
             )
 
     def _plan_dtensor(self, value: DTensor, in_place: bool, cpu_offload: bool) -> None:
@@ -348,7 +373,9 @@ class Target:
     def filled(self, full: torch.Tensor) -> Any:
         """The result with its part of a full tensor that is here."""
         model, block = self.model, self.model.block
-        if (
+        if model.is_opaque:
+            self.memory = fresh_copy(full, model.device).to(model.dtype)
+        elif (
             model.copies
             and self.memory is None
             and block is not None

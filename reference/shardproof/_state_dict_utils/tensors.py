@@ -46,6 +46,7 @@ MOVABLE = frozenset(
     }
 )
 PLAIN = frozenset({torch.Tensor, nn.Parameter})
+_QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 _INTEGER_OF_WIDTH = {
     1: torch.uint8,
     2: torch.int16,
@@ -107,6 +108,14 @@ def is_ordinary(tensor: torch.Tensor) -> bool:
     ):
         return False
     return tensor.layout is torch.strided and not tensor.is_quantized
+
+
+def is_opaque(layout: torch.layout, dtype: torch.dtype) -> bool:
+    """Whether such tensors (sparse, quantized) hold more than elements at strides.
+
+    They can be copied as a whole; no part of them can be cut out, or sent as bytes.
+    """
+    return layout is not torch.strided or dtype in _QUANTIZED
 
 
 def bit_dtype(dtype: torch.dtype) -> torch.dtype:

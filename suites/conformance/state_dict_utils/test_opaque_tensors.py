@@ -1,0 +1,125 @@
+"""Sparse and quantized full tensors: they hold more than elements at strides.
+
+No part of them can be cut out, or sent as bytes. So they land whole, or are refused by name on
+every rank; a source that finds out while the others wait for its bytes leaves them waiting.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from conformance.kit.agree import assert_raises_everywhere, attempt
+from conformance.kit.compare import assert_same, fingerprint
+from conformance.kit.data import numbers
+from conformance.kit.landing import assert_landed, blank, target
+from conformance.kit.layouts import S
+
+KINDS = ["coo", "csr", "quantized"]
+
+
+def opaque(kind: str, device: torch.device, salt: int = 0) -> torch.Tensor:
+    """A (5, 3) tensor with some zeros, as a sparse or quantized one."""
+    full = numbers(5, 3, salt=salt, device=device)
+    full[1] = 0
+    with warnings.catch_warnings():
+        # CSR tensors are announced as beta, quantized ones as deprecated.
+        warnings.simplefilter("ignore")
+        if kind == "quantized":
+            return torch.quantize_per_tensor(full, 0.5, 3, torch.qint8)
+        return full.to_sparse_csr() if kind == "csr" else full.to_sparse().coalesce()
+
+
+def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The strided tensors that hold it."""
+    if tensor.is_quantized:
+        return [tensor.int_repr()]
+    if tensor.layout is torch.sparse_csr:
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    return [tensor.coalesce().indices(), tensor.coalesce().values()]
+
+
+@pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
+class TestBroadcastOpaque:
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2, collective=8, limit=25)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_it_is_refused_everywhere(
+        self, judged: Any, mesh: Any, world: Any, device: torch.device, kind: str
+    ) -> None:
+        """A sparse or quantized tensor that a rank wants raises alike on all; nothing lands."""
+        full = {"fine": numbers(4, 3, device=device), "layer.odd": opaque(kind, device)}
+        like = numbers(5, 3, device=device)
+        odd = target(like, mesh(2), [S(0)]) if world.rank else blank(like)
+        mine: dict[str, Any] = {"fine": blank(full["fine"]), "layer.odd": odd}
+        before = fingerprint(mine)
+        assert_raises_everywhere(
+            world, lambda: judged(full if world.rank == 0 else {}, mine, device), "layer.odd"
+        )
+        assert fingerprint(mine) == before, "the local dict has changed"
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(2, collective=8, limit=25)
+    def test_what_nobody_wants_does_no_harm(
+        self, judged: Any, mesh: Any, rank: int, device: torch.device
+    ) -> None:
+        """A sparse tensor that no rank has a place for keeps no other from landing."""
+        wanted = numbers(5, 3, device=device)
+        mine: dict[str, Any] = {"w": target(wanted, mesh(2), [S(0)]), "none": None}
+        odd = opaque("coo", device)
+        judged({"extra": odd, "w": wanted, "none": odd} if rank == 0 else {}, mine, device)
+        assert list(mine) == ["w", "none"], f"keys {list(mine)}"
+        assert_landed(mine["w"], wanted, mesh(2), [S(0)], "w")
+        assert mine["none"] is None
+
+
+@pytest.mark.judges("_state_dict_utils._distribute_state_dict")
+class TestDistributeOpaque:
+    @pytest.mark.law("values")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_it_lands_whole(self, judged: Any, device: torch.device, kind: str) -> None:
+        """A sparse or quantized tensor lands as it is in a plain target of its kind."""
+        full = opaque(kind, device)
+        local = {"w": opaque(kind, device, salt=1)}
+        judged({"w": full}, local, device)
+        got = local["w"]
+        assert (got.layout, got.dtype) == (full.layout, full.dtype)
+        assert got.shape == full.shape
+        for number, (mine, theirs) in enumerate(zip(parts(got), parts(full), strict=True)):
+            assert_same(mine, theirs, f"part {number}")
+        if kind == "quantized":
+            assert (got.q_scale(), got.q_zero_point()) == (full.q_scale(), full.q_zero_point())
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("kind", KINDS[:2])
+    def test_the_full_tensor_lends_no_memory(
+        self, judged: Any, device: torch.device, kind: str
+    ) -> None:
+        """What lands does not change with the full tensor."""
+        full = opaque(kind, device)
+        local = {"w": opaque(kind, device, salt=1)}
+        judged({"w": full}, local, device)
+        expected = full.values().clone()
+        full.values().zero_()
+        assert_same(parts(local["w"])[-1], expected, "values")
+
+    @pytest.mark.law("all-or-nothing")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_it_is_refused_for_a_dtensor(
+        self, judged: Any, mesh: Any, device: torch.device, kind: str
+    ) -> None:
+        """For a DTensor it is refused by key, and nothing is written."""
+        fine = numbers(5, 3, device=device)
+        local = {key: target(fine, mesh(2), [S(0)]) for key in ("fine", "layer.odd")}
+        before = fingerprint(local)
+        full = {"fine": fine, "layer.odd": opaque(kind, device)}
+        error = attempt(lambda: judged(full, local, device))
+        assert error is not None, f"a {kind} tensor is accepted for a DTensor"
+        assert "layer.odd" in str(error), f"the key is not named: {error!r}"
+        assert fingerprint(local) == before, "the local dict has changed"
