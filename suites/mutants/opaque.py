@@ -1,4 +1,4 @@
-"""Faults with sparse and quantized full tensors. Fields as in copies.py."""
+"""Faults with tensors that hold more than elements at strides. Fields as in copies.py."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "opaque_is_sent",
         "a sparse tensor on the source raises there, and leaves the other ranks waiting",
         "offers.py",
-        "if not ordinary and is_opaque(plain.layout, dtype):",
-        "if False:",
+        "if inner is None or is_opaque(inner.layout, dtype):",
+        "if inner is None:",
         "opaque_tensors",
     ),
     (
@@ -33,6 +33,30 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "targets.py",
         "fresh_copy(full, model.device).to(model.dtype)",
         "full.to(model.device).to(model.dtype)",
+        "opaque_tensors",
+    ),
+    (
+        "wrapper_is_sent_in_part",
+        "of what a wrapper on the source holds the first tensor lands, and the rest is lost",
+        "tensors.py",
+        "        if len(names) != 1:\n            return None\n",
+        "",
+        "opaque_tensors",
+    ),
+    (
+        "wrapper_gathered_in_part",
+        "of what a wrapper holds the elements are gathered, and the rest is lost",
+        "gather.py",
+        "            if layout.wrapper is not None:\n",
+        "            if False:\n",
+        "opaque_tensors",
+    ),
+    (
+        "wrapped_or_not_alike",
+        "a wrapper is gathered as the plain tensor before it that is laid out like it",
+        "leaves.py",
+        "local.device, wrapper),",
+        "local.device),",
         "opaque_tensors",
     ),
 )

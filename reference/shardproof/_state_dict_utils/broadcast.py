@@ -125,8 +125,8 @@ def _broadcast_state_dict(
 
     Raises, the same on every rank, before anything changes:
         TypeError: the full state dict has a DTensor or ShardedTensor (pytorch#164843), or a value
-            that cannot be pickled, or a tensor for one of the ranks' keys that is sparse or
-            quantized; or a target is a ShardedTensor.
+            that cannot be pickled, or a tensor for one of the ranks' keys that is sparse,
+            quantized or a wrapper of several tensors; or a target is a ShardedTensor.
         ValueError: shapes, dtypes or layouts of full tensor and target do not fit.
 
     All ranks of the group have to call it. Collectives: two broadcasts for the offer, one
@@ -278,10 +278,9 @@ def _plan(
             plan.values[key] = offers.values[key]
             continue
         if offer.kind == "opaque":
-            layout, dtype = offers.values[key], offer.dtype
             raise TypeError(
-                f"{key!r}: the full tensor has layout {layout} and dtype {dtype}, "
-                "expected a strided tensor that is not quantized"
+                f"{key!r}: the full tensor is {offers.values[key]}, expected a torch.strided one "
+                "that is neither quantized nor a wrapper of several tensors"
             )
         here = device
         if offer.kind == "scalar":

@@ -38,6 +38,7 @@ from shardproof._state_dict_utils.tensors import (
     dress_like,
     fresh_copy,
     geometry,
+    settled,
 )
 from shardproof._state_dict_utils.traverse import copy_leaf_value, on_this_rank
 from shardproof._state_dict_utils.wire import (
@@ -85,7 +86,8 @@ def _gather_state_dict(
     sharded dimension, even and uneven shards in buckets apart; a tensor of a 16th of a bucket
     or more that is cut evenly along its first dimension has one of its own, and needs no bucket
     (on Gloo, which needs room for what it receives, one per half a bucket). Tensors that are
-    replicated everywhere do not travel. pytorch#150928.
+    replicated everywhere do not travel. What wraps other tensors (``__tensor_flatten__``) is
+    gathered by its own operations, each such DTensor for itself. pytorch#150928.
 
     """
     found = find(state_dict, pg, device, type_check)
@@ -209,11 +211,15 @@ def _gather(
     here = wanted is None or dist.get_rank() in wanted
     results: dict[str, torch.Tensor] = {}
     staying: list[Leaf] = []
+    wrapped: list[Leaf] = []
     streams: dict[Any, list[list[Leaf]]] = defaultdict(list)
     for kind in kinds:
         layout = kind[0].layout
         if layout.domain is not None and layout.dims and not layout.meta:
-            streams[layout.stream].append(kind)
+            if layout.wrapper is not None:
+                wrapped += kind
+            else:
+                streams[layout.stream].append(kind)
         elif here:
             staying += kind
     ready = host.copies([leaf.tensor for leaf in staying]) if cpu_offload else {}
@@ -221,10 +227,27 @@ def _gather(
         results[leaf.path] = _in_place(leaf, cpu_offload, ready.get(place))
     for key in sorted(streams):
         Line(streams[key], wanted, agreed, cpu_offload).gather(results)
+    for leaf in sorted(wrapped, key=attrgetter("path")):
+        if wanted is None or not wanted.isdisjoint(leaf.layout.members):
+            results[leaf.path] = _by_its_own_operations(leaf, cpu_offload)
     if not here:
         return {}
     results.update({path: results[leader] for path, leader in tied.items()})
     return results
+
+
+def _by_its_own_operations(leaf: Leaf, cpu_offload: bool) -> torch.Tensor:
+    """The whole tensor of a DTensor around a wrapper, gathered as the wrapper's class does it.
+
+    What it holds differs in shape and number from its elements, and only the class knows how.
+    """
+    assert isinstance(leaf.tensor, DTensor)
+    try:
+        full = settled(leaf.tensor.full_tensor()).detach()
+        return full.to(result_device(leaf.layout, cpu_offload))
+    except Exception as error:
+        said = f"{leaf.path!r}, {leaf.layout.summary}: {type(error).__name__}: {error}"
+        raise RuntimeError(said) from error
 
 
 def _in_place(leaf: Leaf, cpu_offload: bool, made: torch.Tensor | None) -> torch.Tensor:

@@ -16,7 +16,7 @@ from shardproof._state_dict_utils.agreement import Columns, Failure
 from shardproof._state_dict_utils.containers import LEAF_TYPES, leaf_name
 from shardproof._state_dict_utils.layout import my_coordinate
 from shardproof._state_dict_utils.spread import Layout, layout_of
-from shardproof._state_dict_utils.tensors import local_of, settled, tie_key
+from shardproof._state_dict_utils.tensors import local_of, settled, tie_key, wrapper_of
 from shardproof._state_dict_utils.traverse import check_leaf_types
 from shardproof._state_dict_utils.walk import Walk
 from shardproof._state_dict_utils.wire import Domain, group_domain, mesh_domain
@@ -125,14 +125,15 @@ def find(
             continue
         try:
             if isinstance(value, DTensor):
-                spec, local = value._spec, value._local_tensor
+                spec, local, wrapper = value._spec, value._local_tensor, None
                 if type(local) is not torch.Tensor or local.requires_grad:
                     local = local_of(value)
+                    wrapper = wrapper_of(local)
                 # Meshes by identity: that two are equal costs more to find than a second layout.
                 key: Hashable = (
                     *(id(spec.mesh), spec.placements, spec.tensor_meta),
                     getattr(spec, "shard_order", None),
-                    *(local.shape, local.dtype, local.device),
+                    *(local.shape, local.dtype, local.device, wrapper),
                 )
                 layout = layouts.get(key)
                 if layout is None:

@@ -13,7 +13,13 @@ import torch.distributed as dist
 
 from shardproof._state_dict_utils.agreement import Failure
 from shardproof._state_dict_utils.targets import plain_full_tensor
-from shardproof._state_dict_utils.tensors import bits, geometry, is_opaque, is_ordinary
+from shardproof._state_dict_utils.tensors import (
+    bits,
+    geometry,
+    is_opaque,
+    is_ordinary,
+    unwrapped,
+)
 from shardproof._state_dict_utils.ties import maybe_tied
 from shardproof._state_dict_utils.wire import Domain, broadcast, finish
 
@@ -25,7 +31,7 @@ class Offer(NamedTuple):
 
     Attributes:
         kind: ``tensor``, ``scalar`` (0-dim, its bytes travel with the offers), ``value``, or
-            ``opaque``: a tensor that cannot be sent, and its layout as the value.
+            ``opaque``: a tensor that cannot be sent, and what it is as the value.
         size: of a tensor.
         dtype: of a tensor.
         flat: whether a tensor's memory can be sent as it is.
@@ -109,10 +115,14 @@ def offers_of(full: dict[str, Any], keys: list[str] | None) -> tuple[Offers, Fai
                 continue
             plain = plain_full_tensor(key, value)
             size, dtype, ordinary = plain.shape, plain.dtype, is_ordinary(plain)
-            if not ordinary and is_opaque(plain.layout, dtype):
-                # Whether this is an error is seen where it is wanted.
-                offers.add(key, Offer("opaque", tuple(size), dtype), plain.layout)
-                continue
+            if not ordinary:
+                inner = unwrapped(plain)
+                if inner is None or is_opaque(inner.layout, dtype):
+                    # Whether this is an error is seen where it is wanted.
+                    said = f"a {type(plain).__name__} of {dtype} and {plain.layout}"
+                    offers.add(key, Offer("opaque", tuple(size), dtype), said)
+                    continue
+                plain, ordinary = inner, is_ordinary(inner)
             if not plain.dim() and keys is None:
                 raw = bits(plain).cpu().reshape(1).view(torch.uint8).numpy().tobytes()
                 offers.add(key, Offer("scalar", (), dtype), raw)

@@ -25,7 +25,14 @@ from shardproof._state_dict_utils.layout import (
     partial_dims,
 )
 from shardproof._state_dict_utils.reduction import check_reductions
-from shardproof._state_dict_utils.tensors import CPU, dtype_of, is_row_major, shape_of
+from shardproof._state_dict_utils.tensors import (
+    CPU,
+    dtype_of,
+    is_row_major,
+    settled,
+    shape_of,
+    wrapper_of,
+)
 from shardproof._state_dict_utils.wire import Domain
 
 
@@ -48,6 +55,7 @@ class Layout:
         here: what this rank holds.
         nbytes: of a whole tensor.
         held: whether this rank holds any element.
+        wrapper: the tensor subclass around what this rank holds.
 
     """
 
@@ -65,6 +73,7 @@ class Layout:
     shards: list[tuple[int, Block]] = field(default_factory=list)
     here: list[Block] = field(default_factory=list)
     held: bool = False
+    wrapper: type | None = None
 
     def line(
         self, coordinates: tuple[tuple[int, ...], ...]
@@ -209,6 +218,9 @@ def layout_of(tensor: DTensor | ShardedTensor, domain: Domain | None) -> Layout:
         layout = Layout(domain, domain.members, shape, dtype, stride, device, words, nbytes)
         layout.dims, layout.reductions, layout.cuts = dims, reductions, cuts
         layout.here = [block_at(shape, domain.shape, cuts, domain.here)]
+        layout.wrapper = wrapper_of(settled(tensor._local_tensor))
+        if layout.wrapper is not None:
+            layout.summary += f", over {layout.wrapper.__name__}"
     else:
         members = () if domain is None else domain.members
         nbytes = math.prod(shape) * dtype.itemsize

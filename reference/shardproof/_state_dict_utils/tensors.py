@@ -118,6 +118,28 @@ def is_opaque(layout: torch.layout, dtype: torch.dtype) -> bool:
     return layout is not torch.strided or dtype in _QUANTIZED
 
 
+def wrapper_of(tensor: torch.Tensor) -> type | None:
+    """The subclass of a finished tensor that wraps other tensors; None where there is none.
+
+    What it holds besides its elements (scales, a second tensor) only its own operations move.
+    """
+    kind = type(tensor)
+    return kind if hasattr(kind, "__tensor_flatten__") else None
+
+
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The tensor inside a wrapper that holds no other; None where that is not all there is."""
+    while wrapper_of(tensor) is not None:
+        names, _ = cast(Any, tensor).__tensor_flatten__()
+        if len(names) != 1:
+            return None
+        inner: torch.Tensor = getattr(tensor, names[0])
+        if (inner.shape, inner.dtype) != (tensor.shape, tensor.dtype):
+            return None
+        tensor = inner
+    return tensor
+
+
 def bit_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that carries the bits of ``dtype``."""
     return _INTEGER_OF_WIDTH[dtype.itemsize]

@@ -1,7 +1,8 @@
-"""Sparse and quantized full tensors: they hold more than elements at strides.
+"""Tensors that hold more than elements at strides: sparse, quantized, wrappers of other tensors.
 
-No part of them can be cut out, or sent as bytes. So they land whole, or are refused by name on
-every rank; a source that finds out while the others wait for its bytes leaves them waiting.
+No part of them can be cut out, or sent as bytes. So they travel by their own operations, land
+whole, or are refused by name on every rank; a source that finds out while the others wait for its
+bytes leaves them waiting, and one that sends the elements alone loses the rest in silence.
 """
 
 from __future__ import annotations
@@ -11,20 +12,29 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from conformance.kit.agree import assert_raises_everywhere, attempt
 from conformance.kit.compare import assert_same, fingerprint
 from conformance.kit.data import numbers
 from conformance.kit.landing import assert_landed, blank, target
-from conformance.kit.layouts import S
+from conformance.kit.layouts import R, S, dtensor, part, placement_id
 
-KINDS = ["coo", "csr", "quantized"]
+INDIVISIBLE = ["coo", "csr", "quantized"]
+KINDS = [*INDIVISIBLE, "wrapper"]
+
+
+def wrapper(full: torch.Tensor) -> TwoTensor:
+    """A wrapper around `full` and another tensor of its shape."""
+    return TwoTensor(full, full.neg())
 
 
 def opaque(kind: str, device: torch.device, salt: int = 0) -> torch.Tensor:
-    """A (5, 3) tensor with some zeros, as a sparse or quantized one."""
+    """A (5, 3) tensor with some zeros, as one of these kinds."""
     full = numbers(5, 3, salt=salt, device=device)
     full[1] = 0
+    if kind == "wrapper":
+        return wrapper(full)
     with warnings.catch_warnings():
         # CSR tensors are announced as beta, quantized ones as deprecated.
         warnings.simplefilter("ignore")
@@ -35,11 +45,50 @@ def opaque(kind: str, device: torch.device, salt: int = 0) -> torch.Tensor:
 
 def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The strided tensors that hold it."""
+    if isinstance(tensor, TwoTensor):
+        return [tensor.a, tensor.b]
     if tensor.is_quantized:
         return [tensor.int_repr()]
     if tensor.layout is torch.sparse_csr:
         return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     return [tensor.coalesce().indices(), tensor.coalesce().values()]
+
+
+@pytest.mark.judges("_state_dict_utils._gather_state_dict")
+class TestGatherWrapped:
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("placements", [[S(0)], [S(1)], [R]], ids=placement_id)
+    @pytest.mark.parametrize("only", [(), (1,)], ids=["all", "one"])
+    def test_all_that_it_holds_is_gathered(
+        self, judged: Any, mesh: Any, rank: int, placements: Any, only: tuple[int, ...]
+    ) -> None:
+        """A DTensor around a wrapper comes back as that, whole, beside a plain one like it."""
+        line, full = mesh(2), numbers(6, 4)
+        mine = part(full, line, placements).clone()
+        given = {
+            "plain": dtensor(full, line, placements),
+            "wrapped": dtensor(full, line, placements, local=wrapper(mine)),
+        }
+        got = judged(given, ranks_only=only)
+        if only and rank not in only:
+            assert got == {}, f"keys {list(got)}"
+            return
+        assert type(got["wrapped"]) is TwoTensor, f"a {type(got['wrapped']).__name__}"
+        for mine, expected in zip(parts(got["wrapped"]), (full, full.neg()), strict=True):
+            assert_same(mine, expected, "wrapped")
+        assert_same(got["plain"], full, "plain")
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2, collective=8, limit=25)
+    def test_one_rank_has_none(self, judged: Any, mesh: Any, world: Any) -> None:
+        """A wrapper on one rank, where the other has a plain tensor, raises on both, by name."""
+        line, full = mesh(2), numbers(6, 4)
+        local = part(full, line, [S(0)]).clone()
+        odd = dtensor(full, line, [S(0)], local=wrapper(local) if world.rank else local)
+        assert_raises_everywhere(
+            world, lambda: judged({"fine": full, "layer.odd": odd}), "layer.odd"
+        )
 
 
 @pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
@@ -50,7 +99,7 @@ class TestBroadcastOpaque:
     def test_it_is_refused_everywhere(
         self, judged: Any, mesh: Any, world: Any, device: torch.device, kind: str
     ) -> None:
-        """A sparse or quantized tensor that a rank wants raises alike on all; nothing lands."""
+        """Such a tensor that a rank has a place for raises alike on all, by name."""
         full = {"fine": numbers(4, 3, device=device), "layer.odd": opaque(kind, device)}
         like = numbers(5, 3, device=device)
         odd = target(like, mesh(2), [S(0)]) if world.rank else blank(like)
@@ -82,7 +131,7 @@ class TestDistributeOpaque:
     @pytest.mark.world(1)
     @pytest.mark.parametrize("kind", KINDS)
     def test_it_lands_whole(self, judged: Any, device: torch.device, kind: str) -> None:
-        """A sparse or quantized tensor lands as it is in a plain target of its kind."""
+        """Such a tensor lands as it is in a plain target of its kind."""
         full = opaque(kind, device)
         local = {"w": opaque(kind, device, salt=1)}
         judged({"w": full}, local, device)
@@ -96,7 +145,7 @@ class TestDistributeOpaque:
 
     @pytest.mark.law("isolation")
     @pytest.mark.world(1)
-    @pytest.mark.parametrize("kind", KINDS[:2])
+    @pytest.mark.parametrize("kind", ["coo", "csr"])
     def test_the_full_tensor_lends_no_memory(
         self, judged: Any, device: torch.device, kind: str
     ) -> None:
@@ -110,7 +159,7 @@ class TestDistributeOpaque:
 
     @pytest.mark.law("all-or-nothing")
     @pytest.mark.world(2)
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", INDIVISIBLE)
     def test_it_is_refused_for_a_dtensor(
         self, judged: Any, mesh: Any, device: torch.device, kind: str
     ) -> None:
