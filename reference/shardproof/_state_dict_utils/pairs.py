@@ -19,6 +19,7 @@ from shardproof._state_dict_utils.tensors import (
     put,
     settled,
     shape_of,
+    unwrapped,
     unwritable,
 )
 
@@ -180,10 +181,21 @@ def difference(ours: Any, theirs: Any) -> str | None:
         mine, other = ours._local_tensor.size(), theirs._local_tensor.size()
         if mine != other:
             return f"expected local shape {tuple(mine)}, got {tuple(other)}"
+        return _other_memory(settled(ours._local_tensor), settled(theirs._local_tensor))
     if isinstance(ours, ShardedTensor):
         held, given = _shard_boxes(ours), _shard_boxes(theirs)
         if held != given:
             return f"expected shards (offsets, sizes) {held}, got {given}"
+        return None
+    return _other_memory(settled(ours), settled(theirs))
+
+
+def _other_memory(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
+    """What one of two tensors of a shape and dtype can hold and the other cannot."""
+    if ours.layout is not theirs.layout:
+        return f"expected layout {ours.layout}, got {theirs.layout}"
+    if type(ours) is not type(theirs) and (unwrapped(ours) is None or unwrapped(theirs) is None):
+        return f"expected a {type(ours).__name__}, got {type(theirs).__name__}"
     return None
 
 

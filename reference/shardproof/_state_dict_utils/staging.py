@@ -9,12 +9,13 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
+from shardproof._state_dict_utils.containers import path_name
 from shardproof._state_dict_utils.tensors import (
     CPU,
     MOVABLE,
@@ -24,6 +25,7 @@ from shardproof._state_dict_utils.tensors import (
     local_of,
     settled,
     tie_key,
+    wrapper_of,
     with_local,
     with_shards,
 )
@@ -51,12 +53,14 @@ def _create_cpu_state_dict(
         The same containers around new tensors with unspecified contents: same kinds, shapes,
         dtypes, ties and, for dense tensors, strides. They are plain buffers that do not require
         grad, whatever the originals are. A DTensor keeps mesh and placements, a ShardedTensor its
-        sharding and process group. Tensors without elements are never pinned. Leaves that are no
-        tensors are copied.
+        sharding and process group, a wrapper of tensors (``__tensor_flatten__``) a buffer for
+        each of them. Tensors without elements are never pinned. Leaves that are no tensors are
+        copied.
 
     Raises:
         RuntimeError: pinning is asked for and no accelerator can pin (pytorch#189991), or the
-            accelerator cannot register shared memory. Raised before anything is allocated.
+            accelerator cannot register shared memory; raised before anything is allocated. Or a
+            tensor cannot be allocated, pinned or shared, as a sparse one cannot: names it.
 
     No collective runs.
 
@@ -67,16 +71,19 @@ def _create_cpu_state_dict(
     walk = Walk(state_dict)
     made: dict[Hashable, torch.Tensor] = {}
     results: list[Any] = []
-    for value, tied in zip(walk.leaves, maybe_tied(walk.leaves), strict=True):
-        if not isinstance(value, torch.Tensor):
-            results.append(copy_leaf_value(value))
-        elif not tied:
-            results.append(_allocate_leaf(value, fill))
-        else:
-            key = tie_key(value)
-            if key not in made:
-                made[key] = _allocate_leaf(value, fill)
-            results.append(made[key])
+    try:
+        for value, tied in zip(walk.leaves, maybe_tied(walk.leaves), strict=True):
+            if not isinstance(value, torch.Tensor):
+                results.append(copy_leaf_value(value))
+            elif not tied:
+                results.append(_allocate_leaf(value, fill))
+            else:
+                key = tie_key(value)
+                if key not in made:
+                    made[key] = _allocate_leaf(value, fill)
+                results.append(made[key])
+    except RuntimeError as error:
+        raise RuntimeError(f"{path_name(walk.path(len(results)))}: {error}") from error
     result: dict[str, Any] = walk.rebuilt(results)
     return result
 
@@ -96,7 +103,22 @@ def _buffer_like(tensor: torch.Tensor, *, pin_memory: bool, share_memory: bool) 
     if not share_memory and tensor.dtype in MOVABLE and is_ordinary(tensor):
         return torch.empty_like(tensor, device=CPU, pin_memory=pinnable)
     tensor = settled(tensor)
-    if not is_ordinary(tensor):
+    if (wrapper := cast(Any, wrapper_of(tensor))) is not None:
+        names, context = cast(Any, tensor).__tensor_flatten__()
+        buffers = {
+            name: _buffer_like(
+                getattr(tensor, name), pin_memory=pin_memory, share_memory=share_memory
+            )
+            for name in names
+        }
+        made: torch.Tensor = wrapper.__tensor_unflatten__(
+            buffers, context, tensor.size(), tensor.stride()
+        )
+        return made.detach()
+    if tensor.layout is not torch.strided:
+        if pin_memory or share_memory:
+            how = "shared" if share_memory else "pinned"
+            raise RuntimeError(f"a tensor of layout {tensor.layout} cannot be {how}")
         return torch.empty_like(tensor.detach(), device=CPU)
     if share_memory:
         buffer = allocate_like(tensor, CPU)
@@ -108,6 +130,9 @@ def _buffer_like(tensor: torch.Tensor, *, pin_memory: bool, share_memory: bool) 
         if pinnable:
             _register(buffer)
         return buffer
+    if tensor.is_quantized:
+        buffer = allocate_like(tensor, CPU)
+        return buffer.pin_memory() if pinnable else buffer
     if pinnable:
         like = allocate_like(tensor, "meta")
         return torch.empty_strided(

@@ -45,6 +45,7 @@ MOVABLE = frozenset(
         torch.bool,
     }
 )
+_COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 PLAIN = frozenset({torch.Tensor, nn.Parameter})
 _QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 _INTEGER_OF_WIDTH = {
@@ -213,8 +214,15 @@ def put(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) 
     # Detached, so that nothing is recorded: that is cheaper than a no_grad block a tensor.
     if direct:
         target.detach().view(bit_dtype(dtype)).copy_(bits(source), non_blocking=non_blocking)
-    else:
+    elif target.layout is torch.strided:
         target.detach().copy_(source.detach(), non_blocking=non_blocking)
+    else:
+        # What a detached sparse tensor gets for new entries, the tensor itself does not have.
+        with torch.no_grad():
+            if target.layout in _COMPRESSED:
+                # As many entries as the source has: they copy between equal numbers alone.
+                target.resize_as_sparse_(source)
+            target.copy_(source.detach(), non_blocking=non_blocking)
 
 
 def copy_all(

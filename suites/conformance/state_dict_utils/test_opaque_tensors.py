@@ -7,6 +7,7 @@ bytes leaves them waiting, and one that sends the elements alone loses the rest 
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import Any
 
@@ -15,11 +16,15 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 from conformance.kit.agree import assert_raises_everywhere, attempt
+from conformance.kit.cases import each
 from conformance.kit.compare import assert_same, fingerprint
 from conformance.kit.data import numbers
 from conformance.kit.landing import assert_landed, blank, target
 from conformance.kit.layouts import R, S, dtensor, part, placement_id
 
+# Sharing memory goes through a storage class that torch announces the end of.
+quiet = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+CPU = torch.device("cpu")
 INDIVISIBLE = ["coo", "csr", "quantized"]
 KINDS = [*INDIVISIBLE, "wrapper"]
 
@@ -172,3 +177,108 @@ class TestDistributeOpaque:
         assert error is not None, f"a {kind} tensor is accepted for a DTensor"
         assert "layer.odd" in str(error), f"the key is not named: {error!r}"
         assert fingerprint(local) == before, "the local dict has changed"
+
+
+PAIRS = [*itertools.permutations(["dense", *KINDS], 2)]
+
+
+def either(kind: str, salt: int = 0) -> torch.Tensor:
+    """A tensor of one of the kinds, or a dense one."""
+    return opaque(kind, CPU, salt) if kind in KINDS else numbers(5, 3, salt=salt)
+
+
+@pytest.mark.judges("_state_dict_utils._copy_state_dict")
+class TestCopyOpaque:
+    @pytest.mark.law("values")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_it_is_copied_whole(self, judged: Any, kind: str) -> None:
+        """A target of its kind takes all that it holds."""
+        source, into = opaque(kind, CPU), {"x": opaque(kind, CPU, salt=1)}
+        judged({"x": source}, into)
+        for number, (got, expected) in enumerate(zip(parts(into["x"]), parts(source), strict=True)):
+            assert_same(got, expected, f"part {number}")
+
+    @pytest.mark.law("all-or-nothing")
+    @pytest.mark.world(1)
+    def test_a_target_of_another_kind(self, judged: Any) -> None:
+        """A target of another kind is refused by its path, before anything is copied."""
+
+        def refuse(pair: tuple[str, str]) -> None:
+            fine = numbers(3, salt=1)
+            into = {"fine": fine, "deep": [{"odd": either(pair[1])}]}
+            value = {"fine": numbers(3), "deep": [{"odd": either(pair[0])}]}
+            error = attempt(lambda: judged(value, into))
+            assert error is not None, "accepted"
+            assert "odd" in str(error), f"the path is not named: {error!r}"
+            assert_same(fine, numbers(3, salt=1), "what was copied before the error")
+
+        each(PAIRS, refuse)
+
+
+@pytest.mark.judges("_state_dict_utils._check_state_dict_similarity")
+class TestSimilarOpaque:
+    @pytest.mark.law("values")
+    @pytest.mark.world(1)
+    def test_kinds_have_to_agree(self, judged: Any) -> None:
+        """Tensors of one kind are similar, of two kinds are not; neither is an error."""
+        for kind in KINDS:
+            assert judged({"x": either(kind)}, {"x": either(kind, salt=1)}) is True, kind
+        for one, other in PAIRS:
+            got = judged({"x": either(one)}, {"x": either(other)})
+            assert got is False, f"{one} and {other}: {got}"
+
+
+@pytest.mark.judges("_state_dict_utils._create_cpu_state_dict")
+class TestCreateOpaque:
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_buffer_of_its_kind(self, judged: Any, kind: str) -> None:
+        """Its buffer is of its kind, shape and dtype, in memory of its own."""
+        value = opaque(kind, CPU)
+        before = [part.clone() for part in parts(value)]
+        got = judged({"x": value})["x"]
+        assert type(got) is type(value), f"a {type(got).__name__}"
+        assert (got.layout, got.dtype, got.shape) == (value.layout, value.dtype, value.shape)
+        for mine in parts(got):
+            mine.zero_()
+        for number, (part, was) in enumerate(zip(parts(value), before, strict=True)):
+            assert_same(part, was, f"part {number} of the original")
+
+    @quiet
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_shared_or_refused(self, judged: Any, kind: str) -> None:
+        """With share_memory all of it lies in shared memory; a sparse one is refused by name."""
+        value = {"layer.odd": opaque(kind, CPU)}
+        if kind in ("coo", "csr"):
+            error = attempt(lambda: judged(value, share_memory=True))
+            assert error is not None, "accepted"
+            assert "layer.odd" in str(error), f"the key is not named: {error!r}"
+            return
+        got = judged(value, share_memory=True)["layer.odd"]
+        for number, mine in enumerate([got] if kind == "quantized" else parts(got)):
+            assert mine.is_shared(), f"part {number} is not in shared memory"
+
+
+@pytest.mark.judges("_state_dict_utils._offload_state_dict_to_cpu")
+class TestOffloadOpaque:
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_snapshot_of_all_that_it_holds(
+        self, judged: Any, device: torch.device, kind: str
+    ) -> None:
+        """Its snapshot is of its kind, on the CPU, and stays as it is when it is written to."""
+        value, before = opaque(kind, device), opaque(kind, CPU)
+        got = judged({"x": value})["x"]
+        assert got.device.type == "cpu", f"on {got.device}"
+        if kind == "quantized":
+            value.copy_(opaque(kind, device, salt=1))
+        else:
+            for mine in parts(value):
+                mine.zero_()
+        for number, (mine, expected) in enumerate(zip(parts(got), parts(before), strict=True)):
+            assert_same(mine, expected, f"part {number}")
