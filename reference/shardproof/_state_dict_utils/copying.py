@@ -121,8 +121,9 @@ def _check_state_dict_similarity(
 
     Returns:
         True when containers, keys, kinds of tensors (sparse layouts, and wrappers of several,
-        included), shapes, dtypes and placements agree. Values, devices, the order of keys, and leaves that are no tensors do not matter. Mappings of
-        different type count as the same container, and so do list and tuple.
+        included), shapes, dtypes and placements agree. Values, devices, the order of keys, and
+        leaves that are no tensors do not matter. Mappings of different type count as the same
+        container, and so do list and tuple.
 
     Reads only, raises nothing on a difference, and runs no collective.
 
