@@ -25,9 +25,9 @@ from shardproof._state_dict_utils.tensors import (
     local_of,
     settled,
     tie_key,
-    wrapper_of,
     with_local,
     with_shards,
+    wrapper_of,
 )
 from shardproof._state_dict_utils.ties import maybe_tied
 from shardproof._state_dict_utils.traverse import copy_leaf_value
