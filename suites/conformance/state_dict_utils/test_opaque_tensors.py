@@ -237,14 +237,14 @@ class TestCreateOpaque:
     def test_a_buffer_of_its_kind(self, judged: Any, kind: str) -> None:
         """Its buffer is of its kind, shape and dtype, in memory of its own."""
         value = opaque(kind, CPU)
-        before = [part.clone() for part in parts(value)]
+        before = [mine.clone() for mine in parts(value)]
         got = judged({"x": value})["x"]
         assert type(got) is type(value), f"a {type(got).__name__}"
         assert (got.layout, got.dtype, got.shape) == (value.layout, value.dtype, value.shape)
         for mine in parts(got):
             mine.zero_()
-        for number, (part, was) in enumerate(zip(parts(value), before, strict=True)):
-            assert_same(part, was, f"part {number} of the original")
+        for number, (mine, was) in enumerate(zip(parts(value), before, strict=True)):
+            assert_same(mine, was, f"part {number} of the original")
 
     @quiet
     @pytest.mark.law("structure")
