@@ -1,11 +1,13 @@
 """Whether two runs of one code say the same: `ci/bench --agree FIRST SECOND`.
 
 Ratios agree within what a comparison of two revisions takes for no change, counts exactly, and both
-runs measured the same.
+runs measured the same. Of the ratios that a run left before they were known some are apart by
+chance; so those that both runs know are counted by themselves, too.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,8 +15,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.journal import read
 from benchmarks.measured import COUNTED, TRACKS
-from benchmarks.session.statistics import ratios, width
-from benchmarks.settings import FLOOR, TORCH
+from benchmarks.session.statistics import ERROR, error, ratios
+from benchmarks.settings import FEWEST_WORLDS, FLOOR, TORCH
 
 RATIOS = {"ratio_to_floor": FLOOR, "ratio_to_torch": TORCH}
 FACTOR = 1.15
@@ -29,7 +31,7 @@ class Pair(NamedTuple):
     Attributes:
         what: benchmark, regime, size of the world, arm and track.
         values: what each run says; None where it does not.
-        known: of a ratio half its interval in each run, relative to it.
+        known: of a ratio its standard error in each run, relative to it.
 
     """
 
@@ -47,12 +49,17 @@ class Pair(NamedTuple):
             return first != second
         return max(first, second) > FACTOR * min(first, second)
 
+    @property
+    def sure(self) -> bool:
+        """Whether it is a ratio that both runs know."""
+        return self.known is not None and None not in self.values and max(self.known) <= ERROR
+
     def __str__(self) -> str:
         first, second = self.values
         if first is None or second is None:
             has = f"only the {'first' if second is None else 'second'} run"
             return f"{self.what}: {'neither run' if first is second else has} has it"
-        known = "" if self.known is None else ", known within {:.0%} and {:.0%}".format(*self.known)
+        known = "" if self.known is None else ", known within {:.1%} and {:.1%}".format(*self.known)
         return f"{self.what}: {first:.4g} and {second:.4g}{known}"
 
 
@@ -78,13 +85,15 @@ def pairs(first: Mapping[str, Arms], second: Mapping[str, Arms]) -> Iterator[Pai
 def _known(track: str, arm: str, *runs: Arms) -> tuple[float, float] | None:
     if track not in RATIOS:
         return None
-    first, second = (
-        width(ratios(run[arm]["seconds"], run[RATIOS[track]]["seconds"]))
-        if run.get(arm, {}).get(track)
-        else 0.0
-        for run in runs
-    )
+    first, second = (_error(run, arm, RATIOS[track]) for run in runs)
     return first, second
+
+
+def _error(run: Arms, arm: str, other: str) -> float:
+    if not run.get(arm, {}).get("seconds") or not run.get(other, {}).get("seconds"):
+        return math.inf
+    found = ratios(run[arm]["seconds"], run[other]["seconds"])
+    return error(found) if len(found) >= FEWEST_WORLDS else math.inf
 
 
 def main(first: Path, second: Path) -> int:
@@ -102,6 +111,7 @@ def main(first: Path, second: Path) -> int:
             print(pair)
     for text, chosen in (
         (f"ratios agree within {FACTOR - 1:.0%}", [p for p in found if p.known is not None]),
+        (f"that both runs know within {ERROR:.1%} do so", [p for p in found if p.sure]),
         ("counts are the same", [p for p in found if p.known is None]),
     ):
         print(f"{sum(not p.apart for p in chosen)} of {len(chosen)} {text}")

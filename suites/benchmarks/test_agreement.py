@@ -51,6 +51,22 @@ def test_ratios_have_room_and_counts_have_none(
     assert f"{collectives == 2:d} of 1 counts are the same" in told.stdout
 
 
+def test_ratios_that_both_runs_know_are_counted_by_themselves(tmp_path: Path) -> None:
+    """One run ended before the second ratio was known: it is apart, and that may be chance."""
+    runs = [[line("Gather", 2.0), line("Copy", 2.0)] for _ in range(2)]
+    left = line("Copy", 2.4)
+    left["arms"][REFERENCE]["seconds"] = [[1.8], [2.4], [2.4], [3.2]]
+    left["arms"][FLOOR]["seconds"] = [[1.0]] * 4
+    runs[1][1] = left
+    told = agree(tmp_path, *runs)
+    assert told.returncode == 1
+    assert "1 of 2 ratios agree within 15%" in told.stdout
+    assert "1 of 1 that both runs know within 3.5% do so" in told.stdout
+    assert "Copy many x4, shardproof: ratio_to_floor: 2 and 2.4, known within 0.0% and 20.3%" in (
+        told.stdout
+    )
+
+
 def test_a_number_that_one_run_lacks_is_told(tmp_path: Path) -> None:
     """A run that measured less does not agree by that."""
     less = line("Gather", 2.0)
