@@ -6,6 +6,7 @@ signals) happens here; the world that judges the check may be on another machine
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -242,10 +243,10 @@ class Crew:
             processes.signal_quietly(process.pid, signal.SIGKILL)
 
     def _signal_group(self, number: signal.Signals) -> None:
-        try:
+        # Never 0, which is this process's own group, and that of whoever started the run.
+        assert self._group > 0, f"process group {self._group}, expected that of the ranks"
+        with contextlib.suppress(ProcessLookupError):  # all of it has ended meanwhile
             os.killpg(self._group, number)
-        except ProcessLookupError:
-            self._group = 0
 
 
 def _tracker() -> frozenset[int]:

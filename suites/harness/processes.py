@@ -70,7 +70,11 @@ def _children_by_walk(parent: int) -> list[int]:
 
 
 def group_members(pgid: int) -> list[int]:
-    """Living processes of a process group."""
+    """Living processes of a process group, whose number is positive."""
+    if pgid <= 0:
+        raise ValueError(
+            f"process group {pgid}: 0 would be this process's own, expected a positive"
+        )
     try:
         os.killpg(pgid, 0)
     except ProcessLookupError:
