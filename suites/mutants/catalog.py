@@ -164,9 +164,9 @@ MUTANTS: tuple[Mutant, ...] = (
         "gather_a_leaf_at_a_time",
         "one collective per tensor",
         "gather.py",
-        "            streams[layout.stream].append(kind)\n",
-        "            for leaf in kind:\n"
-        "                streams[layout.stream, leaf.path].append([leaf])\n",
+        "                streams[layout.stream].append(kind)\n",
+        "                for leaf in kind:\n"
+        "                    streams[layout.stream, leaf.path].append([leaf])\n",
         "gather_state_dict",
         "gather_state_dict_manners",
     ),
