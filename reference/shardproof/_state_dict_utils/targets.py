@@ -25,6 +25,7 @@ from shardproof._state_dict_utils.tensors import (
     CPU,
     FSDP_FLATTENED,
     MOVABLE,
+    QUANTIZED,
     STANDS_FOR,
     allocate,
     allocate_like,
@@ -240,9 +241,8 @@ class Model:
                 "as the full tensor has"
             )
         mine, theirs = value.dtype, self.source_dtype
-        if (theirs.is_complex and not mine.is_complex) or (
-            is_opaque(torch.strided, theirs) and mine != theirs
-        ):
+        narrows = theirs.is_complex and not mine.is_complex
+        if narrows or (theirs in QUANTIZED and mine != theirs):
             raise ValueError(
                 f"the target has dtype {mine}, which cannot take the full tensor's {theirs}"
             )

@@ -47,7 +47,7 @@ MOVABLE = frozenset(
 )
 _COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 PLAIN = frozenset({torch.Tensor, nn.Parameter})
-_QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
+QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 _INTEGER_OF_WIDTH = {
     1: torch.uint8,
     2: torch.int16,
@@ -116,7 +116,7 @@ def is_opaque(layout: torch.layout, dtype: torch.dtype) -> bool:
 
     They can be copied as a whole; no part of them can be cut out, or sent as bytes.
     """
-    return layout is not torch.strided or dtype in _QUANTIZED
+    return layout is not torch.strided or dtype in QUANTIZED
 
 
 def wrapper_of(tensor: torch.Tensor) -> type | None:
