@@ -11,11 +11,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from faults.sessions import Session
 from harness import devices, processes
+from harness.options import Settings
 
 Suite = Callable[..., Path]
 
@@ -96,6 +98,17 @@ def test_a_driver_that_gives_no_answer_is_an_error(
     with pytest.raises(RuntimeError, match=re.escape(message)):
         devices.in_a_child(ask)
     assert set(processes.children(os.getpid())) == before
+
+
+@pytest.mark.parametrize(
+    ("backend", "share_gpus", "room"), [("nccl", False, 2), ("nccl", True, None), ("gloo", 0, None)]
+)
+def test_nccl_takes_a_gpu_a_rank_unless_they_are_shared(
+    backend: str, share_gpus: bool, room: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "count", lambda _: 2)
+    settings = Mock(spec=Settings, backend=backend, device="cuda", share_gpus=share_gpus)
+    assert Settings.room.fget(settings) == room  # type: ignore[attr-defined]
 
 
 def test_the_cpu_is_one_device_and_what_is_not_there_none() -> None:

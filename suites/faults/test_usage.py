@@ -20,6 +20,7 @@ WRONG = [
     (["--device", "cuda"], "--device cuda: torch "),
     (["--device", "toaster"], "--device 'toaster' is not a device type that torch knows"),
     (["--world-size", "0"], "--world-size 0: expected a number from 1 up"),
+    (["--share-gpus"], "--share-gpus: expected --backend nccl; over gloo ranks share devices"),
     (["--order", "sideways"], "--order 'sideways': expected normal, reverse or random:SEED"),
     (["--seed", "x"], "--seed 'x': expected a number or 'random'"),
     (["--collective-limit", "9", "--check-limit", "5"], "the clocks must be positive and grow"),

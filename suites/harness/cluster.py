@@ -18,7 +18,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from harness import crew, devices, place, rank
+from harness import crew, place, rank
 from harness.channel import Frame, ParentEnd, RankEnd
 from harness.crew import Crew, Evidence, Look, Node, Orders, Part, Starter
 from harness.machines import spread
@@ -294,11 +294,7 @@ class Cluster:
 
 def room_for(settings: Settings, here: Place) -> int:
     """The most ranks that this node takes of one world."""
-    return (
-        min(here.ranks, devices.count(settings.device))
-        if settings.backend == "nccl"
-        else here.ranks
-    )
+    return here.ranks if settings.room is None else min(here.ranks, settings.room)
 
 
 def _publish(here: Place, port: int, token: str) -> None:

@@ -52,6 +52,15 @@ class Settings:
     place: Place | None
     """Where torchrun has put this process; None: one machine, no torchrun."""
     shared_dir: Path | None
+    share_gpus: bool = False
+    """Whether ranks of NCCL share the GPUs where these are fewer."""
+
+    @property
+    def room(self) -> int | None:
+        """The most ranks that this machine's devices take of one world; None: no bound."""
+        if self.backend != "nccl" or self.share_gpus:
+            return None
+        return devices.count(self.device)
 
     @property
     def flexible_size(self) -> int:
@@ -75,6 +84,12 @@ def add_options(parser: pytest.Parser) -> None:
         metavar="TYPE",
         default="cpu",
         help="device type that checks put their tensors on (default: %(default)s)",
+    )
+    add(
+        "--share-gpus",
+        action="store_true",
+        help="NCCL: let ranks share GPUs where there are fewer than ranks. Each passes for a "
+        "machine of its own (NCCL_HOSTID): bytes travel over the network, and calls are slow",
     )
     add(
         "--world-size",
@@ -156,8 +171,12 @@ def read_settings(config: pytest.Config) -> Settings:
     device = _device(option.device)
     backend = _backend(option.backend, device)
     here = place.of(os.environ)
+    if option.share_gpus and backend != "nccl":
+        raise pytest.UsageError(
+            f"--share-gpus: expected --backend nccl; over {backend} ranks share devices as it is"
+        )
     if here is None:
-        _world_size(option.world_size, backend, device)
+        _world_size(option.world_size, backend, device, option.share_gpus)
     order, seed = _order(option.order), _seed(option.seed)
     clocks = (option.collective_limit, option.check_limit, option.session_limit)
     if not 0 < clocks[0] < clocks[1] < clocks[2]:
@@ -187,6 +206,7 @@ def read_settings(config: pytest.Config) -> Settings:
         update_expectations=option.update_expectations,
         place=here,
         shared_dir=_shared_dir(option.shared_dir, here),
+        share_gpus=option.share_gpus,
     )
 
 
@@ -247,14 +267,15 @@ def _backend(name: str | None, device: str) -> str:
     return chosen
 
 
-def _world_size(size: int | None, backend: str, device: str) -> None:
+def _world_size(size: int | None, backend: str, device: str, share: bool) -> None:
     if size is None:
         return
     if size < 1:
         raise pytest.UsageError(f"--world-size {size}: expected a number from 1 up")
-    if backend == "nccl" and size > (available := devices.count(device)):
+    if backend == "nccl" and not share and size > (available := devices.count(device)):
         raise pytest.UsageError(
-            f"--world-size {size}: NCCL needs a GPU a rank, and this machine has {available}"
+            f"--world-size {size}: NCCL needs a GPU a rank, and this machine has {available}; "
+            "--share-gpus lets ranks share them"
         )
 
 

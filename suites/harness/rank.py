@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from _pytest.capture import CaptureManager
 
-from harness import processes
+from harness import place, processes
 from harness.channel import RankEnd
 from harness.leaks import Snapshot, watch_segments
 from harness.requirements import WorldSpec
@@ -191,10 +191,12 @@ class Rank:
 
         if self.spec.device == "cpu":
             return torch.device("cpu")
-        return torch.device(
-            self.spec.device,
-            self.seat.local_rank % getattr(torch, self.spec.device).device_count(),
-        )
+        return torch.device(self.spec.device, self.seat.local_rank % self._devices())
+
+    def _devices(self) -> int:
+        import torch
+
+        return int(getattr(torch, self.spec.device).device_count())
 
     def _store(self) -> Any:
         """One store per world: in a file, so that no port is needed, or in a corner of a server."""
@@ -240,6 +242,10 @@ class Rank:
             torch.accelerator.set_device_index(self.device.index)
             # A driver opens pipes when it is first used: used here, they are no check's leak.
             torch.ones(1, device=self.device).cpu()
+        if self.spec.share_gpus and self.spec.size > self._devices():
+            # NCCL refuses two ranks on one GPU of a machine, and takes this for the machine's name:
+            # https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html#nccl-hostid
+            os.environ["NCCL_HOSTID"] = f"{place.host()}-{self.seat.local_rank}"
         store = self._store()
         store.set_timeout(timeout)
         self._board = dist.PrefixStore("board", store)  # type: ignore[attr-defined]
@@ -250,6 +256,12 @@ class Rank:
             world_size=self.spec.size,
             timeout=timeout,
         )
+        if self.spec.backend != "gloo":
+            # NCCL opens a pipe for the process with its first communicator (its RAS subsystem
+            # does): opened here, it is no check's leak.
+            first = torch.ones(1, device=self.device)
+            dist.all_reduce(first)
+            first.item()
 
     def serve(self) -> int:
         """Run what the parent names until it says end; the process's exit code."""

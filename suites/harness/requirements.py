@@ -50,6 +50,8 @@ class WorldSpec:
     reuse: bool
     nodes: int = 1
     """The fewest machines that it is to span."""
+    share_gpus: bool = False
+    """Whether ranks of NCCL may share GPUs."""
 
 
 def _accelerator() -> str:
@@ -161,6 +163,7 @@ def spec_of(item: pytest.Item, settings: Settings) -> WorldSpec:
         limit=mark.kwargs.get("limit") or settings.check_limit,
         reuse=bool(mark.kwargs.get("reuse", False)),
         nodes=int(mark.kwargs.get("nodes", 1)),
+        share_gpus=settings.share_gpus,
     )
     if not 0 < spec.collective < spec.limit < settings.session_limit:
         raise pytest.UsageError(
@@ -180,8 +183,11 @@ def unmet(item: pytest.Item, spec: WorldSpec | None, settings: Settings) -> str:
         if settings.place is not None:
             if settings.shared_dir is None and "shared" in getattr(item, "fixturenames", ()):
                 return "needs a folder that all nodes see: --shared-dir"
-        elif settings.backend == "nccl" and spec.size > devices.count(settings.device):
-            return f"needs {spec.size} GPUs; this machine has {devices.count(settings.device)}"
+        elif settings.room is not None and spec.size > settings.room:
+            return (
+                f"needs {spec.size} GPUs; this machine has {settings.room} "
+                "(--share-gpus lets ranks share them)"
+            )
     for mark in item.iter_markers("needs"):
         for name in mark.args:
             if name not in FEATURES:

@@ -61,6 +61,8 @@ def command(settings: Settings, more: list[str]) -> str:
         words += ["--device", settings.device]
     if settings.backend != "gloo":
         words += ["--backend", settings.backend]
+    if settings.share_gpus:
+        words += ["--share-gpus"]
     if settings.world_size is not None:
         words += ["--world-size", str(settings.world_size)]
     if settings.start_method != "fork":

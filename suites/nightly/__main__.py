@@ -29,6 +29,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--backend", default="nccl", metavar="NAME", help="default: %(default)s")
     add("--device", metavar="TYPE", help="default: cuda for nccl, else cpu")
+    add("--share-gpus", action="store_true", help="NCCL: ranks may share GPUs; slow")
     add("--subject", default="torch.distributed", metavar="ROOT", help="default: %(default)s")
     add("--torch", metavar="VERSION", help="judge this torch instead of the pinned one")
     add(
@@ -70,6 +71,7 @@ def _night(options: argparse.Namespace) -> int:
         options.torch,
         options.dry_run,
         selection,
+        options.share_gpus,
     )
     last, green = state.read("last"), state.read("green")
     night.preflight()

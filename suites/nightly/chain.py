@@ -50,6 +50,8 @@ class Night:
     quick: bool
     selection: list[str]
     """Words for the suites: -k EXPRESSION."""
+    share_gpus: bool = False
+    """Whether ranks of NCCL share the GPUs where these are fewer."""
     steps: list[Step] = field(default_factory=list)
 
     def preflight(self) -> None:
@@ -92,7 +94,8 @@ class Night:
         return found
 
     def _machine(self) -> list[str]:
-        return ["--device", self.device, "--backend", self.backend]
+        shared = ["--share-gpus"] if self.share_gpus else []
+        return ["--device", self.device, "--backend", self.backend, *shared]
 
     def _run(self, name: str, words: list[str], **variables: str) -> int:
         log = self.folder / f"{name}.log"

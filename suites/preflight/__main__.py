@@ -66,12 +66,13 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         metavar="N",
         help=f"ranks of the trial world (default: {DEFAULT_RANKS}, for NCCL every GPU)",
     )
+    add("--share-gpus", action="store_true", help="NCCL: ranks of the trial world may share GPUs")
     add("--out", type=Path, default=trial.ROOT / "out", help="results folder (default: out)")
     add(
         "--for",
         dest="command",
         nargs=argparse.REMAINDER,
-        help="ask for this command: takes its --device, --backend and --world-size, where given",
+        help="ask for this command: takes its --device, --backend, --world-size and --share-gpus",
     )
     options = parser.parse_args(arguments)
     if options.command:
@@ -85,9 +86,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 def _need(options: argparse.Namespace, torch: dict[str, Any]) -> Need:
     known = torch.get("default_backend", {})
     backend = options.backend or known.get(options.device, "gloo")
-    default = max(1, len(torch.get("gpus", []))) if backend == "nccl" else DEFAULT_RANKS
-    ranks = options.world_size or default
-    return Need(options.device, backend, ranks, options.out.absolute(), torch)
+    alone = backend == "nccl" and not options.share_gpus
+    ranks = options.world_size or (max(1, len(torch.get("gpus", []))) if alone else DEFAULT_RANKS)
+    folder = options.out.absolute()
+    return Need(options.device, backend, ranks, folder, torch, options.share_gpus)
 
 
 def _probe() -> dict[str, Any]:

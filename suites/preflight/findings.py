@@ -42,6 +42,8 @@ class Need:
     """Where the run leaves its results."""
     torch: dict[str, Any]
     """What `preflight.probe` printed; `{"error": text}` where it could not."""
+    share_gpus: bool = False
+    """Whether ranks of NCCL share the GPUs where these are fewer."""
 
     @property
     def gpus(self) -> bool:

@@ -79,17 +79,17 @@ def torch_sees(need: Need) -> Finding:
     count = len(facts["gpus"])
     if count == 0:
         return failed("torch", f"{seen}: sees no GPU", _why_none(facts["cuda"]))
-    if need.backend == "nccl" and count < need.ranks:
+    if need.backend == "nccl" and count < need.ranks and not need.share_gpus:
         return failed(
             "torch",
             f"{seen}: sees {count} GPUs, {need.ranks} needed, for NCCL takes a GPU a rank",
-            f"give the container more GPUs, or run with --world-size {count}",
+            f"give the container more GPUs, or run with --world-size {count} or --share-gpus",
         )
-    if need.backend == "nccl" and count == 1:
+    if need.backend == "nccl" and count == 1 and not need.share_gpus:
         return warning(
             "torch",
             f"{seen}: sees 1 GPU: checks of larger worlds will be preconditions, not run",
-            "give the run 2 GPUs or more",
+            "give the run 2 GPUs or more, or let ranks share this one with --share-gpus",
         )
     return ok("torch", f"{seen}, {count} GPUs")
 

@@ -35,7 +35,8 @@ CPU_TORCH = {**TORCH, "cuda": None, "nccl": None, "backends": ["gloo"], "gpus": 
 def need(tmp_path: Path) -> Callable[..., Need]:
     def make(device: str = "cuda", torch: dict[str, Any] = TORCH, **more: Any) -> Need:
         backend = more.get("backend", TORCH["default_backend"][device])
-        return Need(device, backend, more.get("ranks", 2), tmp_path, torch)
+        shared = more.get("share_gpus", False)
+        return Need(device, backend, more.get("ranks", 2), tmp_path, torch, shared)
 
     return make
 
@@ -126,6 +127,11 @@ def test_torch_that_cannot_serve_the_run(
     grade(gpus.torch_sees(need(torch=torch, ranks=ranks)), wanted, word)
 
 
+def test_one_gpu_that_ranks_share_is_enough(need: Any) -> None:
+    one = {**TORCH, "gpus": ["one"]}
+    grade(gpus.torch_sees(need(torch=one, ranks=4, share_gpus=True)), Grade.OK, "1 GPUs")
+
+
 def test_gpus_apart_are_a_warning(need: Any) -> None:
     apart = {**TORCH, "peers": [[], []]}
     grade(gpus.peers(need(torch=apart)), Grade.WARNING, "none between 1-0")
@@ -205,6 +211,9 @@ def test_the_command_reads_what_it_is_for(tmp_path: Path) -> None:
     )
     asked = command._need(read, TORCH)
     assert (asked.device, asked.backend, asked.ranks, asked.folder) == ("cuda", "nccl", 2, tmp_path)
+    read = command._options(["--for", "ci/conformance", "--share-gpus", "--device=cuda"])
+    asked = command._need(read, TORCH)
+    assert (asked.share_gpus, asked.ranks) == (True, command.DEFAULT_RANKS)
 
 
 def preflight(*arguments: str, limit: tuple[int, int] | None = None, **env: str) -> Any:

@@ -28,6 +28,7 @@ def world(need: Need) -> Finding:
             *("--device", need.device, "--backend", need.backend),
             *("--world-size", str(need.ranks), "--run-dir", str(run)),
             *("--collective-limit", str(COLLECTIVE_LIMIT), "--check-limit", str(CHECK_LIMIT)),
+            *(("--share-gpus",) if need.share_gpus else ()),
             *("--expectations", folder, "--no-warm-up", "-q", "--tb=no", "-p", "no:cacheprovider"),
         ]
         # The user's own options are for the run, not for this.
