@@ -243,6 +243,11 @@ def _by_its_own_operations(leaf: Leaf, cpu_offload: bool) -> torch.Tensor:
     """
     assert isinstance(leaf.tensor, DTensor)
     try:
+        device = leaf.tensor._local_tensor.device
+        groups = leaf.tensor.device_mesh.get_all_groups()
+        if device.type != "cpu" and any(g._get_backend(device).name() == "gloo" for g in groups):
+            # The process would end: https://github.com/pytorch/pytorch/issues/152645.
+            raise NotImplementedError(f"Gloo cannot gather it on {device.type}")
         full = settled(leaf.tensor.full_tensor()).detach()
         return full.to(result_device(leaf.layout, cpu_offload))
     except Exception as error:

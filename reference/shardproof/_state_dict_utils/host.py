@@ -147,8 +147,8 @@ def _is_small(memory: torch.Tensor) -> bool:
     return (
         type(memory) in PLAIN
         and memory.dtype in MOVABLE
-        and 0 < memory.nbytes <= _SMALL
         and is_ordinary(memory)
+        and 0 < memory.nbytes <= _SMALL
         and memory.is_contiguous()
         and not memory.is_neg()
     )

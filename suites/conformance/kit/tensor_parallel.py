@@ -85,7 +85,7 @@ class Net(nn.Module):
         self.gain = gain
         self.down = down
         self.calls: torch.Tensor
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64, device=gain.device))
 
     def forward(self, x: torch.Tensor, look: Look | None = None) -> torch.Tensor:
         """`look` is called in the middle, with the module."""

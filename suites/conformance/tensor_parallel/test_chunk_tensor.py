@@ -32,9 +32,11 @@ SIZES = [(8, 4), (7,), (5, 3), (3, 2), (1,), (1, 5), (9, 1, 2), (0, 3), (3, 0), 
 
 
 def call(judged: Any, tensor: torch.Tensor, pg: Any) -> Any:
-    """The call as FSDP1 makes it on a machine without an accelerator."""
+    """The call as FSDP1 makes it: with the number of this machine's devices, on a CPU none."""
+    kind = numbers(1).device.type
+    devices = 0 if kind == "cpu" else torch.get_device_module(kind).device_count()
     with torch.no_grad():
-        return judged(tensor, dist.get_rank(pg), dist.get_world_size(pg), 0, pg)
+        return judged(tensor, dist.get_rank(pg), dist.get_world_size(pg), devices, pg)
 
 
 def unwrapped(tensor: Any) -> Any:

@@ -148,7 +148,7 @@ class Pair:
             # Float64 that is summed in another order: 1e-15 a sum, and a few dozen of them on top
             # of each other; AdamW divides by roots of squares that are as small as its eps.
             torch.testing.assert_close(
-                got.cpu(), expected, rtol=1e-9, atol=1e-11, msg=lambda said: f"{what}: {said}"
+                got.cpu(), expected.cpu(), rtol=1e-9, atol=1e-11, msg=lambda said: f"{what}: {said}"
             )
 
 
