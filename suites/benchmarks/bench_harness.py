@@ -14,6 +14,8 @@ def _fresh_worlds(params: tuple[Any, ...]) -> list[float]:
     from benchmarks.session import client
 
     settings = Settings.from_environment()
+    if reason := settings.beyond(int(params[0])):
+        raise NotImplementedError(reason)
     answer = client.ask({"fresh_worlds": int(params[0]), "count": _COUNT}, settings)
     return list(answer["seconds"])
 

@@ -70,8 +70,19 @@ def _settings(options: argparse.Namespace) -> Settings:
         quick=quick,
         device=options.device,
         backend=options.backend,
+        share_gpus=options.share_gpus,
+        room=_room(options),
         seconds=options.seconds or told.seconds or usual,
     )
+
+
+def _room(options: argparse.Namespace) -> int:
+    """The most ranks that NCCL takes here; 0: no bound."""
+    if options.backend != "nccl" or options.share_gpus:
+        return 0
+    from harness import devices
+
+    return devices.count(options.device)
 
 
 def _options() -> argparse.Namespace:
@@ -132,6 +143,11 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cpu", metavar="TYPE", help="default: %(default)s")
     parser.add_argument("--backend", metavar="NAME", help="default: the device's own")
+    parser.add_argument(
+        "--share-gpus",
+        action="store_true",
+        help="NCCL: let ranks share GPUs where there are fewer than ranks; times say little then",
+    )
     options = parser.parse_args()
     if options.kept and not (options.table or options.goals):
         parser.error("--from: expected --table or --goals beside it")
@@ -143,7 +159,7 @@ def _options() -> argparse.Namespace:
         Settings.from_environment()
     except ValueError as error:
         parser.error(f"{PREFIX}SECONDS or {PREFIX}DEADLINE: {error}")
-    if (options.device, options.backend) == ("cpu", None):
+    if (options.device, options.backend, options.share_gpus) == ("cpu", None, False):
         options.backend = "gloo"
         return options
     import pytest
@@ -154,6 +170,8 @@ def _options() -> argparse.Namespace:
         options.backend = _backend(options.backend, _device(options.device))
     except pytest.UsageError as error:
         parser.error(str(error))
+    if options.share_gpus and options.backend != "nccl":
+        parser.error("--share-gpus: expected --backend nccl")
     return options
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -239,6 +240,14 @@ def main(settings: Settings, pattern: str | None, world: int, file: Path | None)
         print(f"ci/bench: no goal's benchmark matches {pattern!r}", file=sys.stderr)
         return 3
     wanted = [(known[g.benchmark], g.regime, size_of(known[g.benchmark], world)) for g in chosen]
+    for one in wanted:
+        if reason := settings.beyond(one[2]):
+            print(f"{label(*one)}: {reason}", file=sys.stderr)
+    fits = [not settings.beyond(size) for _, _, size in wanted]
+    chosen, wanted = list(compress(chosen, fits)), list(compress(wanted, fits))
+    if not wanted:
+        print("ci/bench: no goal's world fits here", file=sys.stderr)
+        return 3
     sizes = sorted({size for _, _, size in wanted} - {1})
     agreements = [(_Agreement(), "model", size) for size in sizes]
     try:

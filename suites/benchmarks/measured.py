@@ -151,7 +151,10 @@ class Measured(abc.ABC):
 
     def setup(self, *params: str) -> None:
         """Leave out what is known to be absent: asv shows it as n/a."""
-        if reason := self.missing(params[0], Settings.from_environment()):
+        settings = Settings.from_environment()
+        size = int(params[2].split()[0])
+        reason = self.missing(params[0], settings) or ("" if self.fake else settings.beyond(size))
+        if reason:
             raise NotImplementedError(reason)
 
 

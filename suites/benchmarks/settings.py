@@ -49,6 +49,10 @@ class Settings:
     quick: bool = False
     device: str = "cpu"
     backend: str = "gloo"
+    share_gpus: bool = False
+    """Whether ranks of NCCL share the GPUs where these are fewer."""
+    room: int = 0
+    """The most ranks that the devices here take, a GPU each for NCCL; 0: no bound."""
     smallest: bool = False
     """Only the smallest world of each benchmark: to see that everything runs."""
     seconds: float = 0.0
@@ -58,13 +62,15 @@ class Settings:
 
     @classmethod
     def from_environment(cls) -> Settings:
-        """Read from SHARDPROOF_BENCH_QUICK, _SMALLEST, _DEVICE, _BACKEND, _SECONDS, _DEADLINE."""
+        """Read from SHARDPROOF_BENCH_QUICK, _SMALLEST, _DEVICE, _BACKEND, and so on."""
         get = {k.removeprefix(PREFIX): v for k, v in os.environ.items() if k.startswith(PREFIX)}
         return cls(
             quick=get.get("QUICK", "") not in {"", "0"},
+            room=int(get.get("ROOM", 0)),
             smallest=get.get("SMALLEST", "") not in {"", "0"},
             device=get.get("DEVICE", cls.device),
             backend=get.get("BACKEND", cls.backend),
+            share_gpus=get.get("SHARE_GPUS", "") not in {"", "0"},
             seconds=float(get.get("SECONDS", 0.0)),
             deadline=float(get.get("DEADLINE", 0.0)),
         )
@@ -73,9 +79,11 @@ class Settings:
         """The variables that `from_environment` reads back."""
         return {
             f"{PREFIX}QUICK": "1" if self.quick else "",
+            f"{PREFIX}ROOM": str(self.room),
             f"{PREFIX}SMALLEST": "1" if self.smallest else "",
             f"{PREFIX}DEVICE": self.device,
             f"{PREFIX}BACKEND": self.backend,
+            f"{PREFIX}SHARE_GPUS": "1" if self.share_gpus else "",
             f"{PREFIX}SECONDS": str(self.seconds),
             f"{PREFIX}DEADLINE": str(self.deadline),
         }
@@ -125,9 +133,16 @@ class Settings:
         """Whether tensors lie on a device and travel over Gloo, so that ranks may share one."""
         return self.device != "cpu" and self.backend == "gloo"
 
+    def beyond(self, size: int) -> str:
+        """Why a world of that size cannot be here, in words; empty when it can."""
+        if not self.room or size <= self.room:
+            return ""
+        return f"needs {size} GPUs; this machine has {self.room} (--share-gpus lets ranks share)"
+
     def where(self) -> str:
         """Backend and device, for the names of worlds."""
-        return f"{self.backend} on {self.device}"
+        shared = ", shared" if self.share_gpus else ""
+        return f"{self.backend} on {self.device}{shared}"
 
     def with_(self, **changes: object) -> Settings:
         """The same settings with some changed."""

@@ -7,16 +7,22 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
-from benchmarks import baseline, bench_broadcast, command, environment, measured
-from benchmarks.journal import read
+from benchmarks import (
+    baseline,
+    bench_broadcast,
+    bench_harness,
+    command,
+    environment,
+    goals,
+    measured,
+    table,
+)
 from benchmarks.listing import HERE, benchmarks
 from benchmarks.session.parent import Parent
 from benchmarks.settings import FLOOR, PREFIX, REFERENCE, TORCH, Settings
@@ -68,6 +74,25 @@ def test_a_count_that_differs_from_call_to_call_is_not_kept(
     )
     assert found[TORCH] == {"wrong": "", "seconds": [], "collectives": 147}
     assert found[REFERENCE] == counts
+
+
+def test_worlds_of_more_ranks_than_gpus_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NCCL takes a GPU a rank: asv shows n/a for larger worlds, where each would fail."""
+    one = Settings(device="cuda", backend="nccl", room=2)
+    for name, value in one.environment().items():
+        monkeypatch.setenv(name, value)
+    assert Settings.from_environment() == one
+    benchmark = bench_broadcast.DistributeStateDict()
+    benchmark.setup(REFERENCE, "many", "2 ranks, nccl on cuda")
+    with pytest.raises(NotImplementedError, match="needs 4 GPUs; this machine has 2"):
+        benchmark.setup(REFERENCE, "many", "4 ranks, nccl on cuda")
+    with pytest.raises(NotImplementedError, match="needs 4 GPUs"):
+        bench_harness.FreshWorld.time_call.setup(4)
+    assert goals.main(one, "GatherStateDictToFirst", 4, None) == 3
+    assert "GatherStateDictToFirst many x4: needs 4 GPUs" in capsys.readouterr().err
+    assert table.main(one.with_(room=0, share_gpus=True), Path("no-such-journal")) == 2
 
 
 def test_what_is_left_out_cannot_be_measured() -> None:
@@ -207,101 +232,6 @@ def test_the_time_for_rounds_is_what_was_asked_for(
         monkeypatch.setenv(f"{PREFIX}SECONDS", environment)
     monkeypatch.setattr(sys, "argv", ["ci/bench", *arguments])
     assert command._settings(command._options()).budget == budget
-
-
-@pytest.mark.parametrize(
-    ("settings", "worlds"),
-    [
-        (Settings(), 20),
-        (Settings(seconds=112), 28),
-        (Settings(seconds=13), 3),
-        (Settings(seconds=9), 2),
-        (Settings(seconds=2), 1),
-        (Settings(quick=True), 1),
-    ],
-)
-def test_rounds_are_spread_over_worlds(settings: Settings, worlds: int) -> None:
-    assert settings.worlds == worlds
-
-
-@pytest.mark.parametrize(
-    ("took", "spread", "worlds"),
-    [(1, 0.0, 4), (1, 0.2, 10), (1, 1.0, 20), (100, 1.0, 4), (500, 1.0, 2), (700, 1.0, 1)],
-)
-def test_worlds_go_on_until_the_ratios_are_known(
-    monkeypatch: pytest.MonkeyPatch, took: float, spread: float, worlds: int
-) -> None:
-    """Or the time for them is over; counts are those of the first.
-
-    The floor's times are 1 and `spread` more in turns, whose standard deviation is about half of
-    it. Of very long worlds none is begun that the deadline would end.
-    """
-    now, asked = 0.0, []
-
-    def one_world(self: Parent, wanted: Any, *, counted: bool, **how: Any) -> Iterator[Any]:
-        nonlocal now
-        now += took
-        asked.append(counted)
-        odd = 1 + spread * (len(asked) % 2)
-        floor = {"wrong": "", "seconds": [[odd]]}
-        ours: dict[str, Any] = {"wrong": "", "seconds": [[1.0]]}
-        yield {REFERENCE: ours | ({"calls": 5} if counted else {}), FLOOR: floor}
-
-    monkeypatch.setattr(Parent, "measure_all", one_world)
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    one = object.__new__(Parent)
-    one.settings, one._journal = Settings(), None
-    found = one.measure(benchmarks()[0], "many", 2)[REFERENCE]
-    assert found["seconds"] == [[1.0]] * worlds
-    assert found["calls"] == 5
-    assert asked == [True] + [False] * (worlds - 1)
-
-
-def test_a_wrong_arm_does_not_keep_a_measurement_going(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no times, so no ratio of it can become known."""
-
-    def one_world(self: Parent, wanted: Any, **how: Any) -> Iterator[Any]:
-        fine = {"wrong": "", "seconds": [[1.0]]}
-        yield {REFERENCE: fine, FLOOR: fine, TORCH: {"wrong": "on purpose", "seconds": []}}
-
-    monkeypatch.setattr(Parent, "measure_all", one_world)
-    one = object.__new__(Parent)
-    one.settings, one._journal = Settings(), None
-    found = one.measure(benchmarks()[0], "many", 2)
-    assert len(found[REFERENCE]["seconds"]) == 4
-    assert found[TORCH] == {"wrong": "on purpose", "seconds": []}
-
-
-def test_a_measurement_is_in_the_journal_as_soon_as_it_is_done(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Its neighbour, which needs more worlds, does not hold it up.
-
-    A run that is stopped keeps of that what it has.
-    """
-    file = tmp_path / "journal"
-    worlds = 0
-
-    def one_world(self: Parent, wanted: Any, **how: Any) -> Iterator[Any]:
-        nonlocal worlds
-        seconds = 1.0
-        if wanted[0][2] == 4:
-            worlds += 1
-            seconds += worlds
-            if worlds == 6:
-                raise KeyboardInterrupt
-        floor = {"wrong": "", "seconds": [[seconds]]}
-        yield {REFERENCE: {"wrong": "", "seconds": [[1.0]]}, FLOOR: floor}
-
-    monkeypatch.setattr(Parent, "measure_all", one_world)
-    one = object.__new__(Parent)
-    one.settings, one._journal = Settings(), file
-    wanted = [(benchmarks()[0], "many", size) for size in (2, 4)]
-    with pytest.raises(KeyboardInterrupt):
-        one.measure_each(wanted)
-    kept = read(file)[1]
-    assert [line.rpartition(" x")[2] for line in kept] == ["2", "4"]
-    assert [len(arms[REFERENCE]["seconds"]) for arms in kept.values()] == [4, 5]
 
 
 @pytest.mark.parametrize(

@@ -282,7 +282,11 @@ class Parent:
         own = self.settings
         limit = max(own.limit - spent, 2.0)
         collective = min(own.collective, limit / 2)
-        return WorldSpec(size, own.backend, own.device, collective, limit, reuse=False)
+        return WorldSpec(
+            *(size, own.backend, own.device, collective, limit),
+            reuse=False,
+            share_gpus=own.share_gpus,
+        )
 
     def _note(self, one: Wanted, found: Arms) -> None:
         if self._journal is not None:

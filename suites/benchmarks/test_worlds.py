@@ -1,0 +1,110 @@
+"""Worlds of a measurement go on until its ratios are known, and what they gave is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.journal import read
+from benchmarks.listing import benchmarks
+from benchmarks.session.parent import Parent
+from benchmarks.settings import FLOOR, REFERENCE, TORCH, Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "worlds"),
+    [
+        (Settings(), 20),
+        (Settings(seconds=112), 28),
+        (Settings(seconds=13), 3),
+        (Settings(seconds=9), 2),
+        (Settings(seconds=2), 1),
+        (Settings(quick=True), 1),
+    ],
+)
+def test_rounds_are_spread_over_worlds(settings: Settings, worlds: int) -> None:
+    assert settings.worlds == worlds
+
+
+@pytest.mark.parametrize(
+    ("took", "spread", "worlds"),
+    [(1, 0.0, 4), (1, 0.2, 10), (1, 1.0, 20), (100, 1.0, 6), (500, 1.0, 2), (700, 1.0, 1)],
+)
+def test_worlds_go_on_until_the_ratios_are_known(
+    monkeypatch: pytest.MonkeyPatch, took: float, spread: float, worlds: int
+) -> None:
+    """Or the time for them is over; counts are those of the first.
+
+    The floor's times are 1 and `spread` more in turns, whose standard deviation is about half of
+    it. Of very long worlds none is begun that the deadline would end.
+    """
+    now, asked = 0.0, []
+
+    def one_world(self: Parent, wanted: Any, *, counted: bool, **how: Any) -> Iterator[Any]:
+        nonlocal now
+        now += took
+        asked.append(counted)
+        odd = 1 + spread * (len(asked) % 2)
+        floor = {"wrong": "", "seconds": [[odd]]}
+        ours: dict[str, Any] = {"wrong": "", "seconds": [[1.0]]}
+        yield {REFERENCE: ours | ({"calls": 5} if counted else {}), FLOOR: floor}
+
+    monkeypatch.setattr(Parent, "measure_all", one_world)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    one = object.__new__(Parent)
+    one.settings, one._journal = Settings(), None
+    found = one.measure(benchmarks()[0], "many", 2)[REFERENCE]
+    assert found["seconds"] == [[1.0]] * worlds
+    assert found["calls"] == 5
+    assert asked == [True] + [False] * (worlds - 1)
+
+
+def test_a_wrong_arm_does_not_keep_a_measurement_going(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no times, so no ratio of it can become known."""
+
+    def one_world(self: Parent, wanted: Any, **how: Any) -> Iterator[Any]:
+        fine = {"wrong": "", "seconds": [[1.0]]}
+        yield {REFERENCE: fine, FLOOR: fine, TORCH: {"wrong": "on purpose", "seconds": []}}
+
+    monkeypatch.setattr(Parent, "measure_all", one_world)
+    one = object.__new__(Parent)
+    one.settings, one._journal = Settings(), None
+    found = one.measure(benchmarks()[0], "many", 2)
+    assert len(found[REFERENCE]["seconds"]) == 4
+    assert found[TORCH] == {"wrong": "on purpose", "seconds": []}
+
+
+def test_a_measurement_is_in_the_journal_as_soon_as_it_is_done(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its neighbour, which needs more worlds, does not hold it up.
+
+    A run that is stopped keeps of that what it has.
+    """
+    file = tmp_path / "journal"
+    worlds = 0
+
+    def one_world(self: Parent, wanted: Any, **how: Any) -> Iterator[Any]:
+        nonlocal worlds
+        seconds = 1.0
+        if wanted[0][2] == 4:
+            worlds += 1
+            seconds += worlds
+            if worlds == 6:
+                raise KeyboardInterrupt
+        floor = {"wrong": "", "seconds": [[seconds]]}
+        yield {REFERENCE: {"wrong": "", "seconds": [[1.0]]}, FLOOR: floor}
+
+    monkeypatch.setattr(Parent, "measure_all", one_world)
+    one = object.__new__(Parent)
+    one.settings, one._journal = Settings(), file
+    wanted = [(benchmarks()[0], "many", size) for size in (2, 4)]
+    with pytest.raises(KeyboardInterrupt):
+        one.measure_each(wanted)
+    kept = read(file)[1]
+    assert [line.rpartition(" x")[2] for line in kept] == ["2", "4"]
+    assert [len(arms[REFERENCE]["seconds"]) for arms in kept.values()] == [4, 5]
