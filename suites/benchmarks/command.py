@@ -108,7 +108,7 @@ def _options() -> argparse.Namespace:
         type=Path,
         nargs=2,
         metavar=("FIRST", "SECOND"),
-        help="whether two journals of one code say the same: ratios within "
+        help="whether two journals of one code say the same: ratios that both know within "
         f"{FACTOR - 1:.0%}%, counts exactly",
     )
     parser.add_argument("--quick", action="store_true", help="small models, few samples")

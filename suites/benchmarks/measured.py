@@ -7,11 +7,13 @@ own forward by each sample that the ranks took, and asv does its statistics on t
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from benchmarks.settings import ARMS, REFERENCE, TORCH, Settings
+from benchmarks.session.statistics import ERROR, doubt
+from benchmarks.settings import ARMS, FLOOR, REFERENCE, TORCH, Settings
 
 if TYPE_CHECKING:
     from benchmarks.bed import Bed, Work
@@ -40,6 +42,10 @@ TRACKS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "calls": ("calls", SUBJECTS, "Python functions that one call enters on a rank."),
 }
 """Name of each track to its unit, the arms it is there for, and what it is; ranks: the largest."""
+
+RATIOS = {"ratio_to_floor": FLOOR, "ratio_to_torch": TORCH}
+"""Tracks with noise, and what a time is held against. One that the worlds have not made known has
+no number: two runs agree about those that have one (`ci/bench --agree`)."""
 
 COUNTED = ("collectives", "received", "peak", "calls")
 """Tracks without noise."""
@@ -126,7 +132,9 @@ class Measured(abc.ABC):
         )
 
         time_call: Any = sampled(
-            lambda params: [s for world in _ask(cls, "time", params)["seconds"] for s in world]
+            lambda params: [
+                s for world in _ask(cls, "time", params)[params[0]]["seconds"] for s in world
+            ]
         )
         time_call.__doc__ = f"Seconds, largest over the ranks: {cls.__doc__}"
         time_call.params = [list(ARMS), *axes]
@@ -175,7 +183,8 @@ def _world(size: int, settings: Settings) -> str:
     return f"{size} ranks, {settings.where()}"
 
 
-def _ask(cls: type[Measured], metric: str, params: tuple[str, ...]) -> dict[str, Any]:
+def _ask(cls: type[Measured], metric: str, params: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """The numbers of all arms; RuntimeError where the one that is asked for has none."""
     from benchmarks.session import client
 
     settings = Settings.from_environment()
@@ -190,10 +199,10 @@ def _ask(cls: type[Measured], metric: str, params: tuple[str, ...]) -> dict[str,
         },
         settings,
     )
-    found: dict[str, Any] = answer["arms"][arm]
-    if wrong := found["wrong"]:
+    arms: dict[str, dict[str, Any]] = answer["arms"]
+    if wrong := arms[arm]["wrong"]:
         raise RuntimeError(f"no number for {arm}: {wrong}")
-    return found
+    return arms
 
 
 def sampled(fetch: Callable[[tuple[str, ...]], Sequence[float]]) -> Any:
@@ -220,7 +229,15 @@ def sampled(fetch: Callable[[tuple[str, ...]], Sequence[float]]) -> Any:
 
 
 def _value(cls: type[Measured], name: str, params: tuple[str, ...]) -> float:
-    value = _ask(cls, name, params).get(name)
+    arm = params[0]
+    arms = _ask(cls, name, params)
+    value = arms[arm].get(name)
     if value is None:
         raise RuntimeError(f"{cls.__name__} {params}: {name} was not measured")
+    if name in RATIOS and not Settings.from_environment().quick:
+        unsure = doubt(arms[arm]["seconds"], arms[RATIOS[name]]["seconds"])
+        if unsure > ERROR:
+            known = f"known within {unsure:.1%}" if unsure < math.inf else "of too few worlds"
+            print(f"{name}: {value:.3g}, {known}, not {ERROR:.1%}: no number; --seconds gives more")
+            return math.nan
     return float(value)

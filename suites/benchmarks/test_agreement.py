@@ -14,14 +14,14 @@ from benchmarks.settings import FLOOR, REFERENCE
 
 
 def line(name: str, ratio: float, collectives: float = 2) -> dict[str, Any]:
-    """A measurement as the journal holds it, of ten equal rounds."""
+    """A measurement as the journal holds it, of a round in each of ten equal worlds."""
     ours = {
         "wrong": "",
-        "seconds": [[ratio] * 10],
+        "seconds": [[ratio]] * 10,
         "ratio_to_floor": ratio,
         "collectives": collectives,
     }
-    floor = {"wrong": "", "seconds": [[1.0] * 10]}
+    floor = {"wrong": "", "seconds": [[1.0]] * 10}
     arms = {REFERENCE: ours, FLOOR: floor}
     return {"where": "here", "benchmark": name, "regime": "many", "size": 4, "arms": arms}
 
@@ -51,7 +51,7 @@ def test_ratios_have_room_and_counts_have_none(
     assert f"{collectives == 2:d} of 1 counts are the same" in told.stdout
 
 
-def test_ratios_that_both_runs_know_are_counted_by_themselves(tmp_path: Path) -> None:
+def test_ratios_that_a_run_does_not_know_are_told_and_no_more(tmp_path: Path) -> None:
     """One run ended before the second ratio was known: it is apart, and that may be chance."""
     runs = [[line("Gather", 2.0), line("Copy", 2.0)] for _ in range(2)]
     left = line("Copy", 2.4)
@@ -59,12 +59,22 @@ def test_ratios_that_both_runs_know_are_counted_by_themselves(tmp_path: Path) ->
     left["arms"][FLOOR]["seconds"] = [[1.0]] * 4
     runs[1][1] = left
     told = agree(tmp_path, *runs)
-    assert told.returncode == 1
+    assert told.returncode == 0
     assert "1 of 2 ratios agree within 15%" in told.stdout
     assert "1 of 1 that both runs know within 3.5% do so" in told.stdout
     assert "Copy many x4, shardproof: ratio_to_floor: 2 and 2.4, known within 0.0% and 20.3%" in (
         told.stdout
     )
+
+
+def test_runs_that_know_no_ratio_do_not_agree(tmp_path: Path) -> None:
+    """Of one world, as a quick run has it, nobody can tell."""
+    one = line("Gather", 2.0)
+    for arm in one["arms"].values():
+        del arm["seconds"][1:]
+    told = agree(tmp_path, [one], [one])
+    assert told.returncode == 3
+    assert "no ratio is known to both runs" in told.stderr
 
 
 def test_a_number_that_one_run_lacks_is_told(tmp_path: Path) -> None:

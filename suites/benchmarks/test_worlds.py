@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import bench_tensor_parallel, measured
 from benchmarks.journal import read
 from benchmarks.listing import benchmarks
 from benchmarks.session.parent import Parent
@@ -61,6 +63,31 @@ def test_worlds_go_on_until_the_ratios_are_known(
     assert found["seconds"] == [[1.0]] * worlds
     assert found["calls"] == 5
     assert asked == [True] + [False] * (worlds - 1)
+
+
+@pytest.mark.parametrize(
+    ("worlds", "quick", "told"),
+    [
+        ([2.0, 2.05, 1.95, 2.0], False, True),
+        ([2.0, 3.0, 1.5, 2.0], False, False),
+        ([2.0, 2.0, 2.0], False, False),
+        ([2.0], True, True),
+    ],
+)
+def test_a_ratio_that_is_not_known_has_no_number(
+    monkeypatch: pytest.MonkeyPatch, worlds: list[float], quick: bool, told: bool
+) -> None:
+    """Two runs would not agree about it; a quick run says quick in its name."""
+    ours: dict[str, Any] = {"seconds": [[s] for s in worlds], "ratio_to_floor": 2.0, "peak": 5}
+    arms = {REFERENCE: ours, FLOOR: {"seconds": [[1.0]] * len(worlds)}}
+    monkeypatch.setattr(measured, "_ask", lambda *_: arms)
+    for name, value in Settings(quick=quick).environment().items():
+        monkeypatch.setenv(name, value)
+    benchmark: Any = bench_tensor_parallel.LocalizeDtensor()
+    asked = (REFERENCE, "many", "4 ranks, gloo on cpu")
+    got = benchmark.track_ratio_to_floor(*asked)
+    assert got == 2.0 if told else math.isnan(got)
+    assert benchmark.track_peak(*asked) == 5
 
 
 def test_a_wrong_arm_does_not_keep_a_measurement_going(monkeypatch: pytest.MonkeyPatch) -> None:

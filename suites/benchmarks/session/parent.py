@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import journal
 from benchmarks.journal import Arms
 from benchmarks.listing import label
-from benchmarks.measured import COUNTED, TRACKS, Measured
+from benchmarks.measured import COUNTED, RATIOS, Measured
 from benchmarks.session.statistics import known, ratio, typical
 from benchmarks.settings import (
     ARMS,
     FEWEST_WORLDS,
-    FLOOR,
     TORCH,
     Settings,
     leaves,
@@ -331,8 +330,7 @@ def _believed(numbers: dict[str, Any]) -> dict[str, Any]:
 
 def _relate(found: Arms) -> None:
     for arm, numbers in found.items():
-        for other, name in ((FLOOR, "ratio_to_floor"), (TORCH, "ratio_to_torch")):
+        for name, other in RATIOS.items():
             theirs = found.get(other, {}).get("seconds")
             if other != arm and theirs and numbers["seconds"]:
-                assert name in TRACKS
                 numbers[name] = ratio(numbers["seconds"], theirs)

@@ -7,6 +7,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from benchmarks.settings import FEWEST_WORLDS
+
 Worlds = Sequence[Sequence[float]]
 """Seconds of a call: of each world those of its rounds."""
 
@@ -108,11 +110,14 @@ def error(worlds: Sequence[float]) -> float:
     return statistics.stdev(map(math.log, worlds)) * math.sqrt((count - 1) / (count - 3) / count)
 
 
+def doubt(ours: Worlds, theirs: Worlds) -> float:
+    """The `error` of our time over theirs; infinite where the worlds are too few to tell."""
+    return error(ratios(ours, theirs)) if len(ours) >= FEWEST_WORLDS else math.inf
+
+
 def known(arms: Sequence[Worlds]) -> bool:
     """Whether worlds have shown the ratios of all pairs of arms; a single arm has none."""
-    if len(arms) < 2:
-        return True
-    return all(error(ratios(a, b)) <= ERROR for a, b in itertools.combinations(arms, 2))
+    return all(doubt(a, b) <= ERROR for a, b in itertools.combinations(arms, 2))
 
 
 def width(samples: Sequence[float]) -> float:
