@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from asv._stats import is_different
 
 from benchmarks import (
     baseline,
@@ -211,6 +212,13 @@ def test_points_of_a_graph_are_counted() -> None:
     assert command._points([]) == 0
 
 
+def test_a_comparison_has_worlds_enough_to_find_a_difference() -> None:
+    """Asv's test of the samples can say yes only from some number of them on."""
+    before = [1 + n / 100 for n in range(command.ROUNDS)]
+    assert is_different(before, [2 * s for s in before], None, None)
+    assert not is_different(before, before[::-1], None, None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "budget"),
     [
@@ -219,7 +227,7 @@ def test_points_of_a_graph_are_counted() -> None:
         (["--goals"], "2.5", 2.5),
         (["--goals", "--seconds", "5"], "2.5", 5),
         (["--quick"], "", 0.3),
-        (["--compare", "HEAD~1"], "", 6),
+        (["--compare", "HEAD~1"], "", 4),
         (["--compare", "HEAD~1", "--quick"], "", 0.3),
         (["--compare", "HEAD~1"], "2.5", 2.5),
     ],
