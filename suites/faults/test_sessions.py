@@ -72,6 +72,24 @@ def test_an_interrupted_session_says_what_it_did_and_leaves_nothing(
     assert "2 of 3 selected checks did not run" in outcome.output
 
 
+SWALLOWER = """
+import os, pathlib, signal
+def test_swallows():
+    try: os.kill(os.getpid(), signal.SIGTERM)
+    except BaseException: pass
+def test_next(): pathlib.Path(os.environ["STARTED"]).touch()
+"""
+
+
+def test_an_interruption_that_a_test_swallows_is_one_still(suite: Suite) -> None:
+    """As is one that arrives while a finalizer runs, which loses the exception."""
+    folder = suite(SWALLOWER)
+    outcome = Session(folder, env={"STARTED": str(folder / "started")}).finish(timeout=60)
+    assert outcome.exit == 3
+    assert not (folder / "started").exists()
+    assert "KeyboardInterrupt: signal 15" in outcome.output
+
+
 def test_ranks_end_with_a_killed_parent(suite: Suite) -> None:
     folder = suite(SLEEPER)
     session = Session(folder, "--check-limit", "60", env={"STARTED": str(folder / "started")})

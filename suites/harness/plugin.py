@@ -169,6 +169,8 @@ class Run:
     def pytest_runtest_protocol(
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> bool | None:
+        if _signals:
+            raise KeyboardInterrupt(f"signal {_signals[0]}")
         spec = requirements.spec_of(item, self._settings) if requirements.is_check(item) else None
         reason = self._worlds.unmet(item, spec)
         if not reason and spec is None:
@@ -357,5 +359,10 @@ class Run:
             terminalreporter.write_line(note)
 
 
+_signals: list[int] = []
+"""That told this process to end. The exception may be lost, in a test or a finalizer."""
+
+
 def _terminate(number: int, frame: FrameType | None) -> None:
+    _signals.append(number)
     raise KeyboardInterrupt(f"signal {number}")
