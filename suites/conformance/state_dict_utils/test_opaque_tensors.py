@@ -59,6 +59,15 @@ def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.coalesce().indices(), tensor.coalesce().values()]
 
 
+def overwrite(tensor: torch.Tensor, kind: str) -> None:
+    """Change all that it holds, in place; the parts of a quantized tensor are copies."""
+    if kind == "quantized":
+        tensor.copy_(opaque(kind, tensor.device, salt=1))
+    else:
+        for mine in parts(tensor):
+            mine.zero_()
+
+
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")
 class TestGatherWrapped:
     @pytest.mark.law("values")
@@ -249,8 +258,7 @@ class TestCreateOpaque:
         got = judged({"x": value})["x"]
         assert type(got) is type(value), f"a {type(got).__name__}"
         assert (got.layout, got.dtype, got.shape) == (value.layout, value.dtype, value.shape)
-        for mine in parts(got):
-            mine.zero_()
+        overwrite(got, kind)
         for number, (mine, was) in enumerate(zip(parts(value), before, strict=True)):
             assert_same(mine, was, f"part {number} of the original")
 
@@ -283,10 +291,6 @@ class TestOffloadOpaque:
         value, before = opaque(kind, device), opaque(kind, CPU)
         got = judged({"x": value})["x"]
         assert got.device.type == "cpu", f"on {got.device}"
-        if kind == "quantized":
-            value.copy_(opaque(kind, device, salt=1))
-        else:
-            for mine in parts(value):
-                mine.zero_()
+        overwrite(value, kind)
         for number, (mine, expected) in enumerate(zip(parts(got), parts(before), strict=True)):
             assert_same(mine, expected, f"part {number}")
