@@ -50,6 +50,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     add("--no-benchmarks", action="store_true", help="verdicts only")
     add("--dry-run", action="store_true", help="small benchmarks; touch no issue")
     options = parser.parse_args(arguments)
+    if options.share_gpus and options.backend != "nccl":
+        parser.error("--share-gpus: expected --backend nccl")
     options.device = options.device or ("cuda" if options.backend == "nccl" else "cpu")
     return options
 
