@@ -287,4 +287,8 @@ def _points(series: list[Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("ci/bench: interrupted; the file of --journal has what was measured", file=sys.stderr)
+        sys.exit(130)

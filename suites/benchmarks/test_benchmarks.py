@@ -24,6 +24,7 @@ from benchmarks import (
     measured,
     table,
 )
+from benchmarks.journal import read
 from benchmarks.listing import HERE, benchmarks
 from benchmarks.session.parent import Parent
 from benchmarks.settings import FLOOR, PREFIX, REFERENCE, TORCH, Settings
@@ -199,6 +200,23 @@ def test_a_run_that_measured_nothing_fails() -> None:
     assert command._outcome(0, one(seconds=[], wrong="no"), saved=True) == 3
     assert command._outcome(0, one() + one(seconds=[], wrong="no"), saved=True) == 1
     assert command._outcome(2, one(), saved=True) == 1
+
+
+def test_a_run_that_is_told_to_end_leaves_what_it_has(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    words = ["--goals", "--bench", "SetElement", "--journal", str(journal)]
+    command = [sys.executable, "-m", "benchmarks.command", *words]
+    with subprocess.Popen(command, cwd=SUITES, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        for line in run.stderr:
+            if line.startswith("world 2"):
+                break
+        run.terminate()
+        said = run.stderr.read()
+    assert run.returncode == 130, said
+    assert "interrupted; the file of --journal" in said
+    (arms,) = read(journal)[1].values()
+    assert arms[REFERENCE]["seconds"]
 
 
 def test_no_samples_are_an_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ def numbers(
     """
     if file is not None:
         return journal.kept(file, wanted)
+    # As Ctrl-C does it: what was measured is in the journal.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     found = Parent(settings).measure_each(
         wanted, told=lambda text: print(text, file=sys.stderr, flush=True), **how
     )
