@@ -236,10 +236,11 @@ def _value(cls: type[Measured], name: str, params: tuple[str, ...]) -> float:
     value = arms[arm].get(name)
     if value is None:
         raise RuntimeError(f"{cls.__name__} {params}: {name} was not measured")
-    if name in RATIOS and not Settings.from_environment().quick:
+    if name in RATIOS:
         unsure = doubt(arms[arm]["seconds"], arms[RATIOS[name]]["seconds"])
-        if unsure > ERROR:
+        if unsure > ERROR and not Settings.from_environment().quick:
             known = f"known within {unsure:.1%}" if unsure < math.inf else "of too few worlds"
             print(f"{name}: {value:.3g}, {known}, not {ERROR:.1%}: no number; --seconds gives more")
             return math.nan
+        value = float(f"{value:.4g}")  # asv shows all that there is
     return float(value)
