@@ -257,8 +257,8 @@ class Rank:
             timeout=timeout,
         )
         if self.spec.backend != "gloo":
-            # NCCL opens a pipe for the process with its first communicator (its RAS subsystem
-            # does): opened here, it is no check's leak.
+            # NCCL opens a pipe for the process with its first communicator: opened here, it is no
+            # check's leak.
             first = torch.ones(1, device=self.device)
             dist.all_reduce(first)
             first.item()
