@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +91,42 @@ def test_a_ratio_that_is_not_known_has_no_number(
     got = benchmark.track_ratio_to_floor(*asked)
     assert got == 2.0 if told else math.isnan(got)
     assert benchmark.track_peak(*asked) == 5
+
+
+def test_cpus_tick_as_long_as_their_parent_lives() -> None:
+    """One process on each CPU, which ends with its parent however that ends."""
+    code = (
+        "import time; from benchmarks.session.awake import keep_awake\n"
+        "print(*keep_awake(), flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pids = [int(word) for word in parent.stdout.readline().split()]
+        try:
+            before = [_switches(pid) for pid in pids]
+            time.sleep(0.2)
+            assert all(_switches(p) > b + 50 for p, b in zip(pids, before, strict=True))
+            each = [os.sched_getaffinity(pid) for pid in pids]
+            assert each == [{cpu} for cpu in sorted(os.sched_getaffinity(0))]
+        finally:
+            parent.kill()
+    deadline = time.monotonic() + 5
+    while not all(map(_ended, pids)):
+        assert time.monotonic() < deadline, f"one of {pids} lives on"
+        time.sleep(0.01)
+
+
+def _switches(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(ln for ln in lines if ln.startswith("voluntary_ctxt_switches")).split()[1])
+
+
+def _ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def test_a_wrong_arm_does_not_keep_a_measurement_going(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ seconds a number. So the first process starts a server and the others attach to 
     parent      the warm parent: forks a world for each measurement
     world       the parent's side of that world, built from harness.world
     rounds      the rank's side: the arms in turns, each result checked
+    awake       CPUs that do not halt meanwhile
     counting    collectives, bytes and memory of one call
     profiling   where a call spends its time
     statistics  from samples of ranks to one number

@@ -14,6 +14,7 @@ from benchmarks import journal
 from benchmarks.journal import Arms
 from benchmarks.listing import label
 from benchmarks.measured import COUNTED, RATIOS, Measured
+from benchmarks.session.awake import keep_awake
 from benchmarks.session.statistics import known, ratio, typical
 from benchmarks.settings import (
     ARMS,
@@ -93,6 +94,7 @@ class Parent:
         warm.limit_threads()
         processes.adopt_orphans()
         warm.warm_up()
+        keep_awake()
         self.settings = settings
         self._data: dict[str, dict[str, torch.Tensor]] = {}
         file = os.environ.get("SHARDPROOF_BENCH_JOURNAL")
