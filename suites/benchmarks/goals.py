@@ -118,17 +118,18 @@ def reached(goal: Goal, seconds: Mapping[str, Worlds], tensors: int, agreement: 
 
 
 _TENSOR = (
-    "9 us of CPU a tensor and rank besides the bytes, of which four ranks on two cores see twice: "
-    "a third looks at each DTensor (spec, local tensor, address), a third makes the results, in "
-    "memory that is new to the processor, the rest packs, names and agrees"
+    "Python for each tensor besides the bytes, which four ranks on two cores see twice: a third "
+    "looks at each DTensor (spec, local tensor, address), a third makes the results, in memory "
+    "that is new to the processor, the rest packs, names and agrees"
 )
 _OFFERED = (
-    "12 us of CPU a tensor on the source, 8 on the others, of which four ranks on two cores see "
-    "twice: the source looks at its tensors, then each rank at its targets, then the source packs"
+    "Python for each tensor besides the bytes, which four ranks on two cores see twice: the source "
+    "looks at its tensors, then each rank at its targets, then the source packs; the source has "
+    "half as much again to do as the others"
 )
 _EACH_ITS_OWN = (
-    "336 tensors of as many layouts: each has its own views, piece and result, 70 us of CPU, where "
-    "tensors that are laid out alike share all that; and a mesh of two dimensions is two hops"
+    "336 tensors of as many layouts: each has its own views, piece and result, where tensors that "
+    "are laid out alike share all that; and a mesh of two dimensions is two hops"
 )
 _PACK = (
     "the floor's rows are packed before the clock runs; here the source packs them, which is two "
@@ -143,31 +144,31 @@ _DTENSOR = "what is more than the DTensor: its shape is checked against the spec
 _ALLOCATE = "both allocate each tensor, and that is nearly all; nothing is copied by either"
 _WALK = "nearly all is one loop over the items: a path, a name and three entries for each leaf"
 _CHECKED = "the same copies; that all leaves are checked before the first is written is the rest"
-_ASKED = "the copies are one call, half of it; the rest asks of each pair whether it fits: 1 us"
+_ASKED = "the copies are one call, half of it; the rest asks of each pair whether it fits"
 _SNAPSHOT = (
     "a bare loop that clones each and makes the DTensor is three quarters: memory of its own and "
-    "the wrapper; what is left asks for type, ties and requires_grad: 2 us"
+    "the wrapper; what is left asks for type, ties and requires_grad"
 )
 _PIECES = (
     "two thirds are the copies, of each tensor into memory of its own, where the floor is one copy "
     "of the same bytes; most of the rest makes the DTensors"
 )
 _FEW = (
-    "half is 32 MiB mapped for each tensor and unmapped with it, without a write; 27 us are the "
-    "call itself, shared by 4 tensors"
+    "half is 32 MiB mapped for each tensor and unmapped with it, without a write; most of the rest "
+    "is the call itself, which four tensors share"
 )
 _FIRST = (
     "torch makes the Parameters and no more, and has lost them after the first forward: here each "
-    "module gets its hooks and each Parameter its record, once; after a forward it is 3 us each"
+    "module gets its hooks and each Parameter its record, once; after a forward it puts them back"
 )
 _UNASKED = (
-    "2 us a weight, once, when a model is wrapped: torch sets the flag of the DTensor's own local "
-    "tensor, of frozen and integer ones too; here the DTensor is asked (to ask alone takes two "
-    "thirds of torch's time), and what trains is a view, so that the DTensor stays as it is"
+    "1 to 2 us a weight, once, when a model is wrapped: torch sets the flag of the DTensor's own "
+    "local tensor, of frozen and integer ones too; here the DTensor is asked (to ask alone takes "
+    "two thirds of torch's time), and what trains is a view, so that the DTensor stays as it is"
 )
 _SHARE = (
     "the copy, which is all that the floor does, is a tenth of it for many small tensors and a "
-    "fourth for a model; the rest looks at each target, cuts its part out of the full tensor and "
+    "third for a model; the rest looks at each target, cuts its part out of the full tensor and "
     "makes the DTensor"
 )
 _NO_FASTER = (

@@ -318,6 +318,12 @@ MUTANTS: tuple[Mutant, ...] = (
                 "return grad._local_tensor, None, None",
             ),
             (
+                "unflatten_is_compiled",
+                "the compiler looks into it, and into the tables of layouts",
+                "@_disable_dynamo(recursive=True)\n",
+                "",
+            ),
+            (
                 "sync_returns_pending",
                 "a gradient in flight is handed on",
                 "    if compute_stream is None:\n        return grad.wait()",

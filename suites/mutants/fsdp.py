@@ -127,8 +127,8 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "compute_stream_forgotten",
         "gradients in flight are waited for on another stream than they are used on",
         "__init__.py",
-        "                compute_stream=self.compute_stream,\n",
-        "",
+        "param_extension, self.device_handle, self.compute_stream)",
+        "param_extension, self.device_handle)",
         "dtensor_extensions",
     ),
 )

@@ -209,6 +209,24 @@ class TestUnflattenTensor:
         assert handle.current is None, "the compute stream is still current"
         assert_same(local.grad, torch.full((2, 3), 2.0))
 
+    # Dynamo looks at the gradient of whatever it meets.
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+    @pytest.mark.law("autograd")
+    @pytest.mark.world(1)
+    def test_compiled(self, judged: Any, mesh: Any) -> None:
+        """In compiled code the DTensor and its gradient are the same."""
+        local = numbers(4, 3).requires_grad_()
+        like = dtensor(numbers(4, 3), mesh(1), [S(0)])
+
+        def code(tensor: torch.Tensor) -> Any:
+            return (judged(tensor, like._spec) * 2).to_local()
+
+        compiled: Any = torch.compile(code, backend="eager")
+        got = compiled(local)
+        assert_same(got.detach(), numbers(4, 3) * 2)
+        got.backward(numbers(4, 3, salt=1))
+        assert_same(local.grad, numbers(4, 3, salt=1) * 2)
+
     @pytest.mark.law("autograd")
     @pytest.mark.world(1)
     def test_used_twice_in_one_graph(self, judged: Any, mesh: Any) -> None:

@@ -25,8 +25,8 @@ from shardproof._state_dict_utils.layout import my_coordinate, spec_block
 from shardproof._state_dict_utils.tensors import allocate, put, settled, stood_for
 from shardproof.tensor.parallel._data_parallel_utils import (
     _flatten_tensor,
-    _unflatten_tensor,
     around,
+    unflattened,
 )
 
 _RECORDS = "_shardproof_localized"
@@ -127,7 +127,7 @@ def as_dtensor(value: torch.Tensor, entry: Localized, key: str) -> DTensor:
     if value.shape == entry.fits:
         return around(value, entry.spec)
     try:
-        whole = _unflatten_tensor(value, entry.spec)
+        whole = unflattened(value, entry.spec)
     except ValueError as error:
         raise ValueError(f"parameter {key!r}: {error}") from None
     entry.fits = whole._local_tensor.shape

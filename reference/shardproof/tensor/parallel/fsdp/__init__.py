@@ -21,7 +21,7 @@ from torch.distributed.fsdp._common_utils import _set_fsdp_flattened
 from torch.distributed.fsdp._fsdp_extensions import FSDPExtensions
 from torch.distributed.tensor import DTensor
 
-from shardproof.tensor.parallel._data_parallel_utils import _flatten_tensor, _unflatten_tensor
+from shardproof.tensor.parallel._data_parallel_utils import _flatten_tensor, unflattened
 from shardproof.tensor.parallel.fsdp.boxes import (
     _create_shard_md_from_dt,
     _create_sharded_tensor_md_from_dt,
@@ -111,12 +111,7 @@ class DTensorExtensions(FSDPExtensions):
 
         """
         with self._on_compute_stream():
-            result = _unflatten_tensor(
-                tensor,
-                param_extension,
-                device_handle=self.device_handle,
-                compute_stream=self.compute_stream,
-            )
+            result = unflattened(tensor, param_extension, self.device_handle, self.compute_stream)
             _set_fsdp_flattened(result)
             return result
 
