@@ -25,7 +25,16 @@ def write(file: Path, where: str, wanted: tuple[Measured, str, int], arms: Arms)
         "arms": arms,
     }
     with file.open("a") as stream:
-        stream.write(json.dumps(line) + "\n")
+        stream.write(json.dumps(_rounded(line)) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    """With the digits of a number that say something: a file of half the size."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def read(file: Path) -> tuple[str, dict[str, Arms]]:

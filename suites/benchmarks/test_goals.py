@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from benchmarks import goals
+from benchmarks import goals, table
 from benchmarks.goals import GOALS, Goal, reached
 from benchmarks.listing import benchmarks
-from benchmarks.settings import FLOOR, REFERENCE, TORCH
+from benchmarks.settings import FLOOR, REFERENCE, TORCH, Settings
+
+HERE = Path(__file__).parent
+KEPT = HERE / "goals.jsonl"
 
 
 @pytest.mark.parametrize("goal", GOALS, ids=lambda g: f"{g.benchmark}-{g.regime}")
@@ -67,3 +72,17 @@ def test_a_miss_without_a_reason_fails() -> None:
     row, fine = goals._row(goal, 4, got, "because")
     assert fine
     assert "because" in row
+
+
+def test_the_page_says_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """GOALS.md, and the table in the README, are what the commands print of the kept journal."""
+    page = (HERE / "GOALS.md").read_text()
+    assert goals.main(Settings(), None, 4, KEPT) == 0
+    rows, _, profiles = capsys.readouterr().out.partition("\n\n")
+    assert goals.main(Settings(), "^(Gather|Broadcast)StateDict$", 8, KEPT) == 0
+    larger, _, _ = capsys.readouterr().out.partition("\n\n")
+    for part in (rows, larger, profiles):
+        assert part.strip() in page, "GOALS.md: not what `ci/bench --goals --from` prints"
+    assert table.main(Settings(), KEPT) == 0
+    readme = (HERE.parents[1] / "README.md").read_text()
+    assert capsys.readouterr().out.strip() in readme, "README.md: `ci/readme 'ci/bench --table'`"
