@@ -21,9 +21,9 @@ from harness import warm
 
 ROOT = Path(__file__).parents[2]
 MACHINE = Path.home() / ".asv-machine.json"
-ROUNDS = 7
-"""Interleaved rounds of a comparison, each a world: of fewer asv's test of samples, two-sided at
-0.002, could not call any difference one."""
+ROUNDS = 10
+"""Interleaved rounds of a comparison, each a world: of seven asv's test of samples, two-sided at
+0.002, can call a difference one, but a single odd world on either side would hide it."""
 COMPARED_SECONDS = 4.0
 """For a measurement in each of them, at most: it has ROUNDS of them, and those of two commits."""
 COMPARED = r"(time_call|track_(collectives|received|peak|calls))$"

@@ -231,9 +231,12 @@ def test_points_of_a_graph_are_counted() -> None:
 
 
 def test_a_comparison_has_worlds_enough_to_find_a_difference() -> None:
-    """Asv's test of the samples can say yes only from some number of them on."""
+    """Asv's test of the samples says yes from some number of them on, also where one is odd."""
     before = [1 + n / 100 for n in range(command.ROUNDS)]
-    assert is_different(before, [2 * s for s in before], None, None)
+    after = [2 * s for s in before]
+    assert is_different(before, after, None, None)
+    assert is_different([*before[1:], 10.0], after, None, None)
+    assert is_different(before, [*after[1:], 0.1], None, None)
     assert not is_different(before, before[::-1], None, None)
 
 
