@@ -49,15 +49,16 @@ def _total(leaves: Sequence[Leaf]) -> int:
     return sum(leaf.nbytes for leaf in leaves)
 
 
-def _transfers(leaves: Sequence[Leaf], pieces: bool = False) -> int:
-    """Most collectives for the tensors: one for each large one, the others by 2/5 of a bucket.
+def _transfers(leaves: Sequence[Leaf], piece: int = 0, held: int = 2) -> int:
+    """Most collectives for the tensors.
 
-    `pieces`: also a large one by half a bucket.
+    `piece`: the most bytes of a large one that one collective takes; 0: all of it.
+    `held`: how many buckets of the others there are at a time; a fifth of one may stay empty.
     """
     sizes = [leaf.nbytes for leaf in leaves if leaf.nbytes >= ALONE]
-    large = sum(math.ceil(2 * size / BUCKET) for size in sizes) if pieces else len(sizes)
+    large = sum(math.ceil(size / piece) for size in sizes) if piece else len(sizes)
     shared = sum(leaf.nbytes for leaf in leaves if leaf.nbytes < ALONE)
-    return large + math.ceil(5 * shared / (2 * BUCKET))
+    return large + math.ceil(5 * held * shared / (4 * BUCKET))
 
 
 def gather(leaves: Sequence[Leaf], n: int, meshes: int = 1, backend: str = "nccl") -> Cost:
@@ -67,15 +68,23 @@ def gather(leaves: Sequence[Leaf], n: int, meshes: int = 1, backend: str = "nccl
     `backend`: Gloo takes large tensors in pieces, because it needs room for what it receives.
     """
     payload = _total(leaves) - _held(leaves, n)
-    most = meshes * STEPS + _transfers(leaves, pieces=backend == "gloo")
+    most = meshes * STEPS + _transfers(leaves, BUCKET // 2 if backend == "gloo" else 0)
     return Cost(payload, AGREEMENT * (n - 1) * meshes, most)
 
 
-def broadcast(leaves: Sequence[Leaf], n: int) -> Cost:
-    """`_broadcast_state_dict` to n ranks: what a rank holds of each leaf, and each leaf's entry."""
+def broadcast(
+    leaves: Sequence[Leaf], n: int, backend: str = "nccl", device: str = "cuda"
+) -> Cost:
+    """`_broadcast_state_dict` to n ranks: what a rank holds of each leaf, and each leaf's entry.
+
+    `backend`, `device`: Gloo takes room on a device for what it scatters, so that there is less
+    for buckets, and large tensors go in pieces.
+    """
     names = sum(len(leaf.name) for leaf in leaves)
     overhead = AGREEMENT * (n - 1) + 2 * names + ENTRY * len(leaves) + 1024
-    return Cost(_held(leaves, n), overhead, 2 * STEPS + _transfers(leaves))
+    takes_room = backend == "gloo" and device != "cpu"
+    transfers = _transfers(leaves, BUCKET, held=3) if takes_room else _transfers(leaves)
+    return Cost(_held(leaves, n), overhead, 2 * STEPS + transfers)
 
 
 def distribute(leaves: Sequence[Leaf], n: int) -> Cost:

@@ -28,6 +28,14 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "memory",
     ),
     (
+        "sent_from_a_copy",
+        "a large tensor is copied before it is sent: whole, whatever each rank receives of it",
+        "transport.py",
+        "            data = self.wholes[key].view(-1).view(torch.uint8)\n",
+        "            data = self.wholes[key].clone().view(-1).view(torch.uint8)\n",
+        "memory",
+    ),
+    (
         "cut_from_copies",
         "each full tensor is copied before its shard is cut from it, and all copies stay",
         "distribute.py",
@@ -44,3 +52,15 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "memory",
     ),
 )
+
+ON_A_DEVICE: tuple[tuple[str, ...], ...] = (
+    (
+        "scatter_room_uncounted",
+        "Gloo takes as much of the device as is scattered, for a large tensor all of it",
+        "wire.py",
+        '_DESCRIBING = {"gloo"}',
+        "_DESCRIBING: set[str] = set()",
+        "memory",
+    ),
+)
+"""Faults that show where tensors lie on another device than the CPU."""

@@ -132,7 +132,8 @@ def _broadcast_state_dict(
     All ranks of the group have to call it. Collectives: two broadcasts for the offer, one
     all-gather to agree (two where the ranks need different parts, or one refuses), and one
     broadcast or scatter per bucket, or per tensor of a 16th of a bucket or more that can be
-    sent from where it lies to where it belongs.
+    sent from where it lies to where it belongs (over Gloo from a device per bucket of such a
+    tensor that is scattered).
 
     """
     _run(
@@ -186,7 +187,7 @@ def _run(
         return
     domain = group_domain(group, device)
     source = dist.get_rank(group) == 0
-    offers, failure = offers_of(full, keys) if source else (Offers(), None)
+    offers, failure = offers_of(full, keys, domain.device) if source else (Offers(), None)
     wholes = offers.wholes
     targets = Targets(in_place=True, cpu_offload=cpu_offload)
 

@@ -34,7 +34,7 @@ class Offer(NamedTuple):
             ``opaque``: a tensor that cannot be sent, and what it is as the value.
         size: of a tensor.
         dtype: of a tensor.
-        flat: whether a tensor's memory can be sent as it is.
+        flat: whether a tensor's memory can be sent from where it is, as it is.
 
     """
 
@@ -99,8 +99,10 @@ class Offers:
         return Offers(keys, numbers, kinds, roots, values)
 
 
-def offers_of(full: dict[str, Any], keys: list[str] | None) -> tuple[Offers, Failure | None]:
-    """What the source has, in the order of its state dict."""
+def offers_of(
+    full: dict[str, Any], keys: list[str] | None, device: torch.device
+) -> tuple[Offers, Failure | None]:
+    """What the source has, in the order of its state dict. ``device`` is the transport's."""
     offers = Offers()
     numbers: dict[Hashable, int] = {}
     try:
@@ -127,7 +129,12 @@ def offers_of(full: dict[str, Any], keys: list[str] | None) -> tuple[Offers, Fai
                 raw = bits(plain).cpu().reshape(1).view(torch.uint8).numpy().tobytes()
                 offers.add(key, Offer("scalar", (), dtype), raw)
                 continue
-            flat = ordinary and plain.is_contiguous() and not plain.is_neg()
+            flat = (
+                ordinary
+                and plain.device == device
+                and plain.is_contiguous()
+                and not plain.is_neg()
+            )
             number = numbers.get((size, dtype, flat))
             if number is None:
                 number = offers.number(Offer("tensor", tuple(size), dtype, flat))

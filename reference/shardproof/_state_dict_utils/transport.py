@@ -30,7 +30,14 @@ from shardproof._state_dict_utils.stream import (
 )
 from shardproof._state_dict_utils.targets import Model, Target
 from shardproof._state_dict_utils.tensors import CPU, MOVABLE, bits, copies_of_each, copy_all
-from shardproof._state_dict_utils.wire import Domain, broadcast, finish, scatter
+from shardproof._state_dict_utils.wire import (
+    Domain,
+    broadcast,
+    finish,
+    scatter,
+    scatter_into,
+    scatter_takes_room,
+)
 
 # From how many bytes on leaving out a row of them costs less than writing it.
 _WORTH_A_VIEW = 1 << 16
@@ -135,7 +142,7 @@ class Transport:
             memory = target.open().view(-1).view(torch.uint8)
         data = None
         if self.wholes is not None:
-            data = self.wholes[key].view(-1).view(torch.uint8).to(self.domain.device)
+            data = self.wholes[key].view(-1).view(torch.uint8)
         if not scattered:
             data = memory if data is None else data
             assert data is not None
@@ -146,12 +153,15 @@ class Transport:
             return
         assert memory is not None
         rows = None if data is None else data.view(len(self.domain.members), -1)
-        finish(scatter(self.group, memory, rows))
+        scatter_into(self.group, memory, rows, stream.BUCKET_BYTES)
 
     def _run_stream(self, parcels: Sequence[Parcel], scattered: bool) -> None:
         participants = len(self.domain.members) if scattered else 1
         # Two buckets at a time: one is on its way while another is packed, or unpacked.
-        todo = Stream(parcels, participants, held=2 * participants)
+        held = 2
+        if scattered and scatter_takes_room(self.group, self.domain.device):
+            held += 1
+        todo = Stream(parcels, participants, held=held * participants)
         if self.wholes is None:
             self._receive_stream(todo, scattered)
         else:

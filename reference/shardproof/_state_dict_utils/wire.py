@@ -151,6 +151,13 @@ def all_gather(
 # Backends that receive an all-gather into memory of their own, and copy from there.
 _COPYING = {"gloo"}
 
+# Backends that describe what a scatter sends by an empty tensor of that size: c10d's
+# AsyncScatterWork::getInputTensors in ProcessGroupGloo.cpp.
+_DESCRIBING = {"gloo"}
+
+# Where memory that nobody writes to costs nothing: it is never resident.
+_LAZY = {"cpu"}
+
 
 def all_gather_into(
     group: dist.ProcessGroup, payload: torch.Tensor, into: torch.Tensor, most: int
@@ -229,6 +236,37 @@ def scatter(
     """
     parts = None if rows is None else list(rows)
     return dist.scatter(into, parts, group=group, group_src=0, async_op=True)
+
+
+def scatter_takes_room(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether to start a scatter takes room for all that is sent once more on the first rank.
+
+    The allocator of a device hands that room out for a moment, though nothing is written there.
+    The answer is the same on every rank.
+    """
+    return device.type not in _LAZY and group._get_backend(device).name() in _DESCRIBING
+
+
+def scatter_into(
+    group: dist.ProcessGroup, into: torch.Tensor, rows: torch.Tensor | None, most: int
+) -> None:
+    """As :func:`scatter`, where the bytes may be many; all is done when it returns.
+
+    One collective; where a scatter takes room, one for each ``most`` bytes that are sent, so that
+    this room stays small.
+    """
+    size = dist.get_world_size(group)
+    step = max(most // size, 1)
+    if into.numel() <= step or not scatter_takes_room(group, into.device):
+        finish(scatter(group, into, rows))
+        return
+    work = None
+    for start in range(0, into.numel(), step):
+        part = slice(start, start + step)
+        started = scatter(group, into[part], None if rows is None else rows[:, part])
+        finish(work)
+        work = started
+    finish(work)
 
 
 def finish(work: dist.Work | None) -> None:

@@ -136,6 +136,23 @@ class TestBroadcast:
 
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
+    def test_no_rank_needs_a_large_tensor_whole(
+        self, judged: Any, mesh: Any, rank: int, device: torch.device, grows: Any
+    ) -> None:
+        """One tensor as large as the model, for shards; on the device, or still on the CPU."""
+        for home in dict.fromkeys([device, torch.device("cpu")]):
+
+            def make(model: Model, home: torch.device = home) -> Callable[[], Any]:
+                whole = torch.cat(list(model.values()))
+                model.clear()
+                mine = {"weight": dtensor(whole + 1, mesh(4), [S(0)])}
+                full = {} if rank else {"weight": whole.to(home)}
+                return lambda: judged(full, mine, device)
+
+            grows(0, make)
+
+    @pytest.mark.law("cost")
+    @pytest.mark.world(4)
     def test_plain_targets_are_made_anew(
         self, judged: Any, rank: int, device: torch.device, grows: Any
     ) -> None:
