@@ -46,7 +46,7 @@ def plant(mutant: Mutant, folder: Path) -> None:
 
 
 def judge(mutant: Mutant) -> tuple[str, list[str]]:
-    """(what happened: caught, survived, unjudged or broken; the checks that caught it)."""
+    """(what happened: caught, survived, unjudged or broken; the checks that caught it, or why)."""
     device = accelerator() if mutant.accelerator else None
     if mutant.accelerator and device is None:
         return "unjudged", []
@@ -72,7 +72,8 @@ def judge(mutant: Mutant) -> tuple[str, list[str]]:
                 "4",
                 "--check-limit",
                 "15",
-                *(("--device", device) if device else ()),
+                # Gloo, since its ranks share a GPU: NCCL would leave out what needs several.
+                *(("--device", device, "--backend", "gloo") if device else ()),
                 *(str(ROOT / "suites" / "conformance" / t) for t in mutant.checks),
             ],
             cwd=ROOT,
@@ -95,11 +96,18 @@ def judge(mutant: Mutant) -> tuple[str, list[str]]:
     if verdicts <= {"precondition"}:  # the copy cannot be imported, or lacks the function
         return "broken", sorted({c["message"] for c in data["checks"]}) or [done.stdout[-2000:]]
     killers = [c["id"] for c in data["checks"] if c["verdict"] in BAD]
-    return ("caught" if killers else "survived"), killers
+    if killers:
+        return "caught", killers
+    unrun = [c["message"] for c in data["checks"] if c["verdict"] == "precondition"]
+    if not unrun:
+        return "survived", []
+    return "survived", [
+        f"{len(unrun)} of {len(data['checks'])} checks could not run here: {unrun[0]}"
+    ]
 
 
 def accelerator() -> str | None:
-    """The type of this machine's accelerator, if it has one; Gloo takes its tensors, too."""
+    """The type of this machine's accelerator, if it has one."""
     return devices.accelerator() or None
 
 
@@ -122,11 +130,11 @@ def main() -> int:
     for number, mutant in enumerate(chosen, 1):
         began = time.monotonic()
         try:
-            state, killers = judge(mutant)
+            state, said = judge(mutant)
         except CannotPlantError as error:
-            state, killers = "broken", [str(error)]
+            state, said = "broken", [str(error)]
         worst = max(worst, {"caught": 0, "unjudged": 0, "survived": 1, "broken": 3}[state])
-        first = killers[0].rpartition("::")[2] if state == "caught" else mutant.fault
+        first = said[0].rpartition("::")[2] if state == "caught" else mutant.fault
         if state == "unjudged":
             first = f"shows on an accelerator only: {mutant.fault}"
         print(
@@ -134,8 +142,8 @@ def main() -> int:
             f"({time.monotonic() - began:.0f} s)",
             flush=True,
         )
-        if state == "broken":
-            print(killers[0], file=sys.stderr)
+        if state in {"broken", "survived"} and said:
+            print(said[0], file=sys.stderr)
     return worst
 
 
