@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,11 @@ ROWS = [
     ("GatherAtScale", "scale", 8),
     ("GatherAtScale", "scale", 512),
 ]
-_FORMULAS = {"Gather": cost.gather, "Broadca": cost.broadcast, "Distrib": cost.distribute}
+_FORMULAS: dict[str, Callable[[Sequence[Leaf], int], cost.Cost]] = {
+    "Gather": cost.gather,
+    "Broadca": cost.broadcast,
+    "Distrib": cost.distribute,
+}
 
 
 @pytest.mark.parametrize(("name", "regime", "n"), ROWS)

@@ -255,11 +255,9 @@ def scatter_into(
     One collective; where a scatter takes room, one for each ``most`` bytes that are sent, so that
     this room stays small.
     """
-    size = dist.get_world_size(group)
-    step = max(most // size, 1)
-    if into.numel() <= step or not scatter_takes_room(group, into.device):
-        finish(scatter(group, into, rows))
-        return
+    step = into.numel()
+    if scatter_takes_room(group, into.device):
+        step = max(most // dist.get_world_size(group), 1)
     work = None
     for start in range(0, into.numel(), step):
         part = slice(start, start + step)
