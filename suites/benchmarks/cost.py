@@ -72,9 +72,7 @@ def gather(leaves: Sequence[Leaf], n: int, meshes: int = 1, backend: str = "nccl
     return Cost(payload, AGREEMENT * (n - 1) * meshes, most)
 
 
-def broadcast(
-    leaves: Sequence[Leaf], n: int, backend: str = "nccl", device: str = "cuda"
-) -> Cost:
+def broadcast(leaves: Sequence[Leaf], n: int, backend: str = "nccl", device: str = "cuda") -> Cost:
     """`_broadcast_state_dict` to n ranks: what a rank holds of each leaf, and each leaf's entry.
 
     `backend`, `device`: Gloo takes room on a device for what it scatters, so that there is less

@@ -272,9 +272,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *(_mutant(*fault) for fault in memory.FAULTS),
     *(_mutant(*fault) for fault in opaque.FAULTS),
     *(_mutant(*fault) for fault in together.FAULTS),
-    *(
-        _mutant(*fault, accelerator=True) for fault in (*memory.ON_A_DEVICE, *together.ON_A_DEVICE)
-    ),
+    *(_mutant(*fault, accelerator=True) for fault in (*memory.ON_A_DEVICE, *together.ON_A_DEVICE)),
     # --- tensor parallel ----------------------------------------------------------------------
     *(
         Mutant(

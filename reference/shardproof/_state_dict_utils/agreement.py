@@ -247,5 +247,5 @@ def _entries_verdict(domain: Domain, told: Sequence[Entries]) -> Failure | None:
 
 def _collect_bytes(domain: Domain, stages: Sequence[Any], data: bytes, width: int) -> list[bytes]:
     payload = torch.frombuffer(bytearray(data.ljust(width, b"\0")), dtype=torch.uint8)
-    rows = collect(stages, payload.to(domain.device)).cpu().numpy().tobytes()
+    rows = collect(stages, payload.to(domain.device), short=True).cpu().numpy().tobytes()
     return [rows[at : at + width] for at in range(0, len(rows), width)]

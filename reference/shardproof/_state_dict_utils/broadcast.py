@@ -225,7 +225,11 @@ def _run(
     transport = Transport(domain, group, wholes if source else None, plan.targets)
     transport.run(offers, kinds, wanted)
     leaders, found = plan.leaders, plan.found
-    results = {key: target.result() for key, target in found.items() if key not in leaders}
+    results = {
+        key: target.value if target.model.keeps else target.result()
+        for key, target in found.items()
+        if key not in leaders
+    }
     local.update(plan.values)
     local.update(results)
     # What is written in place stays the caller's object, also where another shares its memory.
@@ -291,7 +295,19 @@ def _plan(
         assert offer.dtype is not None
         found[key] = targets.target(key, value, offer.size, offer.dtype, here, number)
     plan.leaders = winners(found)
-    for key, target in found.items():
+    if plan.leaders or offers.roots or scalars:
+        _sort(plan, offers, scalars)
+    else:
+        plan.targets = {key: [target] for key, target in found.items()}
+    if strict:
+        known = set(offers.keys)
+        plan.removed = [key for key in local if key not in known]
+    return plan
+
+
+def _sort(plan: _Plan, offers: Offers, scalars: dict[Any, Offer]) -> None:
+    """Which targets are filled together, or by a scalar: where any tensors are tied, or scalars."""
+    for key, target in plan.found.items():
         if key in plan.leaders:
             continue
         if key not in scalars:
@@ -301,7 +317,3 @@ def _plan(
             dtype = scalars[key].dtype
             assert dtype is not None
             plan.scalars.append((target, raw.view(dtype).view(())))
-    if strict:
-        known = set(offers.keys)
-        plan.removed = [key for key in local if key not in known]
-    return plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import struct
 from collections.abc import Callable, Hashable, Iterator
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from shardproof._state_dict_utils import stream
 from shardproof._state_dict_utils.agreement import Failure
 from shardproof._state_dict_utils.targets import plain_full_tensor
 from shardproof._state_dict_utils.tensors import (
@@ -34,7 +36,7 @@ class Offer(NamedTuple):
             ``opaque``: a tensor that cannot be sent, and what it is as the value.
         size: of a tensor.
         dtype: of a tensor.
-        flat: whether a tensor's memory can be sent from where it is, as it is.
+        flat: whether a tensor is large, and its memory can be sent from where it is, as it is.
 
     """
 
@@ -104,7 +106,7 @@ def offers_of(
 ) -> tuple[Offers, Failure | None]:
     """What the source has, in the order of its state dict. ``device`` is the transport's."""
     offers = Offers()
-    numbers: dict[Hashable, int] = {}
+    small: dict[Hashable, int] = {}
     try:
         for key in full if keys is None else dict.fromkeys(keys):
             if key not in full:
@@ -129,16 +131,18 @@ def offers_of(
                 raw = bits(plain).cpu().reshape(1).view(torch.uint8).numpy().tobytes()
                 offers.add(key, Offer("scalar", (), dtype), raw)
                 continue
-            flat = (
-                ordinary
-                and plain.device == device
-                and plain.is_contiguous()
-                and not plain.is_neg()
-            )
-            number = numbers.get((size, dtype, flat))
+            number = small.get((size, dtype))
             if number is None:
+                is_small = math.prod(size) * dtype.itemsize < stream.alone_bytes()
+                flat = not is_small and (
+                    ordinary
+                    and plain.device == device
+                    and plain.is_contiguous()
+                    and not plain.is_neg()
+                )
                 number = offers.number(Offer("tensor", tuple(size), dtype, flat))
-                numbers[size, dtype, flat] = number
+                if is_small:
+                    small[size, dtype] = number
             offers.keys.append(key)
             offers.numbers.append(number)
             offers.wholes[key] = plain

@@ -61,17 +61,23 @@ class Targets:
         self._models: dict[Hashable, Model] = {}
         self._kinds: dict[Hashable, int] = {}
         self._looked: dict[Any, int | None] = {}
+        self._last: Hashable = None
+        self._number: int | None = None
 
     def look(self, local: Mapping[Any, Any]) -> None:
         """Learn of the values of a local state dict what does not depend on the full tensors."""
-        self._looked = {key: self._kind(value) for key, value in local.items()}
+        self._looked = dict(zip(local, map(self._kind, local.values()), strict=True))
 
     def _kind(self, value: Any) -> int | None:
         """The same number for values that take full tensors alike; None for one by itself."""
         likeness = _likeness(value)
-        if likeness is None:
-            return None
-        return self._kinds.setdefault(likeness, len(self._kinds))
+        if likeness != self._last:
+            # To compare with the one before costs half of what to look for it does.
+            self._last = likeness
+            self._number = None
+            if likeness is not None:
+                self._number = self._kinds.setdefault(likeness, len(self._kinds))
+        return self._number
 
     def target(
         self,
@@ -103,7 +109,10 @@ class Targets:
             ValueError: its shape, dtype, layout or placements do not admit the full tensor.
 
         """
-        kind = self._looked[key] if key in self._looked else self._kind(value)
+        try:
+            kind = self._looked[key]
+        except KeyError:
+            kind = self._kind(value)
         found = self._models.get((kind, alike))
         if found is None:
             if kind is None:

@@ -29,7 +29,14 @@ from shardproof._state_dict_utils.stream import (
     stack_into,
 )
 from shardproof._state_dict_utils.targets import Model, Target
-from shardproof._state_dict_utils.tensors import CPU, MOVABLE, bits, copies_of_each, copy_all
+from shardproof._state_dict_utils.tensors import (
+    CPU,
+    MOVABLE,
+    bits,
+    copies_of_each,
+    copy_all,
+    copy_each,
+)
 from shardproof._state_dict_utils.wire import (
     Domain,
     broadcast,
@@ -249,9 +256,13 @@ class Transport:
                             target.memory = memory
                         continue
                     if model.keeps and model.ordinary:
-                        memories += [target.value._local_tensor for target in targets]
+                        opened = [target.value._local_tensor for target in targets]
                     else:
-                        memories += [target.open() for target in targets]
+                        opened = [target.open() for target in targets]
+                    if room.device == CPU and model.device == CPU and model.dtype is room.dtype:
+                        copy_each(parts, opened)
+                        continue
+                    memories += opened
                     values += parts.unbind()
                     continue
             for targets_of_key, part in zip(held, parts.unbind(), strict=True):
@@ -358,9 +369,6 @@ def _travels_alone(offer: Offer, parts: Parts) -> bool:
 
     That saves the copies into and out of a bucket. The answer rests on what all ranks know.
     """
-    assert offer.dtype is not None
-    if math.prod(offer.size) * offer.dtype.itemsize < stream.alone_bytes():
-        return False
     others, source = parts.direct
     if not offer.flat or not others:
         return False
