@@ -113,7 +113,12 @@ def _options() -> argparse.Namespace:
         f"{FACTOR - 1:.0%}%, counts exactly",
     )
     parser.add_argument("--quick", action="store_true", help="small models, few samples")
-    parser.add_argument("--bench", metavar="REGEX", help="only benchmarks whose name matches")
+    parser.add_argument(
+        "--bench",
+        metavar="REGEX",
+        help="only benchmarks whose name matches; with --goals also name and regime, as "
+        "'CopyStateDict large'",
+    )
     parser.add_argument(
         "--journal", type=Path, metavar="FILE", help="also write each measurement there, as JSON"
     )

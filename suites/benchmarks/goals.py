@@ -66,6 +66,11 @@ class Goal(NamedTuple):
     torch: float | None = 1
     why: str = ""
 
+    def matches(self, pattern: str) -> bool:
+        """Whether a regular expression finds it by the benchmark's name, or that and the regime."""
+        names = self.benchmark, f"{self.benchmark} {self.regime}"
+        return any(re.search(pattern, name) for name in names)
+
 
 class Reached(NamedTuple):
     """What was measured, held against a goal.
@@ -235,7 +240,7 @@ def main(settings: Settings, pattern: str | None, world: int, file: Path | None)
     measured.
     """
     known = {type(b).__name__: b for b in benchmarks()}
-    chosen = [g for g in all_goals() if pattern is None or re.search(pattern, g.benchmark)]
+    chosen = [goal for goal in all_goals() if pattern is None or goal.matches(pattern)]
     chosen = [g for g in chosen if not known[g.benchmark].missing(REFERENCE, settings)]
     if not chosen:
         print(f"ci/bench: no goal's benchmark matches {pattern!r}", file=sys.stderr)

@@ -62,6 +62,13 @@ def test_noise_makes_nothing_slower_than_torch(torch: float, slower: bool) -> No
     assert got.missed == (("torch",) if slower else ())
 
 
+def test_a_goal_is_found_by_its_regime() -> None:
+    """One that is named whole by name alone, or by both."""
+    goals = [Goal("CopyStateDict", "many"), Goal("CopyStateDict", "large")]
+    found = [[goal.matches(p) for goal in goals] for p in ("^Copy", "Dict$", "Dict large", "Off")]
+    assert found == [[True, True], [True, True], [False, True], [False, False]]
+
+
 def test_a_miss_without_a_reason_fails() -> None:
     goal = Goal("AnyBenchmark", "many", floor=1.3)
     got = reached(goal, _samples(3.0, 2.0), tensors=10, agreement=0)

@@ -130,10 +130,10 @@ def _broadcast_state_dict(
         ValueError: shapes, dtypes or layouts of full tensor and target do not fit.
 
     All ranks of the group have to call it. Collectives: two broadcasts for the offer, one
-    all-gather to agree (two where the ranks need different parts, or one refuses), and one
-    broadcast or scatter per bucket, or per tensor of a 16th of a bucket or more that can be
-    sent from where it lies to where it belongs (over Gloo from a device per bucket of such a
-    tensor that is scattered).
+    all-gather to agree, over Gloo an all-to-all (two where the ranks need different parts, or one
+    refuses), and one broadcast or scatter per bucket, or per tensor of a 16th of a bucket or more
+    that can be sent from where it lies to where it belongs (over Gloo from a device per bucket of
+    such a tensor that is scattered).
 
     """
     _run(

@@ -46,6 +46,9 @@ from shardproof._state_dict_utils.wire import (
     scatter_takes_room,
 )
 
+# From how many tensors on a copy of their own costs less than views for one of all tensors.
+_MANY = 8
+
 # From how many bytes on leaving out a row of them costs less than writing it.
 _WORTH_A_VIEW = 1 << 16
 
@@ -259,7 +262,8 @@ class Transport:
                         opened = [target.value._local_tensor for target in targets]
                     else:
                         opened = [target.open() for target in targets]
-                    if room.device == CPU and model.device == CPU and model.dtype is room.dtype:
+                    alike = room.device == CPU == model.device and model.dtype is room.dtype
+                    if alike and len(keys) >= _MANY:
                         copy_each(parts, opened)
                         continue
                     memories += opened
