@@ -86,6 +86,14 @@ def _room(options: argparse.Namespace) -> int:
     return devices.count(options.device)
 
 
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+    return text
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="ci/bench",
@@ -115,6 +123,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small models, few samples")
     parser.add_argument(
         "--bench",
+        type=_pattern,
         metavar="REGEX",
         help="only benchmarks whose name matches; with --goals also name and regime, as "
         "'CopyStateDict large'",

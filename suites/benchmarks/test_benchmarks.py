@@ -286,8 +286,9 @@ def test_asv_that_is_to_be_quick_is_noticed(command_line: str, quick: bool) -> N
         (["--check", "--publish"], "not allowed with argument"),
         (["--seconds", "-1"], "--seconds -1: expected more than 0"),
         (["--goals", "--world", "0"], "--world 0: expected a number of ranks"),
+        (["--bench", "("], "'(' is no regular expression: missing )"),
     ],
-    ids=["device", "backend", "both", "seconds", "world"],
+    ids=["device", "backend", "both", "seconds", "world", "bench"],
 )
 def test_wrong_usage_is_told(arguments: list[str], said: str) -> None:
     ran = subprocess.run(
