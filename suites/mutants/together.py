@@ -86,6 +86,14 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "        place = id(spec.mesh), spec.tensor_meta\n",
         "many_alike",
     ),
+    (
+        "targets_change_places",
+        "of many small targets that are alike each gets the values of another",
+        "transport.py",
+        "                        copy_each(parts, opened)\n",
+        "                        copy_each(parts, opened[::-1])\n",
+        "many_alike",
+    ),
 )
 
 ON_A_DEVICE: tuple[tuple[str, ...], ...] = (
