@@ -22,7 +22,7 @@ import torch
 from shardproof._state_dict_utils.wire import Domain, collect
 
 _HEADER = struct.Struct("<32sBqq")
-_AGAIN, _FLAG = 1, 2
+_AGAIN, _IN_BUCKETS, _OWN_WAY = 1, 2, 4
 
 _RAISABLE: tuple[type[Exception], ...] = (
     KeyError,
@@ -63,8 +63,10 @@ class Entry(NamedTuple):
     """What a rank knows of one distributed leaf.
 
     Attributes:
-        members: the global ranks that must know the same.
-        summary: kind, shape, dtype, sharding: equal on all members.
+        members: the global ranks that hold it.
+        summary: kind, shape, dtype, sharding: equal on all members, where it travels.
+        travels: whether a rank needs what others hold. Of what stays where it is each member may
+            hold something else, or nothing: experts and pipeline stages share no names.
         tie: the first path that shares the leaf's memory; None where this rank's part is empty
             and says nothing about ties.
 
@@ -72,6 +74,7 @@ class Entry(NamedTuple):
 
     members: tuple[int, ...]
     summary: str
+    travels: bool
     tie: str | None
 
 
@@ -137,33 +140,58 @@ def first_failure(domain: Domain, told: Told) -> Failure | None:
     return None
 
 
+class Agreed(NamedTuple):
+    """What all ranks know of each other before tensors move.
+
+    Attributes:
+        failure: the error that all have to raise.
+        details: the members' entries, in the domains where they are not all the same.
+        in_buckets: the domains of which a member cannot take a large tensor but by the bucket.
+        own_way: the domains of which a member holds tensors that only their class can gather.
+
+    """
+
+    failure: Failure | None
+    details: Mapping[Domain, Sequence[Entries]]
+    in_buckets: Sequence[Domain]
+    own_way: Sequence[Domain]
+
+    def whole(self, domain: Domain) -> bool:
+        """Whether large tensors of the domain can travel whole, each by itself."""
+        members = set(domain.members)
+        return not any(members <= set(other.members) for other in self.in_buckets)
+
+
 def agree_on_entries(
-    domains: Sequence[Domain], plan: Columns, failure: Failure | None, flag: bool
-) -> tuple[Failure | None, dict[Domain, list[Entries]], list[Domain]]:
+    domains: Sequence[Domain],
+    plan: Columns,
+    failure: Failure | None,
+    in_buckets: bool,
+    own_way: bool,
+) -> Agreed:
     """Agree on the distributed leaves over several domains.
 
     Args:
         domains: those that this rank is a member of, in the order of their keys.
         plan: this rank's leaves.
         failure: this rank's own error.
-        flag: something that others have to know where one rank says it.
+        in_buckets: whether this rank cannot take a large tensor but by the bucket.
+        own_way: whether it holds tensors that only their class can gather.
 
-    Returns:
-        (the error that all have to raise or None; the members' entries per domain where they
-        are not all the same; the domains in which the flag is up). Nothing
-        is raised before all domains were asked: other ranks wait in them.
+    Nothing is raised before all domains were asked: other ranks wait in them.
 
     """
     details: dict[Domain, list[Entries]] = {}
     again: list[Domain] = []
-    flagged: list[Domain] = []
-    flags = _AGAIN * (len(domains) > 1) | _FLAG * flag
+    flagged: dict[int, list[Domain]] = {_IN_BUCKETS: [], _OWN_WAY: []}
+    flags = _AGAIN * (len(domains) > 1) | _IN_BUCKETS * in_buckets | _OWN_WAY * own_way
     for domain in domains:
         told, raised = exchange(domain, plan, failure, _digest(domain, plan), flags)
         if raised & _AGAIN:
             again.append(domain)
-        if raised & _FLAG:
-            flagged.append(domain)
+        for flag, where in flagged.items():
+            if raised & flag:
+                where.append(domain)
         if told is None:
             continue
         found = first_failure(domain, told)
@@ -173,11 +201,17 @@ def agree_on_entries(
         if found is not None:
             failure = failure if failure is not None and failure.shared else found
     # A rank may have learned of an error after it had agreed with others: once more for those.
-    for domain in again:
+    failure = agree_on_failure(again, failure)
+    return Agreed(failure, details, flagged[_IN_BUCKETS], flagged[_OWN_WAY])
+
+
+def agree_on_failure(domains: Sequence[Domain], failure: Failure | None) -> Failure | None:
+    """Tell the members of each domain this rank's error; the one that this rank has to raise."""
+    for domain in domains:
         told, _ = exchange(domain, None, failure)
         if told is not None and (found := first_failure(domain, told)):
             failure = found
-    return failure, details, flagged
+    return failure
 
 
 class Columns(NamedTuple):
@@ -185,14 +219,14 @@ class Columns(NamedTuple):
 
     Attributes:
         paths: sorted.
-        kinds: the distinct (summary, members).
+        kinds: the distinct (summary, members, travels).
         numbers: of each path its kind.
         ties: of each path its tie.
 
     """
 
     paths: list[str]
-    kinds: list[tuple[str, tuple[int, ...]]]
+    kinds: list[tuple[str, tuple[int, ...], bool]]
     numbers: list[int]
     ties: list[str | None]
 
@@ -201,8 +235,8 @@ def entries_of(columns: Columns) -> dict[str, Entry]:
     """Path -> what is known of it."""
     found: dict[str, Entry] = {}
     for path, number, tie in zip(columns.paths, columns.numbers, columns.ties, strict=True):
-        summary, members = columns.kinds[number]
-        found[path] = Entry(members, summary, tie)
+        summary, members, travels = columns.kinds[number]
+        found[path] = Entry(members, summary, travels, tie)
     return found
 
 
@@ -210,18 +244,21 @@ def _digest(domain: Domain, columns: Columns) -> bytes:
     """What members have to agree on."""
     mine = set(domain.members)
     # Ranks of sibling meshes hold the same leaf over other members: no reason to differ.
-    told = [(text, members if set(members) == mine else ()) for text, members in columns.kinds]
+    told = [
+        (text, members if set(members) == mine else (), travels)
+        for text, members, travels in columns.kinds
+    ]
     pairs = zip(columns.ties, columns.paths, strict=True)
     ties = ["" if tie is None or tie == path else tie for tie, path in pairs]
     return json.dumps([told, columns.paths, columns.numbers, ties]).encode()
 
 
 def _entries_verdict(domain: Domain, told: Sequence[Entries]) -> Failure | None:
-    """Whether each member knows each leaf that it must know, and the same of it."""
+    """Whether each member knows each leaf that travels to or from it, and the same of it."""
     for path in sorted(set().union(*told)):
         for index, entries in enumerate(told):
             entry = entries.get(path)
-            if entry is None:
+            if entry is None or not entry.travels:
                 continue
             for other, theirs in enumerate(told):
                 if domain.members[other] not in entry.members:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from shardproof._state_dict_utils.subclasses import PLAIN
 from shardproof._state_dict_utils.targets import (
     Model,
     Target,
@@ -17,7 +18,7 @@ from shardproof._state_dict_utils.targets import (
     plain_full_tensor,
     winners,
 )
-from shardproof._state_dict_utils.tensors import CPU, PLAIN, copies_of_each
+from shardproof._state_dict_utils.tensors import CPU, copies_of_each
 
 
 @torch.no_grad()

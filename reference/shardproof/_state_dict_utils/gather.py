@@ -14,14 +14,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from shardproof._state_dict_utils import host
-from shardproof._state_dict_utils.agreement import Entries, agree_on_entries, entries_of
+from shardproof._state_dict_utils.agreement import (
+    Agreed,
+    Entries,
+    Failure,
+    agree_on_entries,
+    agree_on_failure,
+    entries_of,
+)
+from shardproof._state_dict_utils.layout import mesh_ranks, root_of
 from shardproof._state_dict_utils.leaves import Found, Leaf, find
 from shardproof._state_dict_utils.line import (
-    Agreed,
     Line,
     carried_view,
     needs_bucket,
@@ -33,12 +41,13 @@ from shardproof._state_dict_utils.stream import (
     deliver,
     elements,
 )
+from shardproof._state_dict_utils.subclasses import is_custom, settled_result
 from shardproof._state_dict_utils.tensors import (
     CPU,
     dress_like,
     fresh_copy,
     geometry,
-    settled,
+    requires_grad_of,
 )
 from shardproof._state_dict_utils.traverse import copy_leaf_value, on_this_rank
 from shardproof._state_dict_utils.wire import (
@@ -141,13 +150,34 @@ def _destinations(
     if not ranks_only:
         return None
     size = dist.get_world_size(pg)
-    wrong = [rank for rank in ranks_only if not 0 <= rank < size]
-    if wrong:
-        found.fail(ValueError(f"ranks_only has {wrong}, expected ranks of a group of {size}"))
+    takers = [rank for rank in ranks_only if 0 <= rank < size]
+    if not takers:
+        found.fail(ValueError(f"ranks_only is {ranks_only}, expected ranks of a group of {size}"))
         return None
-    if pg is None:
-        return frozenset(ranks_only)
-    return frozenset(dist.get_global_rank(pg, rank) for rank in ranks_only)
+    if pg is not None:
+        takers = [dist.get_global_rank(pg, rank) for rank in takers]
+    lost = next((leaf for leaf in found.leaves.values() if _is_lost(leaf, takers)), None)
+    if lost is not None:
+        found.fail(
+            ValueError(
+                f"{lost.path!r} is on ranks {lost.layout.members}, and none of them gets a result: "
+                f"the takers are ranks {takers} (ranks_only={ranks_only}); expected a taker that "
+                "holds a part, or pg, the group whose own ranks ranks_only counts"
+            )
+        )
+    return frozenset(takers)
+
+
+def _is_lost(leaf: Leaf, takers: Sequence[int]) -> bool:
+    """Whether nobody who could know of a leaf gets it.
+
+    Where its mesh is a slice of one that has a taker, that one may hold the like: a replica.
+    """
+    if leaf.layout.domain is None or not set(takers).isdisjoint(leaf.layout.members):
+        return False
+    if isinstance(leaf.tensor, DTensor):
+        return set(takers).isdisjoint(mesh_ranks(root_of(leaf.tensor.device_mesh)))
+    return True
 
 
 def _agree(
@@ -161,14 +191,15 @@ def _agree(
         domains = [d for d in domains if not inside.issuperset(d.members)]
         domains = sorted([*domains, whole], key=lambda domain: domain.key)
     layouts = dict.fromkeys(map(attrgetter("layout"), found.leaves.values()))
-    large = {layout for layout in layouts if layout.large}
+    large = {layout for layout in layouts if layout.large and layout.travels}
+    own_way = any(layout.wrapper is not None and layout.travels for layout in layouts)
     limited = bool(large) and any(
         leaf.layout in large and needs_bucket(leaf, cpu_offload) for leaf in found.leaves.values()
     )
-    failure, details, flagged = agree_on_entries(domains, found.columns(), found.failure, limited)
-    if failure is not None:
-        raise failure.error()
-    return Agreed(details, flagged)
+    agreed = agree_on_entries(domains, found.columns(), found.failure, limited, own_way)
+    if agreed.failure is not None:
+        raise agreed.failure.error()
+    return agreed
 
 
 def _tied(found: Found, details: Mapping[Domain, Sequence[Entries]]) -> dict[str, str]:
@@ -185,7 +216,7 @@ def _tied(found: Found, details: Mapping[Domain, Sequence[Entries]]) -> dict[str
     tied: dict[str, str] = {}
     for path, entry in entries_of(columns).items():
         ties: list[str | None] = [entry.tie]
-        for told in details.values():
+        for told in details.values() if entry.travels else ():
             ties += [e[path].tie for e in told if path in e and e[path].members == entry.members]
         if any(tie is not None for tie in ties):
             key = (entry.summary, entry.members, tuple(ties))
@@ -215,7 +246,7 @@ def _gather(
     streams: dict[Any, list[list[Leaf]]] = defaultdict(list)
     for kind in kinds:
         layout = kind[0].layout
-        if layout.domain is not None and layout.dims and not layout.meta:
+        if layout.travels:
             if layout.wrapper is not None:
                 wrapped += kind
             else:
@@ -227,9 +258,18 @@ def _gather(
         results[leaf.path] = _in_place(leaf, cpu_offload, ready.get(place))
     for key in sorted(streams):
         Line(streams[key], wanted, agreed, cpu_offload).gather(results)
+    failure = None
     for leaf in sorted(wrapped, key=attrgetter("path")):
         if wanted is None or not wanted.isdisjoint(leaf.layout.members):
-            results[leaf.path] = _by_its_own_operations(leaf, cpu_offload)
+            try:
+                results[leaf.path] = _by_its_own_operations(leaf, cpu_offload)
+            except Exception as error:
+                # Other ranks may wait in what comes next: all hear of it when it is through.
+                said = f"{leaf.path!r}, {leaf.layout.summary}: {type(error).__name__}: {error}"
+                failure = failure or Failure("RuntimeError", said)
+    failure = agree_on_failure(agreed.own_way, failure)
+    if failure is not None:
+        raise failure.error()
     if not here:
         return {}
     results.update({path: results[leader] for path, leader in tied.items()})
@@ -242,17 +282,16 @@ def _by_its_own_operations(leaf: Leaf, cpu_offload: bool) -> torch.Tensor:
     What it holds differs in shape and number from its elements, and only the class knows how.
     """
     assert isinstance(leaf.tensor, DTensor)
-    try:
-        device = leaf.tensor._local_tensor.device
-        groups = leaf.tensor.device_mesh.get_all_groups()
-        if device.type != "cpu" and any(g._get_backend(device).name() == "gloo" for g in groups):
-            # The process would end: https://github.com/pytorch/pytorch/issues/152645.
-            raise NotImplementedError(f"Gloo cannot gather it on {device.type}")
-        full = settled(leaf.tensor.full_tensor()).detach()
-        return full.to(result_device(leaf.layout, cpu_offload))
-    except Exception as error:
-        said = f"{leaf.path!r}, {leaf.layout.summary}: {type(error).__name__}: {error}"
-        raise RuntimeError(said) from error
+    device = leaf.tensor._local_tensor.device
+    groups = leaf.tensor.device_mesh.get_all_groups()
+    if device.type != "cpu" and any(g._get_backend(device).name() == "gloo" for g in groups):
+        # The process would end: https://github.com/pytorch/pytorch/issues/152645.
+        raise NotImplementedError(f"Gloo cannot gather it on {device.type}")
+    # What full_tensor() does besides asks for one operation more, a view.
+    placements = [Replicate()] * leaf.tensor.device_mesh.ndim
+    full = settled_result(leaf.tensor.redistribute(placements=placements).to_local())
+    to = result_device(leaf.layout, cpu_offload)
+    return full if full.device == to else full.to(to)
 
 
 def _in_place(leaf: Leaf, cpu_offload: bool, made: torch.Tensor | None) -> torch.Tensor:
@@ -295,6 +334,9 @@ def _rebuild(
         if not isinstance(value, torch.Tensor):
             results.append(copy_leaf_value(value))
             continue
+        if is_custom(type(value)):
+            results.append(_own_leaf(value, CPU if cpu_offload else value.device, copied))
+            continue
         key = geometry(value)
         if key not in copied:
             made = ready.get(place)
@@ -306,3 +348,14 @@ def _rebuild(
         results.append(dressed[dress])
     result: dict[str, Any] = found.walk.rebuilt(results)
     return result
+
+
+def _own_leaf(
+    value: torch.Tensor, to: torch.device, copied: dict[Hashable, torch.Tensor]
+) -> torch.Tensor:
+    """A plain leaf of a class of its own, copied as that class does it."""
+    key = geometry(value), requires_grad_of(value), isinstance(value, nn.Parameter)
+    if key not in copied:
+        made = fresh_copy(value, to)
+        copied[key] = value if made is value else dress_like(made, value)
+    return copied[key]

@@ -183,6 +183,14 @@ def mesh_ranks(mesh: DeviceMesh) -> tuple[int, ...]:
     return ranks
 
 
+def root_of(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that a mesh was sliced from; itself where it was not."""
+    # Private, and not by the same name in every torch.
+    find: Any = getattr(mesh, "_get_root_mesh", None)
+    root: DeviceMesh = find() if find is not None else getattr(mesh, "_root_mesh", None) or mesh
+    return root
+
+
 def partial_dims(placements: Sequence[Placement]) -> dict[int, str]:
     """Mesh dimension -> reduction, for the dimensions with a pending reduction.
 

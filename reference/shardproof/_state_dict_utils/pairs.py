@@ -6,24 +6,22 @@ from operator import attrgetter, eq, is_
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from shardproof._state_dict_utils.host import into_host
+from shardproof._state_dict_utils.subclasses import PLAIN, settled
 from shardproof._state_dict_utils.tensors import (
     MOVABLE,
     dtype_of,
     kind_of,
     put,
-    settled,
     shape_of,
     unwrapped,
     unwritable,
 )
 
-_PLAIN = frozenset({torch.Tensor, nn.Parameter})
 _SHARDED = frozenset({DTensor})
 _STRIDED = frozenset({torch.strided})
 
@@ -112,7 +110,7 @@ def all_matching(
     None where one of them is not.
     """
     kinds = set(map(type, targets)), set(map(type, sources))
-    if not (kinds[0] <= _PLAIN and kinds[1] <= _PLAIN):
+    if not (kinds[0] <= PLAIN and kinds[1] <= PLAIN):
         if kinds[0] == kinds[1] == _SHARDED:
             ours, theirs = list(map(_spec, targets)), list(map(_spec, sources))
             targets, sources = list(map(_local, targets)), list(map(_local, sources))
@@ -127,7 +125,7 @@ def all_matching(
                 sources[place] = sources[place]._local_tensor
         if not _all_laid_out_alike(ours, theirs):
             return None
-        if not (_PLAIN.issuperset(map(type, targets)) and _PLAIN.issuperset(map(type, sources))):
+        if not (PLAIN.issuperset(map(type, targets)) and PLAIN.issuperset(map(type, sources))):
             return None
     dtypes = list(map(_dtype, targets))
     if (

@@ -16,6 +16,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils.containers import path_name
+from shardproof._state_dict_utils.subclasses import settled
 from shardproof._state_dict_utils.tensors import (
     CPU,
     MOVABLE,
@@ -23,7 +24,6 @@ from shardproof._state_dict_utils.tensors import (
     bit_dtype,
     is_ordinary,
     local_of,
-    settled,
     tie_key,
     with_local,
     with_shards,

@@ -10,7 +10,6 @@ from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
@@ -21,6 +20,7 @@ from shardproof._state_dict_utils.layout import (
 )
 from shardproof._state_dict_utils.memory import LARGE, map_ahead
 from shardproof._state_dict_utils.places import WHOLE, place_of
+from shardproof._state_dict_utils.subclasses import PLAIN, settled
 from shardproof._state_dict_utils.tensors import (
     CPU,
     FSDP_FLATTENED,
@@ -34,7 +34,6 @@ from shardproof._state_dict_utils.tensors import (
     is_ordinary,
     kind_of,
     put,
-    settled,
     stood_for,
     tie_key,
     unwritable,
@@ -42,7 +41,6 @@ from shardproof._state_dict_utils.tensors import (
 )
 from shardproof._state_dict_utils.ties import maybe_tied
 
-_PLAIN = frozenset({torch.Tensor, nn.Parameter})
 _MARKS = frozenset({FSDP_FLATTENED, STANDS_FOR})
 
 
@@ -150,7 +148,7 @@ def _likeness(value: Any) -> Hashable | None:
         order = getattr(spec, "shard_order", None)
         place = id(spec.mesh), spec.placements, spec.tensor_meta, order
         return place, local.shape, local.dtype, local.device, local.is_conj()
-    ordinary = kind in _PLAIN and _MARKS.isdisjoint(vars(value)) and is_ordinary(value)
+    ordinary = kind in PLAIN and _MARKS.isdisjoint(vars(value)) and is_ordinary(value)
     if ordinary and value.is_contiguous() and not value.is_neg():
         return value.shape, value.dtype, value.device, value.is_conj()
     return None

@@ -9,14 +9,13 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils.containers import LEAF_TYPES
+from shardproof._state_dict_utils.subclasses import PLAIN
 from shardproof._state_dict_utils.tensors import requires_grad_of, tie_key
 
-_PLAIN = frozenset({torch.Tensor, nn.Parameter})
 _DTENSOR = frozenset({DTensor})
 _local = attrgetter("_local_tensor")
 
@@ -38,7 +37,7 @@ def maybe_tied(leaves: list[Any]) -> Iterable[bool]:
         plain = list(map(_local, leaves))
         kinds = set(map(type, plain))
     try:
-        if kinds <= _PLAIN:
+        if kinds <= PLAIN:
             addresses = list(map(torch.Tensor.data_ptr, plain))
             if 0 in addresses:
                 addresses = list(map(_address, leaves))
@@ -62,7 +61,7 @@ def _address(leaf: Any) -> int:
     if kind is DTensor:
         leaf = leaf._local_tensor
         kind = type(leaf)
-    if kind in _PLAIN:
+    if kind in PLAIN:
         return leaf.data_ptr() or leaf.untyped_storage()._cdata
     if kind not in LEAF_TYPES or kind is DTensor:
         if isinstance(leaf, torch.Tensor):

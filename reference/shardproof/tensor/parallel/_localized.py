@@ -22,7 +22,8 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.utils.hooks import RemovableHandle
 
 from shardproof._state_dict_utils.layout import my_coordinate, spec_block
-from shardproof._state_dict_utils.tensors import allocate, put, settled, stood_for
+from shardproof._state_dict_utils.subclasses import settled
+from shardproof._state_dict_utils.tensors import allocate, put, stood_for
 from shardproof.tensor.parallel._data_parallel_utils import (
     _flatten_tensor,
     around,

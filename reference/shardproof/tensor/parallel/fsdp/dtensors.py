@@ -19,6 +19,7 @@ from torch.distributed.tensor.placement_types import Partial, Placement, Replica
 
 from shardproof._state_dict_utils.layout import cuts_of, local_shape, my_coordinate
 from shardproof._state_dict_utils.stream import alone_bytes, carried
+from shardproof._state_dict_utils.subclasses import settled
 from shardproof._state_dict_utils.tensors import (
     allocate,
     carrier,
@@ -26,7 +27,6 @@ from shardproof._state_dict_utils.tensors import (
     fresh_copy,
     is_ordinary,
     local_of,
-    settled,
 )
 from shardproof._state_dict_utils.wire import Domain, Stage, all_gather, collect, mesh_domain
 from shardproof.tensor.parallel.fsdp.meshes import (

@@ -25,7 +25,8 @@ from torch.distributed._shard.sharding_spec.chunk_sharding_spec import ChunkShar
 from torch.distributed.remote_device import _remote_device
 from torch.distributed.tensor import DTensor
 
-from shardproof._state_dict_utils.tensors import bits, is_ordinary, local_of, settled
+from shardproof._state_dict_utils.subclasses import settled
+from shardproof._state_dict_utils.tensors import bits, is_ordinary, local_of
 from shardproof.tensor.parallel.fsdp.boxes import (
     _create_shard_md_from_dt,
     _create_sharded_tensor_md_from_dt,
