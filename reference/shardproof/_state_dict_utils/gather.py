@@ -49,6 +49,8 @@ from shardproof._state_dict_utils.tensors import (
     geometry,
     requires_grad_of,
 )
+from shardproof._state_dict_utils.ties import maybe_tied
+from shardproof._state_dict_utils.together import Together
 from shardproof._state_dict_utils.traverse import copy_leaf_value, on_this_rank
 from shardproof._state_dict_utils.wire import (
     Domain,
@@ -324,7 +326,21 @@ def _rebuild(
     if cpu_offload and host.in_use():
         pairs = zip(found.names, found.walk.leaves, strict=True)
         ready = host.copies([None if name in gathered else value for name, value in pairs])
-    copied: dict[Hashable, torch.Tensor] = {}
+    own: dict[Hashable, torch.Tensor] = {}
+    plain = [
+        value
+        for name, value in zip(found.names, found.walk.leaves, strict=True)
+        if isinstance(value, torch.Tensor) and name not in gathered
+    ]
+    ask = zip(plain, maybe_tied(plain), strict=True)
+    tied = {id(value) for value, shared in ask if shared}
+    copies = {
+        device: Together(
+            [value for value in plain if id(value) in tied and _to(value, cpu_offload) == device],
+            partial(fresh_copy, device=device),
+        )
+        for device in {_to(value, cpu_offload) for value in plain}
+    }
     dressed: dict[Hashable, torch.Tensor] = {}
     results: list[Any] = []
     for place, (name, value) in enumerate(zip(found.names, found.walk.leaves, strict=True)):
@@ -335,19 +351,23 @@ def _rebuild(
             results.append(copy_leaf_value(value))
             continue
         if is_custom(type(value)):
-            results.append(_own_leaf(value, CPU if cpu_offload else value.device, copied))
+            results.append(_own_leaf(value, _to(value, cpu_offload), own))
             continue
-        key = geometry(value)
-        if key not in copied:
+        if id(value) not in tied:
             made = ready.get(place)
-            to = CPU if cpu_offload else value.device
-            copied[key] = fresh_copy(value, to) if made is None else made
-        dress = (key, type(value), value.requires_grad)
+            fresh = fresh_copy(value, _to(value, cpu_offload)) if made is None else made
+            results.append(dress_like(fresh, value))
+            continue
+        dress = (geometry(value), type(value), value.requires_grad)
         if dress not in dressed:
-            dressed[dress] = dress_like(copied[key].detach(), value)
+            dressed[dress] = dress_like(copies[_to(value, cpu_offload)].of(value), value)
         results.append(dressed[dress])
     result: dict[str, Any] = found.walk.rebuilt(results)
     return result
+
+
+def _to(value: torch.Tensor, cpu_offload: bool) -> torch.device:
+    return CPU if cpu_offload else value.device
 
 
 def _own_leaf(

@@ -11,19 +11,22 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from shardproof._state_dict_utils.host import into_host
-from shardproof._state_dict_utils.subclasses import PLAIN, settled
+from shardproof._state_dict_utils.subclasses import PLAIN, is_custom, settled
 from shardproof._state_dict_utils.tensors import (
     MOVABLE,
     dtype_of,
     kind_of,
     put,
     shape_of,
-    unwrapped,
     unwritable,
 )
 
 _SHARDED = frozenset({DTensor})
 _STRIDED = frozenset({torch.strided})
+
+
+class CannotTakeError(Exception):
+    """The class of a target has no copy from its source; ``args``: the place, and what it said."""
 
 
 class Pairs:
@@ -67,7 +70,13 @@ class Pairs:
         return None
 
     def copy(self, non_blocking: bool) -> None:
-        """Copy. Of several sources for one taker the last wins, as if copied one by one."""
+        """Copy. Of several sources for one taker the last wins, as if copied one by one.
+
+        Raises:
+            CannotTakeError: the class of a target or source has no such copy. Those are asked
+                first, so that nothing else was copied.
+
+        """
         targets, sources = self._targets, self._sources
         # As torch.no_grad does: for a few small tensors its object costs as much as the copy.
         recording = torch.is_grad_enabled()
@@ -76,15 +85,32 @@ class Pairs:
             if self._slow or len(set(map(id, self._takers))) < len(self._takers):
                 last = {id(taker): place for place, taker in enumerate(self._takers)}
                 slow = set(self._slow)
-                for place in slow.intersection(last.values()):
-                    if targets[place] is not sources[place]:
+                for place in sorted(slow.intersection(last.values()), key=self._at_ease):
+                    if targets[place] is sources[place]:
+                        continue
+                    try:
                         copy_leaf(targets[place], sources[place], non_blocking)
+                    except Exception as error:
+                        if self._at_ease(place):
+                            raise
+                        said = f"{type(error).__name__}: {error}"
+                        raise CannotTakeError(place, said) from error
                 fast = [place for place in last.values() if place not in slow]
                 targets = [targets[place] for place in fast]
                 sources = [sources[place] for place in fast]
             into_host(targets, sources, non_blocking)
         finally:
             torch._C._set_grad_enabled(recording)
+
+    def _at_ease(self, place: int) -> bool:
+        """Whether no class of its own has a say in a copy."""
+        return not (_by_class(self._targets[place]) or _by_class(self._sources[place]))
+
+
+def _by_class(leaf: Any) -> bool:
+    memory: Any = leaf._local_tensor if isinstance(leaf, DTensor) else leaf
+    kind: type = type(memory)
+    return is_custom(kind) and not isinstance(memory, ShardedTensor)
 
 
 def matching(target: Any, source: Any) -> bool:
@@ -169,7 +195,7 @@ def difference(ours: Any, theirs: Any) -> str | None:
         return None
     if shape_of(ours) != shape_of(theirs):
         return f"expected shape {shape_of(ours)}, got {shape_of(theirs)}"
-    if dtype_of(ours) != dtype_of(theirs):
+    if dtype_of(ours) != dtype_of(theirs) and not _by_class(theirs):
         return f"expected dtype {dtype_of(ours)}, got {dtype_of(theirs)}"
     if isinstance(ours, DTensor):
         if ours._spec is not theirs._spec and (tuple(ours.placements) != tuple(theirs.placements)):
@@ -192,8 +218,6 @@ def _other_memory(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
     """What one of two tensors of a shape and dtype can hold and the other cannot."""
     if ours.layout is not theirs.layout:
         return f"expected layout {ours.layout}, got {theirs.layout}"
-    if type(ours) is not type(theirs) and (unwrapped(ours) is None or unwrapped(theirs) is None):
-        return f"expected a {type(ours).__name__}, got {type(theirs).__name__}"
     return None
 
 
