@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from shardproof._state_dict_utils.layout import same_ranks
 from shardproof._state_dict_utils.subclasses import PLAIN
 from shardproof._state_dict_utils.target_model import Model
 from shardproof._state_dict_utils.targets import (
@@ -127,7 +128,7 @@ def _distribute_tensors(
 def _placed_already(key: Any, value: DTensor, held: Any, device: torch.device) -> DTensor:
     """A copy of a DTensor that the full state dict has in place of a full tensor."""
     alike = not isinstance(held, DTensor) or (
-        value.device_mesh == held.device_mesh and value.placements == held.placements
+        same_ranks(value.device_mesh, held.device_mesh) and value.placements == held.placements
     )
     if not alike or value._local_tensor.is_meta:
         raise TypeError(

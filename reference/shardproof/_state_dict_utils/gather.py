@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from functools import partial
 from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from shardproof._state_dict_utils import host
 from shardproof._state_dict_utils.agreement import (
     Agreed,
     Entries,
@@ -31,27 +28,15 @@ from shardproof._state_dict_utils.layout import mesh_ranks, root_of
 from shardproof._state_dict_utils.leaves import Found, Leaf, find
 from shardproof._state_dict_utils.line import (
     Line,
-    carried_view,
     needs_bucket,
     result_device,
-    result_for,
 )
-from shardproof._state_dict_utils.stream import (
-    Piece,
-    deliver,
-    elements,
-)
-from shardproof._state_dict_utils.subclasses import is_custom, settled_result
+from shardproof._state_dict_utils.local_copies import LocalCopies
+from shardproof._state_dict_utils.subclasses import settled_result
 from shardproof._state_dict_utils.tensors import (
     CPU,
-    dress_like,
-    fresh_copy,
-    geometry,
-    requires_grad_of,
 )
-from shardproof._state_dict_utils.ties import maybe_tied
-from shardproof._state_dict_utils.together import Together
-from shardproof._state_dict_utils.traverse import copy_leaf_value, on_this_rank
+from shardproof._state_dict_utils.traverse import on_this_rank
 from shardproof._state_dict_utils.wire import (
     Domain,
     group_domain,
@@ -104,10 +89,11 @@ def _gather_state_dict(
     found = find(state_dict, pg, device, type_check)
     wanted = _destinations(ranks_only, pg, found)
     agreed = _agree(found, pg, device, cpu_offload)
-    gathered = _gather(found, wanted, agreed, cpu_offload)
+    copies = LocalCopies(found, cpu_offload)
+    gathered = _gather(found, wanted, agreed, copies)
     if not on_this_rank(ranks_only, pg):
         return {}
-    return _rebuild(found, gathered, cpu_offload)
+    return copies.around(gathered)
 
 
 @torch.no_grad()
@@ -141,7 +127,7 @@ def _all_gather_sharded_tensor(
     target = device
     if target is None:
         target = leaf.layout.domain.device if leaf.layout.domain is not None else CPU
-    gathered = _gather(found, None, agreed, cpu_offload=False)
+    gathered = _gather(found, None, agreed, LocalCopies(found, cpu_offload=False))
     return gathered["sharded_tensor"].to(target)
 
 
@@ -185,7 +171,7 @@ def _is_lost(leaf: Leaf, takers: Sequence[int]) -> bool:
 def _agree(
     found: Found, pg: dist.ProcessGroup | None, device: torch.device | None, cpu_offload: bool
 ) -> Agreed:
-    domains = found.domains
+    domains = _one_for_each_set(found.domains)
     if pg is not None and dist.get_rank(pg) >= 0:
         whole = group_domain(pg, device)
         # The group hears of everything, so a mesh inside it need not be asked again.
@@ -202,6 +188,21 @@ def _agree(
     if agreed.failure is not None:
         raise agreed.failure.error()
     return agreed
+
+
+def _one_for_each_set(domains: Sequence[Domain]) -> list[Domain]:
+    """Of the domains of the same ranks one: what all of them know is told there.
+
+    Where a rank has one more than the others, on a mesh that is wrong, it would ask there alone.
+    """
+    chosen: dict[frozenset[int], Domain] = {}
+    for domain in sorted(domains, key=_plainest):
+        chosen.setdefault(frozenset(domain.members), domain)
+    return sorted(chosen.values(), key=attrgetter("key"))
+
+
+def _plainest(domain: Domain) -> tuple[Any, ...]:
+    return len(domain.shape), domain.members != tuple(sorted(domain.members)), domain.key
 
 
 def _tied(found: Found, details: Mapping[Domain, Sequence[Entries]]) -> dict[str, str]:
@@ -232,7 +233,7 @@ def _gather(
     found: Found,
     wanted: frozenset[int] | None,
     agreed: Agreed,
-    cpu_offload: bool,
+    copies: LocalCopies,
 ) -> dict[str, torch.Tensor]:
     """Path -> the whole tensor, for the leaves that this rank wants."""
     tied = _tied(found, agreed.details)
@@ -242,6 +243,7 @@ def _gather(
         if path not in tied:
             kinds[number].append(found.leaves[path])
     here = wanted is None or dist.get_rank() in wanted
+    cpu_offload = copies.cpu_offload
     results: dict[str, torch.Tensor] = {}
     staying: list[Leaf] = []
     wrapped: list[Leaf] = []
@@ -255,9 +257,7 @@ def _gather(
                 streams[layout.stream].append(kind)
         elif here:
             staying += kind
-    ready = host.copies([leaf.tensor for leaf in staying]) if cpu_offload else {}
-    for place, leaf in enumerate(staying):
-        results[leaf.path] = _in_place(leaf, cpu_offload, ready.get(place))
+    results.update(copies.of(staying))
     for key in sorted(streams):
         Line(streams[key], wanted, agreed, cpu_offload).gather(results)
     failure = None
@@ -294,88 +294,3 @@ def _by_its_own_operations(leaf: Leaf, cpu_offload: bool) -> torch.Tensor:
     full = settled_result(leaf.tensor.redistribute(placements=placements).to_local())
     to = result_device(leaf.layout, cpu_offload)
     return full if full.device == to else full.to(to)
-
-
-def _in_place(leaf: Leaf, cpu_offload: bool, made: torch.Tensor | None) -> torch.Tensor:
-    """The whole tensor of a leaf of which nothing has to travel; ``made``: of it a copy is made."""
-    tensor, layout = leaf.tensor, leaf.layout
-    if isinstance(tensor, DTensor) and (layout.domain is None or not layout.meta):
-        if made is not None:
-            return made
-        return fresh_copy(tensor._local_tensor, result_device(layout, cpu_offload))
-    full = result_for(leaf, cpu_offload)
-    if layout.domain is not None and not layout.meta:
-        whole = carried_view(full)
-        for block, part in zip(layout.here, leaf.local, strict=True):
-            if block.numel:
-                data = torch.cat(elements(part, 0, block.numel))
-                piece = Piece(0, 0, 1, 0, 0, block.numel, 0, 0)
-                deliver(data, block, piece, partial(_write, whole))
-    return full
-
-
-def _write(whole: torch.Tensor, region: tuple[slice, ...], values: torch.Tensor) -> None:
-    whole[region].copy_(values)
-
-
-def _rebuild(
-    found: Found, gathered: Mapping[str, torch.Tensor], cpu_offload: bool
-) -> dict[str, Any]:
-    """The containers of the state dict around the results; plain leaves are copied."""
-    ready: dict[int, torch.Tensor] = {}
-    if cpu_offload and host.in_use():
-        pairs = zip(found.names, found.walk.leaves, strict=True)
-        ready = host.copies([None if name in gathered else value for name, value in pairs])
-    own: dict[Hashable, torch.Tensor] = {}
-    plain = [
-        value
-        for name, value in zip(found.names, found.walk.leaves, strict=True)
-        if isinstance(value, torch.Tensor) and name not in gathered
-    ]
-    ask = zip(plain, maybe_tied(plain), strict=True)
-    tied = {id(value) for value, shared in ask if shared}
-    copies = {
-        device: Together(
-            [value for value in plain if id(value) in tied and _to(value, cpu_offload) == device],
-            partial(fresh_copy, device=device),
-        )
-        for device in {_to(value, cpu_offload) for value in plain}
-    }
-    dressed: dict[Hashable, torch.Tensor] = {}
-    results: list[Any] = []
-    for place, (name, value) in enumerate(zip(found.names, found.walk.leaves, strict=True)):
-        if name in gathered:
-            results.append(gathered[name])
-            continue
-        if not isinstance(value, torch.Tensor):
-            results.append(copy_leaf_value(value))
-            continue
-        if is_custom(type(value)):
-            results.append(_own_leaf(value, _to(value, cpu_offload), own))
-            continue
-        if id(value) not in tied:
-            made = ready.get(place)
-            fresh = fresh_copy(value, _to(value, cpu_offload)) if made is None else made
-            results.append(dress_like(fresh, value))
-            continue
-        dress = (geometry(value), type(value), value.requires_grad)
-        if dress not in dressed:
-            dressed[dress] = dress_like(copies[_to(value, cpu_offload)].of(value), value)
-        results.append(dressed[dress])
-    result: dict[str, Any] = found.walk.rebuilt(results)
-    return result
-
-
-def _to(value: torch.Tensor, cpu_offload: bool) -> torch.device:
-    return CPU if cpu_offload else value.device
-
-
-def _own_leaf(
-    value: torch.Tensor, to: torch.device, copied: dict[Hashable, torch.Tensor]
-) -> torch.Tensor:
-    """A plain leaf of a class of its own, copied as that class does it."""
-    key = geometry(value), requires_grad_of(value), isinstance(value, nn.Parameter)
-    if key not in copied:
-        made = fresh_copy(value, to)
-        copied[key] = value if made is value else dress_like(made, value)
-    return copied[key]

@@ -183,6 +183,14 @@ def mesh_ranks(mesh: DeviceMesh) -> tuple[int, ...]:
     return ranks
 
 
+def same_ranks(ours: DeviceMesh, theirs: DeviceMesh) -> bool:
+    """Whether two meshes have the same ranks in the same places, whatever their names."""
+    if ours is theirs or ours == theirs:
+        return True
+    alike = tuple(ours.shape) == tuple(theirs.shape) and ours.device_type == theirs.device_type
+    return alike and mesh_ranks(ours) == mesh_ranks(theirs)
+
+
 def root_of(mesh: DeviceMesh) -> DeviceMesh:
     """The mesh that a mesh was sliced from; itself where it was not."""
     # Private, and not by the same name in every torch.

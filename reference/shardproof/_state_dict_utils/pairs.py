@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from shardproof._state_dict_utils.host import into_host
+from shardproof._state_dict_utils.layout import same_ranks
 from shardproof._state_dict_utils.subclasses import PLAIN, is_custom, settled
 from shardproof._state_dict_utils.tensors import (
     MOVABLE,
@@ -172,7 +173,7 @@ def _all_laid_out_alike(ours: list[DTensorSpec], theirs: list[DTensorSpec]) -> b
     return all(map(is_, ours, theirs)) or (
         list(map(_placements, ours)) == list(map(_placements, theirs))
         and list(map(_meta, ours)) == list(map(_meta, theirs))
-        and list(map(_mesh, ours)) == list(map(_mesh, theirs))
+        and all(map(same_ranks, map(_mesh, ours), map(_mesh, theirs)))
     )
 
 
@@ -200,7 +201,7 @@ def difference(ours: Any, theirs: Any) -> str | None:
     if isinstance(ours, DTensor):
         if ours._spec is not theirs._spec and (tuple(ours.placements) != tuple(theirs.placements)):
             return f"expected placements {ours.placements}, got {theirs.placements}"
-        if ours._spec is not theirs._spec and ours.device_mesh != theirs.device_mesh:
+        if not same_ranks(ours.device_mesh, theirs.device_mesh):
             return f"expected mesh {ours.device_mesh}, got {theirs.device_mesh}"
         mine, other = ours._local_tensor.size(), theirs._local_tensor.size()
         if mine != other:
