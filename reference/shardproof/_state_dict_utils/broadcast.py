@@ -18,6 +18,7 @@ from shardproof._state_dict_utils.agreement import Failure, exchange, first_fail
 from shardproof._state_dict_utils.needs import Need
 from shardproof._state_dict_utils.offers import Offer, Offers, offers_of, tell
 from shardproof._state_dict_utils.places import WHOLE, Place
+from shardproof._state_dict_utils.simulation import load_simulated, simulates_ranks
 from shardproof._state_dict_utils.target_model import Model
 from shardproof._state_dict_utils.targets import (
     Target,
@@ -192,6 +193,11 @@ def _run(
     cpu_offload: bool = False,
 ) -> None:
     device = torch.device(device)
+    if simulates_ranks():
+        load_simulated(full, local, full if keys is None else keys, device, cpu_offload)
+        for key in [key for key in local if strict and keys is None and key not in full]:
+            del local[key]
+        return
     group = pg if pg is not None else dist.distributed_c10d._get_default_group()
     if dist.get_rank(group) < 0:
         return

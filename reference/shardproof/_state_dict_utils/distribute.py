@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils.layout import same_ranks
+from shardproof._state_dict_utils.simulation import land_simulated, simulates_ranks
 from shardproof._state_dict_utils.subclasses import PLAIN
 from shardproof._state_dict_utils.target_model import Model
 from shardproof._state_dict_utils.targets import (
@@ -75,6 +76,9 @@ def _distribute_state_dict(
             continue
         full = plain_full_tensor(key, value)
         check_kinds(key, held, "Tensor", full.dim())
+        if isinstance(held, DTensor) and simulates_ranks():
+            values[key] = land_simulated(held, full, device, in_place=False)
+            continue
         if held is None and full.dim():
             continue
         meta = isinstance(held, torch.Tensor) and held.is_meta
@@ -113,6 +117,7 @@ def _distribute_tensors(
     """
     device = torch.device(device)
     targets = Targets(in_place=True)
+    landed: dict[str, DTensor] = {}
     found: dict[str, tuple[Target, torch.Tensor]] = {}
     for key in keys:
         pair = local_state_dict.get(key)
@@ -120,9 +125,13 @@ def _distribute_tensors(
             continue
         held, value = pair
         full = plain_full_tensor(key, value)
+        if simulates_ranks():
+            landed[key] = land_simulated(held, full, device, in_place=True)
+            continue
         size, dtype, layout = alike = full.size(), full.dtype, full.layout
         found[key] = targets.target(key, held, size, dtype, device, alike, layout), full
     local_state_dict.update(_filled(found))
+    local_state_dict.update(landed)
 
 
 def _placed_already(key: Any, value: DTensor, held: Any, device: torch.device) -> DTensor:

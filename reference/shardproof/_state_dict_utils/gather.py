@@ -32,6 +32,7 @@ from shardproof._state_dict_utils.line import (
     result_device,
 )
 from shardproof._state_dict_utils.local_copies import LocalCopies
+from shardproof._state_dict_utils.simulation import gather_simulated, simulates_ranks
 from shardproof._state_dict_utils.subclasses import settled_result
 from shardproof._state_dict_utils.tensors import (
     CPU,
@@ -39,6 +40,7 @@ from shardproof._state_dict_utils.tensors import (
 from shardproof._state_dict_utils.traverse import on_this_rank
 from shardproof._state_dict_utils.wire import (
     Domain,
+    backend_of,
     group_domain,
 )
 
@@ -86,6 +88,8 @@ def _gather_state_dict(
     gathered by its own operations, each such DTensor for itself. pytorch#150928.
 
     """
+    if simulates_ranks():
+        return gather_simulated(state_dict, pg, cpu_offload, ranks_only, type_check)
     found = find(state_dict, pg, device, type_check)
     wanted = _destinations(ranks_only, pg, found)
     agreed = _agree(found, pg, device, cpu_offload)
@@ -286,7 +290,7 @@ def _by_its_own_operations(leaf: Leaf, cpu_offload: bool) -> torch.Tensor:
     assert isinstance(leaf.tensor, DTensor)
     device = leaf.tensor._local_tensor.device
     groups = leaf.tensor.device_mesh.get_all_groups()
-    if device.type != "cpu" and any(g._get_backend(device).name() == "gloo" for g in groups):
+    if device.type != "cpu" and any(backend_of(g, device) == "gloo" for g in groups):
         # The process would end: https://github.com/pytorch/pytorch/issues/152645.
         raise NotImplementedError(f"Gloo cannot gather it on {device.type}")
     # What full_tensor() does besides asks for one operation more, a view.

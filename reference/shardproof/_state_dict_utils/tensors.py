@@ -314,7 +314,7 @@ def geometry(tensor: torch.Tensor) -> Hashable:
     """
     if not is_ordinary(tensor):
         if hasattr(type(tensor), "__tensor_flatten__"):
-            return (type(tensor), tensor.size(), *map(geometry, inner_tensors(tensor)))
+            return (type(tensor), *map(geometry, inner_tensors(tensor)))
         return id(tensor)
     return (
         tensor.untyped_storage()._cdata,
