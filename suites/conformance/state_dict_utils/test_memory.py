@@ -1,64 +1,28 @@
 """What a call needs besides its result: a part of the model, never a model.
 
-The model is 96 MiB in 24 tensors, over four ranks. Besides the result half of that is allowed:
-room for the buffers of an implementation and of its backend.
+The bound is that of `kit.growth`. test_memory_options.py and test_memory_alone.py hold every option
+to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from conformance.kit.growth import SHARE, WHOLE, Model, assert_grows, sharded, targets
 from conformance.kit.layouts import R, S, dtensor, rows, sharded_tensor
-from conformance.kit.memory import MIB, peak_growth
 
 pytestmark = pytest.mark.needs("resident memory")
-
-WHOLE = 96 * MIB
-SHARE = WHOLE // 4
-BESIDES = WHOLE // 2
-
-NAMES = [f"layer{n}.weight" for n in range(24)]
-
-Model = dict[str, Any]
 
 
 @pytest.fixture
 def grows(device: torch.device) -> Callable[..., None]:
-    """`grows(to, make)`: the call that `make(model)` gives grows by `to` bytes and little more.
-
-    A small model goes first, or the pages of code that a first call touches would count. `make`
-    takes out of the model what is not to stay.
-    """
-
-    def check(to: int, make: Callable[[Model], Callable[[], Any]]) -> None:
-        grown = 0
-        for length in (64, MIB // 4):
-            model: Model = {
-                name: torch.full((length, 4), float(n), device=device)
-                for n, name in enumerate(NAMES)
-            }
-            call = make(model)
-            grown = peak_growth(call, device)
-            model.clear()
-        said = f"{grown / MIB:.0f} MiB at the highest for a result of {to // MIB}"
-        print(said)
-        assert grown <= to + BESIDES, f"{said}; expected at most {BESIDES // MIB} more"
-
-    return check
-
-
-def sharded(model: Model, mesh: Any, *placements: Any) -> Model:
-    """The model as DTensors, and no longer whole."""
-    return {name: dtensor(model.pop(name), mesh, placements) for name in NAMES}
-
-
-def targets(model: Model, mesh: Any, placement: Any) -> Model:
-    """DTensors for the model to land in, with other values."""
-    return {name: dtensor(model[name] + 1, mesh, [placement]) for name in NAMES}
+    """`grows(to, make)`: see `kit.growth.assert_grows`."""
+    return partial(assert_grows, device=device)
 
 
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")
