@@ -8,15 +8,19 @@ a tensor is found out by letting it run with a type that can do everything (`sub
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
 import torch
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from conformance.kit.agree import attempt
 from conformance.kit.compare import assert_same
+from conformance.kit.layouts import dtensor
 
 _aliased = cast(Callable[..., Any], return_and_correct_aliasing)
 
@@ -58,7 +62,7 @@ class Pair(torch.Tensor):
             dispatch_sizes_strides_policy=cls.policy,
         )
         made.first, made.second = first, second
-        return made  # type: ignore[no-any-return]
+        return made
 
     def __init__(self, *_: Any, **__: Any) -> None:
         """`__new__` has done it all; torch's own would complain."""
@@ -147,6 +151,26 @@ def subclass_with(
             lambda inner, _meta, _size, _stride: made(inner["first"], inner["second"])
         )
     return made
+
+
+def inside(
+    local: torch.Tensor, full: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement]
+) -> DTensor:
+    """A DTensor of the shape of `full` around `local`; no operation of `local` is asked for."""
+    return DTensor(local, dtensor(full, mesh, placements)._spec, requires_grad=False)
+
+
+def like_upstream(
+    road: Callable[[type[Pair]], Any], flatten: bool, **options: Any
+) -> tuple[type[Pair], set[str]]:
+    """A type with what `road`, a way through torch as it is, asks of one that can do everything.
+
+    Collective where `road` is. What is asked for while tensors are made counts as well, and so does
+    what upstream asks for before it fails for another reason.
+    """
+    able = subclass_with(None, flatten, **options)
+    attempt(lambda: road(able))
+    return subclass_with(able.asked, flatten, **options), set(able.asked)
 
 
 def assert_holds_pair(got: Any, kind: type[Pair], full: torch.Tensor, what: str = "result") -> None:
