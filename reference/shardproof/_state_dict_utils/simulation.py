@@ -8,7 +8,6 @@ and nothing that arithmetic on this rank's coordinate could say: DTensor's own o
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
+from shardproof._state_dict_utils.simulated import plays_all_ranks
 from shardproof._state_dict_utils.subclasses import settled_result
 from shardproof._state_dict_utils.traverse import (
     check_leaf_types,
@@ -30,11 +30,7 @@ def simulates_ranks() -> bool:
     """Whether a mode is active under which ranks or values are made up."""
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return True
-    module: Any = sys.modules.get("torch.distributed._local_tensor")
-    if module is None:
-        return False
-    find = getattr(module, "enabled_local_tensor_mode", module.local_tensor_mode)
-    return find() is not None
+    return plays_all_ranks()
 
 
 def gather_simulated(

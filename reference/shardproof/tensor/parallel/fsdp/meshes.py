@@ -21,6 +21,7 @@ from torch.distributed.tensor.placement_types import (
 )
 
 from shardproof._state_dict_utils.layout import mesh_ranks, my_coordinate, root_of
+from shardproof._state_dict_utils.simulated import with_real_ranks
 
 __all__ = ["chunk_placements", "fsdp_dims", "mesh_name", "root_dims", "root_mesh"]
 
@@ -64,7 +65,8 @@ def root_dims(root: DeviceMesh, mesh: DeviceMesh) -> tuple[tuple[int, ...], ...]
         ValueError: ``mesh`` is not this rank's part of ``root`` along some of its dimensions.
 
     """
-    here, there = my_coordinate(root), my_coordinate(mesh)
+    with with_real_ranks():
+        here, there = my_coordinate(root), my_coordinate(mesh)
     if here is None or there is None:
         raise ValueError(f"this rank is not on {mesh_name(root)} and {mesh_name(mesh)} both")
     known = _ROOT_DIMS.setdefault(root, WeakKeyDictionary()).setdefault(mesh, {})
