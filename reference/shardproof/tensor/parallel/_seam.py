@@ -58,11 +58,15 @@ def begin(module: nn.Module) -> None:
     seam = seam_of(module)
     if seam is None:
         enter(module)
-    elif seam.depth:
-        # An interrupt leaves without hooks (Module calls them for an Exception only). What it
-        # left open is taken over, unless this call really lies within the other.
-        seam.depth = seam.depth + 1 if calls_of(module) > 1 else 1
-    elif not seam.inside:
+        return
+    if seam.depth and calls_of(module) > 1:
+        seam.depth += 1
+        return
+    if seam.depth:
+        # An interrupt left without hooks (Module calls them for an Exception only).
+        seam.depth = 0
+        leave(module)
+    if not seam.inside:
         around, seam.waiting = seam.waiting, None
         if around is None or not calls_of(around):
             around = module
@@ -82,6 +86,24 @@ def enter(module: nn.Module) -> bool:
     """Put DTensors into the places of local Parameters; whether there were any."""
     parts = _localized.parts_of(module)
     _replicas.prepare(parts)
+    if not _put_in(parts):
+        return False
+    for part in parts:
+        if (seam := seam_of(part)) is not None:
+            seam.inside += 1
+    return True
+
+
+def complete(module: nn.Module) -> None:
+    """The same within a forward, for what is not there."""
+    parts = _localized.parts_of(module)
+    if _put_in(parts):
+        for part in parts:
+            if (seam := seam_of(part)) is not None:
+                seam.inside = seam.inside or 1
+
+
+def _put_in(parts: Iterable[nn.Module]) -> bool:
     built: dict[int, DTensor] = {}
     found: list[tuple[_localized.Slots, str, _localized.Localized, Any]] = []
     for owner in parts:
@@ -97,10 +119,6 @@ def enter(module: nn.Module) -> bool:
         if entry.local is not held:
             entry.stand_in(held)
         entry.inside = slots[name] = built[id(held)]
-    if found:
-        for part in parts:
-            if (seam := seam_of(part)) is not None:
-                seam.inside += 1
     return bool(found)
 
 

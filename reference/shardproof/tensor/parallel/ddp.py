@@ -121,7 +121,11 @@ def _reconstruct_dtensor(module: nn.Module, _input: Any = None) -> None:
     Local: no collective runs.
 
     """
-    _seam.begin(module)
+    seam = _seam.seam_of(module)
+    if seam is not None and seam.inside:
+        _seam.complete(module)
+    else:
+        _seam.begin(module)
 
 
 @_disable_dynamo(recursive=True)
