@@ -117,6 +117,7 @@ class Member:
             self.answered = True
             self.record.seconds = frame["seconds"]
             self.record.extra["mesh"] = frame.get("mesh", "")
+            self.record.extra["warnings"] = frame.get("warnings", [])
             self._answer(frame)
 
     def _answer(self, frame: Frame) -> None:
