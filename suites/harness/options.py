@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import devices, place
+from harness import devices, place, warned
 from harness.place import Place
 
 DEFAULT_SUBJECT = "torch.distributed"
@@ -27,6 +27,9 @@ SESSION_LIMIT = 3600.0
 START_LIMIT = {"fork": 30.0, "spawn": 120.0}
 GRACE = 2.0
 """Seconds that ranks have to answer once one of them has failed."""
+
+
+SETTINGS: pytest.StashKey[Settings] = pytest.StashKey()
 
 
 @dataclass(frozen=True)
@@ -216,7 +219,8 @@ def _subject(root: str) -> tuple[str, str]:
             f"--subject {root!r} is not an import root: expected a dotted name such as my.fork"
         )
     try:
-        module = importlib.import_module(root)
+        with warned.collecting(root, warned.at_import):
+            module = importlib.import_module(root)
     except Exception as error:
         raise pytest.UsageError(
             f"--subject {root}: cannot be imported ({type(error).__name__}: {error}). "
@@ -304,8 +308,9 @@ def _seed(text: str) -> int:
 
 
 def arrange(items: list[pytest.Item], order: str) -> None:
-    """Put the items into the order asked for, in place."""
+    """Put the items into the order asked for, in place; what judges the run comes last."""
     if order == "reverse":
         items.reverse()
     elif order.startswith("random:"):
         random.Random(int(order.partition(":")[2])).shuffle(items)
+    items.sort(key=lambda item: item.get_closest_marker("warns_of_nothing") is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from conformance.kit.compare import assert_same, fingerprint, shares_memory
 from conformance.kit.data import DTYPES, dtype_id, numbers
 from conformance.kit.generated import drawn, layouts
 from conformance.kit.layouts import ONE_D, THREE_D, TWO_D, R, S, dtensor, part, placement_id
+from conformance.kit.refusals import SHAPE, assert_refusal, refused
 from conformance.kit.streams import STREAM, Handle, Waits
 
 FLATTEN = "tensor.parallel._data_parallel_utils._flatten_tensor"
@@ -130,8 +132,8 @@ class TestUnflattenTensor:
             "empty": numbers(0),
             "0-dim": numbers(),
         }.items():
-            error = attempt(lambda w=wrong: judged(w, spec))  # type: ignore[misc]
-            assert error is not None, f"{name}: {tuple(wrong.shape)} is accepted for (4, 6)"
+            what = f"{name}: {tuple(wrong.shape)} for (4, 6)"
+            refused(partial(judged, wrong, spec), SHAPE, what=what)
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)
@@ -144,8 +146,12 @@ class TestUnflattenTensor:
             theirs = part(full, line, [S(0)], [other])
             error = attempt(lambda t=theirs: judged(t.clone(), spec))  # type: ignore[misc]
             fits = theirs.shape == mine.shape
-            assert (error is None) == fits, f"shard of rank {other} on rank {rank}: {error!r}"
-        assert attempt(lambda: judged(full, spec)) is not None, "the whole tensor is accepted"
+            what = f"shard of rank {other} on rank {rank}"
+            if fits:
+                assert error is None, f"{what}: refused, though of the right shape: {error!r}"
+            else:
+                assert_refusal(error, SHAPE, what=what)
+        refused(lambda: judged(full, spec), SHAPE, what="the whole tensor for a shard")
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(1, 2)
