@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from shardproof._state_dict_utils.layout import local_shape, my_coordinate
-from shardproof._state_dict_utils.tensors import PLAIN, dtensor, spec_of_dtype
+from shardproof._state_dict_utils.subclasses import PLAIN
+from shardproof._state_dict_utils.tensors import dtensor, spec_of_dtype
 from shardproof.tensor.parallel._subclasses import alias, finish
 
 __all__ = ["_flatten_tensor", "_unflatten_tensor", "sync_grad_hook"]
