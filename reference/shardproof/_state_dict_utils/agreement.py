@@ -13,7 +13,7 @@ import json
 import pickle
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -197,7 +197,8 @@ def agree_on_entries(
         found = first_failure(domain, told)
         if found is None:
             details[domain] = [entries_of(columns) for _, columns in told]
-            found = _entries_verdict(domain, details[domain])
+            others = [frozenset(columns.others) for _, columns in told]
+            found = _entries_verdict(domain, details[domain], others)
         if found is not None:
             failure = failure if failure is not None and failure.shared else found
     # A rank may have learned of an error after it had agreed with others: once more for those.
@@ -222,6 +223,7 @@ class Columns(NamedTuple):
         kinds: the distinct (summary, members, travels).
         numbers: of each path its kind.
         ties: of each path its tie.
+        others: the names of leaves that are not distributed; for messages.
 
     """
 
@@ -229,6 +231,7 @@ class Columns(NamedTuple):
     kinds: list[tuple[str, tuple[int, ...], bool]]
     numbers: list[int]
     ties: list[str | None]
+    others: list[str]
 
 
 def entries_of(columns: Columns) -> dict[str, Entry]:
@@ -253,7 +256,9 @@ def _digest(domain: Domain, columns: Columns) -> bytes:
     return json.dumps([told, columns.paths, columns.numbers, ties]).encode()
 
 
-def _entries_verdict(domain: Domain, told: Sequence[Entries]) -> Failure | None:
+def _entries_verdict(
+    domain: Domain, told: Sequence[Entries], others: Sequence[Set[str]]
+) -> Failure | None:
     """Whether each member knows each leaf that travels to or from it, and the same of it."""
     for path in sorted(set().union(*told)):
         for index, entries in enumerate(told):
@@ -264,13 +269,13 @@ def _entries_verdict(domain: Domain, told: Sequence[Entries]) -> Failure | None:
                 if domain.members[other] not in entry.members:
                     continue
                 found = theirs.get(path)
+                has = f"{domain.name(index)} has {entry.summary} on ranks {entry.members}"
+                if found is None and path in others[other]:
+                    said = f"{path!r}: {domain.name(other)} has it whole, or as no tensor; {has}"
+                    return Failure("ValueError", said, True)
                 if found is None:
-                    return Failure(
-                        "KeyError",
-                        f"{domain.name(other)} lacks {path!r}; {domain.name(index)} has "
-                        f"{entry.summary} on ranks {entry.members}",
-                        True,
-                    )
+                    said = f"{domain.name(other)} lacks {path!r}; {has}"
+                    return Failure("KeyError", said, True)
                 if (found.summary, found.members) != (entry.summary, entry.members):
                     return Failure(
                         "ValueError",

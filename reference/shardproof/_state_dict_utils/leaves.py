@@ -98,7 +98,8 @@ class Found:
             for place, leaf in enumerate(leaves):
                 key = tie_key(leaf.tensor) if leaf.layout.held else None
                 ties[place] = None if key is None else first.setdefault(key, leaf.path)
-        return Columns(paths, list(kinds), numbers, ties)
+        others = [name for name in self.names if name not in self.leaves]
+        return Columns(paths, list(kinds), numbers, ties, others)
 
 
 def _apart(leaves: Sequence[Leaf]) -> bool:
