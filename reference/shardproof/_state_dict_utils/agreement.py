@@ -63,10 +63,11 @@ class Entry(NamedTuple):
     """What a rank knows of one distributed leaf.
 
     Attributes:
-        members: the global ranks that hold it.
-        summary: kind, shape, dtype, sharding: equal on all members, where it travels.
-        travels: whether a rank needs what others hold. Of what stays where it is each member may
-            hold something else, or nothing: experts and pipeline stages share no names.
+        members: the global ranks of its mesh or group.
+        summary: kind, shape, dtype, sharding.
+        peers: the global ranks whose parts make up what this rank wants, this one included: they
+            must know the same of it. The other members, all of them where nothing travels, may
+            hold something else or nothing: experts and pipeline stages share no names.
         tie: the first path that shares the leaf's memory; None where this rank's part is empty
             and says nothing about ties.
 
@@ -74,7 +75,7 @@ class Entry(NamedTuple):
 
     members: tuple[int, ...]
     summary: str
-    travels: bool
+    peers: tuple[int, ...]
     tie: str | None
 
 
@@ -220,7 +221,7 @@ class Columns(NamedTuple):
 
     Attributes:
         paths: sorted.
-        kinds: the distinct (summary, members, travels).
+        kinds: the distinct (summary, members, peers).
         numbers: of each path its kind.
         ties: of each path its tie.
         others: the names of leaves that are not distributed; for messages.
@@ -228,7 +229,7 @@ class Columns(NamedTuple):
     """
 
     paths: list[str]
-    kinds: list[tuple[str, tuple[int, ...], bool]]
+    kinds: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
     numbers: list[int]
     ties: list[str | None]
     others: list[str]
@@ -238,8 +239,8 @@ def entries_of(columns: Columns) -> dict[str, Entry]:
     """Path -> what is known of it."""
     found: dict[str, Entry] = {}
     for path, number, tie in zip(columns.paths, columns.numbers, columns.ties, strict=True):
-        summary, members, travels = columns.kinds[number]
-        found[path] = Entry(members, summary, travels, tie)
+        summary, members, peers = columns.kinds[number]
+        found[path] = Entry(members, summary, peers, tie)
     return found
 
 
@@ -248,8 +249,8 @@ def _digest(domain: Domain, columns: Columns) -> bytes:
     mine = set(domain.members)
     # Ranks of sibling meshes hold the same leaf over other members: no reason to differ.
     told = [
-        (text, members if set(members) == mine else (), travels)
-        for text, members, travels in columns.kinds
+        (text, members if set(members) == mine else (), bool(peers))
+        for text, members, peers in columns.kinds
     ]
     pairs = zip(columns.ties, columns.paths, strict=True)
     ties = ["" if tie is None or tie == path else tie for tie, path in pairs]
@@ -259,14 +260,14 @@ def _digest(domain: Domain, columns: Columns) -> bytes:
 def _entries_verdict(
     domain: Domain, told: Sequence[Entries], others: Sequence[Set[str]]
 ) -> Failure | None:
-    """Whether each member knows each leaf that travels to or from it, and the same of it."""
+    """Whether the peers of each member know each leaf that it wants, and the same of it."""
     for path in sorted(set().union(*told)):
         for index, entries in enumerate(told):
             entry = entries.get(path)
-            if entry is None or not entry.travels:
+            if entry is None:
                 continue
             for other, theirs in enumerate(told):
-                if domain.members[other] not in entry.members:
+                if domain.members[other] not in entry.peers:
                     continue
                 found = theirs.get(path)
                 has = f"{domain.name(index)} has {entry.summary} on ranks {entry.members}"

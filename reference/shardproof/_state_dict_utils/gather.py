@@ -175,7 +175,7 @@ def _is_lost(leaf: Leaf, takers: Sequence[int]) -> bool:
 def _agree(
     found: Found, pg: dist.ProcessGroup | None, device: torch.device | None, cpu_offload: bool
 ) -> Agreed:
-    domains = _one_for_each_set(found.domains)
+    domains = _widest(found.domains)
     if pg is not None and dist.get_rank(pg) >= 0:
         whole = group_domain(pg, device)
         # The group hears of everything, so a mesh inside it need not be asked again.
@@ -194,19 +194,22 @@ def _agree(
     return agreed
 
 
-def _one_for_each_set(domains: Sequence[Domain]) -> list[Domain]:
-    """Of the domains of the same ranks one: what all of them know is told there.
+def _widest(domains: Sequence[Domain]) -> list[Domain]:
+    """The domains to agree in: none whose ranks are all in another, which hears of everything.
 
     Where a rank has one more than the others, on a mesh that is wrong, it would ask there alone.
     """
     chosen: dict[frozenset[int], Domain] = {}
     for domain in sorted(domains, key=_plainest):
-        chosen.setdefault(frozenset(domain.members), domain)
+        ranks = frozenset(domain.members)
+        if not any(ranks <= others for others in chosen):
+            chosen[ranks] = domain
     return sorted(chosen.values(), key=attrgetter("key"))
 
 
 def _plainest(domain: Domain) -> tuple[Any, ...]:
-    return len(domain.shape), domain.members != tuple(sorted(domain.members)), domain.key
+    unsorted = domain.members != tuple(sorted(domain.members))
+    return -len(domain.members), len(domain.shape), unsorted, domain.key
 
 
 def _tied(found: Found, details: Mapping[Domain, Sequence[Entries]]) -> dict[str, str]:
@@ -223,7 +226,7 @@ def _tied(found: Found, details: Mapping[Domain, Sequence[Entries]]) -> dict[str
     tied: dict[str, str] = {}
     for path, entry in entries_of(columns).items():
         ties: list[str | None] = [entry.tie]
-        for told in details.values() if entry.travels else ():
+        for told in details.values() if entry.peers else ():
             ties += [e[path].tie for e in told if path in e and e[path].members == entry.members]
         if any(tie is not None for tie in ties):
             key = (entry.summary, entry.members, tuple(ties))

@@ -80,7 +80,7 @@ class Found:
     def _describe(self) -> Columns:
         paths = sorted(self.leaves)
         leaves = list(map(self.leaves.__getitem__, paths))
-        kinds: dict[tuple[str, tuple[int, ...], bool], int] = {}
+        kinds: dict[tuple[str, tuple[int, ...], tuple[int, ...]], int] = {}
         known: dict[Layout, int] = {}
         numbers: list[int] = []
         for leaf in leaves:
@@ -88,7 +88,7 @@ class Found:
             number = known.get(layout)
             if number is None:
                 number = kinds.setdefault(
-                    (layout.summary, layout.members, layout.travels), len(kinds)
+                    (layout.summary, layout.members, layout.peers), len(kinds)
                 )
                 known[layout] = number
             numbers.append(number)

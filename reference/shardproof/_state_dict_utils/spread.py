@@ -98,6 +98,23 @@ class Layout:
         return self.domain is not None and bool(self.dims) and not self.meta
 
     @property
+    def peers(self) -> tuple[int, ...]:
+        """The global ranks whose parts make up what this rank wants; none where nothing travels."""
+        domain = self.domain
+        if domain is None or not self.travels:
+            return ()
+        return tuple(
+            rank
+            for index, rank in enumerate(domain.members)
+            if all(
+                place == here or dim in self.dims
+                for dim, (place, here) in enumerate(
+                    zip(domain.coordinate(index), domain.here, strict=True)
+                )
+            )
+        )
+
+    @property
     def large(self) -> bool:
         """Whether such a tensor is worth collectives of its own."""
         return self.nbytes >= stream.alone_bytes()
