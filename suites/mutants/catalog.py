@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mutants import copies, ddp, fsdp, memory, opaque, refusals, together
+from mutants import copies, ddp, fsdp, memory, opaque, refusals, silent, together
 
 _UTILS = "_state_dict_utils/"
 _SUITE = "state_dict_utils/"
@@ -271,6 +271,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *(_mutant(*fault) for fault in copies.FAULTS),
     *(_mutant(*fault) for fault in memory.FAULTS),
     *(_mutant(*fault) for fault in opaque.FAULTS),
+    *(_mutant(*fault) for fault in silent.FAULTS),
     *(_mutant(*fault) for fault in together.FAULTS),
     *(_mutant(*fault) for fault in refusals.FAULTS),
     *(_mutant(*fault, accelerator=True) for fault in (*memory.ON_A_DEVICE, *together.ON_A_DEVICE)),

@@ -263,63 +263,62 @@ class TestBroadcastTensorsCost:
         _assert_as_many(run, at_least=1)
 
 
-def _assert_none(call: Callable[[], Any]) -> None:
-    with Collectives() as seen:
-        call()
-    assert not seen.count, f"{dict(seen.names)} were issued; expected no collective"
+def _assert_none(kinds: dict[str, Leaf], call: Callable[[Leaf], Any]) -> None:
+    """`call(kind)` issues no collective for any kind."""
+    issued = {}
+    for name, make in kinds.items():
+        with Collectives() as seen:
+            call(make)
+        if seen.count:
+            issued[name] = dict(seen.names)
+    assert not issued, f"expected no collective, these were issued: {issued}"
 
 
 @pytest.mark.judges("_state_dict_utils._distribute_state_dict")
 class TestDistributeCost:
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("make", TARGET_CASES)
-    def test_no_collective(self, judged: Any, mesh: Any, device: torch.device, make: Any) -> None:
+    def test_no_collective(self, judged: Any, mesh: Any, device: torch.device) -> None:
         """What every rank holds must reach targets of any kind without a collective."""
-        mine = _leaves(make, FEW, mesh)
-        full = {k: _full(v) for k, v in mine.items()}
-        _assert_none(lambda: judged(full, mine, device))
+
+        def call(make: Leaf) -> None:
+            mine = _leaves(make, FEW, mesh)
+            judged({k: _full(v) for k, v in mine.items()}, mine, device)
+
+        _assert_none(TARGETS, call)
 
 
 @pytest.mark.judges("_state_dict_utils._offload_state_dict_to_cpu")
 class TestOffloadCost:
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("make", KIND_CASES)
-    def test_no_collective(self, judged: Any, mesh: Any, make: Any) -> None:
+    def test_no_collective(self, judged: Any, mesh: Any) -> None:
         """A snapshot of leaves of any kind must take no collective."""
-        value = _leaves(make, FEW, mesh)
-        _assert_none(lambda: judged(value))
+        _assert_none(KINDS, lambda make: judged(_leaves(make, FEW, mesh)))
 
 
 @pytest.mark.judges("_state_dict_utils._create_cpu_state_dict")
 class TestCreateCost:
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("make", KIND_CASES)
-    def test_no_collective(self, judged: Any, mesh: Any, make: Any) -> None:
+    def test_no_collective(self, judged: Any, mesh: Any) -> None:
         """Buffers for leaves of any kind must take no collective."""
-        value = _leaves(make, FEW, mesh)
-        _assert_none(lambda: judged(value))
+        _assert_none(KINDS, lambda make: judged(_leaves(make, FEW, mesh)))
 
 
 @pytest.mark.judges("_state_dict_utils._copy_state_dict")
 class TestCopyCost:
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("make", KIND_CASES)
-    def test_no_collective(self, judged: Any, mesh: Any, make: Any) -> None:
+    def test_no_collective(self, judged: Any, mesh: Any) -> None:
         """A copy into leaves of any kind must take no collective."""
-        value, into = _leaves(make, FEW, mesh), _leaves(make, FEW, mesh)
-        _assert_none(lambda: judged(value, into))
+        _assert_none(KINDS, lambda make: judged(_leaves(make, FEW, mesh), _leaves(make, FEW, mesh)))
 
 
 @pytest.mark.judges("_state_dict_utils._check_state_dict_similarity")
 class TestSimilarityCost:
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("make", KIND_CASES)
-    def test_no_collective(self, judged: Any, mesh: Any, make: Any) -> None:
+    def test_no_collective(self, judged: Any, mesh: Any) -> None:
         """A comparison of leaves of any kind must take no collective."""
-        value, other = _leaves(make, FEW, mesh), _leaves(make, FEW, mesh)
-        _assert_none(lambda: judged(value, other))
+        _assert_none(KINDS, lambda make: judged(_leaves(make, FEW, mesh), _leaves(make, FEW, mesh)))

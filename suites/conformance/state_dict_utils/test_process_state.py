@@ -1,0 +1,205 @@
+"""What a call leaves behind in its process, and what it finds there.
+
+Grad mode, random numbers, defaults for devices and dtypes belong to the caller: a call changes
+none of them, and is right under any. It keeps nothing of what it was given.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from conformance.kit.compare import fingerprint, local
+from conformance.kit.data import numbers
+from conformance.kit.nested import spoil, storages, tensors
+from conformance.kit.roads import ROADS, Make, Road
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# Name -> a context that callers may be in.
+CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "grad": torch.enable_grad,
+    "no-grad": torch.no_grad,
+    "default-device": lambda: torch.device("meta"),
+    "default-dtype": lambda: _default_dtype(torch.bfloat16),
+    "deterministic": _deterministic,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+def _state() -> dict[str, Any]:
+    """What the process holds that a call might change."""
+    return {
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "default device": str(torch.get_default_device()),
+        "random numbers of torch": torch.random.get_rng_state().tolist(),
+        "random numbers of Python": random.getstate(),
+        "threads of torch": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warning filters": list(warnings.filters),
+        "process groups": len(dist.distributed_c10d._world.pg_map),
+        "threads of Python": threading.active_count(),
+    }
+
+
+def _roads(request: pytest.FixtureRequest) -> dict[str, Make]:
+    marker = request.node.get_closest_marker("judges")
+    assert marker is not None
+    return ROADS[marker.args[0].rpartition(".")[2]]
+
+
+@pytest.fixture
+def roads(
+    request: pytest.FixtureRequest, mesh: Any, world: Any
+) -> Callable[..., list[tuple[str, Road]]]:
+    """`roads(full)`: (name, a new road) for each road of the function that is judged."""
+    line = mesh(world.size)
+
+    def make(full: torch.Tensor) -> list[tuple[str, Road]]:
+        return [(name, one(full, line, world)) for name, one in _roads(request).items()]
+
+    return make
+
+
+class _State:
+    """What each function is asked; its class says which."""
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("context", CONTEXTS)
+    def test_the_process_is_as_it_was(self, judged: Any, roads: Any, context: str) -> None:
+        """Grad mode, random numbers, defaults and groups must be after a call as before."""
+        for name, road in roads(numbers(5, 4)):
+            with CONTEXTS[context]():
+                before = _state()
+                road.call(judged)
+                after = _state()
+            changed = [what for what in before if before[what] != after[what]]
+            assert not changed, f"{name}: the call changed {changed}"
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("context", [*CONTEXTS, "inference"])
+    @pytest.mark.parametrize("size", ["small", "large"])
+    def test_right_under_any_state(self, judged: Any, roads: Any, context: str, size: str) -> None:
+        """Values must be right whatever the caller's defaults and modes are."""
+        full = numbers(6, 4) if size == "small" else numbers(1024, 1024)
+        modes = {**CONTEXTS, "inference": torch.inference_mode}
+        for _, road in roads(full):
+            with modes[context]():
+                got = road.call(judged)
+            road.check(got, full)
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(2)
+    def test_other_values_in_the_same_tensors(self, judged: Any, roads: Any) -> None:
+        """A second call must see what training has made of the same tensors meanwhile."""
+        full, other = numbers(6, 4), numbers(6, 4, salt=5)
+        for (_, road), (_, later) in zip(roads(full), roads(other), strict=True):
+            road.check(road.call(judged), full)
+            news = tensors(later.inputs)
+            for path, tensor in tensors(road.inputs).items():
+                for old, new in zip(storages(tensor), storages(news[path]), strict=True):
+                    old.copy_(new)
+            road.check(road.call(judged), other)
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("size", ["small", "large"])
+    def test_inputs_are_used_again_at_once(self, judged: Any, roads: Any, size: str) -> None:
+        """What a caller writes into its tensors after the call must reach no result, anywhere."""
+        full = numbers(6, 4) if size == "small" else numbers(2048, 2048)
+        for _, road in roads(full):
+            got = road.call(judged)
+            spoil(road.inputs)
+            road.check(got, full)
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(2)
+    def test_inputs_are_only_read(self, judged: Any, roads: Any) -> None:
+        """The containers and tensors that a call reads must be as they were."""
+        for name, road in roads(numbers(5, 4)):
+            before = fingerprint(road.inputs)
+            road.call(judged)
+            assert fingerprint(road.inputs) == before, f"{name}: the call changed its input"
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(2)
+    def test_nothing_is_kept(self, judged: Any, roads: Any) -> None:
+        """Once the caller lets go of its tensors they must be gone: no cache may hold them."""
+        todo = roads(numbers(5, 4))
+        while todo:
+            name, road = todo.pop()
+            held = {
+                path: weakref.ref(local(tensor)) for path, tensor in tensors(road.inputs).items()
+            }
+            got = road.call(judged)
+            del road, got
+            gc.collect()
+            kept = [path for path, ref in held.items() if ref() is not None]
+            assert not kept, f"{name}: {kept} are still held after the call"
+
+
+@pytest.mark.judges("_state_dict_utils._gather_state_dict")
+class TestGatherState(_State):
+    """To all, to the CPU, to one rank."""
+
+
+@pytest.mark.judges("_state_dict_utils._all_gather_sharded_tensor")
+class TestAllGatherShardedTensorState(_State):
+    """One ShardedTensor."""
+
+
+@pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
+class TestBroadcastState(_State):
+    """Into shards, replicas, plain tensors and meta targets, one and many."""
+
+
+@pytest.mark.judges("_state_dict_utils._distribute_state_dict")
+class TestDistributeState(_State):
+    """The same, from full tensors on every rank."""
+
+
+@pytest.mark.judges("_state_dict_utils._offload_state_dict_to_cpu")
+class TestOffloadState(_State):
+    """DTensors and plain tensors."""
+
+
+@pytest.mark.judges("_state_dict_utils._copy_state_dict")
+class TestCopyState(_State):
+    """DTensors and plain tensors."""
+
+
+@pytest.mark.judges("_state_dict_utils._iterate_state_dict")
+class TestIterateState(_State):
+    """DTensors and plain tensors, to the CPU."""

@@ -1,0 +1,404 @@
+"""Plausible faults that show in nothing but the result. Fields as in copies.py.
+
+An engineer who writes these functions from their description alone may well make each of them.
+"""
+
+from __future__ import annotations
+
+FAULTS: tuple[tuple[str, ...], ...] = (
+    # --- what ranks agree on ------------------------------------------------------------------
+    (
+        "placements_unagreed",
+        "ranks whose placements differ mix parts of different cuts",
+        "agreement.py",
+        "if (found.summary, found.members) != (entry.summary, entry.members):",
+        'if found.summary.split(", (")[0] != entry.summary.split(", (")[0]:',
+        "agreement",
+    ),
+    (
+        "reductions_unagreed",
+        "ranks of which one sums and one takes the maximum get two answers",
+        "agreement.py",
+        "if (found.summary, found.members) != (entry.summary, entry.members):",
+        'if found.summary.replace("(max)", "(sum)") != entry.summary.replace("(max)", "(sum)"):',
+        "agreement",
+    ),
+    (
+        "owners_unagreed",
+        "shards that ranks think to be on different ranks are put in different places",
+        "spread.py",
+        ", m.placement and m.placement.rank())",
+        ")",
+        "agreement",
+    ),
+    (
+        "mesh_order_unagreed",
+        "ranks whose meshes count the ranks in another order mix the parts",
+        "agreement.py",
+        "if (found.summary, found.members) != (entry.summary, entry.members):",
+        "if found.summary != entry.summary:",
+        "agreement",
+    ),
+    (
+        "shard_order_is_the_dicts",
+        "groups of leaves are gathered in the order of each rank's dict",
+        "gather.py",
+        "    for key in sorted(streams):\n",
+        "    for key in streams:\n",
+        "order_of_collectives",
+    ),
+    (
+        "leaves_in_the_dicts_order",
+        "leaves are told to others in the order of each rank's dict",
+        "leaves.py",
+        "paths = sorted(self.leaves)",
+        "paths = list(self.leaves)",
+        "gather_state_dict_manners",
+    ),
+    (
+        "domains_in_the_dicts_order",
+        "ranks in several meshes wait for each other in a circle",
+        "leaves.py",
+        "for key in sorted(self._by_key)]",
+        "for key in self._by_key]",
+        "order_of_collectives",
+    ),
+    (
+        "strange_leaf_raises_alone",
+        "a leaf of an unsupported type on one rank raises there, and the others wait",
+        "leaves.py",
+        "        except ValueError as error:\n            found.fail(error)\n",
+        "        except ValueError:\n            raise\n",
+        "gather_state_dict_manners",
+    ),
+    # --- ties ---------------------------------------------------------------------------------
+    (
+        "tied_by_object",
+        "a parameter and its detached twin come apart",
+        "tensors.py",
+        "return id(tensor) if isinstance(tensor, ShardedTensor) else geometry(tensor)",
+        "return id(tensor)",
+        "ties",
+    ),
+    (
+        "dtensors_tied_by_object",
+        "a DTensor and its detached twin come apart",
+        "tensors.py",
+        'return ("DTensor", geometry(tensor._local_tensor), spec.placements, spec.shape)',
+        'return ("DTensor", id(tensor), spec.placements, spec.shape)',
+        "ties",
+    ),
+    # --- memory -------------------------------------------------------------------------------
+    (
+        "offloaded_at_the_end",
+        "the whole result is held where it was gathered, and then once more on the CPU",
+        "gather.py",
+        "    gathered = _gather(found, wanted, agreed, cpu_offload)\n",
+        (
+            "    gathered = _gather(found, wanted, agreed, False)\n"
+            "    if cpu_offload:\n"
+            "        gathered = {at: full.to(CPU, copy=True) for at, full in gathered.items()}\n"
+        ),
+        "memory_options",
+    ),
+    (
+        "shard_of_a_copy",
+        "a shard is a view of a copy of the full tensor, which lives as long as it does",
+        "targets.py",
+        "self.memory = full[block.region].clone(memory_format=torch.contiguous_format)",
+        "self.memory = full.clone()[block.region].view(block.shape)",
+        "memory_options",
+    ),
+    # --- cost ---------------------------------------------------------------------------------
+    *(
+        (
+            f"a_collective_per_{kind}",
+            f"leaves that are {kind} are gathered one by one",
+            "gather.py",
+            "                streams[layout.stream].append(kind)\n",
+            (
+                "                for leaf in kind:\n"
+                f'                    own = leaf.path if {condition} else ""\n'
+                "                    streams[*layout.stream, own].append([leaf])\n"
+            ),
+            "cost_kinds",
+        )
+        for kind, condition in (
+            ("pending", "layout.reductions"),
+            ("sharded_tensor", "layout.cuts is None"),
+            ("uneven", "layout.shape and layout.shape[0] % 4"),
+            ("odd_dtype", "layout.dtype not in (torch.float32, torch.bfloat16)"),
+        )
+    ),
+    (
+        "a_broadcast_per_shape",
+        "whole tensors of different shapes travel one by one",
+        "transport.py",
+        "                together.append(parcel)\n",
+        "                self._run_stream([parcel], False)\n",
+        "cost_kinds",
+    ),
+    (
+        "a_scatter_per_shape",
+        "shards of tensors of different shapes travel one by one",
+        "transport.py",
+        "                apart.append(parcel)\n",
+        "                self._run_stream([parcel], True)\n",
+        "cost_kinds",
+    ),
+    # --- isolation ----------------------------------------------------------------------------
+    (
+        "source_lends_its_values",
+        "a list of the full dict is in the local dict of the source, too",
+        "broadcast.py",
+        "    local.update(plan.values)\n",
+        "    local.update({key: full.get(key, plan.values[key]) for key in plan.values})\n",
+        "own_objects",
+    ),
+    (
+        "distribute_lends_its_values",
+        "a list of the full dict is in the local dict, too",
+        "distribute.py",
+        "values[key] = copy.deepcopy(value)",
+        "values[key] = copy.copy(value)",
+        "own_objects",
+    ),
+    (
+        "values_copied_shallowly",
+        "what a list holds is shared with the snapshot",
+        "traverse.py",
+        "    return copy.deepcopy(value)\n",
+        "    return copy.copy(value)\n",
+        "own_objects",
+    ),
+    (
+        "scalars_are_lent",
+        "a 0-dim tensor that was distributed is the full dict's own",
+        "targets.py",
+        "        if model.is_opaque:\n            self.memory =",
+        (
+            "        if not full.dim():\n            self.memory = full\n"
+            "        elif model.is_opaque:\n            self.memory ="
+        ),
+        "own_objects",
+    ),
+    (
+        "large_source_not_waited_for",
+        "the source returns while its memory is still being sent",
+        "transport.py",
+        "            self._keep([key])\n            finish(work)\n",
+        "            self._keep([key])\n            self.unfinished = work\n",
+        "process_state",
+    ),
+    (
+        "grad_mode_forgotten",
+        "after a copy gradients are recorded where the caller had turned that off",
+        "pairs.py",
+        "            torch._C._set_grad_enabled(recording)",
+        "            torch._C._set_grad_enabled(True)",
+        "process_state",
+    ),
+    (
+        "seeds_the_generator",
+        "each gather starts the random numbers anew",
+        "gather.py",
+        "    wanted = _destinations(ranks_only, pg, found)\n",
+        "    wanted = _destinations(ranks_only, pg, found)\n    torch.manual_seed(0)\n",
+        "process_state",
+    ),
+    (
+        "second_call_is_the_first",
+        "a second gather of the same dict gives what the first gave",
+        "gather.py",
+        "    gathered = _gather(found, wanted, agreed, cpu_offload)\n",
+        (
+            "    known = vars(Found).get('known', {})\n"
+            "    Found.known = known  # type: ignore[attr-defined]\n"
+            "    if id(state_dict) not in known:\n"
+            "        known[id(state_dict)] = _gather(found, wanted, agreed, cpu_offload)\n"
+            "    gathered = known[id(state_dict)]\n"
+        ),
+        "process_state",
+    ),
+    (
+        "default_device_is_used",
+        "under a default device results are made there",
+        "tensors.py",
+        "        fresh = torch.empty(shape, dtype=made, device=device)\n",
+        (
+            "        fresh = torch.empty(shape, dtype=made, "
+            'device=None if device == "cpu" or device == CPU else device)\n'
+        ),
+        "process_state",
+    ),
+    (
+        "inputs_are_kept",
+        "the tensors of the last call live until the next",
+        "gather.py",
+        "    wanted = _destinations(ranks_only, pg, found)\n",
+        "    wanted = _destinations(ranks_only, pg, found)\n    dist.last_gathered = found\n",
+        "process_state",
+    ),
+    # --- values -------------------------------------------------------------------------------
+    (
+        "zeros_added",
+        "gathered as a sum with zeros: -0.0 becomes 0.0, a NaN another",
+        "stream.py",
+        "            values.append(carried(parts[0]))\n",
+        "            values.append(carried(parts[0]) + 0)\n",
+        "bits",
+    ),
+    (
+        "stacked_with_zeros",
+        "many small ones gathered as a sum with zeros",
+        "stream.py",
+        "    torch.stack(parts, out=room.view(len(parts), *parts[0].shape))\n",
+        "    torch.stack(parts, out=room.view(len(parts), *parts[0].shape)).add_(0)\n",
+        "bits",
+    ),
+    (
+        "scattered_as_a_sum",
+        "shards of a large tensor are sent as a sum with zeros",
+        "transport.py",
+        "torch.cat([part.to(room.device) for part in found], out=room)",
+        "torch.cat([part.to(room.device) + 0 for part in found], out=room)",
+        "bits",
+    ),
+    (
+        "copied_through_double",
+        "integers beyond 2^53 lose their last digits on their way into another memory",
+        "tensors.py",
+        "        target.detach().copy_(source.detach(), non_blocking=non_blocking)\n",
+        (
+            "        wide = source.detach() if source.is_complex() else source.detach().double()\n"
+            "        target.detach().copy_(wide, non_blocking=non_blocking)\n"
+        ),
+        "bits",
+    ),
+    (
+        "conjugate_forgotten",
+        "a lazily conjugated tensor arrives without the conjugation",
+        "tensors.py",
+        "    if plain.is_conj() or plain.is_neg():\n",
+        "    if plain.is_conj():\n        plain = plain.conj()\n    if plain.is_neg():\n",
+        "bits",
+    ),
+    # --- structure ----------------------------------------------------------------------------
+    (
+        "gathered_requires_grad",
+        "what was gathered from parameters requires grad",
+        "gather.py",
+        "            results.append(gathered[name])\n",
+        (
+            "            whole = gathered[name]\n"
+            "            results.append(whole.requires_grad_(value.requires_grad))\n"
+        ),
+        "gather_state_dict",
+        "gather_state_dict_manners",
+    ),
+    (
+        "ranks_only_in_world_numbers",
+        "ranks_only counts in the world's numbers whatever the group",
+        "traverse.py",
+        "return not ranks_only or dist.get_rank(pg) in ranks_only",
+        "return not ranks_only or dist.get_rank() in ranks_only",
+        "gather_state_dict_manners",
+        "iterate_state_dict",
+    ),
+    (
+        "rank_outside_unnoticed",
+        "a rank of ranks_only that is in no group makes everybody send to nobody",
+        "gather.py",
+        "    if wrong:\n",
+        "    if wrong and not pg:\n",
+        "ranks_only",
+    ),
+    (
+        "none_takes_a_tensor",
+        "a local None is replaced by a tensor",
+        "broadcast.py",
+        'if value is None and (key not in local or offer.kind in ("tensor", "opaque")):',
+        "if key not in local:",
+        "broadcast_state_dict",
+        "broadcast_tensors",
+    ),
+    (
+        "companion_may_have_more",
+        "a companion with keys of its own is taken for the same structure",
+        "walk.py",
+        "        if companion.keys() != value.keys():\n",
+        "        if not companion.keys() >= value.keys():\n",
+        "copy_state_dict",
+        "check_state_dict_similarity",
+    ),
+    (
+        "companion_may_be_longer",
+        "a companion with a longer list is taken for the same structure",
+        "walk.py",
+        "    if len(companion) != len(value):\n",
+        "    if len(companion) < len(value):\n",
+        "copy_state_dict",
+        "check_state_dict_similarity",
+    ),
+    (
+        "keys_become_text",
+        "numbers as keys come back as text",
+        "walk.py",
+        "    pairs = zip(container, items, strict=False)\n",
+        "    pairs = zip(map(str, container), items, strict=False)\n",
+        "gather_state_dict",
+        "iterate_state_dict",
+    ),
+    (
+        "namedtuples_become_tuples",
+        "a namedtuple comes back as a tuple",
+        "containers.py",
+        '    if hasattr(kind, "_make"):\n        return kind._make(items)\n',
+        '    if hasattr(kind, "_make"):\n        return tuple(items)\n',
+        "iterate_state_dict",
+        "flatten_state_dict",
+    ),
+    (
+        "strides_forgotten",
+        "a transposed tensor comes back row-major",
+        "line.py",
+        "return allocate(layout.shape, layout.dtype, device, layout.stride)",
+        "return allocate(layout.shape, layout.dtype, device)",
+        "gather_state_dict",
+    ),
+    (
+        "scalar_buffers_are_the_tensors",
+        "the buffer of a 0-dim tensor is the tensor itself",
+        "staging.py",
+        "    pinnable = pin_memory and tensor.numel() > 0\n",
+        (
+            "    pinnable = pin_memory and tensor.numel() > 0\n"
+            "    if not tensor.dim() and tensor.device == CPU:\n        return tensor.detach()\n"
+        ),
+        "create_cpu_state_dict",
+    ),
+    (
+        "empty_buffers_unshared",
+        "a buffer without elements is not in shared memory",
+        "staging.py",
+        "    if share_memory:\n        buffer",
+        "    if share_memory and tensor.numel():\n        buffer",
+        "create_cpu_state_dict",
+    ),
+    (
+        "mesh_of_a_companion_unread",
+        "values are copied into a DTensor whose parts are those of other ranks",
+        "pairs.py",
+        "        and list(map(_mesh, ours)) == list(map(_mesh, theirs))\n",
+        "",
+        "other_meshes",
+    ),
+    (
+        "similar_whatever_the_reduction",
+        "a DTensor whose reduction is pending is similar to a whole one",
+        "pairs.py",
+        "        list(map(_placements, ours)) == list(map(_placements, theirs))\n        and ",
+        "        ",
+        "other_meshes",
+    ),
+)
