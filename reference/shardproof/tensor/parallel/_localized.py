@@ -50,6 +50,8 @@ class Localized:
         """The local shape that the spec gives to this rank, once it was asked."""
         self.inside: torch.Tensor | None = None
         """The DTensor that has the place now, during a forward."""
+        self.moved = False
+        """Whether the tensor was found gone from this place, and looked for in others."""
         self.stand_in(local)
 
     def stand_in(self, local: torch.Tensor) -> None:
@@ -157,6 +159,17 @@ def local_part(value: torch.Tensor, spec: DTensorSpec) -> torch.Tensor:
     return part
 
 
+def last(hooks: Any, ours: Callable[..., None]) -> None:
+    """Let our hook come after those that were registered since."""
+    late = 0
+    for number in reversed(hooks):
+        if hooks[number] is ours:
+            if late:
+                hooks.move_to_end(number)
+            return
+        late += 1
+
+
 class Hooks:
     """Hooks of a module tree, put on one module after another.
 
@@ -224,6 +237,16 @@ class _LoadHooks(UserDict[int, Any]):
         self._module = weakref.ref(module)
 
 
+def _is_local(value: torch.Tensor, held: torch.Tensor, spec: DTensorSpec) -> bool:
+    """Whether a plain tensor has the shape of the local one, on this rank as on all others."""
+    if isinstance(value, DTensor) or value.shape != held.shape:
+        return False
+    parts = 1
+    for size, placement in zip(spec.mesh.shape, spec.placements, strict=True):
+        parts *= 1 if placement.is_replicate() else size
+    return held.numel() * parts == spec.shape.numel()
+
+
 def state_dict_pre_hook(module: nn.Module, _prefix: str, keep_vars: bool) -> None:
     """Take note of what the hook after it is not told."""
     module.__dict__[_KEEP_VARS] = keep_vars
@@ -274,6 +297,8 @@ def load_state_dict_hook(
             value = value[0]  # as Module takes it for a scalar
         if tuple(value.shape) == tuple(entry.spec.shape):
             state_dict[key] = local_part(value, entry.spec)
+            continue
+        if _is_local(value, held, entry.spec):
             continue
         error_msgs.append(
             f"size mismatch for {key}: copying a param with shape {tuple(value.shape)} from "

@@ -72,6 +72,7 @@ def begin(module: nn.Module) -> None:
             around = module
         if enter(around):
             around.__dict__[SEAM].depth = 1
+            _localized.last(around._forward_hooks, after)
 
 
 @_disable_dynamo(recursive=True)
@@ -86,7 +87,7 @@ def enter(module: nn.Module) -> bool:
     """Put DTensors into the places of local Parameters; whether there were any."""
     parts = _localized.parts_of(module)
     _replicas.prepare(parts)
-    if not _put_in(parts):
+    if not _put_in(module, parts):
         return False
     for part in parts:
         if (seam := seam_of(part)) is not None:
@@ -97,29 +98,51 @@ def enter(module: nn.Module) -> bool:
 def complete(module: nn.Module) -> None:
     """The same within a forward, for what is not there."""
     parts = _localized.parts_of(module)
-    if _put_in(parts):
+    if _put_in(module, parts):
         for part in parts:
             if (seam := seam_of(part)) is not None:
                 seam.inside = seam.inside or 1
 
 
-def _put_in(parts: Iterable[nn.Module]) -> bool:
+def _put_in(module: nn.Module, parts: Iterable[nn.Module]) -> bool:
     built: dict[int, DTensor] = {}
     found: list[tuple[_localized.Slots, str, _localized.Localized, Any]] = []
+    moved: list[_localized.Localized] = []
     for owner in parts:
         for name, entry in _localized.records_of(owner).items():
             slots = _localized.slots_of(owner, name)
             held = slots.get(name)
             if held is None or isinstance(held, DTensor):
+                if name not in slots and not entry.moved:
+                    moved.append(entry)
                 continue
             if id(held) not in built:
                 built[id(held)] = _localized.as_dtensor(held, entry, name)
             found.append((slots, name, entry, held))
+    if moved:
+        _follow(module, moved)
+        return _put_in(module, _localized.parts_of(module))
     for slots, name, entry, held in found:
         if entry.local is not held:
             entry.stand_in(held)
         entry.inside = slots[name] = built[id(held)]
     return bool(found)
+
+
+def _follow(module: nn.Module, moved: list[_localized.Localized]) -> None:
+    """Record Parameters where they are now, as a parametrization that came later moves them."""
+    sought = {}
+    for entry in moved:
+        entry.moved = True
+        sought[id(entry.local)] = entry
+    parts = _localized.parts_of(module)
+    for part in parts:
+        tables: tuple[Any, Any] = part._parameters, part._buffers
+        for slots in tables:
+            for name, held in slots.items():
+                if id(held) in sought and name not in _localized.records_of(part):
+                    _localized.record(part, name, held, sought[id(held)].spec)
+    attach(_localized.parts_of(module))
 
 
 def leave(module: nn.Module) -> None:

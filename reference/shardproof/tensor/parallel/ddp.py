@@ -155,8 +155,8 @@ def _localize_dtensor(
         module.__dict__[_seam.IGNORED] = [weakref.ref(p) for p in ignored_params]
     seam = _seam.seam_of(module)
     if _ and seam is not None and seam.inside:
-        # A forward hook. Where a forward around this one holds the DTensors, that takes them out.
-        if seam.depth:
+        # A forward hook. Ours comes after it, here or with a forward around this one.
+        if seam.depth and not _seam.calls_of(module):
             _seam.end(module)
         return
     parts = _localized.parts_of(module)
