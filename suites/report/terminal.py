@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any, TextIO
 
 from report.compare import CALLERS
@@ -19,6 +20,7 @@ _COLOURS = {
 }
 _COLUMN = 10
 _LINES = 30
+_NEARLY_ALL = 0.9
 
 
 class Screen:
@@ -135,6 +137,13 @@ def _show_end(data: dict[str, Any], folder: str, screen: Screen) -> None:
         missing = run["selected"] - len(data["checks"])
         screen.line(screen.paint(f"{missing} selected checks did not run", "unexpected"))
     screen.line(f"results: {folder}/results.json")
+    unrun = run["counts"].get("precondition", 0)
+    if unrun and unrun >= _NEARLY_ALL * len(data["checks"]):
+        said = (
+            f"nearly nothing was judged: {unrun} of {len(data['checks'])} checks are preconditions"
+        )
+        why = Counter(c["message"] for c in data["checks"] if c["verdict"] == "precondition")
+        screen.line(screen.paint(f"{said}, most for: {why.most_common(1)[0][0]}", "absent"))
 
 
 def show_known(data: dict[str, Any], screen: Screen) -> None:
