@@ -127,3 +127,31 @@ def test_the_help_names_the_folder_of_known_failures(command: list[str]) -> None
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert "--expectations DIR" in done.stdout
+
+
+LEVELS = """
+import pytest
+pytestmark = pytest.mark.world(1)
+def test_a_must(): pass
+@pytest.mark.should("it costs time")
+def test_a_should(): pass
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.should("it is rare"))])
+def test_some(n): pass
+"""
+
+
+def test_the_level_of_a_check_stands_in_the_results(suite: Suite) -> None:
+    checks = Session(suite(LEVELS)).finish().results["checks"]
+    assert [(c["level"], c["level_reason"]) for c in checks] == [
+        ("MUST", ""),
+        ("SHOULD", "it costs time"),
+        ("MUST", ""),
+        ("SHOULD", "it is rare"),
+    ]
+
+
+@pytest.mark.parametrize("mark", ["should", "should()", "should(' ')", "should(reason='x')"])
+def test_a_should_gives_its_reason(suite: Suite, mark: str) -> None:
+    outcome = Session(suite(f"import pytest\n@pytest.mark.{mark}\ndef test_it(): pass\n")).finish()
+    assert "test_it: should() needs its reason, one sentence" in outcome.output
+    assert outcome.exit in {2, 3}
