@@ -161,7 +161,8 @@ def add_options(parser: pytest.Parser) -> None:
     add(
         "--update-expectations",
         action="store_true",
-        help="write an entry, its reason left empty, for each check that failed unexpectedly",
+        help="write an entry, its reason left empty, for each cause of checks that failed "
+        "unexpectedly; until it has its reason, runs of these checks are refused",
     )
 
 
@@ -214,6 +215,11 @@ def read_settings(config: pytest.Config) -> Settings:
 
 
 def _subject(root: str) -> tuple[str, str]:
+    if os.sep in root or root.startswith((".", "~")) or root.endswith(".py"):
+        raise pytest.UsageError(
+            f"--subject {root}: expected an import root, not a path: a dotted name such as "
+            "my.fork, from .venv or a folder on PYTHONPATH"
+        )
     if not all(part.isidentifier() for part in root.split(".")):
         raise pytest.UsageError(
             f"--subject {root!r} is not an import root: expected a dotted name such as my.fork"

@@ -134,6 +134,13 @@ class Run:
         self._items = {item.nodeid: item for item in session.items}
         if self._config.option.collectonly:
             return
+        ids = [item.nodeid for item in session.items]
+        if waiting := self._expectations.without_reason(ids):
+            raise pytest.UsageError(
+                f"{self._expectations.path.parent / waiting[0].source}, {waiting[0].check}: "
+                "needs a reason, one sentence"
+                + (f", as do {len(waiting) - 1} more" if waiting[1:] else "")
+            )
         narrowed = any("::" in str(a) for a in self._config.args) or self._config.getoption(
             "lf", False
         )
@@ -354,7 +361,8 @@ class Run:
             ]
             count = append(self._expectations.path, failed, self._collected)
             self._notes.append(
-                f"{count} entries written to {self._expectations.path.name}: give each a reason"
+                f"{count} entries for {len(failed)} checks written to "
+                f"{self._expectations.path.name}: give each a reason"
             )
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
@@ -366,8 +374,16 @@ class Run:
             terminalreporter.write_line(f"precondition, {count} not run: {reason}", yellow=True)
         for note in self._notes:
             terminalreporter.write_line(note)
+        unrun = sum(reasons.values())
+        if unrun and unrun >= _NEARLY_ALL * len(self._checks):
+            terminalreporter.write_line(
+                f"nearly nothing was judged: {unrun} of {len(self._checks)} checks are "
+                "preconditions, for the reasons above",
+                yellow=True,
+            )
 
 
+_NEARLY_ALL = 0.9
 _signals: list[int] = []
 """That told this process to end. The exception may be lost, in a test or a finalizer."""
 

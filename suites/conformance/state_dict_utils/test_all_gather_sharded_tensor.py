@@ -16,6 +16,7 @@ from conformance.kit.compare import assert_same, fingerprint, shares_memory
 from conformance.kit.data import SOME_DTYPES, dtype_id, numbers
 from conformance.kit.groups import UNSORTED, group
 from conformance.kit.layouts import rows, sharded_tensor
+from conformance.kit.levels import COUNT
 from conformance.kit.refusals import shape_of
 
 Boxes = list[tuple[list[int], list[int], int]]
@@ -200,6 +201,7 @@ class TestAllGatherShardedTensor:
         assert_raises_everywhere(world, lambda: judged(tensor), told)
 
     @pytest.mark.law("cost")
+    @pytest.mark.should(COUNT)
     @pytest.mark.world(2)
     def test_collectives_do_not_grow_with_the_shards(self, judged: Any) -> None:
         """Sixteen shards a rank need as many collectives as one."""

@@ -18,6 +18,7 @@ from conformance.kit.containers import CONTAINERS, KINDS, PLACEMENTS, dashed
 from conformance.kit.data import DTYPES, SHAPES, VIEWS, dtype_id, numbers
 from conformance.kit.generated import examples, state_dicts
 from conformance.kit.layouts import ONE_D, TWO_D, dtensor, part, placement_id, rows, sharded_tensor
+from conformance.kit.levels import WORDS
 from conformance.kit.nested import (
     assert_apart,
     assert_same_structure,
@@ -195,6 +196,7 @@ class TestCopyStateDict:
         refused(lambda: judged(value, into), what=name)
 
     @pytest.mark.law("symmetry")
+    @pytest.mark.should(WORDS)
     @pytest.mark.world(1)
     def test_the_error_names_the_path(self, judged: Any, mesh: Any) -> None:
         """The error for a leaf that does not fit names its path."""

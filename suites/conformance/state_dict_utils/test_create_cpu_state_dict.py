@@ -17,6 +17,7 @@ from conformance.kit.containers import CONTAINERS
 from conformance.kit.data import DTYPES, SHAPES, VIEWS, dtype_id, numbers
 from conformance.kit.generated import examples, state_dicts
 from conformance.kit.layouts import ONE_D, S, dtensor, part, placement_id, rows, sharded_tensor
+from conformance.kit.levels import STRIDES
 from conformance.kit.memory import MIB, peak_growth
 from conformance.kit.nested import (
     assert_apart,
@@ -99,6 +100,7 @@ class TestCreateCpuStateDict:
         assert got["a"] is got["b"][0], "one Parameter became two buffers"
 
     @pytest.mark.law("structure")
+    @pytest.mark.should(STRIDES)
     @pytest.mark.world(1)
     def test_memory_formats(self, judged: Any, mesh: Any) -> None:
         """Dense strides survive: transposed and channels-last tensors get buffers like them."""
@@ -182,6 +184,7 @@ class TestCreateCpuStateDict:
             assert tensor.shape == value[name].shape, f"{name}: {tensor.shape}"
 
     @pytest.mark.law("cost")
+    @pytest.mark.should("filling a buffer costs time; its contents are unspecified")
     @pytest.mark.world(1)
     @pytest.mark.needs("resident memory")
     @pytest.mark.parametrize("kind", ["tensor", "DTensor", "ShardedTensor"])

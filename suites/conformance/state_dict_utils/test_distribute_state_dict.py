@@ -16,6 +16,7 @@ from conformance.kit.data import DTYPES, SHAPES, VIEWS, numbers
 from conformance.kit.groups import group
 from conformance.kit.landing import assert_landed, blank, target
 from conformance.kit.layouts import THREE_D, TWO_D, R, S, placement_id
+from conformance.kit.levels import STRIDES
 from conformance.kit.nested import assert_apart, spoil
 from conformance.kit.refusals import refused
 
@@ -197,6 +198,7 @@ class TestDistributeStateDict:
         assert a == b, "a and b have come apart"
 
     @pytest.mark.law("structure")
+    @pytest.mark.should(STRIDES)
     @pytest.mark.world(1)
     def test_channels_last_survives(self, judged: Any, device: torch.device) -> None:
         """A channels_last tensor lands right, and as channels_last, in such a target."""

@@ -16,6 +16,7 @@ from conformance.kit.containers import CONTAINERS, READ_ONLY, Settings, dashed
 from conformance.kit.data import numbers
 from conformance.kit.generated import examples, state_dicts
 from conformance.kit.layouts import S, dtensor, rows, sharded_tensor
+from conformance.kit.levels import EXOTIC
 from conformance.kit.nested import (
     assert_same_structure,
     leaves,
@@ -163,6 +164,7 @@ class TestUnflattenStateDict:
         assert_same_structure(judged(*flatten(nested)), nested, name)
 
     @pytest.mark.law("structure")
+    @pytest.mark.should(EXOTIC)
     @pytest.mark.world(1)
     def test_attributes_of_containers_come_back(self, judged: Any, subject: Any) -> None:
         """A defaultdict keeps its factory, a dict of somebody's own type its attributes."""

@@ -20,6 +20,7 @@ from conformance.kit.containers import CONTAINERS, GROUPS, KINDS, PLACEMENTS, da
 from conformance.kit.data import DTYPES, numbers
 from conformance.kit.generated import examples, state_dicts
 from conformance.kit.layouts import S, dtensor, rows, sharded_tensor
+from conformance.kit.levels import EXOTIC, WORDS
 from conformance.kit.nested import (
     assert_apart,
     assert_same_structure,
@@ -104,6 +105,7 @@ class TestIterateStateDict:
         each(CONTAINERS, walk)
 
     @pytest.mark.law("structure")
+    @pytest.mark.should(EXOTIC)
     @pytest.mark.world(1)
     def test_torch_size_stays_one(self, judged: Any) -> None:
         """A torch.Size comes back as a torch.Size."""
@@ -183,6 +185,7 @@ class TestIterateStateDict:
                 judged(value, *SAME)
 
     @pytest.mark.law("symmetry")
+    @pytest.mark.should(WORDS)
     @pytest.mark.world(1)
     def test_type_check_names_the_leaf(self, judged: Any) -> None:
         """The error for an unsupported leaf names its path."""
@@ -279,6 +282,7 @@ class TestIterateStateDictWithCompanion:
         assert_same(target["b"]["y"], numbers(4, salt=3), "b.y")
 
     @pytest.mark.law("structure")
+    @pytest.mark.should(WORDS)
     @pytest.mark.world(1)
     @pytest.mark.parametrize("group", GROUPS, ids=dashed)
     def test_a_mismatch_names_the_path(

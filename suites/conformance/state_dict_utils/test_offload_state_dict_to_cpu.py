@@ -28,6 +28,7 @@ from conformance.kit.layouts import (
     rows,
     sharded_tensor,
 )
+from conformance.kit.levels import STRIDES
 from conformance.kit.nested import assert_apart, assert_same_structure, sample, spoil, tensors
 from conformance.kit.refusals import refused
 
@@ -181,6 +182,7 @@ class TestOffloadStateDictToCpu:
         assert got["a"] is got["b"]["c"], "one Parameter became two"
 
     @pytest.mark.law("structure")
+    @pytest.mark.should(STRIDES)
     @pytest.mark.world(1)
     def test_memory_format_survives(self, judged: Any) -> None:
         """Dense strides survive: transposed and channels-last tensors stay what they are."""

@@ -167,18 +167,17 @@ class TestAllGatherDTensor:
     def test_chunked_and_back(
         self, judged: Any, subject: Any, mesh: Any, held: Any, sizes: Any
     ) -> None:
-        """What was chunked comes back, in one collective for both ways."""
+        """What was chunked must come back as the TP-local tensor, to the bit."""
         root = mesh(2, 2)
         for size in sizes:
             full = numbers(*size)
             given_tensor = given(full, root, held)
-            with Collectives() as seen:
-                chunk = subject.function(CHUNK)(given_tensor, fsdp_rank(root), root["dp"])
-                got = judged(chunk, root)
+            chunk = subject.function(CHUNK)(given_tensor, fsdp_rank(root), root["dp"])
+            got = judged(chunk, root)
             assert_same(got, tp_local(full, root, held), str(size))
-            assert seen.count <= 1, f"{size}: {dict(seen.names)}"
 
     @pytest.mark.law("cost")
+    @pytest.mark.should("ranks that also agree on their errors need a second one")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
     def test_one_collective(self, judged: Any, mesh: Any, held: Any) -> None:

@@ -26,6 +26,7 @@ from conformance.kit.fsdp1 import (
 )
 from conformance.kit.generated import drawn, layouts
 from conformance.kit.layouts import R, S, dtensor, part, read_whole
+from conformance.kit.levels import MEMORY
 from conformance.kit.memory import MIB, peak_growth
 from conformance.kit.nested import spoil
 
@@ -227,6 +228,7 @@ class TestChunkDTensor:
             assert_chunked(call(judged, given(full, root, None), root), full, root, None)
 
     @pytest.mark.law("cost")
+    @pytest.mark.should(MEMORY)
     @pytest.mark.world(4)
     @pytest.mark.needs("resident memory")
     @pytest.mark.parametrize("held", [None, S(1)], ids=held_id)
