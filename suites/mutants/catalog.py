@@ -321,14 +321,14 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
             (
                 "unflatten_is_compiled",
-                "the compiler looks into it, and into the tables of layouts",
-                "@_disable_dynamo(recursive=True)\n",
-                "",
+                "the compiler looks into the tables of layouts, and gives up",
+                "    if torch.compiler.is_compiling():\n",
+                "    if False:\n",
             ),
             (
                 "sync_returns_pending",
                 "a gradient in flight is handed on",
-                "    if compute_stream is None:\n        return grad.wait()",
+                "    if compute_stream is None:\n        return finish(grad)",
                 "    if compute_stream is None:\n        return grad",
             ),
         )

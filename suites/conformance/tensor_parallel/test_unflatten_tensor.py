@@ -233,6 +233,24 @@ class TestUnflattenTensor:
         got.backward(numbers(4, 3, salt=1))
         assert_same(local.grad, numbers(4, 3, salt=1) * 2)
 
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("placements", ONE_D, ids=placement_id)
+    def test_compiled_as_one_graph(self, judged: Any, mesh: Any, placements: Any) -> None:
+        """With `fullgraph=True` the compiler finds no break in it, and the gradient is the same."""
+        line, full = mesh(2), numbers(4, 6)
+        spec, mine = dtensor(full, line, placements)._spec, part(full, line, placements)
+
+        def code(tensor: torch.Tensor) -> Any:
+            return (judged(tensor * 2, spec) * 3).to_local()
+
+        local = mine.clone().requires_grad_()
+        got = torch.compile(code, backend="aot_eager", fullgraph=True)(local)
+        assert_same(got.detach(), mine * 6)
+        got.backward(mine)
+        assert_same(local.grad, mine * 6, "gradient")
+
     @pytest.mark.law("autograd")
     @pytest.mark.world(1)
     def test_used_twice_in_one_graph(self, judged: Any, mesh: Any) -> None:

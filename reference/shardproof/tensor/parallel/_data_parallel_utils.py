@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch._C._functorch import unwrap_if_dead
-from torch._compile import _disable_dynamo
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
@@ -75,7 +74,6 @@ def _flatten_tensor(tensor: torch.Tensor) -> tuple[torch.Tensor, DTensorSpec | N
     return tensor, None
 
 
-@_disable_dynamo(recursive=True)
 def _unflatten_tensor(
     tensor: torch.Tensor,
     spec: DTensorSpec,
@@ -100,10 +98,19 @@ def _unflatten_tensor(
         ValueError: ``tensor`` has not the shape that ``spec`` gives to this rank.
 
     Local: no collective runs in the forward. The backward communicates only if the gradient
-    arrives in other placements than the spec's. In compiled code it runs as it is: a break, and no
-    part of a graph.
+    arrives in other placements than the spec's. Compiled code is traced through it, without a
+    break: there gradients are finished by the graph, and shapes are not looked at.
 
     """
+    if torch.compiler.is_compiling():
+        return DTensor.from_local(
+            tensor,
+            spec.mesh,
+            spec.placements,
+            run_check=False,
+            shape=spec.shape,
+            stride=spec.stride,
+        )
     return unflattened(tensor, spec, device_handle, compute_stream)
 
 

@@ -17,7 +17,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.distributed.tensor.placement_types import Partial, Placement, Replicate
+from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
 
 from shardproof._state_dict_utils.layout import cuts_of, local_shape, my_coordinate, spec_block
 from shardproof._state_dict_utils.simulated import for_each_rank, plays_all_ranks
@@ -87,10 +87,13 @@ def _chunk_dtensor(
         ValueError: the meshes do not belong together, FSDP's mesh is not outside of tensor
             parallelism, or the local tensor is not what the placement gives to this rank.
 
-    Local: no collective runs, but all ranks of the root mesh need the result. pytorch#118639.
+    Local: no collective runs, but all ranks of the root mesh need the result. In compiled code it
+    is traced, as a redistribution from the TP-local tensors. pytorch#118639.
 
     """
     root = root_mesh(device_mesh)
+    if torch.compiler.is_compiling():
+        return _chunk_in_a_graph(tensor, root)
     if isinstance(tensor, ShardedTensor):
         raise TypeError("expected a tensor or a DTensor to chunk, got a ShardedTensor")
     dims = fsdp_dims(root, device_mesh)
@@ -106,6 +109,18 @@ def _chunk_dtensor(
     copied = own_copy(local) if has_own_operations(local) else fresh_copy(local, local.device)
     meta = TensorMeta(torch.Size(tensor.shape), _dense_stride(tensor), tensor.dtype)
     return dtensor(copied, DTensorSpec(root, placements, tensor_meta=meta))
+
+
+def _chunk_in_a_graph(tensor: torch.Tensor, root: DeviceMesh) -> DTensor:
+    """The same in operations that the compiler knows; what TP cuts by rows, too, moves."""
+    held = tensor.placements[-1] if isinstance(tensor, DTensor) else Replicate()
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    outer = [Replicate()] * (root.ndim - 2)
+    whole: Any = DTensor.from_local(
+        local.detach().clone(), root, [*outer, Replicate(), held], run_check=False
+    )
+    chunk: DTensor = whole.redistribute(placements=[*outer, Shard(0), held])
+    return chunk
 
 
 def _placements_on(root: DeviceMesh, tensor: DTensor, dims: Sequence[int]) -> dict[int, Placement]:
