@@ -158,6 +158,20 @@ def own_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 @torch.no_grad()
+def own_buffer(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """New memory of the tensor's class on ``device`` that can take its values.
+
+    A copy where the class makes no other, and the tensor itself where it makes no copy.
+    """
+    for make in (torch.empty_like, torch.zeros_like):
+        try:
+            return make(tensor, device=device)
+        except _UNSUPPORTED:
+            continue
+    return own_copy(tensor, device)
+
+
+@torch.no_grad()
 def own_put(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> None:
     """Write ``source`` into ``target`` as the class of one of them does it."""
     if isinstance(target, LocalShardsWrapper) and isinstance(source, LocalShardsWrapper):

@@ -154,12 +154,14 @@ class Model:
             )
         if value.dim() == 0 and self.size:
             self.block = full_block(self.size) if self.block is not None else None
-        self.keeps = (
-            in_place and not local.is_meta and (not cpu_offload or local.device.type == "cpu")
+        # A rank without a shard of a table has nothing to write to, and says that it is on meta.
+        nothing = isinstance(local, LocalShardsWrapper) and not local.local_shards()
+        self.keeps = in_place and (
+            nothing or (not local.is_meta and (not cpu_offload or local.device.type == "cpu"))
         )
         if self.keeps and (reason := unwritable(value)):
             raise ValueError(reason)
-        if self.keeps:
+        if self.keeps and not nothing:
             self.device = local.device
         if is_custom(type(local)):
             self.by_class = self.keeps
