@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from shardproof._state_dict_utils import host
 from shardproof._state_dict_utils.leaves import Found, Leaf
 from shardproof._state_dict_utils.line import carried_view, result_device, result_for
 from shardproof._state_dict_utils.stream import Piece, deliver, elements
-from shardproof._state_dict_utils.subclasses import is_custom
+from shardproof._state_dict_utils.subclasses import is_custom, is_table
 from shardproof._state_dict_utils.tensors import (
     CPU,
     dress_like,
@@ -56,7 +55,7 @@ class LocalCopies:
             if made is not None:
                 return made
             memory = tensor._local_tensor
-            if isinstance(memory, LocalShardsWrapper) and layout.cuts:
+            if is_table(type(memory)) and leaf.local:
                 return fresh_copy(leaf.local[0], result_device(layout, self.cpu_offload))
             if is_custom(type(memory)):
                 return fresh_copy(memory, result_device(layout, self.cpu_offload))

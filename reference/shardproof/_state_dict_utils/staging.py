@@ -14,10 +14,15 @@ from typing import Any, cast
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from shardproof._state_dict_utils.containers import path_name
-from shardproof._state_dict_utils.subclasses import is_custom, own_buffer, settled
+from shardproof._state_dict_utils.subclasses import (
+    is_custom,
+    is_table,
+    own_buffer,
+    settled,
+    shards_of,
+)
 from shardproof._state_dict_utils.tensors import (
     CPU,
     MOVABLE,
@@ -107,13 +112,13 @@ def _buffer_like(tensor: torch.Tensor, *, pin_memory: bool, share_memory: bool) 
     if not share_memory and tensor.dtype in MOVABLE and is_ordinary(tensor):
         return torch.empty_like(tensor, device=CPU, pin_memory=pinnable)
     tensor = settled(tensor)
-    if isinstance(tensor, LocalShardsWrapper):
+    if is_table(type(tensor)):
         shards = [
             _buffer_like(shard, pin_memory=pin_memory, share_memory=share_memory)
-            for shard in tensor.local_shards()
+            for shard in shards_of(tensor)
         ]
-        offsets: list[Any] = tensor.local_offsets()
-        return LocalShardsWrapper(shards, offsets) if shards else tensor
+        table: Any = tensor
+        return type(table)(shards, table.local_offsets()) if shards else tensor
     if is_custom(type(tensor)) and not hasattr(type(tensor), "__tensor_flatten__"):
         own = own_buffer(tensor, CPU)
         if share_memory:
@@ -152,7 +157,7 @@ def _buffer_like(tensor: torch.Tensor, *, pin_memory: bool, share_memory: bool) 
     if pinnable:
         like = allocate_like(tensor, "meta")
         return torch.empty_strided(
-            like.size(), like.stride(), dtype=bit_dtype(tensor.dtype), pin_memory=True
+            like.size(), like.stride(), dtype=bit_dtype(tensor.dtype), device=CPU, pin_memory=True
         ).view(tensor.dtype)
     return allocate_like(tensor, CPU)
 

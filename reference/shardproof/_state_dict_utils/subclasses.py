@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 from torch.nn.parameter import is_lazy
 
 PLAIN = frozenset({torch.Tensor, nn.Parameter})
@@ -44,6 +43,22 @@ def is_custom(kind: type) -> bool:
     return has_own_dispatch(kind) or getattr(function, "__func__", function) not in _OUR_FUNCTION
 
 
+@lru_cache(maxsize=4096)
+def is_table(kind: type) -> bool:
+    """Whether a class of tensors holds the shards of a sharded table, as torch's
+    ``LocalShardsWrapper`` and torchrec's own of that name do.
+    """
+    return has_own_dispatch(kind) and all(
+        hasattr(kind, name) for name in ("local_shards", "local_offsets", "local_sizes")
+    )
+
+
+def shards_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The shards in a table; none in any other tensor."""
+    kind: type = type(tensor)
+    return list(cast(Any, tensor).local_shards()) if is_table(kind) else []
+
+
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor over the memory of one whose class refuses operations but keeps no memory apart.
 
@@ -58,8 +73,8 @@ def memory_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensors that a subclass holds, in an order that its class and its parts fix."""
-    if isinstance(tensor, LocalShardsWrapper):
-        return list(tensor.local_shards())
+    if shards := shards_of(tensor):
+        return shards
     if hasattr(type(tensor), "__tensor_flatten__"):
         names, _ = cast(Any, tensor).__tensor_flatten__()
         return [getattr(tensor, name) for name in names]
@@ -174,8 +189,8 @@ def own_buffer(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 @torch.no_grad()
 def own_put(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> None:
     """Write ``source`` into ``target`` as the class of one of them does it."""
-    if isinstance(target, LocalShardsWrapper) and isinstance(source, LocalShardsWrapper):
-        for ours, theirs in zip(target.local_shards(), source.local_shards(), strict=True):
+    if is_table(type(target)) and is_table(type(source)):
+        for ours, theirs in zip(shards_of(target), shards_of(source), strict=True):
             ours.copy_(theirs, non_blocking=non_blocking)
         return
     target.copy_(source, non_blocking=non_blocking)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from shardproof._state_dict_utils.layout import rectangles
@@ -20,6 +19,7 @@ from shardproof._state_dict_utils.memory import LARGE, map_ahead
 from shardproof._state_dict_utils.subclasses import (
     PLAIN,
     is_custom,
+    is_table,
     memory_of,
     own_copy,
     own_put,
@@ -245,7 +245,7 @@ class Target:
 
     def _put_by_class(self, values: torch.Tensor) -> None:
         local, block = self.value._local_tensor, self.model.block
-        if isinstance(local, LocalShardsWrapper):
+        if is_table(type(local)):
             assert block is not None
             for shard, region in shards_in(local, block):
                 put(shard, values[region])

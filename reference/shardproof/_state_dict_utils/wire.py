@@ -174,7 +174,7 @@ def all_gather_short(group: dist.ProcessGroup, payload: torch.Tensor) -> torch.T
     short = 0 < size * payload.numel() <= _SHORT and device == CPU
     if not short or backend_of(group, device) not in _STEPWISE:
         return all_gather(group, payload)
-    rows = torch.empty(size * payload.numel(), dtype=torch.uint8)
+    rows = torch.empty(size * payload.numel(), dtype=torch.uint8, device=CPU)
     dist.all_to_all_single(rows, payload.repeat(size), group=group)
     return rows.view(size, -1)
 

@@ -356,7 +356,7 @@ def _verdict(tensor: DTensor, local: torch.Tensor) -> torch.Tensor:
         good = good and _can_be_padded(tensor, local)
     sizes = [*local.shape, *([0] * _HEADER_DIMS)][:_HEADER_DIMS]
     header = [word if good else 0, kind, min(local.dim(), _HEADER_DIMS), *sizes]
-    return torch.tensor(header, dtype=torch.int64).view(torch.uint8)
+    return torch.tensor(header, dtype=torch.int64, device="cpu").view(torch.uint8)
 
 
 def _can_be_padded(tensor: DTensor, local: torch.Tensor) -> bool:
