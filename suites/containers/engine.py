@@ -27,6 +27,7 @@ def build_environment() -> dict[str, str]:
     SHARDPROOF_BASE_IMAGE names another base than the Dockerfile's own.
     """
     env = {**os.environ, "SHARDPROOF_IMAGE": IMAGE, "REVISION": REVISION}
+    env.pop("RUN_AS", None)
     if base := os.environ.get("SHARDPROOF_BASE_IMAGE"):
         env["BASE_IMAGE"] = base
     return env
@@ -71,25 +72,30 @@ class Outcome:
 class Project:
     """One compose project of its own, in a folder of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, owner: int = 54321, group: int = 54322) -> None:
+        """By default neither the image's own user nor the one who runs these tests owns it."""
         self.folder, self.out = folder, folder / "out"
         self.name = f"shardproof-{uuid.uuid4().hex[:8]}"
-        self.user = "54321:54322"
-        """Neither the image's own user nor the one who runs these tests."""
+        self.owner, self.group = owner, group
         self.out.mkdir(parents=True)
-        own, group = map(int, self.user.split(":"))
-        os.chown(self.out, own, group)
         (folder / "docker").mkdir()
         shutil.copy(ROOT / "compose.yaml", folder)
         shutil.copy(ROOT / "docker" / "communication.env", folder / "docker")
         (folder / ".git").symlink_to(ROOT / ".git")
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, owner, group, follow_symlinks=False)
+
+    @property
+    def user(self) -> str:
+        """Who owns it, as an engine takes it."""
+        return f"{self.owner}:{self.group}"
 
     def compose(self, *words: str, **env: str) -> Outcome:
         """`docker compose WORDS` in this project, to its end."""
         done = subprocess.run(
             ["docker", "compose", "--project-name", self.name, *words],
             cwd=self.folder,
-            env={**build_environment(), "RUN_AS": self.user, **env},
+            env={**build_environment(), **env},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -106,6 +112,14 @@ class Project:
     ) -> Outcome:
         """`docker compose run --rm OPTIONS SERVICE ARGUMENTS`."""
         return self.compose("run", "--rm", "--no-TTY", *options, service, *arguments, **env)
+
+    def assert_owns_its_results(self) -> None:
+        """All that stands below out/ belongs to the project's owner."""
+        found = list(self.out.rglob("*"))
+        assert found, f"{self.out} is empty"
+        for path in found:
+            state = path.lstat()
+            assert (state.st_uid, state.st_gid) == (self.owner, self.group), path
 
     def down(self) -> None:
         """End and remove what the project left in the engine."""

@@ -39,11 +39,13 @@ def said(output: str) -> dict[str, Any]:
 
 def test_a_service_writes_its_results_and_nothing_else(project: Project) -> None:
     python = ".venv/bin/python"
-    done = project.run("tests-cpu", "-c", ASK, options=("--entrypoint", f"/app/{python}"))
+    done = project.run(
+        "tests-cpu", "-c", ASK, options=("--entrypoint", f"/app/docker/entrypoint /app/{python}")
+    )
     assert done.exit == 0
     found = said(done.output)
     assert found["written"] == ["/tmp", "/app/out"]
-    assert found["user"] == [int(n) for n in project.user.split(":")]
+    assert found["user"] == [project.owner, project.group]
     assert found["setup"] == [0, ""], "nothing is left to be set up"
     assert found["capabilities"] == ["0" * 16]
 

@@ -10,6 +10,7 @@ import pytest
 from docker import DockerClient
 from docker.models.containers import Container
 
+from containers import witness
 from containers.engine import Project
 
 pytestmark = [pytest.mark.needs("docker"), pytest.mark.timeout(900)]
@@ -18,6 +19,7 @@ UP = ("--profile", "multinode", "up", "--no-color")
 
 
 def test_worlds_span_two_containers(project: Project) -> None:
+    witness.place(project)
     done = project.compose(
         *(*UP, "--abort-on-container-exit", "--exit-code-from", "node0"),
         NODE_ARGUMENTS="-k TestBroadcastTensors",
@@ -31,6 +33,8 @@ def test_worlds_span_two_containers(project: Project) -> None:
         assert check["verdict"] in {"pass", "xfail"}
         assert [r["host"] for r in check["ranks"]] == ["node0", "node0", "node1", "node1"]
         assert [r["local_rank"] for r in check["ranks"]] == [0, 1, 0, 1]
+    witness.assert_owner(project)
+    project.assert_owns_its_results()
 
 
 def lose(project: Project, client: DockerClient, how: Callable[[Container], None]) -> str:

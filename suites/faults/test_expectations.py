@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,6 +124,41 @@ def test_updated_expectations_wait_for_their_reasons(judge: Judge) -> None:
     assert 'verdict = "crash"' in text
     again = Session(outcome.folder).finish()
     assert again.exit == 2
-    assert "needs a reason" in again.output
+    assert "needs a reason, one sentence, as do 1 more" in again.output
+    for unrelated in (["-k", "passes"], ["test_it.py::test_passes[w1]"]):
+        other = Session(outcome.folder, *unrelated).finish()
+        assert other.exit == 0, other.output
+    assert Session(outcome.folder, "-k", "exits").finish().exit == 2
     written.write_text(text.replace('reason = ""', 'reason = "seen"'))
     assert Session(outcome.folder).finish().exit == 0
+
+
+CAUSES = """
+import os, pytest
+pytestmark = pytest.mark.world(2)
+@pytest.mark.parametrize("kind", ["a", "b"])
+def test_shape(rank, kind): assert False, f"{kind!r}: shape ({ord(kind)}, 3) is lost"
+@pytest.mark.parametrize("kind", ["c", "d", "e"])
+def test_other(rank, kind): assert kind == "d", f"{kind!r}: shape (1, {ord(kind)}) is lost"
+def test_dtype(rank): assert False, "the dtype is lost"
+def test_dies(rank): os._exit(3)
+"""
+
+
+def test_one_cause_is_one_entry(suite: Callable[..., Path]) -> None:
+    folder = suite(CAUSES)
+    outcome = Session(folder, "--update-expectations").finish()
+    assert "3 entries for 6 checks written to torch.distributed.toml" in outcome.output
+    written = folder / "expectations" / "torch.distributed.toml"
+    found = [e["check"] for e in tomllib.loads(written.read_text())["expect"]]
+    assert found == [
+        "test_it.py::test_dies[w2]",
+        "test_it.py::test_dtype[w2]",
+        [
+            "test_it.py::test_other[w2-c]",
+            "test_it.py::test_other[w2-e]",
+            "test_it.py::test_shape[*]",
+        ],
+    ]
+    written.write_text(written.read_text().replace('reason = ""', 'reason = "seen"'))
+    assert Session(folder).finish().exit == 0

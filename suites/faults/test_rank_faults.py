@@ -22,6 +22,7 @@ DIED = [
     ("is_killed", "killed by SIGKILL in call"),
     ("is_killed_while_its_peer_waits", "killed by SIGKILL in call"),
     ("segfaults", "killed by SIGSEGV in call"),
+    ("is_ended_by_its_backend", "killed by SIGABRT in call"),
     ("closes_every_descriptor", ""),
     ("writes_into_every_descriptor", ""),
 ]
@@ -95,6 +96,24 @@ def test_a_rank_that_ends_without_an_answer_is_a_crash(
 
 def test_a_segfault_shows_the_python_stack(session: Outcome) -> None:
     assert "test_segfaults" in ranks(session.check("test_segfaults"))[1]["details"]
+
+
+@pytest.mark.parametrize("name", ["segfaults", "is_ended_by_its_backend"])
+def test_a_crash_shows_no_frame_of_the_harness(session: Outcome, name: str) -> None:
+    details = ranks(session.check(f"test_{name}"))[1]["details"]
+    assert details.startswith("Fatal Python error: "), details
+    for stranger in ("/harness/", "_pytest", "pluggy", "Extension modules", "no Python frame"):
+        assert stranger not in details, details
+    assert len(details.splitlines()) < 20, details
+
+
+def test_a_crash_shows_the_last_words_of_the_backend(session: Outcome) -> None:
+    check = session.check("test_is_ended_by_its_backend")
+    cause = "what():  [enforce fail at pair.cc:7] this tensor is on no CPU"
+    assert check["message"].endswith(cause), check["message"]
+    details = ranks(check)[1]["details"]
+    assert "in call_of_a_backend" in details
+    assert details.endswith(cause), details
 
 
 @pytest.mark.parametrize(("name", "cause"), RAISED)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from faults.sessions import Session
+from harness.__main__ import joined
+from report.terminal import Screen, show
 
 Suite = Callable[..., Path]
 ONE = "import pytest\n@pytest.mark.world(2)\ndef test_it(rank): pass\n"
@@ -15,6 +19,9 @@ ONE = "import pytest\n@pytest.mark.world(2)\ndef test_it(rank): pass\n"
 WRONG = [
     (["--subject", "no.such.fork"], "--subject no.such.fork: cannot be imported"),
     (["--subject", "not a name"], "--subject 'not a name' is not an import root"),
+    (["--subject", "./my-fork"], "--subject ./my-fork: expected an import root, not a path"),
+    (["--subject", "/tmp"], "--subject /tmp: expected an import root, not a path: a dotted name"),
+    (["--subject", "fork.py"], "--subject fork.py: expected an import root, not a path"),
     (["--backend", "nccl"], "--backend nccl: this torch build lacks it; it has "),
     (["--backend", "smoke"], "--backend smoke: this torch build lacks it; it has "),
     (["--device", "cuda"], "--device cuda: torch "),
@@ -89,3 +96,62 @@ def test_a_smaller_world_leaves_larger_checks_as_preconditions(suite: Suite) -> 
     assert sorted(outcome.verdicts().values()) == ["pass", "pass", "precondition"]
     assert "precondition, 1 not run: needs a world of 3; --world-size is 2" in outcome.output
     assert outcome.exit == 0
+
+
+@pytest.mark.parametrize(("count", "said"), [(9, True), (8, False)])
+def test_a_run_that_judges_nearly_nothing_says_so(suite: Suite, count: int, said: bool) -> None:
+    source = (
+        "import pytest\n"
+        "@pytest.mark.world(3)\n"
+        f"@pytest.mark.parametrize('n', range({count}))\n"
+        "def test_large(n): pass\n"
+        "@pytest.mark.world(1)\ndef test_small(): pass\n"
+    )
+    outcome = Session(suite(source), "--world-size", "2").finish()
+    line = f"nearly nothing was judged: {count} of {count + 1} checks are preconditions"
+    assert (line in outcome.output) is said
+    report = io.StringIO()
+    show(outcome.results, "out/run", Screen(report, colour=False))
+    assert (line in report.getvalue()) is said
+    assert outcome.exit == 0
+
+
+def test_a_path_that_exists_is_no_place_to_look_for_the_configuration(suite: Suite) -> None:
+    """As pytest would take it, where it stands after an option that it does not know yet."""
+    given = ["--subject", "/tmp", "-k", "x", "--run-dir", "out/x", "--order=normal", "a.py"]
+    assert joined(given) == ["--subject=/tmp", "-k", "x", "--run-dir=out/x", *given[6:]]
+
+
+@pytest.mark.parametrize("command", [["ci/conformance", "--help"], ["ci/conformance", "-h"]])
+def test_the_help_names_the_folder_of_known_failures(command: list[str]) -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert "--expectations DIR" in done.stdout
+
+
+LEVELS = """
+import pytest
+pytestmark = pytest.mark.world(1)
+def test_a_must(): pass
+@pytest.mark.should("it costs time")
+def test_a_should(): pass
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.should("it is rare"))])
+def test_some(n): pass
+"""
+
+
+def test_the_level_of_a_check_stands_in_the_results(suite: Suite) -> None:
+    checks = Session(suite(LEVELS)).finish().results["checks"]
+    assert [(c["level"], c["level_reason"]) for c in checks] == [
+        ("MUST", ""),
+        ("SHOULD", "it costs time"),
+        ("MUST", ""),
+        ("SHOULD", "it is rare"),
+    ]
+
+
+@pytest.mark.parametrize("mark", ["should", "should()", "should(' ')", "should(reason='x')"])
+def test_a_should_gives_its_reason(suite: Suite, mark: str) -> None:
+    outcome = Session(suite(f"import pytest\n@pytest.mark.{mark}\ndef test_it(): pass\n")).finish()
+    assert "test_it: should() needs its reason, one sentence" in outcome.output
+    assert outcome.exit in {2, 3}

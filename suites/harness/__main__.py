@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 import pytest
 
 from harness import place
 
+# pytest looks for its configuration above whatever argument is a path that exists, before it knows
+# these options: their values must not stand alone.
+_WITH_PATHS = ("--subject", "--expectations", "--run-dir", "--shared-dir")
 _EXIT = {int(pytest.ExitCode.USAGE_ERROR): 2, int(pytest.ExitCode.NO_TESTS_COLLECTED): 2}
 
 
@@ -21,8 +25,19 @@ def main() -> int:
     if place.of(os.environ) is not None and os.environ["LOCAL_RANK"] != "0":
         place.wait_for_the_first_worker()
         return 0
-    status = int(pytest.main(sys.argv[1:]))
+    status = int(pytest.main(joined(sys.argv[1:])))
     return _EXIT.get(status, status)
+
+
+def joined(arguments: Sequence[str]) -> list[str]:
+    """The arguments with each of the options whose values may be paths in one with its value."""
+    found: list[str] = []
+    for argument in arguments:
+        if found and found[-1] in _WITH_PATHS:
+            found[-1] += f"={argument}"
+        else:
+            found.append(argument)
+    return found
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def _explain(
     lines.append(cut(root.details.rstrip() or root.message, _TEXT_LIMIT))
     for name, body in root.extra.get("sections", []):
         lines += [f"--- {name}, rank {_name(root)} ---", cut(body.rstrip(), 4000)]
-    if root.output_tail:
+    if root.output_tail and "it wrote last:" not in root.details:
         lines += [f"--- output, rank {_name(root)} ---", root.output_tail.rstrip()]
     for record in ordered:
         if record in alike:

@@ -13,10 +13,10 @@ subject can mend, met in suites/integration.
     link = "https://github.com/pytorch/pytorch/issues/1"  # where there is one
 
 `*` stands for any text; nothing else is special. All is strict: an entry that matches no collected
-check, an entry without a reason, a check that passes against its entry, or that fails with another
-verdict than the entry's, are errors. A subject without a file passes everything but what
-callers.toml lists: there the reason names the caller, and why no function of the set prevents it.
-A check has at most one entry that holds.
+check, an entry without a reason for a selected check, a check that passes against its entry, or
+that fails with another verdict than the entry's, are errors. A subject without a file passes
+everything but what callers.toml lists: there the reason names the caller, and why no function of
+the set prevents it. A check has at most one entry that holds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import json
 import re
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,12 @@ class Expectations:
             and not any(e.pattern.fullmatch(n) for n in ids)
         ]
 
+    def without_reason(self, nodeids: Iterable[str]) -> list[Entry]:
+        """Entries that still need their reason, of the checks that are to be judged."""
+        ids = list(nodeids)
+        waiting = [entry for entry in self.entries if not entry.reason]
+        return [e for e in waiting if any(e.pattern.fullmatch(n) for n in ids)]
+
     def _holds(self, condition: str, world: int | None) -> bool:
         found = _CONDITION.fullmatch(condition)
         assert found, condition
@@ -154,8 +160,6 @@ def _entries(path: Path, number: int, raw: dict[str, Any]) -> list[Entry]:
         raise pytest.UsageError(f"{where}: has no use for {', '.join(sorted(unknown))}")
     if not raw.get("check"):
         raise pytest.UsageError(f"{where}: needs a check, the id or a pattern of ids")
-    if not str(raw.get("reason", "")).strip():
-        raise pytest.UsageError(f"{where}: needs a reason, one sentence")
     verdicts = raw.get("verdict", "fail")
     verdicts = [verdicts] if isinstance(verdicts, str) else verdicts
     if not verdicts or not set(verdicts) <= set(map(str, _EXPECTABLE)):
@@ -183,7 +187,7 @@ def _entries(path: Path, number: int, raw: dict[str, Any]) -> list[Entry]:
             check,
             frozenset(map(Verdict, verdicts)),
             tuple(when),
-            raw["reason"],
+            str(raw.get("reason", "")).strip(),
             raw.get("link", ""),
             path.name,
         )
@@ -191,31 +195,56 @@ def _entries(path: Path, number: int, raw: dict[str, Any]) -> list[Entry]:
     ]
 
 
+_DETAIL = re.compile(
+    r"""0x[0-9a-f]+ | \d+ | '[^']*' | "[^"]*" | \([^()]*\) | \[[^\[\]]*\]""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def _cause(message: str) -> str:
+    """The first line without its ranks, and without what differs from one check to the next."""
+    first = re.sub(r"^ranks? [\d, ]+: ", "", message).partition("\n")[0]
+    return " ".join(_DETAIL.sub("…", first).split())
+
+
 def append(path: Path, failed: list[tuple[str, Verdict, str]], collected: Iterable[str]) -> int:
     """Write entries, reasons left empty, for failed checks: (id, verdict, message).
 
-    Where all parameters of a function failed in the same way, one pattern stands for them.
+    One entry for each cause, with all checks that it made fail. Where all parameters of a function
+    are among these, one pattern stands for them.
     """
     of_function: dict[str, set[str]] = defaultdict(set)
     for nodeid in collected:
         of_function[nodeid.partition("[")[0]].add(nodeid)
-    grouped: dict[tuple[str, Verdict], list[tuple[str, str]]] = defaultdict(list)
+    grouped: dict[tuple[Verdict, str], dict[str, str]] = defaultdict(dict)
     for nodeid, verdict, message in failed:
-        grouped[nodeid.partition("[")[0], verdict].append((nodeid, message))
+        grouped[verdict, _cause(message)][nodeid] = message
     lines: list[str] = []
-    for (function, verdict), members in sorted(grouped.items()):
-        whole = len(members) > 1 and {n for n, _ in members} == of_function[function]
-        for nodeid, message in [(f"{function}[*]", members[0][1])] if whole else members:
-            lines += [
-                "",
-                "[[expect]]",
-                f"check = {json.dumps(nodeid)}",
-                *([] if verdict is Verdict.FAIL else [f"verdict = {json.dumps(str(verdict))}"]),
-                'reason = ""',
-                "# " + " ".join(message.split())[:160],
-            ]
+    for (verdict, _), members in sorted(grouped.items(), key=lambda pair: min(pair[1])):
+        checks = list(_patterns(members, of_function))
+        quoted = [json.dumps(check) for check in checks]
+        several = ["check = [", *(f"    {check}," for check in quoted), "]"]
+        lines += [
+            "",
+            "[[expect]]",
+            *([f"check = {quoted[0]}"] if len(quoted) == 1 else several),
+            *([] if verdict is Verdict.FAIL else [f"verdict = {json.dumps(str(verdict))}"]),
+            'reason = ""',
+            "# " + " ".join(next(iter(members.values())).split())[:160],
+        ]
     if lines:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write("\n".join(lines).lstrip("\n" if not path.stat().st_size else "") + "\n")
-    return lines.count("[[expect]]")
+    return len(grouped)
+
+
+def _patterns(members: Iterable[str], of_function: dict[str, set[str]]) -> Iterator[str]:
+    found: dict[str, set[str]] = defaultdict(set)
+    for nodeid in members:
+        found[nodeid.partition("[")[0]].add(nodeid)
+    for function, ids in sorted(found.items()):
+        if len(ids) > 1 and ids == of_function[function]:
+            yield f"{function}[*]"
+        else:
+            yield from sorted(ids)

@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from harness import rank as rank_side
-from harness.options import Settings
+from harness.options import SETTINGS
 from harness.subjects import Subject
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
-
-SETTINGS = pytest.StashKey[Settings]()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.channel import Frame
 from harness.crew import Evidence, Look, Part
-from harness.stacks import collective_of_dump
+from harness.stacks import cause_in, collective_of_dump, crash_of, last_words
 from harness.verdicts import Fate, RankRecord
 
 _EXIT_GRACE = 2.0
@@ -81,7 +81,11 @@ class Member:
             record.message = record.message or _silence(record, evidence.state)
             record.at = time.monotonic()
         if record.fate is Fate.DIED and not record.details:
-            record.details = evidence.stack  # what faulthandler wrote when the fatal signal came
+            words = last_words(evidence.log)
+            told = [crash_of(evidence.stack), *(["it wrote last:", *words] if words else [])]
+            record.details = "\n".join(part for part in told if part)
+            if (record.exitcode or 0) < 0 and (cause := cause_in(words)):
+                record.message += f": {cause}"
         record.output_tail = evidence.log[-4000:]
 
     def next_check(self) -> None:
@@ -117,6 +121,7 @@ class Member:
             self.answered = True
             self.record.seconds = frame["seconds"]
             self.record.extra["mesh"] = frame.get("mesh", "")
+            self.record.extra["warnings"] = frame.get("warnings", [])
             self._answer(frame)
 
     def _answer(self, frame: Frame) -> None:

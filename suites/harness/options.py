@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import devices, place
+from harness import devices, place, warned
 from harness.place import Place
 
 DEFAULT_SUBJECT = "torch.distributed"
@@ -27,6 +27,9 @@ SESSION_LIMIT = 3600.0
 START_LIMIT = {"fork": 30.0, "spawn": 120.0}
 GRACE = 2.0
 """Seconds that ranks have to answer once one of them has failed."""
+
+
+SETTINGS: pytest.StashKey[Settings] = pytest.StashKey()
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,8 @@ def add_options(parser: pytest.Parser) -> None:
     add(
         "--update-expectations",
         action="store_true",
-        help="write an entry, its reason left empty, for each check that failed unexpectedly",
+        help="write an entry, its reason left empty, for each cause of checks that failed "
+        "unexpectedly; until it has its reason, runs of these checks are refused",
     )
 
 
@@ -211,12 +215,18 @@ def read_settings(config: pytest.Config) -> Settings:
 
 
 def _subject(root: str) -> tuple[str, str]:
+    if os.sep in root or root.startswith((".", "~")) or root.endswith(".py"):
+        raise pytest.UsageError(
+            f"--subject {root}: expected an import root, not a path: a dotted name such as "
+            "my.fork, from .venv or a folder on PYTHONPATH"
+        )
     if not all(part.isidentifier() for part in root.split(".")):
         raise pytest.UsageError(
             f"--subject {root!r} is not an import root: expected a dotted name such as my.fork"
         )
     try:
-        module = importlib.import_module(root)
+        with warned.collecting(root, warned.at_import):
+            module = importlib.import_module(root)
     except Exception as error:
         raise pytest.UsageError(
             f"--subject {root}: cannot be imported ({type(error).__name__}: {error}). "
@@ -304,8 +314,9 @@ def _seed(text: str) -> int:
 
 
 def arrange(items: list[pytest.Item], order: str) -> None:
-    """Put the items into the order asked for, in place."""
+    """Put the items into the order asked for, in place; what judges the run comes last."""
     if order == "reverse":
         items.reverse()
     elif order.startswith("random:"):
         random.Random(int(order.partition(":")[2])).shuffle(items)
+    items.sort(key=lambda item: item.get_closest_marker("warns_of_nothing") is not None)

@@ -17,11 +17,12 @@ from harness import blame, devices, node, options, processes, requirements, resu
 from harness.cluster import Cluster, NodesError
 from harness.echo import check_report, phase_report
 from harness.expectations import Entry, Expectations, Facts, append
-from harness.fixtures import SETTINGS, device, judged, mesh, rank, shared, subject, world
+from harness.fixtures import device, judged, mesh, rank, shared, subject, world
 from harness.machines import Machines, OneMachine, starter
-from harness.options import Settings
+from harness.options import SETTINGS, Settings
 from harness.requirements import WorldSpec
 from harness.verdicts import UNEXPECTED, Judgement, Verdict
+from harness.warned import Warned
 from harness.worlds import Worlds
 
 __all__ = ["device", "judged", "mesh", "rank", "shared", "subject", "world"]
@@ -79,6 +80,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     settings = config.stash[SETTINGS]
     for item in items:
+        requirements.level_of(item)
         if requirements.is_check(item):
             requirements.spec_of(item, settings)  # a mark that contradicts itself stops here
             item.add_marker(pytest.mark.timeout(0))  # its clocks are the harness's
@@ -101,6 +103,7 @@ class Run:
         self._machines: Machines = OneMachine(settings, starter(config, settings, self._find))
         self._worlds = Worlds(settings, self._machines)
         self._stopped = ""
+        self._warned = Warned()
         self._notes: list[str] = []
         self._nodes: list[dict[str, Any]] = []
         import torch
@@ -131,6 +134,13 @@ class Run:
         self._items = {item.nodeid: item for item in session.items}
         if self._config.option.collectonly:
             return
+        ids = [item.nodeid for item in session.items]
+        if waiting := self._expectations.without_reason(ids):
+            raise pytest.UsageError(
+                f"{self._expectations.path.parent / waiting[0].source}, {waiting[0].check}: "
+                "needs a reason, one sentence"
+                + (f", as do {len(waiting) - 1} more" if waiting[1:] else "")
+            )
         narrowed = any("::" in str(a) for a in self._config.args) or self._config.getoption(
             "lf", False
         )
@@ -173,7 +183,8 @@ class Run:
             raise KeyboardInterrupt(f"signal {_signals[0]}")
         spec = requirements.spec_of(item, self._settings) if requirements.is_check(item) else None
         reason = self._worlds.unmet(item, spec)
-        if not reason and spec is None:
+        verdict_of_run = item.get_closest_marker("warns_of_nothing") is not None
+        if not reason and spec is None and not verdict_of_run:
             return None
         if time.monotonic() > self._deadline:
             limit = self._settings.session_limit
@@ -181,10 +192,13 @@ class Run:
             return True
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         began = time.time()
-        if reason or spec is None:
+        if reason:
             judgement = Judgement(Verdict.PRECONDITION, reason)
+        elif spec is None:
+            judgement = self._warned.judge(item)
         else:
             judgement = self._judge(item, nextitem, spec)
+            self._warned.add(item, judgement)
         self._report(item, judgement, began)
         if self._machines.lost:
             self._stop(item.session, self._machines.lost)
@@ -335,6 +349,8 @@ class Run:
             "selected": len(session.items),
             "exit": int(session.exitstatus),
         }
+        if told := self._warned.told():
+            self._notes.append(told)
         path = results.write(self._settings, run, self._checks, self._started, time.time())
         self._notes.append(f"results: {os.path.relpath(path, self._config.invocation_params.dir)}")
         if self._settings.update_expectations:
@@ -345,7 +361,8 @@ class Run:
             ]
             count = append(self._expectations.path, failed, self._collected)
             self._notes.append(
-                f"{count} entries written to {self._expectations.path.name}: give each a reason"
+                f"{count} entries for {len(failed)} checks written to "
+                f"{self._expectations.path.name}: give each a reason"
             )
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
@@ -357,8 +374,16 @@ class Run:
             terminalreporter.write_line(f"precondition, {count} not run: {reason}", yellow=True)
         for note in self._notes:
             terminalreporter.write_line(note)
+        unrun = sum(reasons.values())
+        if unrun and unrun >= _NEARLY_ALL * len(self._checks):
+            terminalreporter.write_line(
+                f"nearly nothing was judged: {unrun} of {len(self._checks)} checks are "
+                "preconditions, for the reasons above",
+                yellow=True,
+            )
 
 
+_NEARLY_ALL = 0.9
 _signals: list[int] = []
 """That told this process to end. The exception may be lost, in a test or a finalizer."""
 

@@ -30,6 +30,7 @@ from _pytest.capture import CaptureManager
 from harness import place, processes
 from harness.channel import RankEnd
 from harness.leaks import Snapshot, watch_segments
+from harness.options import SETTINGS
 from harness.requirements import WorldSpec
 from harness.watcher import Watcher, answer, one_line, raised
 
@@ -294,7 +295,7 @@ class Rank:
 
     def _run(self, item: pytest.Item) -> dict[str, Any]:
         """Set up, call and tear down the item as pytest does, on this rank."""
-        watcher = Watcher(self._channel)
+        watcher = Watcher(self._channel, item.config.stash[SETTINGS].subject)
         item.config.pluginmanager.register(watcher, "shardproof-rank")
         started = time.monotonic()
         # What the parent had set up for other tests is the parent's to tear down.

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from harness import devices, subjects
+from harness import devices, subjects, warned
 from harness.options import Settings
 
 SIZE_PARAMETER = "_world_size"
@@ -35,6 +35,15 @@ MARKS = (
     "judges(name): the function of the subject that a class of checks judges, module.function",
     "exercises(area): the area of torch's public API that a class of checks runs the subject in",
     "law(name): the law of the contract that a check holds the function to",
+    (
+        "should(reason): the clause is our choice of quality, not what upstream documents "
+        "or what corrupts, loses, hangs or lies when it goes wrong; without the mark it is a MUST"
+    ),
+    (
+        "warns_of_nothing: judged by the warnings that the subject issued in this run's checks of "
+        "the function that `judges` names, or of torch's public API (`exercises`); with neither, "
+        "while it was imported"
+    ),
 )
 
 
@@ -173,6 +182,16 @@ def spec_of(item: pytest.Item, settings: Settings) -> WorldSpec:
     return spec
 
 
+def level_of(item: pytest.Item) -> tuple[str, str]:
+    """MUST, or SHOULD with its reason; UsageError for a mark that gives none."""
+    mark = item.get_closest_marker("should")
+    if mark is None:
+        return "MUST", ""
+    if len(mark.args) != 1 or mark.kwargs or not str(mark.args[0]).strip():
+        raise pytest.UsageError(f"{item.nodeid}: should() needs its reason, one sentence")
+    return "SHOULD", str(mark.args[0])
+
+
 def unmet(item: pytest.Item, spec: WorldSpec | None, settings: Settings) -> str:
     """What this run cannot give the item, in words; empty when it can run."""
     if spec is not None:
@@ -196,10 +215,11 @@ def unmet(item: pytest.Item, spec: WorldSpec | None, settings: Settings) -> str:
                 )
             if missing := FEATURES[name](settings):
                 return f"needs {missing}"
-    if (judged := item.get_closest_marker("judges")) and (
-        missing := subjects.missing(settings.subject, judged.args[0])
-    ):
-        return missing
+    if judged := item.get_closest_marker("judges"):
+        with warned.collecting(settings.subject, warned.at_import):
+            missing = subjects.missing(settings.subject, judged.args[0])
+        if missing:
+            return missing
     return (
         subjects.not_installable(settings.subject) if item.get_closest_marker("exercises") else ""
     )

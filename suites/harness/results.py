@@ -15,6 +15,7 @@ import pytest
 
 from harness import devices
 from harness.options import Settings
+from harness.requirements import level_of
 from harness.verdicts import Judgement, Verdict
 
 SCHEMA_VERSION = 1
@@ -80,12 +81,15 @@ def check(
     module, _, function = (judged.args[0] if judged else "").rpartition(".")
     if area and not judged:
         module, function = "integration", area.args[0]
+    level, reason = level_of(item)
     clause = (getattr(getattr(item, "function", None), "__doc__", None) or "").strip()
     return {
         "id": item.nodeid,
         "module": module,
         "function": function,
         "law": law.args[0] if law else "",
+        "level": level,
+        "level_reason": reason,
         "clause": " ".join(clause.split()),
         "verdict": str(judgement.verdict),
         "seconds": round(judgement.seconds, 4),
@@ -94,7 +98,8 @@ def check(
         "mesh": next((m for r in judgement.ranks if (m := r.extra.get("mesh", ""))), ""),
         "ranks": [r.as_json() for r in judgement.ranks],
         "expected": expected,
-        "command": command(settings, [item.nodeid]),
+        "warnings": sorted({w for r in judgement.ranks for w in r.extra.get("warnings", ())}),
+        "command": command(settings, [*judgement.repeat, item.nodeid]),
     }
 
 

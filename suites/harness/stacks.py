@@ -62,6 +62,32 @@ def without_harness(dump: str) -> str:
     return "\n".join(kept).strip()
 
 
+_NOISE = re.compile(r"^\s*frame #\d+|^<omitting python frames>|^Exception raised from ")
+_CAUSE = re.compile(r"what\(\):|terminate called|\b(?:FATAL|Fatal|fatal|CHECK failed|Assertion)\b")
+
+
+def crash_of(dump: str) -> str:
+    """What faulthandler wrote of a fatal signal, without the harness and threads of no Python."""
+    kept = []
+    for block in without_harness(dump).split("\n\n"):
+        shown = block.strip()
+        if shown and "<no Python frame>" not in shown and not shown.startswith("Extension modules"):
+            kept.append(shown)
+    return "\n".join(kept)
+
+
+def last_words(log: str, most: int = 10) -> list[str]:
+    """The last lines that a process wrote, without blank ones and frames of C++."""
+    lines = [line.rstrip()[:300] for line in log.splitlines() if line.strip()]
+    return [line for line in lines if not _NOISE.match(line)][-most:]
+
+
+def cause_in(words: list[str]) -> str:
+    """The line in which the C++ runtime, or a library, says why it ends the process."""
+    found = [line.strip() for line in words if _CAUSE.search(line)]
+    return next((line for line in reversed(found) if "what():" in line), found[-1] if found else "")
+
+
 def ask(targets: dict[int, Path], patience: float = 2.0) -> dict[int, tuple[str, str]]:
     """Have processes write their stacks: pid and file in, pid to (state letter, dump) out.
 

@@ -42,6 +42,13 @@ class Subject:
 
 
 INSTALLED_TORCH = "torch.distributed"
+MODULES = (
+    "_state_dict_utils",
+    "tensor.parallel._data_parallel_utils",
+    "tensor.parallel.ddp",
+    "tensor.parallel.fsdp",
+)
+"""The modules of the set, below an import root."""
 
 
 def missing(root: str, path: str) -> str:

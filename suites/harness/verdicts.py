@@ -91,6 +91,8 @@ class Judgement:
     text: str = ""
     ranks: list[RankRecord] = field(default_factory=list)
     seconds: float = 0.0
+    repeat: list[str] = field(default_factory=list)
+    """Checks that must run, too, for this verdict to be seen again."""
 
 
 def cut(text: str, limit: int) -> str:

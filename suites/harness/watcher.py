@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 from _pytest.runner import runtestprotocol
 
-from harness import stacks
+from harness import stacks, warned
 from harness.channel import RankEnd
 
 
 class Watcher:
     """Notes on the rank when each phase began, and when and of what it first failed."""
 
-    def __init__(self, channel: RankEnd) -> None:
+    def __init__(self, channel: RankEnd, subject: str) -> None:
         self._channel = channel
+        self._subject = subject
+        self.warned = warned.Noted()
         self.failed_at = 0.0
         self.kind = "error"
         self.waiting_in = ""
@@ -26,7 +28,8 @@ class Watcher:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool:
-        self.reports = runtestprotocol(item, log=False, nextitem=None)
+        with warned.collecting(self._subject, self.warned):
+            self.reports = runtestprotocol(item, log=False, nextitem=None)
         return True
 
     @pytest.hookimpl(wrapper=True)
@@ -66,7 +69,11 @@ class Watcher:
 
 def answer(watcher: Watcher, seconds: float) -> dict[str, Any]:
     """The check's outcome on this rank, with its cause where it did not pass."""
-    found: dict[str, Any] = {"outcome": "passed", "seconds": seconds}
+    found: dict[str, Any] = {
+        "outcome": "passed",
+        "seconds": seconds,
+        "warnings": watcher.warned.of_calls,
+    }
     reports = watcher.reports
     bad = next((r for r in reports if r.outcome != "passed"), None)
     if bad is None:

@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from conformance.kit.agree import attempt, exchange
 from conformance.kit.compare import local, shares_memory
+from conformance.kit.refusals import MISFIT, MISSING, flaw
 from integration.kit.checkpoints import (
     FLAT,
     assert_full,
@@ -85,12 +86,14 @@ def load(model: nn.Module, state: dict[str, Any], options: StateDictOptions) -> 
     return set_model_state_dict(model, given(state, options), options=options)
 
 
-def assert_named(world: Any, error: BaseException | None, key: str, ranks: range) -> None:
-    """These ranks raised, each naming the key, and all came back."""
-    told = exchange(world, None if error is None else f"{type(error).__name__}: {error}")
+def assert_named(
+    world: Any, error: BaseException | None, kind: str, ranks: range, name: str = "outcome"
+) -> None:
+    """These ranks refused what is broken in this way, naming the key, and all came back."""
+    kinds = MISFIT if kind == "another shape" else MISSING
+    told = exchange(world, flaw(error, (BROKEN[kind][1],), kinds), name)
     for rank in ranks:
-        assert told[rank] is not None, f"no error on rank {rank}; by rank: {told}"
-        assert key in told[rank], f"rank {rank} does not name {key}: {told[rank]}"
+        assert not told[rank], f"rank {rank}: {told[rank]}"
 
 
 @pytest.mark.exercises("checkpoint.manners")
@@ -102,11 +105,11 @@ class TestWhatDoesNotFit:
     @pytest.mark.parametrize("kind", list(BROKEN))
     def test_strict(self, device: Any, world: Any, recipe: str, way: str, kind: str) -> None:
         """Every rank raises and names the key; then a good state dict can still be loaded."""
-        options, (broken, key) = WAYS[way], BROKEN[kind]
+        options, (broken, _) = WAYS[way], BROKEN[kind]
         mine = trainee(recipe, MLP, device, spoilt=True)
         good = source(recipe, device, options)
         error = attempt(lambda: load(mine.wrapped, broken(good), options))
-        assert_named(world, error, key, range(world.size))
+        assert_named(world, error, kind, range(world.size))
         load(mine.wrapped, good, options)
         assert_loaded(mine, whole(MLP), "a good one after the error")
 
@@ -123,8 +126,7 @@ class TestWhatDoesNotFit:
             mine = trainee(recipe, MLP, device)
             changed = {n: t + 1 if t.is_floating_point() else t for n, t in whole(MLP).items()}
             error = attempt(partial(load, mine.wrapped, misshapen(changed), options))
-            told = exchange(world, error is not None, f"strict {strict}")
-            assert all(told), f"{strict=}: no error on rank {told.index(False)}"
+            assert_named(world, error, "another shape", range(world.size), f"strict {strict}")
             assert_loaded(mine, whole(MLP), f"{strict=}: after the error")
 
     @pytest.mark.law("symmetry")
@@ -133,11 +135,11 @@ class TestWhatDoesNotFit:
     @pytest.mark.parametrize("kind", list(BROKEN))
     def test_on_one_rank(self, device: Any, world: Any, recipe: str, kind: str) -> None:
         """A full state dict that is broken on one rank: that rank raises, and nobody waits."""
-        broken, key = BROKEN[kind]
+        broken, _ = BROKEN[kind]
         mine = trainee(recipe, MLP, device, spoilt=True)
         state = whole(MLP) if world.rank != 1 else broken(whole(MLP))
         error = attempt(lambda: load(mine.wrapped, state, FULL))
-        assert_named(world, error, key, range(1, 2))
+        assert_named(world, error, kind, range(1, 2))
         load(mine.wrapped, whole(MLP), FULL)
         assert_loaded(mine, whole(MLP), "a good one after the error")
 

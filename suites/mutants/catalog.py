@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mutants import copies, ddp, fsdp, memory, opaque, silent, together
+from mutants import copies, ddp, fsdp, memory, opaque, refusals, silent, together
 
 _UTILS = "_state_dict_utils/"
 _SUITE = "state_dict_utils/"
@@ -273,6 +273,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *(_mutant(*fault) for fault in opaque.FAULTS),
     *(_mutant(*fault) for fault in silent.FAULTS),
     *(_mutant(*fault) for fault in together.FAULTS),
+    *(_mutant(*fault) for fault in refusals.FAULTS),
     *(_mutant(*fault, accelerator=True) for fault in (*memory.ON_A_DEVICE, *together.ON_A_DEVICE)),
     # --- tensor parallel ----------------------------------------------------------------------
     *(
@@ -320,14 +321,14 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
             (
                 "unflatten_is_compiled",
-                "the compiler looks into it, and into the tables of layouts",
-                "@_disable_dynamo(recursive=True)\n",
-                "",
+                "the compiler looks into the tables of layouts, and gives up",
+                "    if torch.compiler.is_compiling():\n",
+                "    if False:\n",
             ),
             (
                 "sync_returns_pending",
                 "a gradient in flight is handed on",
-                "    if compute_stream is None:\n        return grad.wait()",
+                "    if compute_stream is None:\n        return finish(grad)",
                 "    if compute_stream is None:\n        return grad",
             ),
         )

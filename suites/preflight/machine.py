@@ -15,6 +15,11 @@ from preflight.findings import Finding, Need, failed, mebibytes, ok, warning
 SHARED_MEMORY = Path("/dev/shm")
 INFINIBAND = Path("/sys/class/infiniband")
 
+USER_MAP = Path("/proc/self/uid_map")
+EVERY_USER = "4294967295"
+UNMAPPED = 65534
+"""How a user namespace that does not map every user shows the others, user_namespaces(7)."""
+
 SHARED_MEMORY_BYTES = {False: 64 << 20, True: 1 << 30}
 """By whether GPUs are used. Without: what Docker gives by default, in which conformance and
 integration pass. With: what NCCL's manual asks of a container,
@@ -161,8 +166,7 @@ def results_folder(need: Need) -> Finding:
         return failed(
             part,
             f"user {who} cannot write it ({error.strerror}){whose}",
-            "run as its owner: RUN_AS=$(id -u):$(id -g) docker compose run ..., or "
-            "docker run --user $(id -u):$(id -g)",
+            _let_write(owner) if owner else "make it, as the user who runs this",
         )
     state = os.statvfs(need.folder)
     free = state.f_bavail * state.f_frsize
@@ -173,3 +177,18 @@ def results_folder(need: Need) -> Finding:
             "remove old runs from it",
         )
     return ok(part, f"user {who} writes it, {mebibytes(free)} free")
+
+
+def _let_write(owner: os.stat_result) -> str:
+    """What to change so that a folder of this owner can be written."""
+    if owner.st_uid == UNMAPPED and EVERY_USER not in USER_MAP.read_text().split():
+        return (
+            "its owner is no user in here: chown it to the user who runs the engine (rootless), or "
+            "give the service userns_mode: host (userns-remap)"
+        )
+    if owner.st_uid == os.getuid():
+        return "chmod u+rwx it; where SELinux refuses, chcon -Rt container_file_t it"
+    return (
+        f"run as its owner: docker compose run without RUN_AS, docker run with --user "
+        f"{owner.st_uid}:{owner.st_gid}"
+    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -189,7 +191,30 @@ def test_a_folder_that_cannot_be_written(need: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     asked = need("cpu")
     there = Need(asked.device, asked.backend, asked.ranks, tmp_path / "file" / "out", asked.torch)
-    grade(machine.results_folder(there), Grade.FAILED, "cannot write it", "RUN_AS=$(id -u)")
+    grade(machine.results_folder(there), Grade.FAILED, "cannot write it", "make it")
+
+
+@pytest.mark.parametrize(
+    ("mapped", "own", "change"),
+    [
+        (machine.EVERY_USER, False, f"docker run with --user {os.getuid()}:{os.getgid()}"),
+        (machine.EVERY_USER, True, "chmod u+rwx it"),
+        ("65536", False, "its owner is no user in here"),
+    ],
+)
+def test_how_a_folder_can_be_written(
+    need: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: str, own: bool, change: str
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    owner = os.getuid()
+    (tmp_path / "uid_map").write_text(f"0 0 {mapped}\n")
+    monkeypatch.setattr(machine, "USER_MAP", tmp_path / "uid_map")
+    monkeypatch.setattr(machine, "UNMAPPED", owner)
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(os, "getuid", lambda: owner if own else owner + 1)
+    grade(machine.results_folder(need("cpu")), Grade.FAILED, "cannot write it", change)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ LAWS = (
     "all-or-nothing",
     "group",
     "autograd",
+    "compatibility",
     "cost",
     "compatibility",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any, TextIO
 
 from report.compare import CALLERS
@@ -19,6 +20,7 @@ _COLOURS = {
 }
 _COLUMN = 10
 _LINES = 30
+_NEARLY_ALL = 0.9
 
 
 class Screen:
@@ -79,12 +81,16 @@ def _show_unexpected(checks: list[dict[str, Any]], folder: str, screen: Screen) 
     if not bad:
         return
     screen.line()
-    screen.line(screen.paint(f"{len(bad)} unexpected", "title"))
+    lesser = sum(map(_is_should, bad))
+    said = f", {lesser} of them SHOULD, not MUST" if lesser else ""
+    screen.line(screen.paint(f"{len(bad)} unexpected{said}", "title"))
     for check in bad:
         screen.line()
         screen.line(screen.paint(f"{check['verdict'].upper()}  {check['id']}", "unexpected"))
         if check["clause"]:
             screen.line(f"  clause   {check['clause']}")
+        if _is_should(check):
+            screen.line(f"  level    SHOULD: {check['level_reason']}")
         screen.line(f"  cause    {check['message'].partition(chr(10))[0][:400]}")
         for rank in _by_blame(check):
             where = f" in {rank['waiting_in']}" if rank["waiting_in"] else ""
@@ -96,6 +102,11 @@ def _show_unexpected(checks: list[dict[str, Any]], folder: str, screen: Screen) 
         if logs:
             screen.line(f"  log      {logs[0]}")
         screen.line(f"  repeat   {check['command']}")
+
+
+def _is_should(check: dict[str, Any]) -> bool:
+    """Whether the clause is this project's choice of quality; see suites/conformance/kit/levels."""
+    return bool(check.get("level") == "SHOULD")
 
 
 def _details(check: dict[str, Any]) -> list[str]:
@@ -122,6 +133,10 @@ def _show_end(data: dict[str, Any], folder: str, screen: Screen) -> None:
     if known:
         reasons = len({e["reason"] for e in known})
         screen.line(f"{len(known)} known failures for {reasons} reasons; --known lists each")
+    for name, verdicts in (("known", ("xfail",)), ("unexpected", UNEXPECTED)):
+        lesser = [c for c in data["checks"] if _is_should(c) and c["verdict"] in verdicts]
+        if lesser:
+            screen.line(f"{len(lesser)} of the {name} failures are SHOULD, our choice of quality")
     if callers := sum(e["file"] == CALLERS for e in known):
         screen.line(f"{callers} of them in torch's callers of the set, whoever the subject")
     counts = (
@@ -135,6 +150,13 @@ def _show_end(data: dict[str, Any], folder: str, screen: Screen) -> None:
         missing = run["selected"] - len(data["checks"])
         screen.line(screen.paint(f"{missing} selected checks did not run", "unexpected"))
     screen.line(f"results: {folder}/results.json")
+    unrun = run["counts"].get("precondition", 0)
+    if unrun and unrun >= _NEARLY_ALL * len(data["checks"]):
+        said = (
+            f"nearly nothing was judged: {unrun} of {len(data['checks'])} checks are preconditions"
+        )
+        why = Counter(c["message"] for c in data["checks"] if c["verdict"] == "precondition")
+        screen.line(screen.paint(f"{said}, most for: {why.most_common(1)[0][0]}", "absent"))
 
 
 def show_known(data: dict[str, Any], screen: Screen) -> None:

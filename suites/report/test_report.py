@@ -195,3 +195,25 @@ def test_two_runs_are_compared_by_check() -> None:
 def test_runs_without_a_check_in_common_are_not_compared() -> None:
     with pytest.raises(NotComparableError, match="no check ran in both"):
         list(compare(results(CHECK), results({**CHECK, "id": "other"})))
+
+
+def test_a_should_is_told_apart() -> None:
+    lesser = {"level": "SHOULD", "level_reason": "it costs time"}
+    text = text_of(
+        results(
+            check(),
+            check(id="test_x.py::test_b", **lesser),
+            check(
+                id="test_x.py::test_c",
+                verdict="xfail",
+                expected={"reason": "slow", "link": "", "pattern": "x", "file": "y.toml"},
+                **lesser,
+            ),
+            check(id="test_x.py::test_d", verdict="pass", **lesser),
+        )
+    )
+    assert "2 unexpected, 1 of them SHOULD, not MUST" in text
+    assert text.count("  level    SHOULD: it costs time") == 1
+    assert "1 of the known failures are SHOULD" in text
+    assert "1 of the unexpected failures are SHOULD" in text
+    assert "SHOULD" not in text_of(results(check(), check(verdict="pass", **lesser)))

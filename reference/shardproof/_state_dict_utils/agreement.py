@@ -13,7 +13,7 @@ import json
 import pickle
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import torch
 from shardproof._state_dict_utils.wire import Domain, collect
 
 _HEADER = struct.Struct("<32sBqq")
-_AGAIN, _FLAG = 1, 2
+_AGAIN, _IN_BUCKETS, _OWN_WAY = 1, 2, 4
 
 _RAISABLE: tuple[type[Exception], ...] = (
     KeyError,
@@ -63,8 +63,11 @@ class Entry(NamedTuple):
     """What a rank knows of one distributed leaf.
 
     Attributes:
-        members: the global ranks that must know the same.
-        summary: kind, shape, dtype, sharding: equal on all members.
+        members: the global ranks of its mesh or group.
+        summary: kind, shape, dtype, sharding.
+        peers: the global ranks whose parts make up what this rank wants, this one included: they
+            must know the same of it. The other members, all of them where nothing travels, may
+            hold something else or nothing: experts and pipeline stages share no names.
         tie: the first path that shares the leaf's memory; None where this rank's part is empty
             and says nothing about ties.
 
@@ -72,6 +75,7 @@ class Entry(NamedTuple):
 
     members: tuple[int, ...]
     summary: str
+    peers: tuple[int, ...]
     tie: str | None
 
 
@@ -137,47 +141,79 @@ def first_failure(domain: Domain, told: Told) -> Failure | None:
     return None
 
 
+class Agreed(NamedTuple):
+    """What all ranks know of each other before tensors move.
+
+    Attributes:
+        failure: the error that all have to raise.
+        details: the members' entries, in the domains where they are not all the same.
+        in_buckets: the domains of which a member cannot take a large tensor but by the bucket.
+        own_way: the domains of which a member holds tensors that only their class can gather.
+
+    """
+
+    failure: Failure | None
+    details: Mapping[Domain, Sequence[Entries]]
+    in_buckets: Sequence[Domain]
+    own_way: Sequence[Domain]
+
+    def whole(self, domain: Domain) -> bool:
+        """Whether large tensors of the domain can travel whole, each by itself."""
+        members = set(domain.members)
+        return not any(members <= set(other.members) for other in self.in_buckets)
+
+
 def agree_on_entries(
-    domains: Sequence[Domain], plan: Columns, failure: Failure | None, flag: bool
-) -> tuple[Failure | None, dict[Domain, list[Entries]], list[Domain]]:
+    domains: Sequence[Domain],
+    plan: Columns,
+    failure: Failure | None,
+    in_buckets: bool,
+    own_way: bool,
+) -> Agreed:
     """Agree on the distributed leaves over several domains.
 
     Args:
         domains: those that this rank is a member of, in the order of their keys.
         plan: this rank's leaves.
         failure: this rank's own error.
-        flag: something that others have to know where one rank says it.
+        in_buckets: whether this rank cannot take a large tensor but by the bucket.
+        own_way: whether it holds tensors that only their class can gather.
 
-    Returns:
-        (the error that all have to raise or None; the members' entries per domain where they
-        are not all the same; the domains in which the flag is up). Nothing
-        is raised before all domains were asked: other ranks wait in them.
+    Nothing is raised before all domains were asked: other ranks wait in them.
 
     """
     details: dict[Domain, list[Entries]] = {}
     again: list[Domain] = []
-    flagged: list[Domain] = []
-    flags = _AGAIN * (len(domains) > 1) | _FLAG * flag
+    flagged: dict[int, list[Domain]] = {_IN_BUCKETS: [], _OWN_WAY: []}
+    flags = _AGAIN * (len(domains) > 1) | _IN_BUCKETS * in_buckets | _OWN_WAY * own_way
     for domain in domains:
         told, raised = exchange(domain, plan, failure, _digest(domain, plan), flags)
         if raised & _AGAIN:
             again.append(domain)
-        if raised & _FLAG:
-            flagged.append(domain)
+        for flag, where in flagged.items():
+            if raised & flag:
+                where.append(domain)
         if told is None:
             continue
         found = first_failure(domain, told)
         if found is None:
             details[domain] = [entries_of(columns) for _, columns in told]
-            found = _entries_verdict(domain, details[domain])
+            others = [frozenset(columns.others) for _, columns in told]
+            found = _entries_verdict(domain, details[domain], others)
         if found is not None:
             failure = failure if failure is not None and failure.shared else found
     # A rank may have learned of an error after it had agreed with others: once more for those.
-    for domain in again:
+    failure = agree_on_failure(again, failure)
+    return Agreed(failure, details, flagged[_IN_BUCKETS], flagged[_OWN_WAY])
+
+
+def agree_on_failure(domains: Sequence[Domain], failure: Failure | None) -> Failure | None:
+    """Tell the members of each domain this rank's error; the one that this rank has to raise."""
+    for domain in domains:
         told, _ = exchange(domain, None, failure)
         if told is not None and (found := first_failure(domain, told)):
             failure = found
-    return failure, details, flagged
+    return failure
 
 
 class Columns(NamedTuple):
@@ -185,24 +221,26 @@ class Columns(NamedTuple):
 
     Attributes:
         paths: sorted.
-        kinds: the distinct (summary, members).
+        kinds: the distinct (summary, members, peers).
         numbers: of each path its kind.
         ties: of each path its tie.
+        others: the names of leaves that are not distributed; for messages.
 
     """
 
     paths: list[str]
-    kinds: list[tuple[str, tuple[int, ...]]]
+    kinds: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
     numbers: list[int]
     ties: list[str | None]
+    others: list[str]
 
 
 def entries_of(columns: Columns) -> dict[str, Entry]:
     """Path -> what is known of it."""
     found: dict[str, Entry] = {}
     for path, number, tie in zip(columns.paths, columns.numbers, columns.ties, strict=True):
-        summary, members = columns.kinds[number]
-        found[path] = Entry(members, summary, tie)
+        summary, members, peers = columns.kinds[number]
+        found[path] = Entry(members, summary, peers, tie)
     return found
 
 
@@ -210,30 +248,35 @@ def _digest(domain: Domain, columns: Columns) -> bytes:
     """What members have to agree on."""
     mine = set(domain.members)
     # Ranks of sibling meshes hold the same leaf over other members: no reason to differ.
-    told = [(text, members if set(members) == mine else ()) for text, members in columns.kinds]
+    told = [
+        (text, members if set(members) == mine else (), bool(peers))
+        for text, members, peers in columns.kinds
+    ]
     pairs = zip(columns.ties, columns.paths, strict=True)
     ties = ["" if tie is None or tie == path else tie for tie, path in pairs]
     return json.dumps([told, columns.paths, columns.numbers, ties]).encode()
 
 
-def _entries_verdict(domain: Domain, told: Sequence[Entries]) -> Failure | None:
-    """Whether each member knows each leaf that it must know, and the same of it."""
+def _entries_verdict(
+    domain: Domain, told: Sequence[Entries], others: Sequence[Set[str]]
+) -> Failure | None:
+    """Whether the peers of each member know each leaf that it wants, and the same of it."""
     for path in sorted(set().union(*told)):
         for index, entries in enumerate(told):
             entry = entries.get(path)
             if entry is None:
                 continue
             for other, theirs in enumerate(told):
-                if domain.members[other] not in entry.members:
+                if domain.members[other] not in entry.peers:
                     continue
                 found = theirs.get(path)
+                has = f"{domain.name(index)} has {entry.summary} on ranks {entry.members}"
+                if found is None and path in others[other]:
+                    said = f"{path!r}: {domain.name(other)} has it whole, or as no tensor; {has}"
+                    return Failure("ValueError", said, True)
                 if found is None:
-                    return Failure(
-                        "KeyError",
-                        f"{domain.name(other)} lacks {path!r}; {domain.name(index)} has "
-                        f"{entry.summary} on ranks {entry.members}",
-                        True,
-                    )
+                    said = f"{domain.name(other)} lacks {path!r}; {has}"
+                    return Failure("KeyError", said, True)
                 if (found.summary, found.members) != (entry.summary, entry.members):
                     return Failure(
                         "ValueError",

@@ -18,10 +18,12 @@ from shardproof._state_dict_utils.agreement import Failure, exchange, first_fail
 from shardproof._state_dict_utils.needs import Need
 from shardproof._state_dict_utils.offers import Offer, Offers, offers_of, tell
 from shardproof._state_dict_utils.places import WHOLE, Place
+from shardproof._state_dict_utils.simulation import load_simulated, simulates_ranks
+from shardproof._state_dict_utils.target_model import Model
 from shardproof._state_dict_utils.targets import (
-    Model,
     Target,
     Targets,
+    check_kinds,
     winners,
 )
 from shardproof._state_dict_utils.tensors import CPU
@@ -57,6 +59,11 @@ class _Plan:
     targets: dict[Any, list[Target]] = field(default_factory=dict)
     scalars: list[tuple[Target, torch.Tensor]] = field(default_factory=list)
 
+    def other_shapes(self) -> dict[Any, tuple[int, ...]]:
+        """Key -> the shape of a plain target, where it is not the full tensor's."""
+        shapes = ((key, target.model.other_shape) for key, target in self.found.items())
+        return {key: shape for key, shape in shapes if shape is not None}
+
     def columns(self, offers: Offers, domain: Domain) -> _Columns:
         """What this rank needs, told alike on all ranks where it is alike."""
         every = set(domain.members)
@@ -91,7 +98,7 @@ class _Plan:
             else:
                 needs = dict.fromkeys((need(target.model)[0], False) for target in targets)
                 wanted.append(tuple([numbers.setdefault(n, len(numbers)) for n in needs]))
-        return list(numbers), wanted
+        return list(numbers), wanted, self.other_shapes()
 
 
 @torch.no_grad()
@@ -116,18 +123,22 @@ def _broadcast_state_dict(
         cpu_offload: leave CPU tensors (pytorch#149516).
 
     After it, for each key that both have: a DTensor with memory is the same object with new
-    values (with ``cpu_offload`` only if its memory is on the CPU, else a new DTensor there); a
-    plain or meta target is replaced by a new tensor or DTensor on ``device`` with the target's
-    dtype, mesh and placements. A 0-dim tensor for a plain target comes out on the CPU, but on
-    ``device`` for a meta one. None stays None where a tensor with dimensions is offered; another
-    value that is no tensor is replaced. Tied targets stay tied: the last key of the full state
-    dict wins. Keys that no rank has never travel.
+    values (with ``cpu_offload`` only if its memory is on the CPU, else a new DTensor there). A
+    meta DTensor is replaced by a new one on ``device`` with its dtype, mesh and placements. A plain
+    target is replaced by the full tensor on ``device``, in the shape and dtype in which it came,
+    which its module adapts in its load hooks or refuses; where a target is on meta, so that the
+    module is given what lands, floating-point tensors take the target's dtype. A 0-dim tensor for
+    a plain target comes out on the CPU, but on ``device`` for a meta one. None stays None where a
+    tensor with dimensions is offered; another value that is no tensor is replaced. Tied targets
+    stay tied: the last key of the full state dict wins. Keys that no rank has never travel.
 
     Raises, the same on every rank, before anything changes:
         TypeError: the full state dict has a DTensor or ShardedTensor (pytorch#164843), or a value
             that cannot be pickled, or a tensor for one of the ranks' keys that is sparse,
-            quantized or a wrapper of several tensors; or a target is a ShardedTensor.
-        ValueError: shapes, dtypes or layouts of full tensor and target do not fit.
+            quantized or a wrapper of several tensors; a target is a ShardedTensor; or one of both
+            is a number and the other a tensor with dimensions.
+        ValueError: shape, dtype or layout of a full tensor do not fit a DTensor, or plain targets
+            have its shape on some ranks only.
 
     All ranks of the group have to call it. Collectives: two broadcasts for the offer, one
     all-gather to agree, over Gloo an all-to-all (two where the ranks need different parts, or one
@@ -182,6 +193,11 @@ def _run(
     cpu_offload: bool = False,
 ) -> None:
     device = torch.device(device)
+    if simulates_ranks():
+        load_simulated(full, local, full if keys is None else keys, device, cpu_offload)
+        for key in [key for key in local if strict and keys is None and key not in full]:
+            del local[key]
+        return
     group = pg if pg is not None else dist.distributed_c10d._get_default_group()
     if dist.get_rank(group) < 0:
         return
@@ -214,10 +230,13 @@ def _run(
         failure = Failure.of(error)
     columns = plan.columns(offers, domain)
     told, _ = exchange(domain, columns, failure, repr(columns).encode())
-    if told is not None and (failed := first_failure(domain, told)):
-        raise failed.error()
     kinds, wanted = columns[0], [columns[1]]
     if told is not None:
+        failed = first_failure(domain, told)
+        if failed is None:
+            failed = _unlike_shapes(domain, offers, [theirs for _, theirs in told])
+        if failed is not None:
+            raise failed.error()
         kinds, wanted = _merged([theirs for _, theirs in told])
 
     for target, value in plan.scalars:
@@ -226,7 +245,7 @@ def _run(
     transport.run(offers, kinds, wanted)
     leaders, found = plan.leaders, plan.found
     results = {
-        key: target.value if target.model.keeps else target.result()
+        key: target.value if target.model.keeps and not target.model.by_class else target.result()
         for key, target in found.items()
         if key not in leaders
     }
@@ -238,15 +257,39 @@ def _run(
         del local[key]
 
 
-_Columns = tuple[list[Need], list[tuple[int, ...]]]
-"""(the distinct needs, per offered key which of them), the same on ranks with the same needs."""
+_Columns = tuple[list[Need], list[tuple[int, ...]], dict[Any, tuple[int, ...]]]
+"""(the distinct needs, per offered key which of them, plain targets of another shape than the full
+tensor), the same on ranks with the same needs."""
+
+
+def _unlike_shapes(domain: Domain, offers: Offers, told: list[_Columns]) -> Failure | None:
+    """A plain target that only some ranks have in another shape than the full tensor.
+
+    Where all have, their modules adapt what they are given, or refuse it on every rank.
+    """
+    sizes: dict[Any, tuple[int, ...]] = {}
+    for key in sorted(set().union(*[theirs[2] for theirs in told]), key=str):
+        if not sizes:
+            sizes = {key: offer.size for key, offer in offers.items()}
+        place = offers.keys.index(key)
+        having = [index for index, theirs in enumerate(told) if theirs[1][place]]
+        shapes = [told[index][2].get(key, sizes[key]) for index in having]
+        if len(set(shapes)) > 1:
+            odd = next(i for i, shape in zip(having, shapes, strict=True) if shape != sizes[key])
+            return Failure(
+                "ValueError",
+                f"{domain.name(odd)}: {key!r}: the target has shape {told[odd][2][key]}, expected "
+                f"{sizes[key]} as the full tensor has, and as other ranks have",
+                True,
+            )
+    return None
 
 
 def _merged(told: list[_Columns]) -> tuple[list[Need], list[list[tuple[int, ...]]]]:
     """One numbering for what several ranks told."""
     numbers: dict[Need, int] = {}
     merged = []
-    for kinds, wanted in told:
+    for kinds, wanted, _ in told:
         new = [numbers.setdefault(need, len(numbers)) for need in kinds]
         merged.append([tuple([new[number] for number in needs]) for needs in wanted])
     return list(numbers), merged
@@ -280,6 +323,7 @@ def _plan(
         if value is None and (key not in local or offer.kind in ("tensor", "opaque")):
             continue
         if offer.kind == "value":
+            check_kinds(key, value, type(offers.values[key]).__name__, 0)
             plan.values[key] = offers.values[key]
             continue
         if offer.kind == "opaque":
@@ -292,6 +336,7 @@ def _plan(
             scalars[key] = offer
             if not isinstance(value, DTensor) and not getattr(value, "is_meta", False):
                 here = CPU
+        check_kinds(key, value, "Tensor", len(offer.size))
         assert offer.dtype is not None
         found[key] = targets.target(key, value, offer.size, offer.dtype, here, number)
     plan.leaders = winners(found)

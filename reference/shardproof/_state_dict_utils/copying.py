@@ -5,20 +5,23 @@ Nothing here communicates, so any rank may call these functions alone.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils import host
 from shardproof._state_dict_utils.containers import is_container
 from shardproof._state_dict_utils.pairs import all_matching, difference, matching
-from shardproof._state_dict_utils.ties import dressed_tie_key, maybe_tied
+from shardproof._state_dict_utils.tensors import unwrapped
+from shardproof._state_dict_utils.ties import maybe_tied
 from shardproof._state_dict_utils.traverse import (
     check_leaf_types,
     copy_leaf_value,
-    cpu_snapshot,
+    cpu_copy,
     on_this_rank,
+    snapshot_by,
+    snapshots,
     take,
 )
 from shardproof._state_dict_utils.walk import CompanionMismatch, Walk
@@ -57,19 +60,16 @@ def _offload_state_dict_to_cpu(
     if not on_this_rank(ranks_only, None):
         return {}
     ready = host.copies(walk.leaves)
-    snapshots: dict[Hashable, torch.Tensor] = {}
-    copied: dict[Hashable, torch.Tensor] = {}
+    tied = list(maybe_tied(walk.leaves))
+    of = snapshots(walk.leaves, tied)
     results: list[Any] = []
-    for place, (value, tied) in enumerate(zip(walk.leaves, maybe_tied(walk.leaves), strict=True)):
+    for place, (value, shared) in enumerate(zip(walk.leaves, tied, strict=True)):
         if not isinstance(value, torch.Tensor):
             results.append(copy_leaf_value(value))
-        elif not tied:
-            results.append(cpu_snapshot(value, None, ready.get(place)))
+        elif shared:
+            results.append(of(value))
         else:
-            key = dressed_tie_key(value)
-            if key not in snapshots:
-                snapshots[key] = cpu_snapshot(value, copied)
-            results.append(snapshots[key])
+            results.append(snapshot_by(value, cpu_copy, made=ready.get(place)))
     result: dict[str, Any] = walk.rebuilt(results)
     return result
 
@@ -140,4 +140,12 @@ def _check_state_dict_similarity(
 def _differ(value: Any, other: Any) -> bool:
     if matching(other, value):
         return False
-    return is_container(other) or difference(value, other) is not None
+    return is_container(other) or difference(value, other) is not None or _other_class(value, other)
+
+
+def _other_class(value: Any, other: Any) -> bool:
+    """Whether one of two tensors wraps what the other does not."""
+    ours, theirs = (t._local_tensor if isinstance(t, DTensor) else t for t in (value, other))
+    if not isinstance(ours, torch.Tensor) or type(ours) is type(theirs):
+        return False
+    return unwrapped(ours) is None or unwrapped(theirs) is None

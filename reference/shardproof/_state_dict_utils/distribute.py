@@ -10,14 +10,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from shardproof._state_dict_utils.layout import same_ranks
+from shardproof._state_dict_utils.simulation import land_simulated, simulates_ranks
+from shardproof._state_dict_utils.subclasses import PLAIN
+from shardproof._state_dict_utils.target_model import Model
 from shardproof._state_dict_utils.targets import (
-    Model,
     Target,
     Targets,
+    check_kinds,
     plain_full_tensor,
     winners,
 )
-from shardproof._state_dict_utils.tensors import CPU, PLAIN, copies_of_each
+from shardproof._state_dict_utils.tensors import CPU, copies_of_each, fresh_copy, with_local
 
 
 @torch.no_grad()
@@ -36,16 +40,19 @@ def _distribute_state_dict(
         pg: accepted for the signature; no group is used.
 
     After it, for each key that both have: a DTensor target is replaced by a new DTensor on
-    ``device`` with its mesh, placements and dtype, a plain target by a new tensor with its dtype;
-    a 0-dim tensor for a plain target comes out on the CPU. None stays None where a tensor with
-    dimensions is offered. A sparse or quantized tensor lands whole in a plain target of its kind.
-    Values that are no tensors are copied. Tied targets stay tied: the last key of the full state
-    dict wins. No key is added.
+    ``device`` with its mesh, placements and dtype; a plain target by a copy of the full tensor,
+    of whatever class, shape, dtype and layout, which its module adapts in its load hooks or
+    refuses. Where a target is on meta, so that the module is given what lands, floating-point
+    tensors take the target's dtype. A 0-dim tensor for a plain target comes out on the CPU. None
+    stays None where a tensor with dimensions is offered. A DTensor that is placed as its target
+    is copied. Values that are no tensors are copied. Tied targets stay tied: the last key of the
+    full state dict wins. No key is added.
 
     Raises, on this rank and before anything changes:
-        TypeError: the full state dict has a DTensor or ShardedTensor, or a target is a
-            ShardedTensor.
-        ValueError: shapes, dtypes or layouts of full tensor and target do not fit.
+        TypeError: the full state dict has a ShardedTensor, or a DTensor for one that is placed
+            otherwise; a target is a ShardedTensor; or one of both is a number and the other a
+            tensor with dimensions.
+        ValueError: shape, dtype or layout of a full tensor do not fit a DTensor.
 
     No collective runs, so a rank whose full state dict is empty keeps what it has and nobody
     waits (pytorch#157781).
@@ -54,15 +61,24 @@ def _distribute_state_dict(
     device = torch.device(device)
     values: dict[str, Any] = {}
     targets = Targets(in_place=False)
+    targets.look(local_state_dict)
     found: dict[str, tuple[Target, torch.Tensor]] = {}
     for key, value in full_state_dict.items():
         if key not in local_state_dict:
             continue
         held = local_state_dict[key]
         if not isinstance(value, torch.Tensor):
+            check_kinds(key, held, type(value).__name__, 0)
             values[key] = copy.deepcopy(value)
             continue
+        if isinstance(value, DTensor):
+            values[key] = _placed_already(key, value, held, device)
+            continue
         full = plain_full_tensor(key, value)
+        check_kinds(key, held, "Tensor", full.dim())
+        if isinstance(held, DTensor) and simulates_ranks():
+            values[key] = land_simulated(held, full, device, in_place=False)
+            continue
         if held is None and full.dim():
             continue
         meta = isinstance(held, torch.Tensor) and held.is_meta
@@ -101,6 +117,7 @@ def _distribute_tensors(
     """
     device = torch.device(device)
     targets = Targets(in_place=True)
+    landed: dict[str, DTensor] = {}
     found: dict[str, tuple[Target, torch.Tensor]] = {}
     for key in keys:
         pair = local_state_dict.get(key)
@@ -108,9 +125,26 @@ def _distribute_tensors(
             continue
         held, value = pair
         full = plain_full_tensor(key, value)
+        if simulates_ranks():
+            landed[key] = land_simulated(held, full, device, in_place=True)
+            continue
         size, dtype, layout = alike = full.size(), full.dtype, full.layout
         found[key] = targets.target(key, held, size, dtype, device, alike, layout), full
     local_state_dict.update(_filled(found))
+    local_state_dict.update(landed)
+
+
+def _placed_already(key: Any, value: DTensor, held: Any, device: torch.device) -> DTensor:
+    """A copy of a DTensor that the full state dict has in place of a full tensor."""
+    alike = not isinstance(held, DTensor) or (
+        same_ranks(value.device_mesh, held.device_mesh) and value.placements == held.placements
+    )
+    if not alike or value._local_tensor.is_meta:
+        raise TypeError(
+            f"{key!r}: the full state dict has a DTensor placed {value.placements} on "
+            f"{value.device_mesh}, expected a full tensor, or one placed as the target is"
+        )
+    return with_local(value, fresh_copy(value._local_tensor, device))
 
 
 SMALL = 8 << 10

@@ -104,7 +104,8 @@ def _unflatten_state_dict(state_dict: STATE_DICT_TYPE, mapping: FLATTEN_MAPPING)
             may be mixed; a plain tuple yields dicts and lists, as upstream's does.
 
     Returns:
-        The nested dict over the same leaves: types, keys and their order are the original's.
+        The nested dict over the same leaves: types and keys are the original's. Keys stand in the
+        order of the flat dict, and so in the original's where nobody sorted or filtered it.
 
     Raises:
         KeyError: a key of ``state_dict`` that ``mapping`` lacks.
@@ -142,13 +143,13 @@ def _unflatten_state_dict(state_dict: STATE_DICT_TYPE, mapping: FLATTEN_MAPPING)
 def _placed(
     state_dict: STATE_DICT_TYPE, mapping: FLATTEN_MAPPING
 ) -> Iterable[tuple[OBJ_PATH, Any]]:
-    """(path, value) of each entry of a flat dict, in the order of the mapping."""
+    """(path, value) of each entry of a flat dict, in its order."""
     if len(mapping) == len(state_dict) and all(map(eq, mapping, state_dict)):
         return zip(mapping.values(), state_dict.values(), strict=True)
     for name in state_dict:
         if name not in mapping:
             raise KeyError(f"the mapping has no path for the flat key {name!r}")
-    return [(path, state_dict[name]) for name, path in mapping.items() if name in state_dict]
+    return [(mapping[name], value) for name, value in state_dict.items()]
 
 
 def _set_element(root_dict: STATE_DICT_TYPE, path: OBJ_PATH, value: Any) -> None:

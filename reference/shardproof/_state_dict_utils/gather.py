@@ -8,41 +8,39 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from functools import partial
 from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
-from shardproof._state_dict_utils import host
-from shardproof._state_dict_utils.agreement import Entries, agree_on_entries, entries_of
+from shardproof._state_dict_utils.agreement import (
+    Agreed,
+    Entries,
+    Failure,
+    agree_on_entries,
+    agree_on_failure,
+    entries_of,
+)
+from shardproof._state_dict_utils.layout import mesh_ranks, root_of
 from shardproof._state_dict_utils.leaves import Found, Leaf, find
 from shardproof._state_dict_utils.line import (
-    Agreed,
     Line,
-    carried_view,
     needs_bucket,
     result_device,
-    result_for,
 )
-from shardproof._state_dict_utils.stream import (
-    Piece,
-    deliver,
-    elements,
-)
+from shardproof._state_dict_utils.local_copies import LocalCopies
+from shardproof._state_dict_utils.simulation import gather_simulated, simulates_ranks
+from shardproof._state_dict_utils.subclasses import settled_result
 from shardproof._state_dict_utils.tensors import (
     CPU,
-    dress_like,
-    fresh_copy,
-    geometry,
-    settled,
 )
-from shardproof._state_dict_utils.traverse import copy_leaf_value, on_this_rank
+from shardproof._state_dict_utils.traverse import on_this_rank
 from shardproof._state_dict_utils.wire import (
     Domain,
+    backend_of,
     group_domain,
 )
 
@@ -90,13 +88,16 @@ def _gather_state_dict(
     gathered by its own operations, each such DTensor for itself. pytorch#150928.
 
     """
+    if simulates_ranks():
+        return gather_simulated(state_dict, pg, cpu_offload, ranks_only, type_check)
     found = find(state_dict, pg, device, type_check)
     wanted = _destinations(ranks_only, pg, found)
     agreed = _agree(found, pg, device, cpu_offload)
-    gathered = _gather(found, wanted, agreed, cpu_offload)
+    copies = LocalCopies(found, cpu_offload)
+    gathered = _gather(found, wanted, agreed, copies)
     if not on_this_rank(ranks_only, pg):
         return {}
-    return _rebuild(found, gathered, cpu_offload)
+    return copies.around(gathered)
 
 
 @torch.no_grad()
@@ -130,7 +131,7 @@ def _all_gather_sharded_tensor(
     target = device
     if target is None:
         target = leaf.layout.domain.device if leaf.layout.domain is not None else CPU
-    gathered = _gather(found, None, agreed, cpu_offload=False)
+    gathered = _gather(found, None, agreed, LocalCopies(found, cpu_offload=False))
     return gathered["sharded_tensor"].to(target)
 
 
@@ -141,19 +142,40 @@ def _destinations(
     if not ranks_only:
         return None
     size = dist.get_world_size(pg)
-    wrong = [rank for rank in ranks_only if not 0 <= rank < size]
-    if wrong:
-        found.fail(ValueError(f"ranks_only has {wrong}, expected ranks of a group of {size}"))
+    takers = [rank for rank in ranks_only if 0 <= rank < size]
+    if not takers:
+        found.fail(ValueError(f"ranks_only is {ranks_only}, expected ranks of a group of {size}"))
         return None
-    if pg is None:
-        return frozenset(ranks_only)
-    return frozenset(dist.get_global_rank(pg, rank) for rank in ranks_only)
+    if pg is not None:
+        takers = [dist.get_global_rank(pg, rank) for rank in takers]
+    lost = next((leaf for leaf in found.leaves.values() if _is_lost(leaf, takers)), None)
+    if lost is not None:
+        found.fail(
+            ValueError(
+                f"{lost.path!r} is on ranks {lost.layout.members}, and none of them gets a result: "
+                f"the takers are ranks {takers} (ranks_only={ranks_only}); expected a taker that "
+                "holds a part, or pg, the group whose own ranks ranks_only counts"
+            )
+        )
+    return frozenset(takers)
+
+
+def _is_lost(leaf: Leaf, takers: Sequence[int]) -> bool:
+    """Whether nobody who could know of a leaf gets it.
+
+    Where its mesh is a slice of one that has a taker, that one may hold the like: a replica.
+    """
+    if leaf.layout.domain is None or not set(takers).isdisjoint(leaf.layout.members):
+        return False
+    if isinstance(leaf.tensor, DTensor):
+        return set(takers).isdisjoint(mesh_ranks(root_of(leaf.tensor.device_mesh)))
+    return True
 
 
 def _agree(
     found: Found, pg: dist.ProcessGroup | None, device: torch.device | None, cpu_offload: bool
 ) -> Agreed:
-    domains = found.domains
+    domains = _widest(found.domains)
     if pg is not None and dist.get_rank(pg) >= 0:
         whole = group_domain(pg, device)
         # The group hears of everything, so a mesh inside it need not be asked again.
@@ -161,14 +183,33 @@ def _agree(
         domains = [d for d in domains if not inside.issuperset(d.members)]
         domains = sorted([*domains, whole], key=lambda domain: domain.key)
     layouts = dict.fromkeys(map(attrgetter("layout"), found.leaves.values()))
-    large = {layout for layout in layouts if layout.large}
+    large = {layout for layout in layouts if layout.large and layout.travels}
+    own_way = any(layout.wrapper is not None and layout.travels for layout in layouts)
     limited = bool(large) and any(
         leaf.layout in large and needs_bucket(leaf, cpu_offload) for leaf in found.leaves.values()
     )
-    failure, details, flagged = agree_on_entries(domains, found.columns(), found.failure, limited)
-    if failure is not None:
-        raise failure.error()
-    return Agreed(details, flagged)
+    agreed = agree_on_entries(domains, found.columns(), found.failure, limited, own_way)
+    if agreed.failure is not None:
+        raise agreed.failure.error()
+    return agreed
+
+
+def _widest(domains: Sequence[Domain]) -> list[Domain]:
+    """The domains to agree in: none whose ranks are all in another, which hears of everything.
+
+    Where a rank has one more than the others, on a mesh that is wrong, it would ask there alone.
+    """
+    chosen: dict[frozenset[int], Domain] = {}
+    for domain in sorted(domains, key=_plainest):
+        ranks = frozenset(domain.members)
+        if not any(ranks <= others for others in chosen):
+            chosen[ranks] = domain
+    return sorted(chosen.values(), key=attrgetter("key"))
+
+
+def _plainest(domain: Domain) -> tuple[Any, ...]:
+    unsorted = domain.members != tuple(sorted(domain.members))
+    return -len(domain.members), len(domain.shape), unsorted, domain.key
 
 
 def _tied(found: Found, details: Mapping[Domain, Sequence[Entries]]) -> dict[str, str]:
@@ -185,7 +226,7 @@ def _tied(found: Found, details: Mapping[Domain, Sequence[Entries]]) -> dict[str
     tied: dict[str, str] = {}
     for path, entry in entries_of(columns).items():
         ties: list[str | None] = [entry.tie]
-        for told in details.values():
+        for told in details.values() if entry.peers else ():
             ties += [e[path].tie for e in told if path in e and e[path].members == entry.members]
         if any(tie is not None for tie in ties):
             key = (entry.summary, entry.members, tuple(ties))
@@ -199,7 +240,7 @@ def _gather(
     found: Found,
     wanted: frozenset[int] | None,
     agreed: Agreed,
-    cpu_offload: bool,
+    copies: LocalCopies,
 ) -> dict[str, torch.Tensor]:
     """Path -> the whole tensor, for the leaves that this rank wants."""
     tied = _tied(found, agreed.details)
@@ -209,27 +250,35 @@ def _gather(
         if path not in tied:
             kinds[number].append(found.leaves[path])
     here = wanted is None or dist.get_rank() in wanted
+    cpu_offload = copies.cpu_offload
     results: dict[str, torch.Tensor] = {}
     staying: list[Leaf] = []
     wrapped: list[Leaf] = []
     streams: dict[Any, list[list[Leaf]]] = defaultdict(list)
     for kind in kinds:
         layout = kind[0].layout
-        if layout.domain is not None and layout.dims and not layout.meta:
+        if layout.travels:
             if layout.wrapper is not None:
                 wrapped += kind
             else:
                 streams[layout.stream].append(kind)
         elif here:
             staying += kind
-    ready = host.copies([leaf.tensor for leaf in staying]) if cpu_offload else {}
-    for place, leaf in enumerate(staying):
-        results[leaf.path] = _in_place(leaf, cpu_offload, ready.get(place))
+    results.update(copies.of(staying))
     for key in sorted(streams):
         Line(streams[key], wanted, agreed, cpu_offload).gather(results)
+    failure = None
     for leaf in sorted(wrapped, key=attrgetter("path")):
         if wanted is None or not wanted.isdisjoint(leaf.layout.members):
-            results[leaf.path] = _by_its_own_operations(leaf, cpu_offload)
+            try:
+                results[leaf.path] = _by_its_own_operations(leaf, cpu_offload)
+            except Exception as error:
+                # Other ranks may wait in what comes next: all hear of it when it is through.
+                said = f"{leaf.path!r}, {leaf.layout.summary}: {type(error).__name__}: {error}"
+                failure = failure or Failure("RuntimeError", said)
+    failure = agree_on_failure(agreed.own_way, failure)
+    if failure is not None:
+        raise failure.error()
     if not here:
         return {}
     results.update({path: results[leader] for path, leader in tied.items()})
@@ -242,67 +291,13 @@ def _by_its_own_operations(leaf: Leaf, cpu_offload: bool) -> torch.Tensor:
     What it holds differs in shape and number from its elements, and only the class knows how.
     """
     assert isinstance(leaf.tensor, DTensor)
-    try:
-        device = leaf.tensor._local_tensor.device
-        groups = leaf.tensor.device_mesh.get_all_groups()
-        if device.type != "cpu" and any(g._get_backend(device).name() == "gloo" for g in groups):
-            # The process would end: https://github.com/pytorch/pytorch/issues/152645.
-            raise NotImplementedError(f"Gloo cannot gather it on {device.type}")
-        full = settled(leaf.tensor.full_tensor()).detach()
-        return full.to(result_device(leaf.layout, cpu_offload))
-    except Exception as error:
-        said = f"{leaf.path!r}, {leaf.layout.summary}: {type(error).__name__}: {error}"
-        raise RuntimeError(said) from error
-
-
-def _in_place(leaf: Leaf, cpu_offload: bool, made: torch.Tensor | None) -> torch.Tensor:
-    """The whole tensor of a leaf of which nothing has to travel; ``made``: of it a copy is made."""
-    tensor, layout = leaf.tensor, leaf.layout
-    if isinstance(tensor, DTensor) and (layout.domain is None or not layout.meta):
-        if made is not None:
-            return made
-        return fresh_copy(tensor._local_tensor, result_device(layout, cpu_offload))
-    full = result_for(leaf, cpu_offload)
-    if layout.domain is not None and not layout.meta:
-        whole = carried_view(full)
-        for block, part in zip(layout.here, leaf.local, strict=True):
-            if block.numel:
-                data = torch.cat(elements(part, 0, block.numel))
-                piece = Piece(0, 0, 1, 0, 0, block.numel, 0, 0)
-                deliver(data, block, piece, partial(_write, whole))
-    return full
-
-
-def _write(whole: torch.Tensor, region: tuple[slice, ...], values: torch.Tensor) -> None:
-    whole[region].copy_(values)
-
-
-def _rebuild(
-    found: Found, gathered: Mapping[str, torch.Tensor], cpu_offload: bool
-) -> dict[str, Any]:
-    """The containers of the state dict around the results; plain leaves are copied."""
-    ready: dict[int, torch.Tensor] = {}
-    if cpu_offload and host.in_use():
-        pairs = zip(found.names, found.walk.leaves, strict=True)
-        ready = host.copies([None if name in gathered else value for name, value in pairs])
-    copied: dict[Hashable, torch.Tensor] = {}
-    dressed: dict[Hashable, torch.Tensor] = {}
-    results: list[Any] = []
-    for place, (name, value) in enumerate(zip(found.names, found.walk.leaves, strict=True)):
-        if name in gathered:
-            results.append(gathered[name])
-            continue
-        if not isinstance(value, torch.Tensor):
-            results.append(copy_leaf_value(value))
-            continue
-        key = geometry(value)
-        if key not in copied:
-            made = ready.get(place)
-            to = CPU if cpu_offload else value.device
-            copied[key] = fresh_copy(value, to) if made is None else made
-        dress = (key, type(value), value.requires_grad)
-        if dress not in dressed:
-            dressed[dress] = dress_like(copied[key].detach(), value)
-        results.append(dressed[dress])
-    result: dict[str, Any] = found.walk.rebuilt(results)
-    return result
+    device = leaf.tensor._local_tensor.device
+    groups = leaf.tensor.device_mesh.get_all_groups()
+    if device.type != "cpu" and any(backend_of(g, device) == "gloo" for g in groups):
+        # The process would end: https://github.com/pytorch/pytorch/issues/152645.
+        raise NotImplementedError(f"Gloo cannot gather it on {device.type}")
+    # What full_tensor() does besides asks for one operation more, a view.
+    placements = [Replicate()] * leaf.tensor.device_mesh.ndim
+    full = settled_result(leaf.tensor.redistribute(placements=placements).to_local())
+    to = result_device(leaf.layout, cpu_offload)
+    return full if full.device == to else full.to(to)

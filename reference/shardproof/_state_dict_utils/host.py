@@ -17,9 +17,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils import stream
+from shardproof._state_dict_utils.subclasses import PLAIN
 from shardproof._state_dict_utils.tensors import (
     MOVABLE,
-    PLAIN,
     copies_of_each,
     copy_all,
     is_ordinary,

@@ -29,6 +29,8 @@ from torch.distributed.tensor.placement_types import (
     _StridedShard,
 )
 
+from shardproof._state_dict_utils.simulated import for_each_rank
+
 # A mesh builds its tensor of ranks anew each time it is asked. Weak: a mesh holds process groups.
 _RANKS: WeakKeyDictionary[DeviceMesh, tuple[int, ...]] = WeakKeyDictionary()
 _LOCAL_SHAPES: WeakKeyDictionary[DeviceMesh, dict[Hashable, tuple[int, ...]]] = WeakKeyDictionary()
@@ -169,10 +171,19 @@ def local_shape(spec: DTensorSpec) -> tuple[int, ...]:
         shapes = _LOCAL_SHAPES[mesh] = {}
     # Forwards ask for the same few shapes again and again.
     key = (tuple(coordinate), spec.placements, spec.shape, getattr(spec, "shard_order", None))
-    shape = shapes.get(key)
+    try:
+        shape = shapes.get(key)
+    except TypeError:
+        # Where one process plays all ranks a coordinate is no number, and has no hash.
+        return _shape_at(spec, list(coordinate))
     if shape is None:
         shape = shapes[key] = spec_block(spec, coordinate).shape
     return shape
+
+
+@for_each_rank
+def _shape_at(spec: DTensorSpec, coordinate: Sequence[int]) -> tuple[int, ...]:
+    return spec_block(spec, coordinate).shape
 
 
 def mesh_ranks(mesh: DeviceMesh) -> tuple[int, ...]:
@@ -181,6 +192,22 @@ def mesh_ranks(mesh: DeviceMesh) -> tuple[int, ...]:
     if ranks is None:
         ranks = _RANKS[mesh] = tuple(int(rank) for rank in mesh.mesh.flatten().tolist())
     return ranks
+
+
+def same_ranks(ours: DeviceMesh, theirs: DeviceMesh) -> bool:
+    """Whether two meshes have the same ranks in the same places, whatever their names."""
+    if ours is theirs or ours == theirs:
+        return True
+    alike = tuple(ours.shape) == tuple(theirs.shape) and ours.device_type == theirs.device_type
+    return alike and mesh_ranks(ours) == mesh_ranks(theirs)
+
+
+def root_of(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that a mesh was sliced from; itself where it was not."""
+    # Private, and not by the same name in every torch.
+    find: Any = getattr(mesh, "_get_root_mesh", None)
+    root: DeviceMesh = find() if find is not None else getattr(mesh, "_root_mesh", None) or mesh
+    return root
 
 
 def partial_dims(placements: Sequence[Placement]) -> dict[int, str]:

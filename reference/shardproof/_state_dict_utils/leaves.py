@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from shardproof._state_dict_utils.agreement import Columns, Failure
 from shardproof._state_dict_utils.containers import LEAF_TYPES, leaf_name
 from shardproof._state_dict_utils.layout import my_coordinate
 from shardproof._state_dict_utils.spread import Layout, layout_of
-from shardproof._state_dict_utils.tensors import local_of, settled, tie_key, wrapper_of
+from shardproof._state_dict_utils.subclasses import settled
+from shardproof._state_dict_utils.table_shards import joined
+from shardproof._state_dict_utils.tensors import local_of, tie_key, wrapper_of
 from shardproof._state_dict_utils.traverse import check_leaf_types
 from shardproof._state_dict_utils.walk import Walk
 from shardproof._state_dict_utils.wire import Domain, group_domain, mesh_domain
@@ -60,10 +63,13 @@ class Found:
         self.failure: Failure | None = None
         self._columns: Columns | None = None
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: Exception, name: str | None = None) -> None:
         """Remember the first error: it is raised only after all ranks were told."""
         if self.failure is None:
-            self.failure = Failure.of(error)
+            failure = Failure.of(error)
+            if name is not None:
+                failure = Failure(failure.kind, f"{name!r}: {failure.message}")
+            self.failure = failure
 
     def columns(self) -> Columns:
         """What this rank tells the others of its distributed leaves."""
@@ -74,14 +80,16 @@ class Found:
     def _describe(self) -> Columns:
         paths = sorted(self.leaves)
         leaves = list(map(self.leaves.__getitem__, paths))
-        kinds: dict[tuple[str, tuple[int, ...]], int] = {}
+        kinds: dict[tuple[str, tuple[int, ...], tuple[int, ...]], int] = {}
         known: dict[Layout, int] = {}
         numbers: list[int] = []
         for leaf in leaves:
             layout = leaf.layout
             number = known.get(layout)
             if number is None:
-                number = kinds.setdefault((layout.summary, layout.members), len(kinds))
+                number = kinds.setdefault(
+                    (layout.summary, layout.members, layout.peers), len(kinds)
+                )
                 known[layout] = number
             numbers.append(number)
         ties: list[str | None] = list(paths)
@@ -90,7 +98,8 @@ class Found:
             for place, leaf in enumerate(leaves):
                 key = tie_key(leaf.tensor) if leaf.layout.held else None
                 ties[place] = None if key is None else first.setdefault(key, leaf.path)
-        return Columns(paths, list(kinds), numbers, ties)
+        others = [name for name in self.names if name not in self.leaves]
+        return Columns(paths, list(kinds), numbers, ties, others)
 
 
 def _apart(leaves: Sequence[Leaf]) -> bool:
@@ -135,19 +144,38 @@ def find(
                     getattr(spec, "shard_order", None),
                     *(local.shape, local.dtype, local.device, wrapper),
                 )
-                layout = layouts.get(key)
-                if layout is None:
-                    layout = layouts[key] = _checked(layout_of(value, domains.of(value)), [local])
+                known = layouts.get(key)
+                layout = layout_of(value, domains.of(value)) if known is None else known
+                if wrapper is LocalShardsWrapper:
+                    if layout.domain is not None:
+                        local = joined(cast(Any, local), layout.here[0], layout.dtype)
+                        _checked(layout, [local])
+                elif known is None:
+                    layouts[key] = _checked(layout, [local])
+                    if wrapper is not None and layout.travels:
+                        _check_padding(value, local)
                 parts = [local] if layout.domain is not None else []
             else:
                 layout = layout_of(value, domains.of(value))
                 parts = _shards_of(value, layout) if layout.domain is not None else []
                 _checked(layout, parts)
             found.leaves[name] = Leaf(name, value, layout, parts)
-        except (ValueError, RuntimeError) as error:
-            found.fail(type(error)(f"{name!r}: {error}"))
+        except Exception as error:
+            # Whatever it is, the others hear of it: they are about to wait for this rank.
+            found.fail(error, name)
     found.domains = domains.in_order()
     return found
+
+
+def _check_padding(tensor: DTensor, local: torch.Tensor) -> None:
+    """Try what a gather of uneven shards by their class asks of some ranks alone.
+
+    A rank that found out only then would leave the others waiting.
+    """
+    for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+        dim = getattr(placement, "dim", None)
+        if dim is not None and tensor.size(dim) % size:
+            torch.nn.functional.pad(local, [0, 0] * (tensor.dim() - 1 - dim) + [0, 1])
 
 
 _NOT_DISTRIBUTED = LEAF_TYPES - {DTensor, ShardedTensor}

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import NamedTuple
 
 import torch
 
 from shardproof._state_dict_utils import stream
-from shardproof._state_dict_utils.agreement import Entries
+from shardproof._state_dict_utils.agreement import Agreed
 from shardproof._state_dict_utils.grid import Grid
 from shardproof._state_dict_utils.host import is_far, landed
 from shardproof._state_dict_utils.leaves import Leaf
@@ -35,29 +34,10 @@ from shardproof._state_dict_utils.tensors import (
     copy_all,
 )
 from shardproof._state_dict_utils.wire import (
-    Domain,
     all_gather_into,
     collect,
     collect_to,
 )
-
-
-class Agreed(NamedTuple):
-    """What all ranks know of each other before tensors move.
-
-    Attributes:
-        details: the members' entries, in the domains where they are not all the same.
-        in_buckets: the domains of which a member cannot take a large tensor but by the bucket.
-
-    """
-
-    details: Mapping[Domain, Sequence[Entries]]
-    in_buckets: Sequence[Domain]
-
-    def whole(self, domain: Domain) -> bool:
-        """Whether large tensors of the domain can travel whole, each by itself."""
-        members = set(domain.members)
-        return not any(members <= set(other.members) for other in self.in_buckets)
 
 
 def needs_bucket(leaf: Leaf, cpu_offload: bool) -> bool:

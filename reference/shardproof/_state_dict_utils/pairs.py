@@ -6,26 +6,28 @@ from operator import attrgetter, eq, is_
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from shardproof._state_dict_utils.host import into_host
+from shardproof._state_dict_utils.layout import same_ranks
+from shardproof._state_dict_utils.subclasses import PLAIN, is_custom, settled
 from shardproof._state_dict_utils.tensors import (
     MOVABLE,
     dtype_of,
     kind_of,
     put,
-    settled,
     shape_of,
-    unwrapped,
     unwritable,
 )
 
-_PLAIN = frozenset({torch.Tensor, nn.Parameter})
 _SHARDED = frozenset({DTensor})
 _STRIDED = frozenset({torch.strided})
+
+
+class CannotTakeError(Exception):
+    """The class of a target has no copy from its source; ``args``: the place, and what it said."""
 
 
 class Pairs:
@@ -69,7 +71,13 @@ class Pairs:
         return None
 
     def copy(self, non_blocking: bool) -> None:
-        """Copy. Of several sources for one taker the last wins, as if copied one by one."""
+        """Copy. Of several sources for one taker the last wins, as if copied one by one.
+
+        Raises:
+            CannotTakeError: the class of a target or source has no such copy. Those are asked
+                first, so that nothing else was copied.
+
+        """
         targets, sources = self._targets, self._sources
         # As torch.no_grad does: for a few small tensors its object costs as much as the copy.
         recording = torch.is_grad_enabled()
@@ -78,15 +86,32 @@ class Pairs:
             if self._slow or len(set(map(id, self._takers))) < len(self._takers):
                 last = {id(taker): place for place, taker in enumerate(self._takers)}
                 slow = set(self._slow)
-                for place in slow.intersection(last.values()):
-                    if targets[place] is not sources[place]:
+                for place in sorted(slow.intersection(last.values()), key=self._at_ease):
+                    if targets[place] is sources[place]:
+                        continue
+                    try:
                         copy_leaf(targets[place], sources[place], non_blocking)
+                    except Exception as error:
+                        if self._at_ease(place):
+                            raise
+                        said = f"{type(error).__name__}: {error}"
+                        raise CannotTakeError(place, said) from error
                 fast = [place for place in last.values() if place not in slow]
                 targets = [targets[place] for place in fast]
                 sources = [sources[place] for place in fast]
             into_host(targets, sources, non_blocking)
         finally:
             torch._C._set_grad_enabled(recording)
+
+    def _at_ease(self, place: int) -> bool:
+        """Whether no class of its own has a say in a copy."""
+        return not (_by_class(self._targets[place]) or _by_class(self._sources[place]))
+
+
+def _by_class(leaf: Any) -> bool:
+    memory: Any = leaf._local_tensor if isinstance(leaf, DTensor) else leaf
+    kind: type = type(memory)
+    return is_custom(kind) and not isinstance(memory, ShardedTensor)
 
 
 def matching(target: Any, source: Any) -> bool:
@@ -112,7 +137,7 @@ def all_matching(
     None where one of them is not.
     """
     kinds = set(map(type, targets)), set(map(type, sources))
-    if not (kinds[0] <= _PLAIN and kinds[1] <= _PLAIN):
+    if not (kinds[0] <= PLAIN and kinds[1] <= PLAIN):
         if kinds[0] == kinds[1] == _SHARDED:
             ours, theirs = list(map(_spec, targets)), list(map(_spec, sources))
             targets, sources = list(map(_local, targets)), list(map(_local, sources))
@@ -127,7 +152,7 @@ def all_matching(
                 sources[place] = sources[place]._local_tensor
         if not _all_laid_out_alike(ours, theirs):
             return None
-        if not (_PLAIN.issuperset(map(type, targets)) and _PLAIN.issuperset(map(type, sources))):
+        if not (PLAIN.issuperset(map(type, targets)) and PLAIN.issuperset(map(type, sources))):
             return None
     dtypes = list(map(_dtype, targets))
     if (
@@ -148,7 +173,7 @@ def _all_laid_out_alike(ours: list[DTensorSpec], theirs: list[DTensorSpec]) -> b
     return all(map(is_, ours, theirs)) or (
         list(map(_placements, ours)) == list(map(_placements, theirs))
         and list(map(_meta, ours)) == list(map(_meta, theirs))
-        and list(map(_mesh, ours)) == list(map(_mesh, theirs))
+        and all(map(same_ranks, map(_mesh, ours), map(_mesh, theirs)))
     )
 
 
@@ -171,12 +196,12 @@ def difference(ours: Any, theirs: Any) -> str | None:
         return None
     if shape_of(ours) != shape_of(theirs):
         return f"expected shape {shape_of(ours)}, got {shape_of(theirs)}"
-    if dtype_of(ours) != dtype_of(theirs):
+    if dtype_of(ours) != dtype_of(theirs) and not _by_class(theirs):
         return f"expected dtype {dtype_of(ours)}, got {dtype_of(theirs)}"
     if isinstance(ours, DTensor):
         if ours._spec is not theirs._spec and (tuple(ours.placements) != tuple(theirs.placements)):
             return f"expected placements {ours.placements}, got {theirs.placements}"
-        if ours._spec is not theirs._spec and ours.device_mesh != theirs.device_mesh:
+        if not same_ranks(ours.device_mesh, theirs.device_mesh):
             return f"expected mesh {ours.device_mesh}, got {theirs.device_mesh}"
         mine, other = ours._local_tensor.size(), theirs._local_tensor.size()
         if mine != other:
@@ -194,8 +219,6 @@ def _other_memory(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
     """What one of two tensors of a shape and dtype can hold and the other cannot."""
     if ours.layout is not theirs.layout:
         return f"expected layout {ours.layout}, got {theirs.layout}"
-    if type(ours) is not type(theirs) and (unwrapped(ours) is None or unwrapped(theirs) is None):
-        return f"expected a {type(ours).__name__}, got {type(theirs).__name__}"
     return None
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from shardproof._state_dict_utils import stream
 from shardproof._state_dict_utils.grid import Grid, grid_of, line_of
@@ -25,11 +26,11 @@ from shardproof._state_dict_utils.layout import (
     partial_dims,
 )
 from shardproof._state_dict_utils.reduction import check_reductions
+from shardproof._state_dict_utils.subclasses import settled
 from shardproof._state_dict_utils.tensors import (
     CPU,
     dtype_of,
     is_row_major,
-    settled,
     shape_of,
     wrapper_of,
 )
@@ -92,6 +93,28 @@ class Layout:
         return self.device.type == "meta"
 
     @property
+    def travels(self) -> bool:
+        """Whether a rank needs what others hold."""
+        return self.domain is not None and bool(self.dims) and not self.meta
+
+    @property
+    def peers(self) -> tuple[int, ...]:
+        """The global ranks whose parts make up what this rank wants; none where nothing travels."""
+        domain = self.domain
+        if domain is None or not self.travels:
+            return ()
+        return tuple(
+            rank
+            for index, rank in enumerate(domain.members)
+            if all(
+                place == here or dim in self.dims
+                for dim, (place, here) in enumerate(
+                    zip(domain.coordinate(index), domain.here, strict=True)
+                )
+            )
+        )
+
+    @property
     def large(self) -> bool:
         """Whether such a tensor is worth collectives of its own."""
         return self.nbytes >= stream.alone_bytes()
@@ -128,13 +151,19 @@ def summary(tensor: torch.Tensor) -> str:
 def is_meta(tensor: torch.Tensor) -> bool:
     """Whether a tensor has no data."""
     if isinstance(tensor, DTensor):
-        return tensor._local_tensor.is_meta
+        local = tensor._local_tensor
+        return local.is_meta and not (
+            isinstance(local, LocalShardsWrapper) and not local.local_shards()
+        )
     return not isinstance(tensor, ShardedTensor) and tensor.is_meta
 
 
 def _device_of(tensor: DTensor | ShardedTensor) -> torch.device:
     if isinstance(tensor, DTensor):
-        return tensor._local_tensor.device
+        local = tensor._local_tensor
+        if isinstance(local, LocalShardsWrapper) and not local.local_shards():
+            return torch.device(tensor.device_mesh.device_type)
+        return local.device
     return next((shard.tensor.device for shard in tensor.local_shards()), CPU)
 
 
@@ -176,7 +205,7 @@ _SPREADS: WeakKeyDictionary[DeviceMesh, dict[Hashable, _Spread]] = WeakKeyDictio
 
 def _spread_of(tensor: DTensor) -> _Spread:
     """Models have few layouts, and checkpoints ask for the same again and again."""
-    spec, dtype = tensor._spec, tensor.dtype
+    spec, dtype = tensor._spec, dtype_of(tensor)
     known = _SPREADS.get(spec.mesh)
     if known is None:
         known = _SPREADS[spec.mesh] = {}
@@ -219,6 +248,8 @@ def layout_of(tensor: DTensor | ShardedTensor, domain: Domain | None) -> Layout:
         layout.dims, layout.reductions, layout.cuts = dims, reductions, cuts
         layout.here = [block_at(shape, domain.shape, cuts, domain.here)]
         layout.wrapper = wrapper_of(settled(tensor._local_tensor))
+        if layout.wrapper is LocalShardsWrapper:
+            layout.wrapper = None
         if layout.wrapper is not None:
             layout.summary += f", over {layout.wrapper.__name__}"
     else:

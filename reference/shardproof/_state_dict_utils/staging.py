@@ -16,6 +16,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils.containers import path_name
+from shardproof._state_dict_utils.subclasses import settled
 from shardproof._state_dict_utils.tensors import (
     CPU,
     MOVABLE,
@@ -23,13 +24,13 @@ from shardproof._state_dict_utils.tensors import (
     bit_dtype,
     is_ordinary,
     local_of,
-    settled,
     tie_key,
     with_local,
     with_shards,
     wrapper_of,
 )
 from shardproof._state_dict_utils.ties import maybe_tied
+from shardproof._state_dict_utils.together import Together
 from shardproof._state_dict_utils.traverse import copy_leaf_value
 from shardproof._state_dict_utils.walk import Walk
 
@@ -69,18 +70,20 @@ def _create_cpu_state_dict(
         _require_pinning(share_memory)
     fill = partial(_buffer_like, pin_memory=pin_memory, share_memory=share_memory)
     walk = Walk(state_dict)
+    tied = list(maybe_tied(walk.leaves))
+    together = Together((leaf for leaf, ask in zip(walk.leaves, tied, strict=True) if ask), fill)
     made: dict[Hashable, torch.Tensor] = {}
     results: list[Any] = []
     try:
-        for value, tied in zip(walk.leaves, maybe_tied(walk.leaves), strict=True):
+        for value, shared in zip(walk.leaves, tied, strict=True):
             if not isinstance(value, torch.Tensor):
                 results.append(copy_leaf_value(value))
-            elif not tied:
+            elif not shared:
                 results.append(_allocate_leaf(value, fill))
             else:
                 key = tie_key(value)
                 if key not in made:
-                    made[key] = _allocate_leaf(value, fill)
+                    made[key] = _allocate_leaf(value, together.of)
                 results.append(made[key])
     except RuntimeError as error:
         raise RuntimeError(f"{path_name(walk.path(len(results)))}: {error}") from error

@@ -10,39 +10,39 @@ from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
-from shardproof._state_dict_utils.layout import (
-    Block,
-    full_block,
-    rectangles,
-)
+from shardproof._state_dict_utils.layout import rectangles
 from shardproof._state_dict_utils.memory import LARGE, map_ahead
-from shardproof._state_dict_utils.places import WHOLE, place_of
+from shardproof._state_dict_utils.subclasses import (
+    PLAIN,
+    is_custom,
+    memory_of,
+    own_copy,
+    own_put,
+    settled,
+)
+from shardproof._state_dict_utils.table_shards import shards_in
+from shardproof._state_dict_utils.target_model import Model
 from shardproof._state_dict_utils.tensors import (
     CPU,
     FSDP_FLATTENED,
-    MOVABLE,
-    QUANTIZED,
     STANDS_FOR,
     allocate,
     allocate_like,
     fresh_copy,
-    is_opaque,
     is_ordinary,
     kind_of,
     put,
-    settled,
     stood_for,
     tie_key,
-    unwritable,
     with_local,
 )
 from shardproof._state_dict_utils.ties import maybe_tied
 
-_PLAIN = frozenset({torch.Tensor, nn.Parameter})
 _MARKS = frozenset({FSDP_FLATTENED, STANDS_FOR})
 
 
@@ -58,6 +58,7 @@ class Targets:
 
     def __init__(self, in_place: bool, cpu_offload: bool = False) -> None:
         self._in_place, self._cpu_offload = in_place, cpu_offload
+        self._assigned = False
         self._models: dict[Hashable, Model] = {}
         self._kinds: dict[Hashable, int] = {}
         self._looked: dict[Any, int | None] = {}
@@ -65,7 +66,11 @@ class Targets:
         self._number: int | None = None
 
     def look(self, local: Mapping[Any, Any]) -> None:
-        """Learn of the values of a local state dict what does not depend on the full tensors."""
+        """Learn of the values of a local state dict what does not depend on the full tensors.
+
+        Where one of them is on meta, a module is given what lands as its own parameters.
+        """
+        self._assigned = any(getattr(value, "is_meta", False) for value in local.values())
         self._looked = dict(zip(local, map(self._kind, local.values()), strict=True))
 
     def _kind(self, value: Any) -> int | None:
@@ -93,10 +98,11 @@ class Targets:
 
         Args:
             key: for messages.
-            value: what the local state dict holds: a tensor, a DTensor, or anything that is
-                replaced. A Parameter that stands in for a DTensor (see ``tensor.parallel.ddp``)
-                is taken for it. A piece of a flat parameter of FSDP1 has a shape that says
-                nothing: there the full tensor is what FSDP's load hooks take.
+            value: what the local state dict holds: a DTensor, or anything that is replaced, by
+                the full tensor in its own shape and dtype. A Parameter that stands in for a
+                DTensor (see ``tensor.parallel.ddp``) is taken for it. A piece of a flat parameter
+                of FSDP1 has a shape that says nothing: there the full tensor is what FSDP's load
+                hooks take.
             size: the shape of the full tensor.
             dtype: the dtype of the full tensor.
             device: where new tensors are made.
@@ -106,7 +112,7 @@ class Targets:
 
         Raises:
             TypeError: the target is of a kind that cannot take a full tensor.
-            ValueError: its shape, dtype, layout or placements do not admit the full tensor.
+            ValueError: a DTensor's shape, dtype, layout or placements do not admit the full tensor.
 
         """
         try:
@@ -116,11 +122,18 @@ class Targets:
         found = self._models.get((kind, alike))
         if found is None:
             if kind is None:
-                value = stood_for(value)
+                value = self._stood_for(value, size)
             found = self._model(key, value, size, dtype, layout, device)
             if kind is not None:
                 self._models[kind, alike] = found
         return Target(key, value, found)
+
+    def _stood_for(self, value: Any, size: tuple[int, ...]) -> Any:
+        whole = stood_for(value)
+        if whole is value or self._in_place or tuple(whole.shape) == size:
+            return whole
+        # Each rank may hold its own part already.
+        return value if tuple(value.shape) == size else whole
 
     def _model(
         self,
@@ -133,7 +146,16 @@ class Targets:
     ) -> Model:
         device = CPU if self._cpu_offload else device
         try:
-            return Model(value, size, dtype, layout, device, self._in_place, self._cpu_offload)
+            return Model(
+                value,
+                size,
+                dtype,
+                layout,
+                device,
+                in_place=self._in_place,
+                cpu_offload=self._cpu_offload,
+                assigned=self._assigned,
+            )
         except (TypeError, ValueError) as error:
             raise type(error)(f"{key!r}: {error}") from None
 
@@ -150,139 +172,10 @@ def _likeness(value: Any) -> Hashable | None:
         order = getattr(spec, "shard_order", None)
         place = id(spec.mesh), spec.placements, spec.tensor_meta, order
         return place, local.shape, local.dtype, local.device, local.is_conj()
-    ordinary = kind in _PLAIN and _MARKS.isdisjoint(vars(value)) and is_ordinary(value)
+    ordinary = kind in PLAIN and _MARKS.isdisjoint(vars(value)) and is_ordinary(value)
     if ordinary and value.is_contiguous() and not value.is_neg():
         return value.shape, value.dtype, value.device, value.is_conj()
     return None
-
-
-class Model:
-    """How targets that are alike take full tensors of one shape and dtype.
-
-    Attributes:
-        size: the shape of the full tensors.
-        source_dtype: their dtype.
-        layout: theirs.
-        is_opaque: whether they can but be copied as a whole.
-        dtype: that of the results.
-        device: where new tensors are made.
-        place: which part of a full tensor a target takes, on whatever rank.
-        block: this rank's part; None where the rank is outside the target's mesh.
-        is_piece: whether the target is a piece of a flat parameter.
-        keeps: whether values are written into the memory that is there.
-        ordinary: whether the memory that is there is contiguous, and holds its values as they are;
-            so where there is none.
-        copies: whether new memory of a target is but a copy of its part of the full tensor.
-
-    Raises:
-        TypeError, ValueError: as :meth:`Targets.target` says.
-
-    """
-
-    __slots__ = (
-        "block",
-        "copies",
-        "device",
-        "dtype",
-        "is_opaque",
-        "is_piece",
-        "keeps",
-        "layout",
-        "ordinary",
-        "place",
-        "size",
-        "source_dtype",
-    )
-
-    def __init__(
-        self,
-        value: Any,
-        size: tuple[int, ...],
-        dtype: torch.dtype,
-        layout: torch.layout,
-        device: torch.device,
-        in_place: bool,
-        cpu_offload: bool,
-    ) -> None:
-        distributed = isinstance(value, DTensor)
-        self.size = size
-        self.source_dtype = dtype
-        self.layout = layout
-        self.is_opaque = is_opaque(layout, dtype)
-        self.device = device
-        self.place = WHOLE
-        self.block: Block | None = None
-        self.is_piece = not distributed and getattr(value, FSDP_FLATTENED, False)
-        self.dtype = value.dtype if isinstance(value, torch.Tensor) else dtype
-        self.keeps = False
-        self.ordinary = True
-        if distributed:
-            self._check(value)
-            self._plan_dtensor(value, in_place, cpu_offload)
-        else:
-            self.block = full_block(size)
-            if isinstance(value, ShardedTensor):
-                raise TypeError(f"a {kind_of(value)} cannot take a full tensor")
-            if isinstance(value, torch.Tensor):
-                self._check(value)
-        if isinstance(value, torch.Tensor):
-            like = value._local_tensor if isinstance(value, DTensor) else value
-            self.ordinary = (
-                not self.is_piece
-                and is_ordinary(like)
-                and like.is_contiguous()
-                and not (like.is_conj() or like.is_neg())
-            )
-            if self.keeps:
-                self.device = like.device
-        self.copies = (
-            not self.keeps
-            and not self.is_opaque
-            and self.ordinary
-            and self.dtype == self.source_dtype
-            and self.dtype in MOVABLE
-        )
-
-    def _check(self, value: torch.Tensor) -> None:
-        if not self.is_piece and value.size() != self.size:
-            raise ValueError(
-                f"the target has shape {tuple(value.size())}, expected {self.size} "
-                "as the full tensor has"
-            )
-        mine, theirs = value.dtype, self.source_dtype
-        narrows = theirs.is_complex and not mine.is_complex
-        if narrows or (theirs in QUANTIZED and mine != theirs):
-            raise ValueError(
-                f"the target has dtype {mine}, which cannot take the full tensor's {theirs}"
-            )
-        if value.layout is not self.layout:
-            raise ValueError(
-                f"the target has layout {value.layout}, expected {self.layout} "
-                "as the full tensor has"
-            )
-
-    def _plan_dtensor(self, value: DTensor, in_place: bool, cpu_offload: bool) -> None:
-        spec = value._spec
-        self.place, self.block, pending = place_of(spec)
-        if pending:
-            raise ValueError(
-                f"the target has placements {spec.placements}; a pending reduction "
-                "cannot take values"
-            )
-        local = value._local_tensor
-        if self.block is not None and local.shape != self.block.shape:
-            raise ValueError(
-                f"the target's local shape is {tuple(local.shape)}, expected {self.block.shape}"
-            )
-        self.keeps = (
-            in_place and not local.is_meta and (not cpu_offload or local.device.type == "cpu")
-        )
-        if self.keeps and (reason := unwritable(value)):
-            raise ValueError(reason)
-
-    def receives_directly(self, device: torch.device) -> bool:
-        """Whether bytes for a target can be received on ``device`` right into its memory."""
-        return self.ordinary and self.dtype == self.source_dtype and self.device == device
 
 
 class Target:
@@ -321,22 +214,43 @@ class Target:
         return self.memory
 
     def _memory(self) -> torch.Tensor:
-        value, model = self.value, self.model
+        value, model, block = self.value, self.model, self.model.block
         if isinstance(value, DTensor):
             local = settled(value._local_tensor)
-            if model.keeps:
-                return local.detach() if local.requires_grad else local
-            return allocate_like(local, model.device)
-        if isinstance(value, torch.Tensor) and not model.is_piece:
-            return allocate_like(settled(value), model.device)
+            if model.by_class or is_custom(type(local)):
+                shape = local.shape if block is None else block.shape
+                return allocate(shape, model.dtype, model.device)
+            if not model.keeps:
+                memory = allocate_like(local, model.device)
+            else:
+                memory = local.detach() if local.requires_grad else local
+            return memory if block is None or memory.dim() else memory.view(block.shape)
+        if model.like_target:
+            return allocate_like(value, model.device, model.dtype)
         return allocate(model.size, model.dtype, model.device)
 
     def result(self) -> Any:
-        """The object for the local state dict."""
+        """The object for the local state dict, once all its values have landed."""
+        value, memory = self.value, self.memory
         if self.model.keeps:
-            return self.value
+            if self.model.by_class and memory is not None:
+                self._put_by_class(memory)
+            return value
         memory = self.open()
-        return with_local(self.value, memory) if isinstance(self.value, DTensor) else memory
+        if not isinstance(value, DTensor):
+            return memory
+        if not value.dim() and memory.dim():
+            memory = memory.view(())
+        return with_local(value, memory, memory.dtype)
+
+    def _put_by_class(self, values: torch.Tensor) -> None:
+        local, block = self.value._local_tensor, self.model.block
+        if isinstance(local, LocalShardsWrapper):
+            assert block is not None
+            for shard, region in shards_in(local, block):
+                put(shard, values[region])
+        else:
+            own_put(local, values)
 
     def landing(
         self, start: int, stop: int, values: torch.Tensor
@@ -382,7 +296,17 @@ class Target:
     def filled(self, full: torch.Tensor) -> Any:
         """The result with its part of a full tensor that is here."""
         model, block = self.model, self.model.block
-        if model.is_opaque:
+        if is_custom(type(full)):
+            if block is not None:
+                part = full if block.shape == model.size else full[block.region]
+                if model.keeps:
+                    self._put_by_class(part)
+                    self.memory = None
+                else:
+                    self.memory = own_copy(part, model.device)
+            elif self.memory is None and not isinstance(self.value, DTensor):
+                self.memory = own_copy(full, model.device)
+        elif model.is_opaque:
             self.memory = fresh_copy(full, model.device).to(model.dtype)
         elif (
             model.copies
@@ -422,7 +346,39 @@ def plain_full_tensor(key: Any, value: torch.Tensor) -> torch.Tensor:
             raise TypeError(
                 f"{key!r}: the full state dict has a {kind_of(value)}, expected a full tensor"
             )
-        value = settled(value)
+        value = memory_of(settled(value))
     if value.is_meta:
         raise ValueError(f"{key!r}: the full tensor is on the meta device, expected values")
-    return value.detach() if value.requires_grad else value
+    return value.detach() if value.requires_grad and not is_custom(type(value)) else value
+
+
+_NUMBERS = (bool, int, float, complex, str)
+
+
+def check_kinds(key: Any, held: Any, offered: str, dim: int) -> None:
+    """Refuse a number for a tensor, and a tensor for a number, but for a tensor of one element.
+
+    Optimizers keep their step in either, and a module's extra state is its own matter.
+
+    Args:
+        key: for the message.
+        held: what the local state dict has.
+        offered: the kind of what the full state dict has: ``Tensor``, or the type's name.
+        dim: its dimensions, if it is a tensor.
+
+    Raises:
+        TypeError: names the key, and both kinds.
+
+    """
+    if str(key).endswith(_EXTRA_STATE_KEY_SUFFIX):
+        return
+    numbers = [kind.__name__ for kind in _NUMBERS]
+    if offered == "Tensor":
+        wrong = dim > 0 and isinstance(held, _NUMBERS)
+    else:
+        wrong = offered in numbers and isinstance(held, torch.Tensor) and held.dim() > 0
+    if wrong:
+        raise TypeError(
+            f"{key!r}: the target is a {kind_of(held)}, the full state dict has a {offered}; "
+            "expected the same kind of value"
+        )

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed._shard.sharded_tensor.shard import Shard as TensorShard
 from torch.distributed.tensor import DTensor
@@ -21,6 +20,16 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from shardproof._state_dict_utils.layout import local_shape
 from shardproof._state_dict_utils.memory import LARGE, map_ahead
+from shardproof._state_dict_utils.subclasses import (
+    PLAIN,
+    has_own_dispatch,
+    inner_tensors,
+    is_custom,
+    own_copy,
+    own_put,
+    settled,
+)
+from shardproof._state_dict_utils.table_shards import first_shard
 
 CPU = torch.device("cpu")
 FSDP_FLATTENED = "_fsdp_flattened"
@@ -46,7 +55,6 @@ MOVABLE = frozenset(
     }
 )
 _COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
-PLAIN = frozenset({torch.Tensor, nn.Parameter})
 QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 _INTEGER_OF_WIDTH = {
     1: torch.uint8,
@@ -74,9 +82,12 @@ def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def dtype_of(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype; of a ShardedTensor from its metadata."""
+    """The dtype; of a ShardedTensor from its metadata, of a table from its shards."""
     if isinstance(tensor, ShardedTensor):
         return tensor.metadata().tensor_properties.dtype
+    if isinstance(tensor, DTensor) and type(tensor._local_tensor) not in PLAIN:
+        shard = first_shard(tensor._local_tensor)
+        return tensor.dtype if shard is None else shard.dtype
     return tensor.dtype
 
 
@@ -85,11 +96,6 @@ def requires_grad_of(tensor: torch.Tensor) -> bool:
     if isinstance(tensor, ShardedTensor):
         return bool(tensor.metadata().tensor_properties.requires_grad)
     return tensor.requires_grad
-
-
-def settled(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor``, waited for if a collective is still writing it."""
-    return tensor.wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor
 
 
 def local_of(tensor: DTensor) -> torch.Tensor:
@@ -101,12 +107,12 @@ def local_of(tensor: DTensor) -> torch.Tensor:
 
 
 def is_ordinary(tensor: torch.Tensor) -> bool:
-    """Whether ``tensor`` is a strided tensor with memory of its own kind, no wrapper."""
+    """Whether ``tensor`` is a strided tensor with memory of its own kind, no wrapper.
+
+    Of such a tensor every operation can be asked.
+    """
     kind = type(tensor)
-    if kind not in PLAIN and (
-        isinstance(tensor, (DTensor, ShardedTensor, AsyncCollectiveTensor))
-        or hasattr(kind, "__tensor_flatten__")
-    ):
+    if kind not in PLAIN and is_custom(kind):
         return False
     return tensor.layout is torch.strided and not tensor.is_quantized
 
@@ -120,17 +126,19 @@ def is_opaque(layout: torch.layout, dtype: torch.dtype) -> bool:
 
 
 def wrapper_of(tensor: torch.Tensor) -> type | None:
-    """The subclass of a finished tensor that wraps other tensors; None where there is none.
+    """The class of a finished tensor that wraps others, or answers for itself; None elsewhere.
 
     What it holds besides its elements (scales, a second tensor) only its own operations move.
     """
     kind = type(tensor)
-    return kind if hasattr(kind, "__tensor_flatten__") else None
+    return kind if has_own_dispatch(kind) else None
 
 
 def unwrapped(tensor: torch.Tensor) -> torch.Tensor | None:
     """The tensor inside a wrapper that holds no other; None where that is not all there is."""
     while wrapper_of(tensor) is not None:
+        if not hasattr(type(tensor), "__tensor_flatten__"):
+            return None
         names, _ = cast(Any, tensor).__tensor_flatten__()
         if len(names) != 1:
             return None
@@ -212,7 +220,9 @@ def put(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) 
         and not (target.is_conj() or target.is_neg())
     )
     # Detached, so that nothing is recorded: that is cheaper than a no_grad block a tensor.
-    if direct:
+    if is_custom(type(target)) or is_custom(type(source)):
+        own_put(target, source, non_blocking)
+    elif direct:
         target.detach().view(bit_dtype(dtype)).copy_(bits(source), non_blocking=non_blocking)
     elif target.layout is torch.strided:
         target.detach().copy_(source.detach(), non_blocking=non_blocking)
@@ -253,6 +263,8 @@ def fresh_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     usual = type(tensor) in PLAIN
     if not usual:
         tensor = settled(tensor)
+        if is_custom(type(tensor)):
+            return own_copy(tensor, device)
     if tensor.dtype in MOVABLE or not is_ordinary(tensor) or tensor.is_meta:
         plain = tensor.detach() if tensor.requires_grad or not usual else tensor
         if (
@@ -301,6 +313,8 @@ def geometry(tensor: torch.Tensor) -> Hashable:
     Valid while both are alive.
     """
     if not is_ordinary(tensor):
+        if hasattr(type(tensor), "__tensor_flatten__"):
+            return (type(tensor), *map(geometry, inner_tensors(tensor)))
         return id(tensor)
     return (
         tensor.untyped_storage()._cdata,

@@ -1,24 +1,23 @@
-"""Which tensors of a state dict are tied: the same object, or the same view of the same memory."""
+"""Which tensors of a state dict are tied: the same object, or memory that overlaps."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Iterable
-from itertools import repeat
+from itertools import pairwise, repeat
 from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils.containers import LEAF_TYPES
+from shardproof._state_dict_utils.subclasses import PLAIN
 from shardproof._state_dict_utils.tensors import requires_grad_of, tie_key
 
-_PLAIN = frozenset({torch.Tensor, nn.Parameter})
 _DTENSOR = frozenset({DTensor})
-_local = attrgetter("_local_tensor")
+_local, _nbytes = attrgetter("_local_tensor"), attrgetter("nbytes")
+Span = tuple[int, int]
 
 
 def dressed_tie_key(tensor: torch.Tensor) -> Hashable:
@@ -27,45 +26,68 @@ def dressed_tie_key(tensor: torch.Tensor) -> Hashable:
 
 
 def maybe_tied(leaves: list[Any]) -> Iterable[bool]:
-    """For each leaf, whether another may be tied to it. False is certain.
+    """For each leaf, whether the memory of another may be its own, or overlap it. False is certain.
 
-    It asks for addresses only, a tenth of what :func:`tie_key` costs; nearly all leaves have one
-    of their own.
+    It asks for addresses and sizes only, a fraction of what :func:`tie_key` costs; nearly all
+    leaves have memory of their own.
     """
+    spans = _spans(leaves)
+    if spans is None:
+        return repeat(True, len(leaves))
+    ordered = sorted(spans)
+    if all(end <= start != before for (before, end), (start, _) in pairwise(ordered)):
+        return repeat(False, len(leaves))
+    tied: set[Span] = set()
+    reach: Span = (-1, -1)
+    for span in ordered:
+        if span[0] < reach[1] or span[0] == reach[0]:
+            tied.update((reach, span))
+        if span[1] > reach[1] or span[0] == span[1]:
+            reach = span
+    return [span in tied for span in spans]
+
+
+def _spans(leaves: list[Any]) -> list[Span] | None:
+    """(first byte, behind the last one) of each; None where a class keeps its memory apart."""
     kinds = set(map(type, leaves))
     plain = leaves
     if kinds == _DTENSOR:
         plain = list(map(_local, leaves))
         kinds = set(map(type, plain))
     try:
-        if kinds <= _PLAIN:
-            addresses = list(map(torch.Tensor.data_ptr, plain))
-            if 0 in addresses:
-                addresses = list(map(_address, leaves))
-        else:
-            addresses = list(map(_address, leaves))
+        if kinds <= PLAIN and all(map(torch.Tensor.is_contiguous, plain)):
+            starts = list(map(torch.Tensor.data_ptr, plain))
+            if 0 not in starts:
+                sizes = map(_nbytes, plain)
+                return [(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        return list(map(_span, leaves))
     except (RuntimeError, _UnknownMemory):
         # A tensor without storage, or of a kind of its own, which may share another's.
-        return repeat(True, len(leaves))
-    if len(set(addresses)) == len(addresses):
-        return repeat(False, len(leaves))
-    times = Counter(addresses)
-    return [times[address] > 1 for address in addresses]
+        return None
 
 
 class _UnknownMemory(Exception):  # noqa: N818  (no error: it is answered here)
     pass
 
 
-def _address(leaf: Any) -> int:
+def _span(leaf: Any) -> Span:
     kind = type(leaf)
     if kind is DTensor:
         leaf = leaf._local_tensor
         kind = type(leaf)
-    if kind in _PLAIN:
-        return leaf.data_ptr() or leaf.untyped_storage()._cdata
+    if kind in PLAIN:
+        start = leaf.data_ptr() or leaf.untyped_storage()._cdata
+        return start, start + (extent(leaf) if leaf.data_ptr() else 0)
     if kind not in LEAF_TYPES or kind is DTensor:
         if isinstance(leaf, torch.Tensor):
             raise _UnknownMemory
+        return 0, 0
+    return (id(leaf), id(leaf)) if kind is ShardedTensor else (0, 0)
+
+
+def extent(tensor: torch.Tensor) -> int:
+    """From the first byte of a strided tensor to behind its last one."""
+    if not tensor.numel():
         return 0
-    return id(leaf) if kind is ShardedTensor else 0
+    last = sum((n - 1) * step for n, step in zip(tensor.size(), tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()

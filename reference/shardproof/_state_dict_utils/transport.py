@@ -28,7 +28,8 @@ from shardproof._state_dict_utils.stream import (
     rooms,
     stack_into,
 )
-from shardproof._state_dict_utils.targets import Model, Target
+from shardproof._state_dict_utils.target_model import Model
+from shardproof._state_dict_utils.targets import Target
 from shardproof._state_dict_utils.tensors import (
     CPU,
     MOVABLE,
@@ -258,7 +259,7 @@ class Transport:
                         for target, memory in zip(targets, copies_of_each(parts), strict=True):
                             target.memory = memory
                         continue
-                    if model.keeps and model.ordinary:
+                    if model.keeps and model.ordinary and not model.by_class:
                         opened = [target.value._local_tensor for target in targets]
                     else:
                         opened = [target.open() for target in targets]

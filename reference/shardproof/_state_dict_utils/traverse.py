@@ -16,12 +16,11 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils.containers import LEAF_TYPES, Path, is_container, path_name
-from shardproof._state_dict_utils.pairs import Pairs
+from shardproof._state_dict_utils.pairs import CannotTakeError, Pairs
 from shardproof._state_dict_utils.tensors import (
     CPU,
     dress_like,
     fresh_copy,
-    geometry,
     kind_of,
     local_of,
     requires_grad_of,
@@ -29,6 +28,7 @@ from shardproof._state_dict_utils.tensors import (
     with_shards,
 )
 from shardproof._state_dict_utils.ties import dressed_tie_key, maybe_tied
+from shardproof._state_dict_utils.together import Together
 from shardproof._state_dict_utils.walk import ABSENT, CompanionMismatch, Walk
 
 TensorFunction = Callable[
@@ -120,36 +120,42 @@ def on_this_rank(ranks_only: tuple[int, ...], pg: dist.ProcessGroup | None) -> b
     return not ranks_only or dist.get_rank(pg) in ranks_only
 
 
-def cpu_snapshot(
+def snapshot(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of any tensor leaf in new memory, Parameter-ness and ``requires_grad`` kept."""
+    return snapshot_by(tensor, partial(fresh_copy, device=device), device)
+
+
+def snapshot_by(
     tensor: torch.Tensor,
-    shared: dict[Hashable, torch.Tensor] | None = None,
+    copied: Callable[[torch.Tensor], torch.Tensor],
+    device: torch.device = CPU,
     made: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A copy of any tensor leaf in new CPU memory, Parameter-ness and ``requires_grad`` kept.
-
-    ``shared`` remembers the memory already copied, so that ties stay ties; None where there are
-    none. ``made`` is the copy of a leaf's memory, where that was made already.
-    """
-    own: Callable[[torch.Tensor], torch.Tensor]
-    own = _cpu_copy if shared is None else partial(_first_cpu_copy, shared)
+    """As :func:`snapshot`; ``copied`` copies plain memory, ``made`` is a copy that is there."""
     if isinstance(tensor, DTensor):
-        local = own(local_of(tensor)) if made is None else made
+        local = copied(local_of(tensor)) if made is None else made
         return dress_like(with_local(tensor, local), tensor)
     if isinstance(tensor, ShardedTensor):
-        return with_shards(tensor, own, CPU, requires_grad_of(tensor))
-    return dress_like(own(tensor) if made is None else made, tensor)
+        return with_shards(tensor, copied, device, requires_grad_of(tensor))
+    fresh = copied(tensor) if made is None else made
+    return fresh if fresh is tensor else dress_like(fresh, tensor)
 
 
-def _cpu_copy(source: torch.Tensor) -> torch.Tensor:
-    return fresh_copy(source, CPU)
+cpu_copy = partial(fresh_copy, device=CPU)
 
 
-def _first_cpu_copy(shared: dict[Hashable, torch.Tensor], source: torch.Tensor) -> torch.Tensor:
-    key = geometry(source)
-    if key in shared:
-        return shared[key].detach()
-    shared[key] = fresh_copy(source, CPU)
-    return shared[key]
+def snapshots(leaves: Sequence[Any], tied: Sequence[bool]) -> Callable[[Any], torch.Tensor]:
+    """What gives the CPU snapshots of tied leaves: the same object for the same tensor."""
+    together = Together((leaf for leaf, ask in zip(leaves, tied, strict=True) if ask), cpu_copy)
+    known: dict[Hashable, torch.Tensor] = {}
+
+    def of(value: torch.Tensor) -> torch.Tensor:
+        key = dressed_tie_key(value)
+        if key not in known:
+            known[key] = snapshot_by(value, together.of)
+        return known[key]
+
+    return of
 
 
 def _iterate_state_dict(
@@ -209,14 +215,15 @@ def _iterate_state_dict(
     others = walk.companions or repeat(None)
     results: list[Any] = []
     called: dict[Hashable, Any] = {}
-    copied: dict[Hashable, torch.Tensor] = {}
-    for value, other, tied in zip(walk.leaves, others, maybe_tied(walk.leaves), strict=False):
+    tied = list(maybe_tied(walk.leaves))
+    of = snapshots(walk.leaves, tied if offload else [False] * len(tied))
+    for value, other, shared in zip(walk.leaves, others, tied, strict=False):
         function = functions[type(value)]
         if function is None:
             results.append(copy_leaf_value(value) if companion is ABSENT else value)
             continue
         key: Hashable = None
-        if tied:
+        if shared:
             # Without the Parameter-ness in the key a detached twin would come back as the
             # Parameter.
             key = dressed_tie_key(value), None if other is None else id(other)
@@ -225,8 +232,10 @@ def _iterate_state_dict(
                 continue
         result = function(value, pg, device, other)
         if offload and isinstance(result, torch.Tensor):
-            result = cpu_snapshot(result, copied)
-        if tied:
+            # At once: with all results on their device first there would be two of each. One that
+            # is not the leaf may be gone, and its memory another's, before the next is copied.
+            result = of(result) if shared and result is value else snapshot_by(result, cpu_copy)
+        if shared:
             called[key] = result
         results.append(result)
     if not here:
@@ -259,19 +268,29 @@ def take(walk: Walk, values: list[Any], non_blocking: bool) -> list[Any]:
     leaves, others = walk.leaves, walk.companions
     results = others.copy()
     places: Sequence[int] = range(len(leaves))
-    if not _all_tensors(leaves):
+    if not (_all_tensors(leaves) and _all_tensors(others)):
         places = [place for place in places if isinstance(leaves[place], torch.Tensor)]
         for place in set(range(len(leaves))).difference(places):
             if reason := _unlike(leaves[place], others[place]):
                 raise CompanionMismatch(f"{path_name(walk.path(place))}: {reason}")
             results[place] = copy_leaf_value(values[place])
+        for place in places:
+            if others[place] is None:
+                # Nothing takes it: optimizers make some of their state with the first step.
+                results[place] = snapshot(values[place], values[place].device)
+        places = [place for place in places if others[place] is not None]
         values, others = [values[place] for place in places], [others[place] for place in places]
     pairs = Pairs()
     if not pairs.add_all(others, values):
         for place, other, value in zip(places, others, values, strict=True):
             if reason := pairs.add(other, value):
                 raise CompanionMismatch(f"{path_name(walk.path(place))}: {reason}")
-    pairs.copy(non_blocking)
+    try:
+        pairs.copy(non_blocking)
+    except CannotTakeError as error:
+        place, said = error.args
+        name = path_name(walk.path(places[place]))
+        raise CompanionMismatch(f"{name}: the companion cannot take the tensor: {said}") from error
     return results
 
 
@@ -282,7 +301,7 @@ def _all_tensors(leaves: list[Any]) -> bool:
 
 def _unlike(value: Any, other: Any) -> str | None:
     """Why a companion is nothing that could be in the place of a leaf; None where it could."""
-    same = isinstance(value, torch.Tensor) == isinstance(other, torch.Tensor)
-    if same and (type(other) in LEAF_TYPES or not is_container(other)):
+    fits = not isinstance(value, torch.Tensor) or isinstance(other, (torch.Tensor, type(None)))
+    if fits and (type(other) in LEAF_TYPES or not is_container(other)):
         return None
     return f"expected a {kind_of(value)}, the companion has {kind_of(other)}"

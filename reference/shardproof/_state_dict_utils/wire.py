@@ -130,6 +130,17 @@ def transport_device(
     return torch.device(str(kind), torch.get_device_module(kind).current_device())
 
 
+def backend_of(group: dist.ProcessGroup, device: torch.device) -> str:
+    """The name of the backend that serves a device; empty where the group is one itself.
+
+    torch's ranks as threads have such a group, written in Python.
+    """
+    try:
+        return str(group._get_backend(device).name())
+    except RuntimeError:
+        return ""
+
+
 def all_gather(
     group: dist.ProcessGroup, payload: torch.Tensor, into: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -161,7 +172,7 @@ def all_gather_short(group: dist.ProcessGroup, payload: torch.Tensor) -> torch.T
     """As :func:`all_gather`, for a few bytes on the CPU, or wherever they are. One collective."""
     size, device = dist.get_world_size(group), payload.device
     short = 0 < size * payload.numel() <= _SHORT and device == CPU
-    if not short or group._get_backend(device).name() not in _STEPWISE:
+    if not short or backend_of(group, device) not in _STEPWISE:
         return all_gather(group, payload)
     rows = torch.empty(size * payload.numel(), dtype=torch.uint8)
     dist.all_to_all_single(rows, payload.repeat(size), group=group)
@@ -189,7 +200,7 @@ def all_gather_into(
     """
     size = dist.get_world_size(group)
     step = max(most // size, 1)
-    copying = group._get_backend(payload.device).name() in _COPYING
+    copying = backend_of(group, payload.device) in _COPYING
     if payload.numel() <= step or not copying:
         all_gather(group, payload, into)
         return
@@ -266,7 +277,7 @@ def scatter_takes_room(group: dist.ProcessGroup, device: torch.device) -> bool:
     The allocator of a device hands that room out for a moment, though nothing is written there.
     The answer is the same on every rank.
     """
-    return device.type not in _LAZY and group._get_backend(device).name() in _DESCRIBING
+    return device.type not in _LAZY and backend_of(group, device) in _DESCRIBING
 
 
 def scatter_into(

@@ -12,6 +12,7 @@ from conformance.kit.compare import assert_same, fingerprint, local
 from conformance.kit.data import DTYPES, SHAPES, VIEWS, dtype_id, numbers
 from conformance.kit.landing import assert_landed, blank, target
 from conformance.kit.layouts import THREE_D, TWO_D, R, S, placement_id
+from conformance.kit.levels import IDENTITY, STRIDES
 
 ON_META = pytest.mark.parametrize("meta", [False, True], ids=["real", "meta"])
 
@@ -294,10 +295,7 @@ class TestBroadcastStateDictStructure:
     def test_tied_targets_stay_tied(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, kind: str, meta: bool
     ) -> None:
-        """What shares memory under several keys still does; its twin stays apart.
-
-        Each DTensor with memory stays the object that it was, also beside a view of itself.
-        """
+        """What shares memory under several keys must share it still; its twin must stay apart."""
         line = mesh(2)
         tensor = numbers(6, 3, device=device)
 
@@ -307,8 +305,7 @@ class TestBroadcastStateDictStructure:
             return target(tensor, line, [S(0) if kind == "sharded" else R], meta=meta)
 
         tied = make()
-        given = {"a": tied, "b": tied, "view": tied.detach(), "twin": make()}
-        mine = dict(given)
+        mine = {"a": tied, "b": tied, "view": tied.detach(), "twin": make()}
         full = dict.fromkeys(("a", "b", "view"), tensor) | {"twin": tensor.clone()}
         judged(_given(rank, full), mine, device)
         for key, value in mine.items():
@@ -316,12 +313,29 @@ class TestBroadcastStateDictStructure:
                 assert_same(value, tensor, key)
             else:
                 assert_landed(value, tensor, line, [S(0) if kind == "sharded" else R], key)
-                assert meta or value is given[key], f"{key}: another DTensor"
         a, b, view, twin = (local(value).data_ptr() for value in mine.values())
         assert a == b == view, "a, b and view have come apart"
         assert a != twin, "a and twin have become one"
 
     @pytest.mark.law("structure")
+    @pytest.mark.should(IDENTITY)
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("placement", [S(0), R], ids=str)
+    def test_a_dtensor_stays_the_object_that_it_was(
+        self, judged: Any, mesh: Any, rank: int, device: torch.device, placement: Any
+    ) -> None:
+        """A DTensor with memory must stay the same object, also beside a tie and a view of it."""
+        line = mesh(2)
+        tensor = numbers(6, 3, device=device)
+        tied = target(tensor, line, [placement])
+        given = {"a": tied, "b": tied, "view": tied.detach()}
+        mine = dict(given)
+        judged(_given(rank, dict.fromkeys(given, tensor)), mine, device)
+        for key, value in mine.items():
+            assert value is given[key], f"{key}: another DTensor, expected the one that was there"
+
+    @pytest.mark.law("structure")
+    @pytest.mark.should(STRIDES)
     @pytest.mark.world(2)
     def test_channels_last_survives(self, judged: Any, rank: int, device: torch.device) -> None:
         """A channels_last tensor lands right, and as channels_last, in such a target."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,9 @@ from conformance.kit.data import numbers
 from conformance.kit.groups import UNSORTED, group
 from conformance.kit.landing import assert_landed, blank, target
 from conformance.kit.layouts import R, S
+from conformance.kit.levels import BYTES, COUNT
 from conformance.kit.nested import assert_apart, spoil
+from conformance.kit.refusals import MISFIT, MISSING
 
 ROOM = 64 * 1024
 """Bytes that the ranks may spend on agreeing, whatever the size of the tensors."""
@@ -145,6 +148,8 @@ class TestBroadcastStateDictSymmetry:
         assert_raises_everywhere(
             world,
             lambda: judged(full if world.rank == 0 else {}, mine, device, strict=strict),
+            re.compile(r"\bodd\b" if not strict else r"\b(odd|own)\b"),
+            kinds=MISSING if strict else MISFIT,
             name="error",
         )
         assert fingerprint(mine) == before, "the local dict has changed"
@@ -221,6 +226,7 @@ class TestBroadcastStateDictAutograd:
 @pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
 class TestBroadcastStateDictCost:
     @pytest.mark.law("cost")
+    @pytest.mark.should(COUNT)
     @pytest.mark.world(4)
     @pytest.mark.parametrize("kind", ["plain", "1-D", "2-D", "dtypes", "0-dim"])
     def test_collectives_do_not_grow_with_the_tensors(
@@ -249,6 +255,7 @@ class TestBroadcastStateDictCost:
         assert counts[0] == counts[1] > 0, f"collectives for 4 and for 40 tensors: {counts}"
 
     @pytest.mark.law("cost")
+    @pytest.mark.should(BYTES)
     @pytest.mark.world(4)
     @pytest.mark.parametrize("meta", [False, True], ids=["real", "meta"])
     def test_a_rank_does_not_receive_the_parts_of_others(
@@ -265,6 +272,7 @@ class TestBroadcastStateDictCost:
             assert seen.bytes < full.nbytes // 2, f"{seen.bytes} bytes of {full.nbytes} moved"
 
     @pytest.mark.law("cost")
+    @pytest.mark.should(BYTES)
     @pytest.mark.world(2)
     def test_keys_that_nobody_wants_do_not_travel(
         self, judged: Any, rank: int, device: torch.device
@@ -278,6 +286,7 @@ class TestBroadcastStateDictCost:
         assert seen.bytes < ROOM, f"{seen.bytes} bytes moved"
 
     @pytest.mark.law("cost")
+    @pytest.mark.should(BYTES)
     @pytest.mark.world(2)
     def test_tied_tensors_travel_once(self, judged: Any, rank: int, device: torch.device) -> None:
         """A tensor that the full dict holds under four names moves as many bytes as under one."""

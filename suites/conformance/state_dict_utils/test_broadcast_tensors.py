@@ -16,6 +16,7 @@ from conformance.kit.data import SHAPES, SOME_DTYPES, VIEWS, dtype_id, numbers
 from conformance.kit.groups import UNSORTED, group
 from conformance.kit.landing import assert_landed, blank, target
 from conformance.kit.layouts import TWO_D, R, S, placement_id
+from conformance.kit.levels import BYTES, COUNT
 from conformance.kit.nested import assert_apart, spoil
 
 ROOM = 64 * 1024
@@ -242,6 +243,7 @@ class TestBroadcastTensors:
         assert_landed(mine["w"], full["w"].detach(), line, [S(0)], "w")
 
     @pytest.mark.law("cost")
+    @pytest.mark.should(COUNT)
     @pytest.mark.world(2)
     def test_collectives_do_not_grow_with_the_tensors(
         self, judged: Any, given: Any, device: torch.device
@@ -257,6 +259,7 @@ class TestBroadcastTensors:
         assert counts[0] == counts[1] > 0, f"collectives for 4 and for 40 tensors: {counts}"
 
     @pytest.mark.law("cost")
+    @pytest.mark.should(BYTES)
     @pytest.mark.world(4)
     def test_a_rank_does_not_receive_the_parts_of_others(
         self, judged: Any, mesh: Any, rank: int, given: Any, device: torch.device
@@ -273,6 +276,7 @@ class TestBroadcastTensors:
             assert seen.bytes < whole // 2, f"{seen.bytes} bytes of {whole} moved"
 
     @pytest.mark.law("cost")
+    @pytest.mark.should(BYTES)
     @pytest.mark.world(2)
     def test_keys_that_nobody_wants_do_not_travel(
         self, judged: Any, given: Any, device: torch.device

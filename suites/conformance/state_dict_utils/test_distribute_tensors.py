@@ -9,14 +9,15 @@ import torch
 from torch import nn
 from torch.distributed.tensor import Placement
 
-from conformance.kit.agree import attempt
 from conformance.kit.collectives import Collectives
 from conformance.kit.compare import fingerprint
 from conformance.kit.data import DTYPES, SHAPES, VIEWS, numbers
 from conformance.kit.groups import group
 from conformance.kit.landing import assert_landed, target
 from conformance.kit.layouts import THREE_D, TWO_D, R, S, placement_id
+from conformance.kit.levels import IDENTITY
 from conformance.kit.nested import assert_apart, spoil
+from conformance.kit.refusals import refused
 
 CPU = torch.device("cpu")
 ON_META = pytest.mark.parametrize("meta", [False, True], ids=["real", "meta"])
@@ -114,10 +115,7 @@ class TestDistributeTensors:
     def test_only_pairs_among_the_keys_change(
         self, judged: Any, mesh: Any, device: torch.device
     ) -> None:
-        """Entries that are not named, plain tensors and absent keys stay; no key appears.
-
-        What has memory stays the object that it was, also beside a view of itself.
-        """
+        """Entries that are not named, plain tensors and absent keys must stay; no key appears."""
         line = mesh(2)
         full = numbers(5, 3, device=device)
         plain = numbers(3, device=device)
@@ -126,12 +124,26 @@ class TestDistributeTensors:
         state: dict[str, Any] = {"z": pair, "w": pair, "view": (view, full), "plain": plain, "n": 3}
         judged(state, ["plain", "w", "view", "absent"], device)
         assert list(state) == ["z", "w", "view", "plain", "n"], f"keys {list(state)}"
-        assert state["z"] is pair
-        assert state["w"] is pair[0], "w: another DTensor"
-        assert state["view"] is view, "view: another DTensor"
-        assert state["plain"] is plain
-        assert state["n"] == 3
+        assert state["z"] is pair, f"z, which is not named: {state['z']!r}, expected its pair"
+        assert state["plain"] is plain, f"plain: {state['plain']!r}, expected the tensor there was"
+        assert state["n"] == 3, f"n: {state['n']!r}, expected 3"
         assert_landed(state["w"], full, line, [S(0)], "w")
+        assert_landed(state["view"], full, line, [S(0)], "view")
+
+    @pytest.mark.law("structure")
+    @pytest.mark.should(IDENTITY)
+    @pytest.mark.world(2)
+    def test_a_dtensor_stays_the_object_that_it_was(
+        self, judged: Any, mesh: Any, device: torch.device
+    ) -> None:
+        """A DTensor with memory must stay the same object, also beside a view of it."""
+        full = numbers(5, 3, device=device)
+        given = target(full, mesh(2), [S(0)])
+        view = given.detach()
+        state: dict[str, Any] = {"w": (given, full), "view": (view, full)}
+        judged(state, ["w", "view"], device)
+        assert state["w"] is given, "w: another DTensor, expected the one that was there"
+        assert state["view"] is view, "view: another DTensor, expected the one that was there"
 
     @pytest.mark.law("structure")
     @pytest.mark.world(2)
@@ -210,9 +222,11 @@ class TestDistributeTensors:
             "layer.odd": (target(fine, line, [S(0)]), wrong),
         }
         before = fingerprint(state)
-        error = attempt(lambda: judged(state, ["fine", "layer.odd"], device))
-        assert error is not None, f"{size} is accepted for (5, 3)"
-        assert "layer.odd" in str(error), f"the key is not named: {error!r}"
+        refused(
+            lambda: judged(state, ["fine", "layer.odd"], device),
+            "layer.odd",
+            what=f"{size} for (5, 3)",
+        )
         assert fingerprint(state) == before, "the state dict has changed"
 
     @pytest.mark.law("cost")

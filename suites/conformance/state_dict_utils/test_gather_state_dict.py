@@ -24,6 +24,7 @@ from conformance.kit.layouts import (
     rows,
     sharded_tensor,
 )
+from conformance.kit.levels import STRIDES
 from conformance.kit.nested import Pair, assert_same_structure, sample, with_metadata
 
 
@@ -290,6 +291,7 @@ class TestGatherStateDictStructure:
         assert got["a"].data_ptr() == got["b"].data_ptr(), "a and b have come apart"
 
     @pytest.mark.law("structure")
+    @pytest.mark.should(STRIDES)
     @pytest.mark.world(2)
     @pytest.mark.parametrize("cpu_offload", [True, False], ids=["offload", "stay"])
     def test_plain_leaves_keep_their_memory_format(

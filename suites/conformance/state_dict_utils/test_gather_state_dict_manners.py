@@ -17,7 +17,9 @@ from conformance.kit.compare import assert_same, fingerprint
 from conformance.kit.data import numbers
 from conformance.kit.groups import UNSORTED, group
 from conformance.kit.layouts import R, S, dtensor, read_whole, rows, sharded_tensor
+from conformance.kit.levels import BYTES, COUNT
 from conformance.kit.nested import assert_apart, spoil
+from conformance.kit.refusals import MISSING
 
 ROOM = 64 * 1024
 """Bytes that the ranks may spend on agreeing, whatever the size of the tensors."""
@@ -127,7 +129,7 @@ class TestGatherStateDictSymmetry:
         leaves = {k: dtensor(numbers(4), mesh(2), [S(0)]) for k in ("here", "layer.lost")}
         if world.rank == 1:
             del leaves["layer.lost"]
-        assert_raises_everywhere(world, lambda: judged(leaves), "layer.lost")
+        assert_raises_everywhere(world, lambda: judged(leaves), "layer.lost", kinds=MISSING)
 
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=8, limit=25)
@@ -265,6 +267,7 @@ class TestGatherStateDictAutograd:
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")
 class TestGatherStateDictCost:
     @pytest.mark.law("cost")
+    @pytest.mark.should(COUNT)
     @pytest.mark.world(4)
     @pytest.mark.parametrize("kind", ["1-D", "2-D", "ShardedTensor", "dtypes"])
     def test_collectives_do_not_grow_with_the_tensors(
@@ -287,6 +290,7 @@ class TestGatherStateDictCost:
         assert counts[0] == counts[1] > 0, f"collectives for 4 and for 40 tensors: {counts}"
 
     @pytest.mark.law("cost")
+    @pytest.mark.should(BYTES)
     @pytest.mark.world(2)
     def test_tied_tensors_travel_once(self, judged: Any, mesh: Any) -> None:
         """A tensor under four names moves as many bytes as under one."""
@@ -299,6 +303,7 @@ class TestGatherStateDictCost:
         assert moved[1] < moved[0] + ROOM, f"bytes under one name and under four: {moved}"
 
     @pytest.mark.law("cost")
+    @pytest.mark.should(BYTES)
     @pytest.mark.world(2)
     def test_replicated_leaves_do_not_travel(self, judged: Any, mesh: Any) -> None:
         """A leaf that every rank holds whole is not moved."""
@@ -307,6 +312,7 @@ class TestGatherStateDictCost:
         assert seen.bytes < ROOM, f"{seen.bytes} bytes moved"
 
     @pytest.mark.law("cost")
+    @pytest.mark.should(BYTES)
     @pytest.mark.world(4)
     def test_a_replicated_mesh_dimension_moves_nothing(self, judged: Any, mesh: Any) -> None:
         """Over [Replicate, Shard(0)] a rank hands in its half, gets the whole, and no more."""
@@ -317,6 +323,7 @@ class TestGatherStateDictCost:
         assert seen.bytes < most, f"{seen.bytes} bytes moved, expected less than {most}"
 
     @pytest.mark.law("cost")
+    @pytest.mark.should(BYTES)
     @pytest.mark.world(4)
     def test_a_rank_outside_ranks_only_only_sends(self, judged: Any, mesh: Any, rank: int) -> None:
         """A rank that gets no result moves about its own quarter, less than half of the tensor."""
@@ -327,6 +334,7 @@ class TestGatherStateDictCost:
             assert seen.bytes < full.nbytes // 2, f"{seen.bytes} bytes of {full.nbytes} moved"
 
     @pytest.mark.law("cost")
+    @pytest.mark.should(BYTES)
     @pytest.mark.world(2)
     def test_a_rank_outside_ranks_only_pays_for_no_copy(
         self, judged: Any, mesh: Any, rank: int

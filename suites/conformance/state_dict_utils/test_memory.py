@@ -15,6 +15,7 @@ import torch
 
 from conformance.kit.growth import SHARE, WHOLE, Model, assert_grows, sharded, targets
 from conformance.kit.layouts import R, S, dtensor, rows, sharded_tensor
+from conformance.kit.levels import MEMORY
 
 pytestmark = pytest.mark.needs("resident memory")
 
@@ -28,6 +29,7 @@ def grows(device: torch.device) -> Callable[..., None]:
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")
 class TestGather:
     @pytest.mark.law("cost")
+    @pytest.mark.should(MEMORY)
     @pytest.mark.world(4)
     @pytest.mark.parametrize("dim", [0, 1])
     def test_a_result_and_a_bucket(self, judged: Any, mesh: Any, grows: Any, dim: int) -> None:
@@ -40,6 +42,7 @@ class TestGather:
         grows(WHOLE, make)
 
     @pytest.mark.law("cost")
+    @pytest.mark.should(MEMORY)
     @pytest.mark.world(4)
     @pytest.mark.parametrize("dims", [(0, 0), (0, 1)], ids=str)
     def test_over_an_unsorted_mesh(
@@ -54,6 +57,7 @@ class TestGather:
         grows(WHOLE, make)
 
     @pytest.mark.law("cost")
+    @pytest.mark.should(MEMORY)
     @pytest.mark.world(4)
     def test_others_only_send(self, judged: Any, mesh: Any, rank: int, grows: Any) -> None:
         """Ranks that get no result have no room made for one."""
@@ -68,6 +72,7 @@ class TestGather:
 @pytest.mark.judges("_state_dict_utils._all_gather_sharded_tensor")
 class TestAllGatherShardedTensor:
     @pytest.mark.law("cost")
+    @pytest.mark.should(MEMORY)
     @pytest.mark.world(4)
     def test_a_result_and_a_bucket(self, judged: Any, grows: Any) -> None:
         """One tensor as large as the model."""
@@ -84,6 +89,7 @@ class TestAllGatherShardedTensor:
 @pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
 class TestBroadcast:
     @pytest.mark.law("cost")
+    @pytest.mark.should(MEMORY)
     @pytest.mark.world(4)
     @pytest.mark.parametrize("dim", [0, 1])
     def test_shards_are_filled_where_they_are(
@@ -99,6 +105,7 @@ class TestBroadcast:
         grows(0, make)
 
     @pytest.mark.law("cost")
+    @pytest.mark.should(MEMORY)
     @pytest.mark.world(4)
     def test_no_rank_needs_a_large_tensor_whole(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, grows: Any
@@ -116,6 +123,7 @@ class TestBroadcast:
             grows(0, make)
 
     @pytest.mark.law("cost")
+    @pytest.mark.should(MEMORY)
     @pytest.mark.world(4)
     def test_plain_targets_are_made_anew(
         self, judged: Any, rank: int, device: torch.device, grows: Any
@@ -133,6 +141,7 @@ class TestBroadcast:
 @pytest.mark.judges("_state_dict_utils._distribute_state_dict")
 class TestDistribute:
     @pytest.mark.law("cost")
+    @pytest.mark.should(MEMORY)
     @pytest.mark.world(4)
     @pytest.mark.parametrize("placement", [S(0), S(1), R], ids=str)
     def test_the_shards_and_no_more(
@@ -151,6 +160,7 @@ class TestDistribute:
 @pytest.mark.judges("_state_dict_utils._copy_state_dict")
 class TestCopy:
     @pytest.mark.law("cost")
+    @pytest.mark.should(MEMORY)
     @pytest.mark.world(1)
     def test_values_go_straight_to_their_place(self, judged: Any, grows: Any) -> None:
         """Both state dicts have their memory already."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import UserDict
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +15,7 @@ from conformance.kit.compare import fingerprint
 from conformance.kit.data import numbers
 from conformance.kit.layouts import S, dtensor, rows, sharded_tensor
 from conformance.kit.nested import Pair, assert_same_structure, sample, with_metadata
+from conformance.kit.refusals import MISSING, assert_refusal
 
 
 def visited(traverse: Any, value: Any) -> list[tuple[Any, Any]]:
@@ -139,14 +141,14 @@ SET: dict[str, tuple[Any, tuple[Any, ...], Any]] = {
 """Name to (root, path, the root once 9 is set there)."""
 
 REFUSED: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "through a number": ({"a": 1}, ("a", "b", "c")),
-    "through a tensor": ({"a": numbers(3)}, ("a", "b", "c")),
-    "into a tuple": ({"a": (1, 2)}, ("a", 0)),
-    "negative index": ({"x": 1}, ("a", -1)),
-    "negative index below": ({"a": {"x": 1}}, ("a", "b", "c", -1)),
-    "negative index on the way": ({"x": 1}, ("a", -1, "b")),
-    "index of a list grown": ({"a": [1]}, ("a", 3, -1)),
-    "str for a list": ({"a": [1]}, ("a", "b")),
+    "through a number": ({"first": 1}, ("first", "second", "third")),
+    "through a tensor": ({"first": numbers(3)}, ("first", "second", "third")),
+    "into a tuple": ({"first": (1, 2)}, ("first", 0)),
+    "negative index": ({"x": 1}, ("first", -1)),
+    "negative index below": ({"first": {"x": 1}}, ("first", "second", "third", -1)),
+    "negative index on the way": ({"x": 1}, ("first", -1, "second")),
+    "index of a list grown": ({"first": [1]}, ("first", 3, -1)),
+    "str for a list": ({"first": [1]}, ("first", "second")),
 }
 """Name to (root, path) where nothing can be set."""
 
@@ -187,7 +189,8 @@ class TestSetElement:
             root, path = REFUSED[name]
             before = fingerprint(root)
             error = attempt(lambda: judged(root, path, 9))
-            assert error is not None, f"{path} is accepted; the root is now {root}"
-            assert fingerprint(root) == before, f"after {error!r} the root is {root}"
+            assert fingerprint(root) == before, f"{name}: after {error!r} the root is {root}"
+            step = re.compile("|".join(rf"\b{s}\b" if isinstance(s, str) else str(s) for s in path))
+            assert_refusal(error, step, kinds=MISSING, what=f"{name}: {path} of {root}")
 
         each(REFUSED, refuse)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.planner_helpers import _create_chunk_list as create_chunk_list
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from conformance.kit.agree import exchange
 from conformance.kit.collectives import Collectives
@@ -25,7 +27,8 @@ from conformance.kit.fsdp1 import (
     tp_mesh,
 )
 from conformance.kit.generated import drawn, layouts
-from conformance.kit.layouts import R, S, dtensor, part, read_whole
+from conformance.kit.layouts import R, S, dtensor, part, placement_id, read_whole
+from conformance.kit.levels import MEMORY
 from conformance.kit.memory import MIB, peak_growth
 from conformance.kit.nested import spoil
 
@@ -227,6 +230,7 @@ class TestChunkDTensor:
             assert_chunked(call(judged, given(full, root, None), root), full, root, None)
 
     @pytest.mark.law("cost")
+    @pytest.mark.should(MEMORY)
     @pytest.mark.world(4)
     @pytest.mark.needs("resident memory")
     @pytest.mark.parametrize("held", [None, S(1)], ids=held_id)
@@ -271,6 +275,46 @@ class TestChunkDTensor:
             spoil({"result": first})
             assert fingerprint(tensor) == before, "a write to the result changed the input"
             assert_same(local(call(judged, tensor, root)), kept, "second call")
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(4)
+    @pytest.mark.needs("functional gathers")
+    @pytest.mark.parametrize("held", HELD, ids=held_id)
+    def test_compiled_as_one_graph(self, judged: Any, mesh: Any, held: Any) -> None:
+        """With `fullgraph=True` the compiler finds no break in it, and the chunks are the whole."""
+        root, full = mesh(2, 2), numbers(8, 4)
+        line, rank = fsdp_mesh(root), fsdp_rank(root)
+
+        def code(tensor: torch.Tensor) -> Any:
+            return judged(tensor * 2, rank, line)
+
+        got = torch.compile(code, backend="aot_eager", fullgraph=True)(given(full, root, held))
+        assert_same(local(got), part(full * 2, root, got.placements))
+        assert_same(read_whole(got), full * 2, "whole")
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(4)
+    @pytest.mark.needs("functional gathers")
+    @pytest.mark.parametrize("held", HELD, ids=held_id)
+    def test_consumers_read_the_placements(self, judged: Any, mesh: Any, held: Any) -> None:
+        """A checkpoint's planner and a redistribution take the chunks for what they are."""
+        root = mesh(2, 2)
+        for size in [*EVEN, (5, 3), (3, 1)] if held in (None, R) else EVEN:
+            full, what = numbers(*size), str(size)
+            got = call(judged, given(full, root, held), root)
+            shape, offset = compute_local_shape_and_global_offset(
+                got.shape, got.device_mesh, got.placements
+            )
+            assert shape == local(got).shape, f"{what}: {shape}, holds {tuple(local(got).shape)}"
+            box = tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
+            assert_same(local(got), full[box], f"{what}, at {offset}")
+            for chunk in create_chunk_list(got):
+                where = (tuple(chunk.sizes), tuple(chunk.offsets))
+                assert where == (shape, offset), f"{what}: the planner says {chunk}"
+            for placements in [R, R], [S(0), S(0)], [S(1), R], [R, S(0)], [S(0), S(1)]:
+                moved = local(got.redistribute(placements=placements))
+                expected = part(full, root, placements)
+                assert_same(moved + 0, expected, f"{what} to {placement_id(placements)}")
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(4)

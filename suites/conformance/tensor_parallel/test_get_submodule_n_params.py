@@ -12,6 +12,7 @@ from conformance.kit.cases import each
 from conformance.kit.compare import fingerprint
 from conformance.kit.data import numbers
 from conformance.kit.layouts import S
+from conformance.kit.refusals import MISSING, refused
 from conformance.kit.tensor_parallel import bag, weight
 
 
@@ -66,11 +67,9 @@ class TestGetSubmoduleNParams:
         """A path that leads nowhere is an error that names what is not there."""
         module = tree(mesh(1))
 
-        def refused(case: tuple[str, str]) -> None:
+        def refuse(case: tuple[str, str]) -> None:
             path, missing = case
-            error = attempt(lambda: judged(module, path))
-            assert error is not None, "accepted"
-            assert missing in str(error), f"{error!r} does not name {missing!r}"
+            refused(lambda: judged(module, path), missing, kinds=MISSING, what=repr(path))
 
         each(
             [
@@ -87,7 +86,7 @@ class TestGetSubmoduleNParams:
                 ("nest.", ""),
                 ("nest..deep", ""),
             ],
-            refused,
+            refuse,
         )
 
     @pytest.mark.law("isolation")

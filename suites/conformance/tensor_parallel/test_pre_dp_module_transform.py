@@ -17,6 +17,7 @@ from conformance.kit.collectives import Collectives
 from conformance.kit.compare import assert_same, local, shares_memory
 from conformance.kit.data import numbers
 from conformance.kit.layouts import R, S, dtensor, part
+from conformance.kit.refusals import SHAPE, refused
 from conformance.kit.tensor_parallel import (
     assert_holds,
     assert_inside,
@@ -173,7 +174,7 @@ class TestPreDpModuleTransform:
         judged(module)
         before, good = identities(module), module.down.weight.data
         module.down.weight.data = small(2, 2)
-        assert attempt(lambda: module(batch())) is not None, "accepted"
+        refused(lambda: module(batch()), SHAPE, what="(2, 2) for down.weight")
         assert identities(module) == before, "other objects"
         module.down.weight.data = good
         assert_holds(module, line, net(), "after the failure")

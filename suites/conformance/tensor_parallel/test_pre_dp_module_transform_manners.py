@@ -13,6 +13,7 @@ from conformance.kit.agree import attempt
 from conformance.kit.compare import assert_same
 from conformance.kit.data import numbers
 from conformance.kit.layouts import S
+from conformance.kit.refusals import SHAPE, assert_refusal
 from conformance.kit.tensor_parallel import (
     assert_holds,
     assert_inside,
@@ -72,7 +73,7 @@ class TestPreDpModuleTransformManners:
 
         def look(inside: Any) -> None:
             error = attempt(lambda: inside.up(small(3, 3)))
-            assert error is not None
+            assert_refusal(error, SHAPE, what="a (3, 3) batch for a (9, 4) weight")
             assert_inside(inside, line, "after the child failed")
 
         backward(module, look=look)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,11 +10,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from conformance.kit.agree import attempt
 from conformance.kit.collectives import Collectives
 from conformance.kit.compare import assert_same, local, shares_memory
 from conformance.kit.data import DTYPES, dtype_id, numbers
 from conformance.kit.layouts import ONE_D, THREE_D, TWO_D, R, S, dtensor, part, placement_id
+from conformance.kit.refusals import SHAPE, refused
 from conformance.kit.tensor_parallel import bag, baggage, identities, piled_up, weight
 
 LOCALIZE = "tensor.parallel.ddp._localize_dtensor"
@@ -310,8 +311,7 @@ class TestReconstructDtensor:
             localize(module)
             before = identities(module)
             module.get_parameter(wrong).data = numbers(7, 3)
-            error = attempt(lambda m=module: judged(m, ()))  # type: ignore[misc]
-            assert error is not None, f"{wrong}: accepted"
+            refused(partial(judged, module, ()), SHAPE, what=f"(7, 3) for parameter {wrong}")
             assert identities(module) == before, f"{wrong}: {[n for n, _ in identities(module)]}"
             for name in "abc":
                 assert not isinstance(getattr(module, name), DTensor), f"{wrong}: {name} differs"

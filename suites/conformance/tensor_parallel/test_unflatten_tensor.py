@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from conformance.kit.compare import assert_same, fingerprint, shares_memory
 from conformance.kit.data import DTYPES, dtype_id, numbers
 from conformance.kit.generated import drawn, layouts
 from conformance.kit.layouts import ONE_D, THREE_D, TWO_D, R, S, dtensor, part, placement_id
+from conformance.kit.refusals import SHAPE, assert_refusal, refused
 from conformance.kit.streams import STREAM, Handle, Waits
 
 FLATTEN = "tensor.parallel._data_parallel_utils._flatten_tensor"
@@ -130,8 +132,8 @@ class TestUnflattenTensor:
             "empty": numbers(0),
             "0-dim": numbers(),
         }.items():
-            error = attempt(lambda w=wrong: judged(w, spec))  # type: ignore[misc]
-            assert error is not None, f"{name}: {tuple(wrong.shape)} is accepted for (4, 6)"
+            what = f"{name}: {tuple(wrong.shape)} for (4, 6)"
+            refused(partial(judged, wrong, spec), SHAPE, what=what)
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)
@@ -144,8 +146,12 @@ class TestUnflattenTensor:
             theirs = part(full, line, [S(0)], [other])
             error = attempt(lambda t=theirs: judged(t.clone(), spec))  # type: ignore[misc]
             fits = theirs.shape == mine.shape
-            assert (error is None) == fits, f"shard of rank {other} on rank {rank}: {error!r}"
-        assert attempt(lambda: judged(full, spec)) is not None, "the whole tensor is accepted"
+            what = f"shard of rank {other} on rank {rank}"
+            if fits:
+                assert error is None, f"{what}: refused, though of the right shape: {error!r}"
+            else:
+                assert_refusal(error, SHAPE, what=what)
+        refused(lambda: judged(full, spec), SHAPE, what="the whole tensor for a shard")
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(1, 2)
@@ -226,6 +232,24 @@ class TestUnflattenTensor:
         assert_same(got.detach(), numbers(4, 3) * 2)
         got.backward(numbers(4, 3, salt=1))
         assert_same(local.grad, numbers(4, 3, salt=1) * 2)
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("placements", ONE_D, ids=placement_id)
+    def test_compiled_as_one_graph(self, judged: Any, mesh: Any, placements: Any) -> None:
+        """With `fullgraph=True` the compiler finds no break in it, and the gradient is the same."""
+        line, full = mesh(2), numbers(4, 6)
+        spec, mine = dtensor(full, line, placements)._spec, part(full, line, placements)
+
+        def code(tensor: torch.Tensor) -> Any:
+            return (judged(tensor * 2, spec) * 3).to_local()
+
+        local = mine.clone().requires_grad_()
+        got = torch.compile(code, backend="aot_eager", fullgraph=True)(local)
+        assert_same(got.detach(), mine * 6)
+        got.backward(mine)
+        assert_same(local.grad, mine * 6, "gradient")
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(1)

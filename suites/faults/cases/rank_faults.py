@@ -54,6 +54,18 @@ def test_segfaults(rank: int) -> None:
         ctypes.string_at(0)
 
 
+def call_of_a_backend() -> None:
+    os.write(2, b"terminate called after throwing an instance of 'gloo::EnforceNotMet'\n")
+    os.write(2, b"  what():  [enforce fail at pair.cc:7] this tensor is on no CPU\n")
+    os.write(2, b"frame #0: gloo::transport::Pair::recv() (0x7f in libtorch_cpu.so)\n" * 40)
+    os.abort()
+
+
+def test_is_ended_by_its_backend(rank: int) -> None:
+    if rank == 1:
+        call_of_a_backend()
+
+
 def test_closes_every_descriptor(rank: int) -> None:
     if rank == 1:
         os.closerange(3, 4096)

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch._C._functorch import unwrap_if_dead
-from torch._compile import _disable_dynamo
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from shardproof._state_dict_utils.layout import local_shape, my_coordinate
+from shardproof._state_dict_utils.subclasses import PLAIN
 from shardproof._state_dict_utils.tensors import dtensor, spec_of_dtype
+from shardproof.tensor.parallel._subclasses import alias, finish
 
 __all__ = ["_flatten_tensor", "_unflatten_tensor", "sync_grad_hook"]
 
@@ -34,17 +34,17 @@ def sync_grad_hook(grad: Any, *, device_handle: Any = None, compute_stream: Any 
 
     Returns:
         The plain, finished tensor of an ``AsyncCollectiveTensor``; anything else, None included,
-        comes back as the same object.
+        comes back as the same object; what a wrapper holds that is pending is finished in it.
 
     Local: any rank may call it alone.
 
     """
-    if not isinstance(grad, AsyncCollectiveTensor):
+    if type(grad) in PLAIN or not isinstance(grad, torch.Tensor):
         return grad
     if compute_stream is None:
-        return grad.wait()
+        return finish(grad)
     with device_handle.stream(compute_stream):
-        return grad.wait()
+        return finish(grad)
 
 
 def _flatten_tensor(tensor: torch.Tensor) -> tuple[torch.Tensor, DTensorSpec | None]:
@@ -64,17 +64,16 @@ def _flatten_tensor(tensor: torch.Tensor) -> tuple[torch.Tensor, DTensorSpec | N
     """
     if isinstance(tensor, DTensor):
         local = tensor._local_tensor
-        if type(local) is not torch.Tensor and isinstance(local, AsyncCollectiveTensor):
-            local = local.wait()
-        if tensor.requires_grad:
-            local = local.detach().requires_grad_()
-        elif local.requires_grad:
+        if type(local) is not torch.Tensor:
+            local = finish(local)
+            if local.requires_grad or tensor.requires_grad:
+                local = alias(local)
+        elif local.requires_grad or tensor.requires_grad:
             local = local.detach()
-        return local, tensor._spec
+        return local.requires_grad_() if tensor.requires_grad else local, tensor._spec
     return tensor, None
 
 
-@_disable_dynamo(recursive=True)
 def _unflatten_tensor(
     tensor: torch.Tensor,
     spec: DTensorSpec,
@@ -99,10 +98,19 @@ def _unflatten_tensor(
         ValueError: ``tensor`` has not the shape that ``spec`` gives to this rank.
 
     Local: no collective runs in the forward. The backward communicates only if the gradient
-    arrives in other placements than the spec's. In compiled code it runs as it is: a break, and no
-    part of a graph.
+    arrives in other placements than the spec's. Compiled code is traced through it, without a
+    break: there gradients are finished by the graph, and shapes are not looked at.
 
     """
+    if torch.compiler.is_compiling():
+        return DTensor.from_local(
+            tensor,
+            spec.mesh,
+            spec.placements,
+            run_check=False,
+            shape=spec.shape,
+            stride=spec.stride,
+        )
     return unflattened(tensor, spec, device_handle, compute_stream)
 
 
@@ -127,7 +135,7 @@ def around(
 ) -> DTensor:
     """As :func:`unflattened`, for a tensor that is known to have the local shape."""
     if not (tensor.requires_grad and torch.is_grad_enabled()):
-        return dtensor(tensor.detach(), spec_of_dtype(spec, tensor.dtype))
+        return _whole(tensor, spec)
     finish: Callable[[Any], Any] = sync_grad_hook
     if compute_stream is not None:
         finish = partial(sync_grad_hook, device_handle=device_handle, compute_stream=compute_stream)
@@ -137,6 +145,18 @@ def around(
         # in Python, which takes a tenth of what a reconstruction does.
         apply, tensor = super(torch.autograd.Function, _Unflatten).apply, unwrap_if_dead(tensor)
     return apply(tensor, spec, finish)
+
+
+def _whole(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
+    spec = spec_of_dtype(spec, local.dtype)
+    if type(local) in PLAIN:
+        return dtensor(local.detach(), spec)
+    local = alias(local)
+    # A type that can be viewed but not detached goes on to say that it trains.
+    made = DTensor(local, spec, requires_grad=local.requires_grad)
+    if made.requires_grad:
+        made.requires_grad_(False)
+    return made
 
 
 class _Unflatten(torch.autograd.Function):
@@ -151,7 +171,7 @@ class _Unflatten(torch.autograd.Function):
     ) -> DTensor:
         ctx.spec, ctx.finish = spec, finish
         ctx.set_materialize_grads(False)
-        return dtensor(local.detach(), spec_of_dtype(spec, local.dtype))
+        return _whole(local, spec)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, None, None]:

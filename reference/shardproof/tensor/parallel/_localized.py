@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, UserDict
+from collections.abc import Callable, ValuesView
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.utils.hooks import RemovableHandle
 
 from shardproof._state_dict_utils.layout import my_coordinate, spec_block
-from shardproof._state_dict_utils.tensors import allocate, put, settled, stood_for
+from shardproof._state_dict_utils.subclasses import settled
+from shardproof._state_dict_utils.tensors import allocate, put, stood_for
 from shardproof.tensor.parallel._data_parallel_utils import (
     _flatten_tensor,
     around,
@@ -30,6 +31,7 @@ from shardproof.tensor.parallel._data_parallel_utils import (
 )
 
 _RECORDS = "_shardproof_localized"
+_KEEP_VARS = "_shardproof_keep_vars"
 _NONE: dict[str, Any] = {}
 
 
@@ -48,6 +50,8 @@ class Localized:
         """The local shape that the spec gives to this rank, once it was asked."""
         self.inside: torch.Tensor | None = None
         """The DTensor that has the place now, during a forward."""
+        self.moved = False
+        """Whether the tensor was found gone from this place, and looked for in others."""
         self.stand_in(local)
 
     def stand_in(self, local: torch.Tensor) -> None:
@@ -155,6 +159,17 @@ def local_part(value: torch.Tensor, spec: DTensorSpec) -> torch.Tensor:
     return part
 
 
+def last(hooks: Any, ours: Callable[..., None]) -> None:
+    """Let our hook come after those that were registered since."""
+    late = 0
+    for number in reversed(hooks):
+        if hooks[number] is ours:
+            if late:
+                hooks.move_to_end(number)
+            return
+        late += 1
+
+
 class Hooks:
     """Hooks of a module tree, put on one module after another.
 
@@ -182,36 +197,76 @@ class Hooks:
         module._forward_hooks_always_called[self._number] = True
 
     def around_state_dict(self, owner: nn.Module) -> None:
-        """State dicts hold the DTensors that are recorded on the module, and load them."""
-        owner._state_dict_hooks[self._number] = state_dict_hook
-        owner._load_state_dict_pre_hooks[self._number] = _LoadHook(owner)
+        """State dicts hold the DTensors that are recorded on the module, and load them.
+
+        Hooks of others adapt whole tensors: ours comes first after saving, last before loading.
+        """
+        owner._state_dict_pre_hooks[self._number] = state_dict_pre_hook
+        saved: Any = owner._state_dict_hooks
+        saved[self._number] = state_dict_hook
+        if len(saved) > 1:
+            saved.move_to_end(self._number, last=False)
+        loading: Any = _LoadHooks(owner)
+        owner._load_state_dict_pre_hooks = loading
 
 
-class _LoadHook:
-    """As torch wraps a hook that wants its module: its copy belongs to the module's copy."""
+class _LoadHooks(UserDict[int, Any]):
+    """A module's hooks before loading: those that it has, those that are to come, then ours.
+
+    Over the dict that was there: handles that were given out remove from that.
+    """
 
     def __init__(self, module: nn.Module) -> None:
+        self.data = module._load_state_dict_pre_hooks
+        # As torch wraps a hook that wants its module: its copy belongs to the module's copy.
         self._module = weakref.ref(module)
 
-    def __call__(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    def values(self) -> ValuesView[Any]:
+        return ValuesView({**self.data, None: self._load})
+
+    def _load(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         module = self._module()
         assert module is not None
         load_state_dict_hook(module, state_dict, prefix, *others)
 
     def __getstate__(self) -> Any:
-        return self._module()
+        return self.data, self._module()
 
-    def __setstate__(self, module: nn.Module) -> None:
+    def __setstate__(self, state: Any) -> None:
+        self.data, module = state
         self._module = weakref.ref(module)
+
+
+def _is_local(value: torch.Tensor, held: torch.Tensor, spec: DTensorSpec) -> bool:
+    """Whether a plain tensor has the shape of the local one, on this rank as on all others."""
+    if isinstance(value, DTensor) or value.shape != held.shape:
+        return False
+    parts = 1
+    for size, placement in zip(spec.mesh.shape, spec.placements, strict=True):
+        parts *= 1 if placement.is_replicate() else size
+    return held.numel() * parts == spec.shape.numel()
+
+
+def state_dict_pre_hook(module: nn.Module, _prefix: str, keep_vars: bool) -> None:
+    """Take note of what the hook after it is not told."""
+    module.__dict__[_KEEP_VARS] = keep_vars
 
 
 def state_dict_hook(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: dict[str, Any]
 ) -> None:
-    """Give a state dict the DTensors that the module's local tensors are parts of."""
+    """Give a state dict the DTensors that the module's local tensors are parts of.
+
+    With ``keep_vars=True`` it is asked for the module's own Parameters and buffers, as the optimizer
+    and data parallelism hold them: for their identity, their gradient, or to change them. These are
+    the local ones, and stay. The mark on each tells the state-dict functions what it is a part of.
+    """
+    keep_vars = module.__dict__.pop(_KEEP_VARS, False)
     for name, entry in records_of(module).items():
         key = prefix + name
         value = state_dict.get(key)
+        if keep_vars and value is slots_of(module, name).get(name):
+            continue
         if isinstance(value, torch.Tensor) and not isinstance(value, DTensor):
             state_dict[key] = as_dtensor(value, entry, key)
 
@@ -238,8 +293,12 @@ def load_state_dict_hook(
         held = slots_of(module, name).get(name)
         if not isinstance(value, torch.Tensor) or held is None or isinstance(held, DTensor):
             continue
+        if value.shape == (1,) and not entry.spec.shape:
+            value = value[0]  # as Module takes it for a scalar
         if tuple(value.shape) == tuple(entry.spec.shape):
             state_dict[key] = local_part(value, entry.spec)
+            continue
+        if _is_local(value, held, entry.spec):
             continue
         error_msgs.append(
             f"size mismatch for {key}: copying a param with shape {tuple(value.shape)} from "

@@ -10,9 +10,8 @@ None of these functions communicates. See pytorch#120479 on the state of the int
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,13 +19,9 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.distributed.tensor import DTensor
 
-from shardproof.tensor.parallel import _localized
+from shardproof.tensor.parallel import _localized, _seam
 
 __all__: list[str] = []
-
-_SEAM = "_shardproof_seam"
-_STATE_DICT = "_shardproof_seam_state_dict"
-_IGNORED = "_shardproof_not_localized"
 
 
 def _get_submodule_n_params(module: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -126,7 +121,11 @@ def _reconstruct_dtensor(module: nn.Module, _input: Any = None) -> None:
     Local: no collective runs.
 
     """
-    _enter(module)
+    seam = _seam.seam_of(module)
+    if seam is not None and seam.inside:
+        _seam.complete(module)
+    else:
+        _seam.begin(module)
 
 
 @_disable_dynamo(recursive=True)
@@ -153,34 +152,22 @@ def _localize_dtensor(
 
     """
     if ignored_params is not None:
-        module.__dict__[_IGNORED] = [weakref.ref(p) for p in ignored_params]
-    left_out = {id(reference()) for reference in module.__dict__.get(_IGNORED, ())}
-
-    made: dict[int, tuple[torch.Tensor, Any]] = {}
-    found: list[tuple[nn.Module, str, DTensor]] = []
-    inside: list[tuple[_localized.Slots, str, _localized.Localized]] = []
+        module.__dict__[_seam.IGNORED] = [weakref.ref(p) for p in ignored_params]
+    seam = _seam.seam_of(module)
+    if _ and seam is not None and seam.inside:
+        # A forward hook. Ours comes after it, here or with a forward around this one.
+        if seam.depth and not _seam.calls_of(module):
+            _seam.end(module)
+        return
     parts = _localized.parts_of(module)
-    for owner in parts:
-        records = _localized.records_of(owner)
-        tables: tuple[Any, Any] = owner._parameters, owner._buffers
-        for slots in tables:
-            for name, held in slots.items():
-                if not isinstance(held, DTensor):
-                    continue
-                entry = records.get(name)
-                if entry is not None and entry.inside is held:
-                    inside.append((slots, name, entry))
-                elif id(held) not in left_out:
-                    if id(held) not in made:
-                        made[id(held)] = _localized.localized(held)
-                    found.append((owner, name, held))
-    for slots, name, entry in inside:
-        slots[name], entry.inside = entry.local, None
-    for owner, name, held in found:
-        _localized.record(owner, name, *made[id(held)])
-    # Parts of it may have been localized, and hooked, on their own before.
-    if made or _SEAM not in module.__dict__:
-        _attach(_localized.parts_of(module))
+    for part in parts:
+        if (seam := _seam.seam_of(part)) is not None:
+            seam.inside = seam.depth = 0
+    late = ignored_params is not None and _has_begun(module)
+    if late:
+        _refuse_own(module)
+    if _seam.localize(module, parts) and late:
+        _seam.wait_for(module)
 
 
 def _pre_dp_module_transform(module: nn.Module) -> None:
@@ -199,79 +186,23 @@ def _pre_dp_module_transform(module: nn.Module) -> None:
     _localize_dtensor(module)
 
 
-class _Seam:
-    """Around every forward of a module tree: DTensors in at the first, out at the last."""
-
-    def __init__(self) -> None:
-        self._holder: nn.Module | None = None
-        self._depth = 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Seam:
-        return _Seam() if id(self) not in memo else memo[id(self)]
-
-    @_disable_dynamo(recursive=True)
-    def enter(self, module: nn.Module, _input: Any) -> None:
-        if self._holder is None:
-            if _enter(module):
-                self._holder, self._depth = module, 1
-        elif self._holder is module:
-            # An interrupt leaves without hooks (Module calls them for an Exception only). What it
-            # left open is taken over, unless this call really lies within the other.
-            self._depth = self._depth + 1 if _is_running(module) else 1
-
-    @_disable_dynamo(recursive=True)
-    def leave(self, module: nn.Module, _input: Any, _output: Any) -> None:
-        if self._holder is not module:
-            return
-        self._depth -= 1
-        if self._depth == 0:
-            self._holder = None
-            _localize_dtensor(module)
+def _has_begun(module: nn.Module) -> bool:
+    """Whether a forward of the module is past the moment at which it would put DTensors in."""
+    return _reconstruct_dtensor not in module._forward_pre_hooks.values() and bool(
+        _seam.calls_of(module)
+    )
 
 
-def _enter(module: nn.Module) -> int:
-    """Put DTensors into the places of local Parameters; how many places were changed."""
-    built: dict[int, DTensor] = {}
-    found: list[tuple[_localized.Slots, str, _localized.Localized, torch.Tensor]] = []
-    for owner in _localized.parts_of(module):
-        for name, entry in _localized.records_of(owner).items():
-            slots = _localized.slots_of(owner, name)
-            held = slots.get(name)
-            if held is None or isinstance(held, DTensor):
-                continue
-            if id(held) not in built:
-                built[id(held)] = _localized.as_dtensor(held, entry, name)
-            found.append((slots, name, entry, held))
-    for slots, name, entry, held in found:
-        if entry.local is not held:
-            entry.stand_in(held)
-        entry.inside = slots[name] = built[id(held)]
-    return len(found)
-
-
-def _attach(parts: Mapping[nn.Module, bool]) -> None:
-    """Hook every module of a tree that has localized parameters in or below it, once."""
-    seam = _Seam()
-    hooks = _localized.Hooks(seam.enter, seam.leave)
-    for part, holds in parts.items():
-        if not holds:
-            continue
-        if _SEAM not in part.__dict__:
-            part.__dict__[_SEAM] = seam
-            hooks.around_forward(part)
-        if _localized.records_of(part) and _STATE_DICT not in part.__dict__:
-            part.__dict__[_STATE_DICT] = True
-            hooks.around_state_dict(part)
-
-
-def _is_running(module: nn.Module) -> bool:
-    """Whether an outer frame is a call of this module, apart from the one that asks."""
-    frame, calls = sys._getframe(1), 0
-    while frame is not None and calls < 2:
-        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
-            calls += 1
-        frame = frame.f_back  # type: ignore[assignment]
-    return calls == 2
+def _refuse_own(module: nn.Module) -> None:
+    ignored = _seam.ignored_by(module)
+    for name, held in (*module._parameters.items(), *module._buffers.items()):
+        if isinstance(held, DTensor) and id(held) not in ignored:
+            raise RuntimeError(
+                f"parameter {name!r} of {type(module).__name__}: data parallelism takes this "
+                "DTensor's local tensor in a forward that has begun, and would compute with it; "
+                "call _pre_dp_module_transform(module) before replicate(), or give replicate() a "
+                "device_mesh= that is sliced from the mesh of data and tensor parallelism"
+            )
 
 
 def _listed(names: Iterable[str]) -> str:

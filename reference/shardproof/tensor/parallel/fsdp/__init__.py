@@ -22,6 +22,7 @@ from torch.distributed.fsdp._fsdp_extensions import FSDPExtensions
 from torch.distributed.tensor import DTensor
 
 from shardproof.tensor.parallel._data_parallel_utils import _flatten_tensor, unflattened
+from shardproof.tensor.parallel._subclasses import has_own_operations
 from shardproof.tensor.parallel.fsdp.boxes import (
     _create_shard_md_from_dt,
     _create_sharded_tensor_md_from_dt,
@@ -86,7 +87,10 @@ class DTensorExtensions(FSDPExtensions):
         """
         local, extension = _flatten_tensor(tensor)
         if extension is not None and isinstance(tensor, nn.Parameter):
-            local = nn.Parameter(local, requires_grad=tensor.requires_grad)
+            if has_own_operations(local):
+                local._is_param = True
+            else:
+                local = nn.Parameter(local, requires_grad=tensor.requires_grad)
             # FSDP keeps it among the module's parameters, and the state-dict functions find there
             # of which DTensor it holds a piece.
             local._st_info = extension  # type: ignore[attr-defined]

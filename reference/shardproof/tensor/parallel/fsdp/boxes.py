@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
 
 from shardproof._state_dict_utils.layout import mesh_ranks
+from shardproof._state_dict_utils.simulated import for_each_rank
 
 __all__ = [
     "_create_shard_md_from_dt",
@@ -163,7 +164,16 @@ def _get_local_box(tensor: DTensor) -> Box:
         raise ValueError(
             f"rank {dist.get_rank()} has no shard: the mesh has ranks {mesh_ranks(spec.mesh)}"
         )
-    return _box_at(spec.shape, dim, spec.mesh.size(0), coordinate[0])
+    count, place = spec.mesh.size(0), coordinate[0]
+    if type(place) is not int:
+        # Where one process plays all ranks it stands for all of them, and has no hash.
+        return torch.Size(_offsets(spec.shape, dim, count, place)), tensor._local_tensor.size()
+    return _box_at(spec.shape, dim, count, place)
+
+
+@for_each_rank
+def _offsets(shape: torch.Size, dim: int | None, count: int, idx: int) -> tuple[int, ...]:
+    return _box_at(shape, dim, count, idx)[0]
 
 
 def _create_shard_md_from_dt(dt: DTensor, current_rank: int) -> ShardMetadata:

@@ -6,18 +6,21 @@ collective wherever FSDP's group has them all.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.distributed.tensor.placement_types import Partial, Placement, Replicate
+from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
 
-from shardproof._state_dict_utils.layout import cuts_of, local_shape, my_coordinate
+from shardproof._state_dict_utils.layout import cuts_of, local_shape, my_coordinate, spec_block
+from shardproof._state_dict_utils.simulated import for_each_rank, plays_all_ranks
 from shardproof._state_dict_utils.stream import alone_bytes, carried
 from shardproof._state_dict_utils.tensors import (
     allocate,
@@ -25,10 +28,15 @@ from shardproof._state_dict_utils.tensors import (
     dtensor,
     fresh_copy,
     is_ordinary,
-    local_of,
-    settled,
 )
 from shardproof._state_dict_utils.wire import Domain, Stage, all_gather, collect, mesh_domain
+from shardproof.tensor.parallel._subclasses import (
+    alias,
+    finish,
+    has_own_operations,
+    own_copy,
+    piece,
+)
 from shardproof.tensor.parallel.fsdp.meshes import (
     chunk_placements,
     fsdp_dims,
@@ -41,9 +49,11 @@ from shardproof.tensor.parallel.fsdp.routes import Route, route_of
 __all__ = ["_all_gather_dtensor", "_chunk_dtensor"]
 
 # Each rank sends its verdict along with its bytes: whether its local tensor is what the others
-# expect, and its shape. A multiple of the widest element, so that the bytes behind it are aligned.
-_HEADER_DIMS = 8
-_HEADER_BYTES = 8 * (2 + _HEADER_DIMS)
+# expect, its type where only the type's own operations move it, and its shape. A multiple of the
+# widest element, so that the bytes behind it are aligned.
+_HEADER_DIMS = 7
+_HEADER_BYTES = 8 * (3 + _HEADER_DIMS)
+_GOOD_BUT_NO_BYTES = 256
 
 
 @torch.no_grad()
@@ -77,26 +87,40 @@ def _chunk_dtensor(
         ValueError: the meshes do not belong together, FSDP's mesh is not outside of tensor
             parallelism, or the local tensor is not what the placement gives to this rank.
 
-    Local: no collective runs, but all ranks of the root mesh need the result. pytorch#118639.
+    Local: no collective runs, but all ranks of the root mesh need the result. In compiled code it
+    is traced, as a redistribution from the TP-local tensors. pytorch#118639.
 
     """
     root = root_mesh(device_mesh)
+    if torch.compiler.is_compiling():
+        return _chunk_in_a_graph(tensor, root)
     if isinstance(tensor, ShardedTensor):
         raise TypeError("expected a tensor or a DTensor to chunk, got a ShardedTensor")
     dims = fsdp_dims(root, device_mesh)
     held = _placements_on(root, tensor, dims) if isinstance(tensor, DTensor) else {}
-    local = local_of(tensor) if isinstance(tensor, DTensor) else settled(tensor).detach()
+    local = alias(finish(tensor._local_tensor if isinstance(tensor, DTensor) else tensor))
     mesh_shape = tuple(int(size) for size in root.shape)
     placements, tensor_dim, over = chunk_placements(tuple(tensor.shape), mesh_shape, held, dims)
     if tensor_dim is not None:
-        coordinate = my_coordinate(root)
+        # Not as numbers: where one process plays all ranks each stands for several.
+        coordinate = root.get_coordinate()
         assert coordinate is not None
         local = _chunk(local, tensor_dim, [(mesh_shape[d], coordinate[d]) for d in over])
+    copied = own_copy(local) if has_own_operations(local) else fresh_copy(local, local.device)
     meta = TensorMeta(torch.Size(tensor.shape), _dense_stride(tensor), tensor.dtype)
-    return dtensor(
-        fresh_copy(local, local.device),
-        DTensorSpec(root, placements, tensor_meta=meta),
+    return dtensor(copied, DTensorSpec(root, placements, tensor_meta=meta))
+
+
+def _chunk_in_a_graph(tensor: torch.Tensor, root: DeviceMesh) -> DTensor:
+    """The same in operations that the compiler knows; what TP cuts by rows, too, moves."""
+    held = tensor.placements[-1] if isinstance(tensor, DTensor) else Replicate()
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    outer = [Replicate()] * (root.ndim - 2)
+    whole: Any = DTensor.from_local(
+        local.detach().clone(), root, [*outer, Replicate(), held], run_check=False
     )
+    chunk: DTensor = whole.redistribute(placements=[*outer, Shard(0), held])
+    return chunk
 
 
 def _placements_on(root: DeviceMesh, tensor: DTensor, dims: Sequence[int]) -> dict[int, Placement]:
@@ -120,9 +144,13 @@ def _placements_on(root: DeviceMesh, tensor: DTensor, dims: Sequence[int]) -> di
     return held
 
 
+@for_each_rank
 def _chunk(local: torch.Tensor, dim: int, places: Sequence[tuple[int, int]]) -> torch.Tensor:
     """A view of the piece that ``torch.chunk`` gives to each (parts, index) in turn."""
     for parts, index in places:
+        if has_own_operations(local):
+            local = piece(local, dim, parts, index)
+            continue
         size = local.size(dim)
         step = -(-size // parts)
         start = min(index * step, size)
@@ -171,18 +199,28 @@ def _all_gather_dtensor(tensor: DTensor, parent_mesh: DeviceMesh | None) -> torc
         raise ValueError(
             f"the DTensor is on {mesh_name(mesh)}, expected the root mesh, {mesh_name(parent_mesh)}"
         )
+    if plays_all_ranks():
+        return _by_redistribution(tensor)
     spec = tensor._spec
     coordinate = my_coordinate(mesh)
     if coordinate is None:
         raise ValueError(f"this rank is not on {mesh_name(mesh)}")
     route = route_of(tuple(spec.shape), tuple(mesh.shape), cuts_of(spec), coordinate)
-    local = local_of(tensor)
+    local = finish(tensor._local_tensor)
+    own = has_own_operations(local) or not is_ordinary(local)
     scattered = route.dims and route.target.region is None
-    if scattered or _reduces(spec.placements) or not is_ordinary(local):
+    if isinstance(local, FakeTensor):
+        return _by_redistribution(tensor)
+    if scattered or _reduces(spec.placements):
+        _agree_on_mesh(tensor, local)
         return _by_redistribution(tensor)
     if not route.dims:
         _check_local(tensor, local)
-        return fresh_copy(local, local.device)
+        return own_copy(local) if own else fresh_copy(local, local.device)
+    if own:
+        _agree_on_route(route, tensor, local)
+        return _by_redistribution(tensor)
+    local = local.detach() if local.requires_grad else local
     whole = allocate(route.target.shape, local.dtype, local.device, tuple(spec.stride))
     if not local.is_meta:
         _gather_into(whole, route, tensor, local)
@@ -198,9 +236,11 @@ def _reduces(placements: tuple[Placement, ...]) -> bool:
 def _by_redistribution(tensor: DTensor) -> torch.Tensor:
     """By way of DTensor's own collectives, for what is more than moving rectangles."""
     placements = [*([Replicate()] * (tensor.device_mesh.ndim - 1)), tensor.placements[-1]]
-    detached: Any = tensor.detach()
-    local = local_of(detached.redistribute(placements=placements))
-    return fresh_copy(local, local.device)
+    given: Any = tensor
+    local: torch.Tensor = finish(given.redistribute(placements=placements)._local_tensor)
+    if not has_own_operations(local):
+        return fresh_copy(local, local.device)
+    return own_copy(local) if local is tensor._local_tensor else local
 
 
 def _expected(tensor: DTensor) -> tuple[tuple[int, ...], torch.dtype]:
@@ -221,15 +261,13 @@ def _check_local(tensor: DTensor, local: torch.Tensor) -> None:
 def _gather_into(whole: torch.Tensor, route: Route, tensor: DTensor, local: torch.Tensor) -> None:
     """Gather as ``route`` says, and write what is wanted into ``whole``."""
     domain = mesh_domain(tensor.device_mesh)
-    local_size, dtype = _expected(tensor)
+    dtype = _expected(tensor)[1]
     stages = [domain.stage(d) for d in route.dims]
-    good = (tuple(local.shape), local.dtype) == (local_size, dtype)
-    large = route.target.numel * dtype.itemsize >= alone_bytes()
-    in_place = large and len(stages) == 1 and stages[0].in_order and route.stacked
-    verdict = _verdict(local, good).to(domain.device)
+    in_place = _in_place(route, stages, dtype)
+    verdict = _verdict(tensor, local).to(domain.device)
     payload = verdict if in_place else _message(local, verdict, route.width * dtype.itemsize)
     rows = collect(stages, payload)
-    _check_verdicts(rows, tensor, domain, route, dtype)
+    _check_verdicts(rows, tensor, domain, route.coordinates)
     if in_place:
         _gather_in_place(whole, local, stages[0], domain.device)
         return
@@ -246,20 +284,51 @@ def _gather_into(whole: torch.Tensor, route: Route, tensor: DTensor, local: torc
                 memory[into].copy_(part[out])
 
 
+def _in_place(route: Route, stages: Sequence[Stage], dtype: torch.dtype) -> bool:
+    large = route.target.numel * dtype.itemsize >= alone_bytes()
+    return large and len(stages) == 1 and stages[0].in_order and route.stacked
+
+
+def _agree_on_route(route: Route, tensor: DTensor, local: torch.Tensor) -> None:
+    """What :func:`_gather_into` begins with, on a rank whose tensor cannot be sent as bytes."""
+    domain = mesh_domain(tensor.device_mesh)
+    dtype = _expected(tensor)[1]
+    stages = [domain.stage(d) for d in route.dims]
+    behind = 0 if _in_place(route, stages, dtype) else route.width * dtype.itemsize
+    payload = torch.zeros(_HEADER_BYTES + behind, dtype=torch.uint8, device=domain.device)
+    payload[:_HEADER_BYTES].copy_(_verdict(tensor, local))
+    _check_verdicts(collect(stages, payload), tensor, domain, route.coordinates)
+
+
+def _agree_on_mesh(tensor: DTensor, local: torch.Tensor) -> None:
+    """Exchange verdicts between all ranks of the mesh."""
+    domain = mesh_domain(tensor.device_mesh)
+    stages = [domain.stage(d) for d, size in enumerate(domain.shape) if size > 1]
+    rows = collect(stages, _verdict(tensor, local).to(domain.device))
+    coordinates = [domain.coordinate(index) for index in range(len(domain.members))]
+    _check_verdicts(rows, tensor, domain, coordinates)
+
+
 def _check_verdicts(
-    rows: torch.Tensor, tensor: DTensor, domain: Domain, route: Route, dtype: torch.dtype
+    rows: torch.Tensor, tensor: DTensor, domain: Domain, coordinates: Sequence[tuple[int, ...]]
 ) -> None:
-    """Raise if a rank's local tensor is not what the placements give to it."""
+    """Raise if a rank's local tensor is not what the placements give to it, or of another type."""
     if all(rows[:, 0].tolist()):
         return
     verdicts = rows[:, :_HEADER_BYTES].contiguous().view(torch.int64).tolist()
-    for index, (fine, ndim, *sizes) in enumerate(verdicts):
-        if not fine:
-            member = domain.name(domain.position(route.coordinates[index]))
+    for (word, kind, ndim, *sizes), coordinate in zip(verdicts, coordinates, strict=True):
+        member = domain.name(domain.position(coordinate))
+        if not word:
             raise ValueError(
-                f"{member}: the local tensor has shape {tuple(sizes[:ndim])} or another dtype; "
-                f"expected {route.blocks[index].shape}, {dtype} of {tuple(tensor._spec.shape)} "
-                f"with {tuple(tensor.placements)}"
+                f"{member}: the local tensor has shape {tuple(sizes[:ndim])}, another dtype, or "
+                f"a type that cannot be padded; expected "
+                f"{spec_block(tensor._spec, coordinate).shape}, {_expected(tensor)[1]} of "
+                f"{tuple(tensor._spec.shape)} with {tuple(tensor.placements)}"
+            )
+        if kind != verdicts[0][1]:
+            raise ValueError(
+                f"{member}: the local tensor has another type than that of "
+                f"{domain.name(domain.position(coordinates[0]))}; expected the same on all"
             )
 
 
@@ -276,12 +345,37 @@ def _gather_in_place(
     whole.view(carrier(whole.dtype)).copy_(rows.view(whole.shape))
 
 
-def _verdict(local: torch.Tensor, good: bool) -> torch.Tensor:
-    """The header's bytes: whether this rank's tensor is good, and its shape."""
+def _verdict(tensor: DTensor, local: torch.Tensor) -> torch.Tensor:
+    """The header's bytes: whether this rank's tensor is good, its kind and its shape."""
+    good = (tuple(local.shape), local.dtype) == _expected(tensor)
+    # All bits of a good one that can be sent are set, so that any byte of it tells.
+    word, kind = -1, 0
+    if has_own_operations(local) or not is_ordinary(local):
+        name = f"{type(local).__module__}.{type(local).__qualname__} {local.layout} {local.dtype}"
+        word, kind = _GOOD_BUT_NO_BYTES, zlib.crc32(name.encode()) + 1
+        good = good and _can_be_padded(tensor, local)
     sizes = [*local.shape, *([0] * _HEADER_DIMS)][:_HEADER_DIMS]
-    # All bits of a good one are set, so that any byte of it tells.
-    header = [-1 if good else 0, min(local.dim(), _HEADER_DIMS), *sizes]
+    header = [word if good else 0, kind, min(local.dim(), _HEADER_DIMS), *sizes]
     return torch.tensor(header, dtype=torch.int64).view(torch.uint8)
+
+
+def _can_be_padded(tensor: DTensor, local: torch.Tensor) -> bool:
+    """Whether a shard that may be shorter than others can be made as long, on every rank alike.
+
+    DTensor pads the short ones only, so that of a type without that operation one rank alone
+    would raise, while the others wait for it.
+    """
+    sizes, spec = tuple(tensor._spec.shape), tensor._spec
+    splits = [
+        cut for cut in cuts_of(spec) if sizes[cut.tensor_dim] % int(spec.mesh.size(cut.mesh_dim))
+    ]
+    try:
+        for cut in splits:
+            behind = [0, 0] * (local.dim() - cut.tensor_dim - 1)
+            torch.nn.functional.pad(local, [*behind, 0, 1])
+    except Exception:
+        return False
+    return True
 
 
 def _message(local: torch.Tensor, verdict: torch.Tensor, width: int) -> torch.Tensor:

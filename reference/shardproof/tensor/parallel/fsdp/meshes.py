@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch.distributed.device_mesh import DeviceMesh
@@ -21,7 +20,8 @@ from torch.distributed.tensor.placement_types import (
     _StridedShard,
 )
 
-from shardproof._state_dict_utils.layout import mesh_ranks, my_coordinate
+from shardproof._state_dict_utils.layout import mesh_ranks, my_coordinate, root_of
+from shardproof._state_dict_utils.simulated import with_real_ranks
 
 __all__ = ["chunk_placements", "fsdp_dims", "mesh_name", "root_dims", "root_mesh"]
 
@@ -43,9 +43,7 @@ def root_mesh(mesh: DeviceMesh | None) -> DeviceMesh:
     """
     if mesh is None:
         raise RuntimeError("FSDP has no device mesh, expected one that was sliced from a root mesh")
-    # Private, and not by the same name in every torch.
-    find: Any = getattr(mesh, "_get_root_mesh", None)
-    root: DeviceMesh = find() if find is not None else getattr(mesh, "_root_mesh", None) or mesh
+    root = root_of(mesh)
     if root.ndim < 2:
         raise RuntimeError(
             f"{mesh_name(root)} is FSDP's root mesh, expected one with at least two dimensions"
@@ -67,7 +65,8 @@ def root_dims(root: DeviceMesh, mesh: DeviceMesh) -> tuple[tuple[int, ...], ...]
         ValueError: ``mesh`` is not this rank's part of ``root`` along some of its dimensions.
 
     """
-    here, there = my_coordinate(root), my_coordinate(mesh)
+    with with_real_ranks():
+        here, there = my_coordinate(root), my_coordinate(mesh)
     if here is None or there is None:
         raise ValueError(f"this rank is not on {mesh_name(root)} and {mesh_name(mesh)} both")
     known = _ROOT_DIMS.setdefault(root, WeakKeyDictionary()).setdefault(mesh, {})

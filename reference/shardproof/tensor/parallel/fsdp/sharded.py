@@ -25,7 +25,8 @@ from torch.distributed._shard.sharding_spec.chunk_sharding_spec import ChunkShar
 from torch.distributed.remote_device import _remote_device
 from torch.distributed.tensor import DTensor
 
-from shardproof._state_dict_utils.tensors import bits, is_ordinary, local_of, settled
+from shardproof._state_dict_utils.tensors import bits, is_ordinary
+from shardproof.tensor.parallel._subclasses import finish, has_own_operations, own_copy, piece
 from shardproof.tensor.parallel.fsdp.boxes import (
     _create_shard_md_from_dt,
     _create_sharded_tensor_md_from_dt,
@@ -126,8 +127,8 @@ def _chunk_tensor(
     if isinstance(tensor, ShardedTensor):
         return _chunk_sharded(tensor, num_devices_per_node, pg)
     if not isinstance(tensor, DTensor):
-        return _chunk_rows(settled(tensor), num_devices_per_node, pg)
-    local = local_of(tensor)
+        return _chunk_rows(finish(tensor), num_devices_per_node, pg)
+    local = finish(tensor._local_tensor)
     # Its metadata name one owner, but FSDP needs the values of this rank's own group: it can
     # only get them from chunks that do not hang below the owner's shard.
     if sharded_dim(tensor) is None:
@@ -163,7 +164,7 @@ def _chunk_sharded(
     if isinstance(shard.tensor, ShardedTensor):
         raise ValueError("the shards of the ShardedTensor are sharded already")
     return _around(
-        _chunk_rows(shard.tensor, num_devices_per_node, pg, everywhere=True),
+        _chunk_rows(finish(shard.tensor), num_devices_per_node, pg, everywhere=True),
         copy.deepcopy(shard.metadata),
         copy.deepcopy(metadata),
         group,
@@ -208,8 +209,7 @@ def _chunk_rows(
         shards.append(ShardMetadata(offsets, sizes, place))
         if index == me:
             here = ShardMetadata(list(offsets), list(sizes), f"rank:{owner}/{tensor.device}")
-            part = tensor.detach()
-            local.append(Shard(_compact(part[start:stop] if tensor.dim() else part), here))
+            local.append(Shard(_row_chunk(tensor, len(ranks), me, start, stop), here))
     return ShardedTensor._init_from_local_shards_and_global_metadata(
         local,
         ShardedTensorMetadata(
@@ -227,6 +227,14 @@ def _chunk_rows(
         process_group=pg,
         init_rrefs=False,
     )
+
+
+def _row_chunk(tensor: Tensor, parts: int, index: int, start: int, stop: int) -> Tensor:
+    if has_own_operations(tensor):
+        with torch.no_grad():
+            return own_copy(piece(tensor, 0, parts, index) if tensor.dim() else tensor)
+    part = tensor.detach()
+    return _compact(part[start:stop] if tensor.dim() else part)
 
 
 def _compact(part: Tensor) -> Tensor:

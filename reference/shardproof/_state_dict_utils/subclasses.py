@@ -1,0 +1,167 @@
+"""Tensor subclasses that decide by themselves what an operation does, or refuse it.
+
+Quantised weights, 8-bit optimizer state, float8 weights, sharded tables: such a class implements
+the operations that its users need and no others. So it is asked for nothing but what torch's own
+functions would ask for: ``copy_`` to take values, ``clone`` or ``to`` to be copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
+from torch.nn.parameter import is_lazy
+
+PLAIN = frozenset({torch.Tensor, nn.Parameter})
+_OUR_FUNCTION = (
+    cast(Any, torch.Tensor.__torch_function__).__func__,
+    torch._C._disabled_torch_function_impl,
+)
+
+
+@lru_cache(maxsize=4096)
+def has_own_dispatch(kind: type) -> bool:
+    """Whether a class of tensors answers operations itself, so that its memory tells nothing."""
+    if kind in PLAIN:
+        return False
+    dispatch = getattr(kind, "__torch_dispatch__", None)
+    own = dispatch is not None and dispatch is not torch.Tensor.__torch_dispatch__
+    return own or hasattr(kind, "__tensor_flatten__")
+
+
+@lru_cache(maxsize=4096)
+def is_custom(kind: type) -> bool:
+    """Whether a class of tensors may refuse an operation that every torch.Tensor has."""
+    if kind in PLAIN:
+        return False
+    function: Any = kind.__torch_function__  # type: ignore[attr-defined]
+    return has_own_dispatch(kind) or getattr(function, "__func__", function) not in _OUR_FUNCTION
+
+
+def memory_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor over the memory of one whose class refuses operations but keeps no memory apart.
+
+    Any other tensor comes back itself.
+    """
+    kind = type(tensor)
+    if kind in PLAIN or not is_custom(kind) or has_own_dispatch(kind):
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.detach().as_subclass(torch.Tensor)
+
+
+def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a subclass holds, in an order that its class and its parts fix."""
+    if isinstance(tensor, LocalShardsWrapper):
+        return list(tensor.local_shards())
+    if hasattr(type(tensor), "__tensor_flatten__"):
+        names, _ = cast(Any, tensor).__tensor_flatten__()
+        return [getattr(tensor, name) for name in names]
+    return [value for _, value in _attributes(tensor) if isinstance(value, torch.Tensor)]
+
+
+def _attributes(tensor: torch.Tensor) -> Iterator[tuple[str, Any]]:
+    """What the class has put on the tensor, in its dict or in slots."""
+    yield from vars(tensor).items()
+    for base in type(tensor).__mro__:
+        if base is torch.Tensor:
+            return
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(tensor, name):
+                yield name, getattr(tensor, name)
+
+
+def settled(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, waited for if a collective is still writing it, or a part of what it holds."""
+    if type(tensor) in PLAIN:
+        return tensor
+    if isinstance(tensor, AsyncCollectiveTensor):
+        return settled(tensor.wait())
+    if has_own_dispatch(type(tensor)):
+        for _, value in _held(tensor):
+            _wait(value)
+    return tensor
+
+
+def _held(tensor: torch.Tensor) -> Iterator[tuple[str, Any]]:
+    if hasattr(type(tensor), "__tensor_flatten__"):
+        names, _ = cast(Any, tensor).__tensor_flatten__()
+        yield from [(name, getattr(tensor, name)) for name in names]
+    else:
+        yield from _attributes(tensor)
+
+
+def _wait(value: Any) -> None:
+    if isinstance(value, DTensor):
+        settled(value._local_tensor)
+    elif isinstance(value, torch.Tensor):
+        settled(value)
+    elif type(value) in (list, tuple):
+        for item in value:
+            _wait(item)
+    elif type(value) is dict:
+        _wait(list(value.values()))
+
+
+def settled_result(tensor: torch.Tensor) -> torch.Tensor:
+    """As :func:`settled`, for a tensor of our own: nothing in it stands for a collective then."""
+    tensor = settled(tensor)
+    if has_own_dispatch(type(tensor)) and not isinstance(tensor, DTensor):
+        for name, value in list(_held(tensor)):
+            finished = _finished(value)
+            if finished is not value:
+                setattr(tensor, name, finished)
+    return tensor
+
+
+def _finished(value: Any) -> Any:
+    if isinstance(value, AsyncCollectiveTensor):
+        return settled_result(value.wait())
+    if isinstance(value, torch.Tensor):
+        return settled_result(value)
+    if type(value) in (list, tuple):
+        found = [_finished(item) for item in value]
+        same = all(new is old for new, old in zip(found, value, strict=True))
+        return value if same else type(value)(found)
+    return value
+
+
+_UNSUPPORTED = (NotImplementedError, TypeError, ValueError, AttributeError, AssertionError)
+"""What classes raise for an operation that they do not have."""
+
+
+@torch.no_grad()
+def own_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on ``device`` by the operations of the tensor's class.
+
+    The tensor itself where it is there already and its class has none that copies: so did torch.
+    """
+    if is_lazy(tensor):  # no values yet
+        return tensor
+    if tensor.device != device:
+        return tensor.to(device)
+    try:
+        return tensor.clone()
+    except _UNSUPPORTED:
+        pass
+    try:
+        return tensor.to(device, copy=True)
+    except _UNSUPPORTED:
+        return tensor
+
+
+@torch.no_grad()
+def own_put(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> None:
+    """Write ``source`` into ``target`` as the class of one of them does it."""
+    if isinstance(target, LocalShardsWrapper) and isinstance(source, LocalShardsWrapper):
+        for ours, theirs in zip(target.local_shards(), source.local_shards(), strict=True):
+            ours.copy_(theirs, non_blocking=non_blocking)
+        return
+    target.copy_(source, non_blocking=non_blocking)

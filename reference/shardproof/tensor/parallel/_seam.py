@@ -1,0 +1,275 @@
+"""Around every forward of a localized module tree: DTensors in at the first, out at the last.
+
+The hooks stand on each module that has localized parameters in or below it, so that one that is
+called alone, or again by activation checkpointing, computes with DTensors. Within the forward of
+another they have nothing to do, and say so in two plain lines: ``torch.compile`` traces these into
+a block's graph with ``fullgraph=True``, too. What they do otherwise lies outside of graphs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch._compile import _disable_dynamo
+from torch.distributed.tensor import DTensor
+
+from shardproof.tensor.parallel import _localized, _optimizers, _replicas
+
+SEAM = "_shardproof_seam"
+IGNORED = "_shardproof_not_localized"
+_STATE_DICT = "_shardproof_seam_state_dict"
+
+
+class Seam:
+    """What a hooked module knows of the forwards around it; a copy of it knows of none."""
+
+    def __init__(self) -> None:
+        self.inside = 0
+        """How many forwards hold DTensors in this module: its own, and those around it."""
+        self.depth = 0
+        """Within how many forwards of this very module we are, if the outermost put them in."""
+        self.waiting: nn.Module | None = None
+        """A module around this one that was localized after its forward had begun."""
+
+    def __reduce__(self) -> tuple[type[Seam], tuple[()]]:
+        return Seam, ()
+
+
+def before(module: Any, _input: Any) -> None:
+    """Put DTensors in, unless they are: the forward pre-hook."""
+    seam = module._shardproof_seam
+    if seam.inside and not seam.depth:
+        return
+    begin(module)
+
+
+def after(module: Any, _input: Any, _output: Any) -> None:
+    """Take them out where this module's forward put them in: the forward hook."""
+    if module._shardproof_seam.depth:
+        end(module)
+
+
+@_disable_dynamo(recursive=True)
+def begin(module: nn.Module) -> None:
+    seam = seam_of(module)
+    if seam is None:
+        enter(module)
+        return
+    if seam.depth and calls_of(module) > 1:
+        seam.depth += 1
+        return
+    if seam.depth:
+        # An interrupt left without hooks (Module calls them for an Exception only).
+        seam.depth = 0
+        leave(module)
+    if not seam.inside:
+        around, seam.waiting = seam.waiting, None
+        if around is None or not calls_of(around):
+            around = module
+        if enter(around):
+            around.__dict__[SEAM].depth = 1
+            _localized.last(around._forward_hooks, after)
+
+
+@_disable_dynamo(recursive=True)
+def end(module: nn.Module) -> None:
+    seam = module.__dict__[SEAM]
+    seam.depth -= 1
+    if not seam.depth:
+        leave(module)
+
+
+def enter(module: nn.Module) -> bool:
+    """Put DTensors into the places of local Parameters; whether there were any."""
+    parts = _localized.parts_of(module)
+    _replicas.prepare(parts)
+    if not _put_in(module, parts):
+        return False
+    for part in parts:
+        if (seam := seam_of(part)) is not None:
+            seam.inside += 1
+    return True
+
+
+def complete(module: nn.Module) -> None:
+    """The same within a forward, for what is not there."""
+    parts = _localized.parts_of(module)
+    if _put_in(module, parts):
+        for part in parts:
+            if (seam := seam_of(part)) is not None:
+                seam.inside = seam.inside or 1
+
+
+def _put_in(module: nn.Module, parts: Iterable[nn.Module]) -> bool:
+    built: dict[int, DTensor] = {}
+    found: list[tuple[_localized.Slots, str, _localized.Localized, Any]] = []
+    moved: list[_localized.Localized] = []
+    for owner in parts:
+        for name, entry in _localized.records_of(owner).items():
+            slots = _localized.slots_of(owner, name)
+            held = slots.get(name)
+            if held is None or isinstance(held, DTensor):
+                if name not in slots and not entry.moved:
+                    moved.append(entry)
+                continue
+            if id(held) not in built:
+                built[id(held)] = _localized.as_dtensor(held, entry, name)
+            found.append((slots, name, entry, held))
+    if moved:
+        _follow(module, moved)
+        return _put_in(module, _localized.parts_of(module))
+    for slots, name, entry, held in found:
+        if entry.local is not held:
+            entry.stand_in(held)
+        entry.inside = slots[name] = built[id(held)]
+    return bool(found)
+
+
+def _follow(module: nn.Module, moved: list[_localized.Localized]) -> None:
+    """Record Parameters where they are now, as a parametrization that came later moves them."""
+    sought = {}
+    for entry in moved:
+        entry.moved = True
+        sought[id(entry.local)] = entry
+    parts = _localized.parts_of(module)
+    for part in parts:
+        tables: tuple[Any, Any] = part._parameters, part._buffers
+        for slots in tables:
+            for name, held in slots.items():
+                if id(held) in sought and name not in _localized.records_of(part):
+                    _localized.record(part, name, held, sought[id(held)].spec)
+    attach(_localized.parts_of(module))
+
+
+def leave(module: nn.Module) -> None:
+    """Take the DTensors out of all parts that no other forward holds them in."""
+    parts = []
+    for part in _localized.parts_of(module):
+        seam = seam_of(part)
+        if seam is not None and seam.inside:
+            seam.inside -= 1
+        if seam is None or not seam.inside:
+            parts.append(part)
+    localize(module, parts)
+
+
+def localize(module: nn.Module, parts: Iterable[nn.Module]) -> bool:
+    """Put local Parameters into the places of DTensors in some parts of a module.
+
+    The first time for a DTensor this makes the Parameter, and hooks the module; whether it did.
+    """
+    left_out = ignored_by(module)
+    made: dict[int, tuple[Any, Any]] = {}
+    found: list[tuple[nn.Module, str, DTensor]] = []
+    inside: list[tuple[_localized.Slots, str, _localized.Localized]] = []
+    for owner in parts:
+        records = _localized.records_of(owner)
+        tables: tuple[Any, Any] = owner._parameters, owner._buffers
+        for slots in tables:
+            for name, held in slots.items():
+                if not isinstance(held, DTensor):
+                    continue
+                entry = records.get(name)
+                if entry is not None and entry.inside is held:
+                    inside.append((slots, name, entry))
+                elif id(held) not in left_out:
+                    if id(held) not in made:
+                        made[id(held)] = _localized.localized(held)
+                    found.append((owner, name, held))
+    for slots, name, entry in inside:
+        slots[name], entry.inside = entry.local, None
+    for owner, name, held in found:
+        _localized.record(owner, name, *made[id(held)])
+    # Parts of it may have been localized, and hooked, on their own before.
+    if made or SEAM not in module.__dict__:
+        attach(_localized.parts_of(module))
+    if made:
+        replaced = [(held, made[id(held)][0]) for _, _, held in found]
+        del held, found
+        _optimizers.hand_over(replaced)
+    return bool(made)
+
+
+def wait_for(module: nn.Module) -> None:
+    """Let the first part that is called enter the module: its own forward began without."""
+    for part in _localized.parts_of(module):
+        if part is not module and (seam := seam_of(part)) is not None:
+            seam.waiting = module
+
+
+def attach(parts: Mapping[nn.Module, bool]) -> None:
+    """Hook every module of a tree that has localized parameters in or below it, once."""
+    # Dynamo has been imported by now, to disable it. It traces a hook that it meets in a module's
+    # call, and starts with none: before a compiled module of `fullgraph=True` they run as they are.
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(before.__code__)
+    skip_code(after.__code__)
+    hooks = _localized.Hooks(before, after)
+    for part, holds in parts.items():
+        if not holds:
+            continue
+        if SEAM not in part.__dict__:
+            part.__dict__[SEAM] = Seam()
+            hooks.around_forward(part)
+            around_compiled(part)
+        if _localized.records_of(part) and _STATE_DICT not in part.__dict__:
+            part.__dict__[_STATE_DICT] = True
+            hooks.around_state_dict(part)
+
+
+def around_compiled(module: nn.Module) -> None:
+    """Put the seam around what ``Module.compile`` made or will make: that has the hooks inside."""
+    compiled = module.__dict__.get("_compiled_call_impl")
+    if compiled is not None:
+        module.__dict__["_compiled_call_impl"] = partial(_call_compiled, module, compiled)
+    if type(module).compile is nn.Module.compile:
+        module.__dict__["compile"] = partial(_compile, module)
+
+
+def _compile(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+    nn.Module.compile(module, *args, **kwargs)
+    around_compiled(module)
+
+
+def _call_compiled(module: Any, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if module._shardproof_seam.inside or not _entered(module):
+        return compiled(*args, **kwargs)
+    try:
+        return compiled(*args, **kwargs)
+    finally:
+        _left(module)
+
+
+@_disable_dynamo(recursive=True)
+def _entered(module: nn.Module) -> bool:
+    return enter(module)
+
+
+@_disable_dynamo(recursive=True)
+def _left(module: nn.Module) -> None:
+    leave(module)
+
+
+def ignored_by(module: nn.Module) -> set[int]:
+    """Identities of the DTensors that the module is not to localize."""
+    return {id(reference()) for reference in module.__dict__.get(IGNORED, ())}
+
+
+def seam_of(module: nn.Module) -> Seam | None:
+    found: Seam | None = module.__dict__.get(SEAM)
+    return found
+
+
+def calls_of(module: nn.Module) -> int:
+    """How many of the frames below us are calls of this module; two are as many as we look for."""
+    frame, calls = sys._getframe(1), 0
+    while frame is not None and calls < 2:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
+            calls += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return calls
