@@ -40,20 +40,12 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "agreement",
     ),
     (
-        "shard_order_is_the_dicts",
-        "groups of leaves are gathered in the order of each rank's dict",
-        "gather.py",
-        "    for key in sorted(streams):\n",
-        "    for key in streams:\n",
-        "order_of_collectives",
-    ),
-    (
         "leaves_in_the_dicts_order",
         "leaves are told to others in the order of each rank's dict",
         "leaves.py",
         "paths = sorted(self.leaves)",
         "paths = list(self.leaves)",
-        "gather_state_dict_manners",
+        "order_of_collectives",
     ),
     (
         "domains_in_the_dicts_order",
@@ -88,16 +80,32 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         'return ("DTensor", id(tensor), spec.placements, spec.shape)',
         "ties",
     ),
+    (
+        "views_copied_apart",
+        "a weight and its transpose no longer change with each other",
+        "together.py",
+        "self._make(tensor) if region is None else self._within(tensor, region)",
+        "self._make(tensor)",
+        "ties",
+    ),
+    (
+        "whole_storages_copied",
+        "of a large storage all is copied for the sake of two pieces",
+        "together.py",
+        "held[geometry(memory)] = start, start + extent(memory)",
+        "held[geometry(memory)] = 0, memory.untyped_storage().nbytes()",
+        "ties",
+    ),
     # --- memory -------------------------------------------------------------------------------
     (
         "offloaded_at_the_end",
         "the whole result is held where it was gathered, and then once more on the CPU",
         "gather.py",
-        "    gathered = _gather(found, wanted, agreed, cpu_offload)\n",
+        "        Line(streams[key], wanted, agreed, cpu_offload).gather(results)\n",
         (
-            "    gathered = _gather(found, wanted, agreed, False)\n"
+            "        Line(streams[key], wanted, agreed, False).gather(results)\n"
             "    if cpu_offload:\n"
-            "        gathered = {at: full.to(CPU, copy=True) for at, full in gathered.items()}\n"
+            "        results = {at: full.to(CPU, copy=True) for at, full in results.items()}\n"
         ),
         "memory_options",
     ),
@@ -175,9 +183,9 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "scalars_are_lent",
         "a 0-dim tensor that was distributed is the full dict's own",
         "targets.py",
-        "        if model.is_opaque:\n            self.memory =",
+        "        elif model.is_opaque:\n            self.memory =",
         (
-            "        if not full.dim():\n            self.memory = full\n"
+            "        elif not full.dim():\n            self.memory = full\n"
             "        elif model.is_opaque:\n            self.memory ="
         ),
         "own_objects",
@@ -210,12 +218,11 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "second_call_is_the_first",
         "a second gather of the same dict gives what the first gave",
         "gather.py",
-        "    gathered = _gather(found, wanted, agreed, cpu_offload)\n",
+        "    gathered = _gather(found, wanted, agreed, copies)\n",
         (
-            "    known = vars(Found).get('known', {})\n"
-            "    Found.known = known  # type: ignore[attr-defined]\n"
+            "    known = vars(dist).setdefault('known', {})\n"
             "    if id(state_dict) not in known:\n"
-            "        known[id(state_dict)] = _gather(found, wanted, agreed, cpu_offload)\n"
+            "        known[id(state_dict)] = _gather(found, wanted, agreed, copies)\n"
             "    gathered = known[id(state_dict)]\n"
         ),
         "process_state",
@@ -287,12 +294,9 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "gathered_requires_grad",
         "what was gathered from parameters requires grad",
-        "gather.py",
-        "            results.append(gathered[name])\n",
-        (
-            "            whole = gathered[name]\n"
-            "            results.append(whole.requires_grad_(value.requires_grad))\n"
-        ),
+        "local_copies.py",
+        "                results.append(gathered[name])\n",
+        "                results.append(gathered[name].requires_grad_(value.requires_grad))\n",
         "gather_state_dict",
         "gather_state_dict_manners",
     ),
@@ -307,10 +311,10 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "rank_outside_unnoticed",
-        "a rank of ranks_only that is in no group makes everybody send to nobody",
+        "ranks_only that names no rank of the group gives nobody a result, and says nothing",
         "gather.py",
-        "    if wrong:\n",
-        "    if wrong and not pg:\n",
+        "    if not takers:\n",
+        "    if not takers and pg is None:\n",
         "ranks_only",
     ),
     (
@@ -389,7 +393,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "mesh_of_a_companion_unread",
         "values are copied into a DTensor whose parts are those of other ranks",
         "pairs.py",
-        "        and list(map(_mesh, ours)) == list(map(_mesh, theirs))\n",
+        "        and all(map(same_ranks, map(_mesh, ours), map(_mesh, theirs)))\n",
         "",
         "other_meshes",
     ),
@@ -400,5 +404,16 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "        list(map(_placements, ours)) == list(map(_placements, theirs))\n        and ",
         "        ",
         "other_meshes",
+    ),
+    (
+        "mapping_decides_the_order",
+        "a flat dict that was sorted comes back in the order of the original",
+        "flatten.py",
+        "    return [(mapping[name], value) for name, value in state_dict.items()]\n",
+        (
+            "    return [(path, state_dict[name]) for name, path in mapping.items() "
+            "if name in state_dict]\n"
+        ),
+        "key_order",
     ),
 )
