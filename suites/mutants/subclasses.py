@@ -20,7 +20,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "_subclasses.py",
         "    with suppress(Exception):\n        return tensor.detach()\n",
         "    return tensor.detach()\n",
-        "fsdp_subclasses",
+        "local_subclasses",
     ),
     (
         "inner_is_pending",

@@ -23,7 +23,7 @@ def unusual(dtype: torch.dtype) -> torch.Tensor:
     """(8, 2) values that arithmetic does not keep: -0.0, NaNs with a payload, subnormals."""
     wide = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     sign = torch.iinfo(wide).min
-    nan = torch.tensor(float("nan"), dtype=dtype).view(wide).item()
+    nan = int(torch.tensor(float("nan"), dtype=dtype).view(wide).item())
     found = [sign, nan | 1, nan | sign | 3, 1, 2, sign | 1, 0, sign]
     return torch.tensor(found * 2, dtype=wide).view(8, 2).view(dtype)
 
