@@ -146,18 +146,6 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "fsdp_details",
     ),
     (
-        "all_shards_on_my_device",
-        "ranks differ about the devices of each other's shards",
-        "fsdp/boxes.py",
-        '    if device.type in ("cpu", "meta") or devices_per_node < 1:\n',
-        (
-            "    if device.index is not None and devices_per_node > 1:\n"
-            '        return _remote_device(f"rank:{rank}/{device}")\n'
-            '    if device.type in ("cpu", "meta") or devices_per_node < 1:\n'
-        ),
-        "create_sharded_tensor_md_from_dt",
-    ),
-    (
         "spec_is_retyped",
         "the caller's spec takes the dtype of what was unflattened last",
         "_data_parallel_utils.py",
