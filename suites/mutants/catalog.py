@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mutants import copies, ddp, fsdp, memory, opaque, refusals, silent, together
+from mutants import copies, ddp, fsdp, memory, opaque, refusals, silent, subclasses, together
 
 _UTILS = "_state_dict_utils/"
 _SUITE = "state_dict_utils/"
@@ -292,8 +292,8 @@ MUTANTS: tuple[Mutant, ...] = (
             (
                 "flatten_trains_frozen",
                 "a frozen weight starts to train",
-                "        if tensor.requires_grad:\n            local = local.detach()",
-                "        if local.is_floating_point():\n            local = local.detach()",
+                "return local.requires_grad_() if tensor.requires_grad else local",
+                "return local.requires_grad_() if local.is_floating_point() else local",
             ),
             (
                 "unflatten_takes_any_shape",
@@ -342,7 +342,7 @@ MUTANTS: tuple[Mutant, ...] = (
             new,
             (f"tensor_parallel/test_{check}.py",),
         )
-        for name, fault, file, old, new, check in ddp.FAULTS
+        for name, fault, file, old, new, check in (*ddp.FAULTS, *subclasses.FAULTS)
     ),
     *(
         Mutant(

@@ -77,9 +77,11 @@ def _chunk_dtensor(
         the chunk alone. The placement is that of ``tensor`` in the dimensions of tensor
         parallelism, ``Replicate`` in those that neither cuts, and ``Shard(0)`` in FSDP's, as
         ``torch.chunk`` cuts what this rank holds. Where tensor parallelism cuts dimension 0 too
-        it is ``_StridedShard(0)``, since FSDP cuts second. Sizes so uneven that this placement
-        would name elements that the rank does not hold are cut along another dimension, and
-        left whole where there is none; so is a scalar.
+        it is ``_StridedShard(0)``, since FSDP cuts second, as ``fully_shard`` has it. torch's own
+        says ``Shard(0)`` there, and moves rows between ranks until that is true: ``is_shard()``
+        tells the two apart, a reader of the tensor or of its checkpoint does not. Sizes so uneven
+        that this placement would name elements that the rank does not hold are cut along another
+        dimension, and left whole where there is none; so is a scalar.
 
     Raises:
         RuntimeError: there is no root mesh, or it has one dimension.
