@@ -61,8 +61,8 @@ def _create_cpu_state_dict(
         dtypes, ties and, for dense tensors, strides. They are plain buffers that do not require
         grad, whatever the originals are. A DTensor keeps mesh and placements, a ShardedTensor its
         sharding and process group, a wrapper of tensors (``__tensor_flatten__``) a buffer for
-        each of them; any other class of tensors makes its own. Tensors without elements are never pinned. Leaves that are no tensors are
-        copied.
+        each of them; any other class of tensors makes its own. Views of one memory stay views of
+        one. Tensors without elements are never pinned. Leaves that are no tensors are copied.
 
     Raises:
         RuntimeError: pinning is asked for and no accelerator can pin (pytorch#189991), or the

@@ -245,7 +245,8 @@ class Target:
 
     def _put_by_class(self, values: torch.Tensor) -> None:
         local, block = self.value._local_tensor, self.model.block
-        if is_table(type(local)):
+        kind: type = type(local)
+        if is_table(kind):
             assert block is not None
             for shard, region in shards_in(local, block):
                 put(shard, values[region])

@@ -209,7 +209,7 @@ class TestDistributeAdapting:
     @pytest.mark.world(1)
     @pytest.mark.parametrize("held", ["tensor", "number"])
     def test_a_number_is_no_tensor(self, judged: Any, device: torch.device, held: str) -> None:
-        """A number for a tensor with dimensions, or the other way round, must be refused by name."""
+        """A number for a tensor with dimensions must be refused by name, and the reverse."""
         pair = (numbers(4), 7) if held == "tensor" else (7, numbers(4))
         local = {"layer.odd": pair[0], "fine": numbers(2)}
         with pytest.raises((TypeError, ValueError), match=r"layer\.odd"):
@@ -283,7 +283,7 @@ class TestBroadcastAdapting:
     def test_a_step_is_a_number_or_a_scalar(
         self, judged: Any, rank: int, device: torch.device
     ) -> None:
-        """A number for a 0-dim tensor must land, and the other way round: optimizers hold either."""
+        """A number for a 0-dim tensor must land, and the reverse: optimizers hold either."""
         local: dict[str, Any] = {"a.step": numbers(), "b.step": 0, "lr": 0.5, "none": numbers(3)}
         full = {"a.step": 3, "b.step": torch.tensor(4.0), "lr": torch.tensor(0.25), "none": None}
         judged(full if rank == 0 else {}, local, device)
