@@ -28,7 +28,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "copy_truncates",
         "another dtype is accepted and converted",
         "pairs.py",
-        "    if dtype_of(ours) != dtype_of(theirs):\n",
+        "    if dtype_of(ours) != dtype_of(theirs) and not _by_class(theirs):\n",
         "    if False:\n",
         "copy_state_dict",
         "check_state_dict_similarity",
@@ -37,8 +37,10 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "copy_before_check",
         "a mismatch is found after half the copies",
         "traverse.py",
-        "\n    pairs.copy(non_blocking)\n",
-        "\n            pairs.copy(non_blocking)\n",
+        "            if reason := pairs.add(other, value):\n",
+        "            reason = pairs.add(other, value)\n"
+        "            pairs.copy(non_blocking)\n"
+        "            if reason:\n",
         "copy_state_dict",
     ),
     (

@@ -48,11 +48,11 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "order_of_collectives",
     ),
     (
-        "domains_in_the_dicts_order",
+        "first_where_it_is_first",
         "ranks in several meshes wait for each other in a circle",
-        "leaves.py",
-        "for key in sorted(self._by_key)]",
-        "for key in self._by_key]",
+        "gather.py",
+        'return sorted(chosen.values(), key=attrgetter("key"))',
+        "return sorted(chosen.values(), key=lambda domain: (domain.index(), domain.key))",
         "order_of_collectives",
     ),
     (

@@ -239,7 +239,7 @@ class TestCopyOpaque:
             refused(lambda: judged(value, into), "odd", what=f"{pair[0]} for {pair[1]}")
             assert_same(fine, numbers(3, salt=1), "what was copied before the error")
 
-        each(PAIRS, refuse)
+        each([pair for pair in PAIRS if "wrapper" not in pair], refuse)
 
 
 @pytest.mark.judges("_state_dict_utils._check_state_dict_similarity")

@@ -38,7 +38,7 @@ class TestGatherInOneOrder:
     ) -> None:
         """Leaves of every kind must be right, though each rank's dict has an order of its own."""
         line, grid = mesh(4), mesh(2, 2)
-        fulls = {name: numbers(5, 4, salt=n) for n, name in enumerate("abcdefgh")}
+        fulls = {name: numbers(5, 4, salt=n) for n, name in enumerate("abcdefghijk")}
         made: dict[str, Any] = {
             "a": dtensor(fulls["a"], line, [S(0)]),
             "b": dtensor(fulls["b"], grid, [S(0), S(1)]),
@@ -48,6 +48,9 @@ class TestGatherInOneOrder:
             "f": dtensor(fulls["f"], grid["tp"], [S(0)]),
             "g": dtensor(fulls["g"], grid["dp"], [S(1)]),
             "h": dtensor(fulls["h"], line, [S(1)]),
+            "i": dtensor(fulls["i"], line, [S(0)]),
+            "j": dtensor(fulls["j"], line, [S(0)]),
+            "k": dtensor(fulls["k"], grid["tp"], [S(0)]),
             "sum": _pending(line, "sum", 1),
             "max": _pending(line, "max", 2),
         }

@@ -161,11 +161,11 @@ class _State:
         while todo:
             name, road = todo.pop()
             gone: dict[Any, threading.Event] = {}
-            for path, tensor in tensors(road.inputs).items():
+            for path in tensors(road.inputs):
                 gone[path] = threading.Event()
-                weakref.finalize(local(tensor), gone[path].set)
+                weakref.finalize(local(tensors(road.inputs)[path]), gone[path].set)
             got = road.call(judged)
-            del road, got, tensor
+            del road, got
             gc.collect()
             # A backend's own thread may let go of what it has sent a little later.
             kept = [path for path, event in gone.items() if not event.wait(3)]

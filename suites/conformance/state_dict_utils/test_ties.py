@@ -62,7 +62,7 @@ class TestOffloadKeepsTies:
 
     @pytest.mark.law("cost")
     @pytest.mark.world(1)
-    def test_disjointpieces_of_one_storage(self, judged: Any) -> None:
+    def test_disjoint_pieces_of_one_storage(self, judged: Any) -> None:
         """The snapshot of pieces of a large storage must not hold what is in none of them."""
         value = pieces()
         got = judged(value)
@@ -105,7 +105,7 @@ class TestCreateKeepsTies:
 
     @pytest.mark.law("cost")
     @pytest.mark.world(1)
-    def test_disjointpieces_of_one_storage(self, judged: Any) -> None:
+    def test_disjoint_pieces_of_one_storage(self, judged: Any) -> None:
         """Buffers for pieces of a large storage must not hold what is in none of them."""
         assert_pieces_alone(judged(pieces()))
 
@@ -145,7 +145,7 @@ class TestIterateKeepsTies:
 
     @pytest.mark.law("cost")
     @pytest.mark.world(1)
-    def test_disjointpieces_of_one_storage(self, judged: Any) -> None:
+    def test_disjoint_pieces_of_one_storage(self, judged: Any) -> None:
         """Copies of pieces of a large storage must not hold what is in none of them."""
         assert_pieces_alone(judged(pieces(), _identity, _identity, _identity, cpu_offload=True))
 
@@ -237,7 +237,7 @@ class TestGatherKeepsTies:
     @pytest.mark.law("cost")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("cpu_offload", [False, True], ids=["device", "cpu"])
-    def test_disjointpieces_of_one_storage(self, judged: Any, cpu_offload: bool) -> None:
+    def test_disjoint_pieces_of_one_storage(self, judged: Any, cpu_offload: bool) -> None:
         """Copies of pieces of a large storage must not hold what is in none of them."""
         assert_pieces_alone(judged(pieces(), cpu_offload=cpu_offload))
 

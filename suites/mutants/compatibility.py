@@ -1,0 +1,147 @@
+"""Faults against callers of upstream's functions: what works with torch, and no longer would.
+
+As in the catalog: name, fault, file below _state_dict_utils, text, its replacement, check files.
+"""
+
+from __future__ import annotations
+
+FAULTS: tuple[tuple[str, ...], ...] = (
+    (
+        "class_asked_for_more",
+        "a quantised tensor cannot be saved: its class is asked for an operation that it lacks",
+        "tensors.py",
+        "            return own_copy(tensor, device)\n",
+        "            return torch.empty_like(tensor, device=device).copy_(tensor)\n",
+        "custom_classes",
+    ),
+    (
+        "pending_inside",
+        "the parts of a gathered 8-bit moment are still on their way",
+        "subclasses.py",
+        "    if has_own_dispatch(type(tensor)) and not isinstance(tensor, DTensor):\n",
+        "    if False:\n",
+        "custom_classes",
+    ),
+    (
+        "names_known_everywhere",
+        "experts that each rank has under a name of its own cannot be gathered",
+        "agreement.py",
+        "            for other, theirs in enumerate(told):\n"
+        "                if domain.members[other] not in entry.peers:\n",
+        "            for other, theirs in enumerate(told):\n"
+        "                if domain.members[other] not in entry.members:\n",
+        "compatibility",
+    ),
+    (
+        "shape_refused_early",
+        "a module never sees the checkpoint that its own hook would pad",
+        "target_model.py",
+        "            self.other_shape = shape\n",
+        '            raise ValueError(f"shape {shape}, expected {self.size}")\n',
+        "compatibility",
+    ),
+    (
+        "shape_of_one_rank_taken",
+        "a plain target of another shape on one rank alone is replaced without a word",
+        "broadcast.py",
+        "        if len(set(shapes)) > 1:\n",
+        "        if False:\n",
+        "compatibility",
+    ),
+    (
+        "converted_early",
+        "a module that reads packed bits out of a checkpoint gets converted numbers",
+        "target_model.py",
+        "        if assigned and _same_kind(value.dtype, self.source_dtype):\n",
+        "        if True:\n",
+        "compatibility",
+    ),
+    (
+        "number_for_a_weight",
+        "a weight becomes a number without a word",
+        "targets.py",
+        "    if wrong:\n        raise TypeError(",
+        "    if False:\n        raise TypeError(",
+        "compatibility",
+    ),
+    (
+        "nobody_is_told",
+        "weights that no taker holds a part of are gone, and nobody is told",
+        "gather.py",
+        "    if lost is not None:\n",
+        "    if False:\n",
+        "compatibility",
+    ),
+    (
+        "views_come_apart",
+        "a weight and its transpose are two after a snapshot",
+        "together.py",
+        "                if len(group) > 1:\n",
+        "                if False:\n",
+        "ties",
+    ),
+    (
+        "memory_used_again",
+        "the snapshot of a new tensor is that of one that lay in its memory before",
+        "traverse.py",
+        "of(result) if shared and result is value else snapshot_by(result, cpu_copy)",
+        "of(result)",
+        "compatibility",
+    ),
+    (
+        "mapping_orders",
+        "a flat dict that was sorted comes back in the old order",
+        "flatten.py",
+        "    return [(mapping[name], value) for name, value in state_dict.items()]",
+        "    return [(path, state_dict[name]) for name, path in mapping.items() if name in state_dict]",
+        "key_order",
+    ),
+    (
+        "nothing_yet_is_the_live_tensor",
+        "what the buffers have no place for is staged as the live tensor",
+        "traverse.py",
+        "snapshot(values[place], values[place].device)",
+        "values[place]",
+        "compatibility",
+    ),
+    (
+        "table_of_another_dtype",
+        "a table is read as what its wrapper says, not as what its shards are",
+        "tensors.py",
+        "return tensor.dtype if shard is None else shard.dtype",
+        "return tensor.dtype",
+        "tables",
+    ),
+    (
+        "nobody_plays_the_ranks",
+        "simulated ranks fail on the first symbolic size",
+        "gather.py",
+        "    if simulates_ranks():\n        return gather_simulated",
+        "    if False:\n        return gather_simulated",
+        "simulated_ranks",
+    ),
+    (
+        "threads_have_a_backend",
+        "ranks that are threads fail for want of a backend's name",
+        "wire.py",
+        "    except RuntimeError:\n        return",
+        "    except KeyError:\n        return",
+        "simulated_ranks",
+    ),
+    (
+        "meshes_by_name",
+        "a copy between meshes that differ in their names alone is refused",
+        "layout.py",
+        "    return alike and mesh_ranks(ours) == mesh_ranks(theirs)\n",
+        "    return False\n",
+        "other_meshes",
+    ),
+    (
+        "meshes_by_shape",
+        "a copy into a DTensor whose mesh has its ranks in another order is accepted",
+        "layout.py",
+        "    return alike and mesh_ranks(ours) == mesh_ranks(theirs)\n",
+        "    return alike\n",
+        "other_meshes",
+    ),
+)
