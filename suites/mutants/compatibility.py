@@ -26,10 +26,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "names_known_everywhere",
         "experts that each rank has under a name of its own cannot be gathered",
         "agreement.py",
-        "            for other, theirs in enumerate(told):\n"
-        "                if domain.members[other] not in entry.peers:\n",
-        "            for other, theirs in enumerate(told):\n"
-        "                if domain.members[other] not in entry.members:\n",
+        "if domain.members[other] not in entry.peers:\n",
+        "if domain.members[other] not in entry.members:\n",
         "compatibility",
     ),
     (
@@ -93,7 +91,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "a flat dict that was sorted comes back in the old order",
         "flatten.py",
         "    return [(mapping[name], value) for name, value in state_dict.items()]",
-        "    return [(path, state_dict[name]) for name, path in mapping.items() if name in state_dict]",
+        "    return [(p, state_dict[name]) for name, p in mapping.items() if name in state_dict]",
         "key_order",
     ),
     (

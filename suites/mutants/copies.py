@@ -38,9 +38,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "a mismatch is found after half the copies",
         "traverse.py",
         "            if reason := pairs.add(other, value):\n",
-        "            reason = pairs.add(other, value)\n"
-        "            pairs.copy(non_blocking)\n"
-        "            if reason:\n",
+        "            if (reason := pairs.add(other, value)) or pairs.copy(non_blocking):\n",
         "copy_state_dict",
     ),
     (

@@ -95,8 +95,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "wrapper_replica_in_part",
         "of a replicated wrapper, which does not travel, the first tensor is given",
         "local_copies.py",
-        "fresh_copy(memory, ",
-        "fresh_copy(getattr(memory, 'a', memory), ",
+        "fresh_copy(memory, result",
+        "fresh_copy(getattr(memory, 'a', memory), result",
         "opaque_tensors",
     ),
     (
