@@ -18,8 +18,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "pending_inside",
         "the parts of a gathered 8-bit moment are still on their way",
         "subclasses.py",
-        "    if has_own_dispatch(type(tensor)) and not isinstance(tensor, DTensor):\n",
-        "    if False:\n",
+        "        for name, value in list(_held(tensor)):\n",
+        "        for name, value in []:\n",
         "custom_classes",
     ),
     (

@@ -25,17 +25,17 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "inner_is_pending",
         "what a wrapper holds is handed on before it has arrived",
-        "_subclasses.py",
-        "                setattr(tensor, name, done)\n",
+        "../../_state_dict_utils/subclasses.py",
+        "                setattr(tensor, name, finished)\n",
         "                pass\n",
         "fsdp_subclasses",
     ),
     (
         "closed_is_pending",
         "what a wrapper holds that tells nobody what is not waited for",
-        "_subclasses.py",
-        '        found = list(getattr(tensor, "__dict__", {}).items())\n',
-        "        found = []\n",
+        "../../_state_dict_utils/subclasses.py",
+        "    yield from vars(tensor).items()\n",
+        "    yield from ()\n",
         "fsdp_subclasses",
     ),
     (

@@ -34,6 +34,12 @@ def has_own_dispatch(kind: type) -> bool:
     return own or hasattr(kind, "__tensor_flatten__")
 
 
+def has_own_operations(tensor: torch.Tensor) -> bool:
+    """Whether operations on ``tensor`` go through Python code of its class."""
+    kind: type = type(tensor)
+    return has_own_dispatch(kind)
+
+
 @lru_cache(maxsize=4096)
 def is_custom(kind: type) -> bool:
     """Whether a class of tensors may refuse an operation that every torch.Tensor has."""
@@ -45,8 +51,9 @@ def is_custom(kind: type) -> bool:
 
 @lru_cache(maxsize=4096)
 def is_table(kind: type) -> bool:
-    """Whether a class of tensors holds the shards of a sharded table, as torch's
-    ``LocalShardsWrapper`` and torchrec's own of that name do.
+    """Whether a class of tensors holds the shards of a sharded table.
+
+    Torch and torchrec have one each, both called ``LocalShardsWrapper``.
     """
     return has_own_dispatch(kind) and all(
         hasattr(kind, name) for name in ("local_shards", "local_offsets", "local_sizes")
@@ -99,7 +106,7 @@ def settled(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     if isinstance(tensor, AsyncCollectiveTensor):
         return settled(tensor.wait())
-    if has_own_dispatch(type(tensor)):
+    if has_own_operations(tensor):
         for _, value in _held(tensor):
             _wait(value)
     return tensor
@@ -128,7 +135,7 @@ def _wait(value: Any) -> None:
 def settled_result(tensor: torch.Tensor) -> torch.Tensor:
     """As :func:`settled`, for a tensor of our own: nothing in it stands for a collective then."""
     tensor = settled(tensor)
-    if has_own_dispatch(type(tensor)) and not isinstance(tensor, DTensor):
+    if has_own_operations(tensor):
         for name, value in list(_held(tensor)):
             finished = _finished(value)
             if finished is not value:
@@ -153,23 +160,32 @@ _UNSUPPORTED = (NotImplementedError, TypeError, ValueError, AttributeError, Asse
 
 
 @torch.no_grad()
-def own_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on ``device`` by the operations of the tensor's class.
+def own_copy(tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """A copy by the operations of the tensor's class, on ``device`` or where the tensor is.
 
-    The tensor itself where it is there already and its class has none that copies: so did torch.
+    The tensor itself where it is there already and its class has no way to copy: so did torch.
     """
     if is_lazy(tensor):  # no values yet
         return tensor
-    if tensor.device != device:
+    if device is not None and tensor.device != device:
         return tensor.to(device)
     try:
         return tensor.clone()
     except _UNSUPPORTED:
         pass
     try:
-        return tensor.to(device, copy=True)
+        return tensor.to(tensor.device, copy=True)
     except _UNSUPPORTED:
-        return tensor
+        return _rebuilt(tensor) if hasattr(type(tensor), "__tensor_flatten__") else tensor
+
+
+def _rebuilt(tensor: torch.Tensor) -> torch.Tensor:
+    """A wrapper of the same class around copies of what it holds."""
+    names, context = cast(Any, tensor).__tensor_flatten__()
+    inner = {name: own_copy(getattr(tensor, name)) for name in names}
+    unflatten: Any = type(tensor).__tensor_unflatten__  # type: ignore[attr-defined]
+    made: torch.Tensor = unflatten(inner, context, tensor.size(), tensor.stride())
+    return made
 
 
 @torch.no_grad()
