@@ -105,7 +105,9 @@ def _apart(leaves: Sequence[Leaf]) -> bool:
     """Whether no two leaves are tied, by their addresses alone; False says nothing."""
     addresses: set[int] = set()
     for leaf in leaves:
-        if type(leaf.tensor) is not DTensor or [type(t) for t in leaf.local] != [torch.Tensor]:
+        if type(leaf.tensor) is not DTensor or len(leaf.local) != 1:
+            return False
+        if type(leaf.local[0]) is not torch.Tensor:
             return False
         addresses.add(leaf.local[0].data_ptr())
     return len(addresses) == len(leaves)

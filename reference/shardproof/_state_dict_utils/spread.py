@@ -100,18 +100,7 @@ class Layout:
     def peers(self) -> tuple[int, ...]:
         """The global ranks whose parts make up what this rank wants; none where nothing travels."""
         domain = self.domain
-        if domain is None or not self.travels:
-            return ()
-        return tuple(
-            rank
-            for index, rank in enumerate(domain.members)
-            if all(
-                place == here or dim in self.dims
-                for dim, (place, here) in enumerate(
-                    zip(domain.coordinate(index), domain.here, strict=True)
-                )
-            )
-        )
+        return () if domain is None or not self.travels else domain.along(self.dims)
 
     @property
     def large(self) -> bool:

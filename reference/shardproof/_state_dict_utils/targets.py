@@ -70,7 +70,6 @@ class Targets:
 
         Where one of them is on meta, a module is given what lands as its own parameters.
         """
-        self._assigned = any(getattr(value, "is_meta", False) for value in local.values())
         self._looked = dict(zip(local, map(self._kind, local.values()), strict=True))
 
     def _kind(self, value: Any) -> int | None:
@@ -80,6 +79,7 @@ class Targets:
             # To compare with the one before costs half of what to look for it does.
             self._last = likeness
             self._number = None
+            self._assigned = self._assigned or getattr(value, "is_meta", False)
             if likeness is not None:
                 self._number = self._kinds.setdefault(likeness, len(self._kinds))
         return self._number
