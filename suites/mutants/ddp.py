@@ -138,14 +138,6 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "pre_dp_module_transform_compiled",
     ),
     (
-        "compiled_without_the_seam",
-        "a block that Module.compile has compiled cannot be called alone",
-        "_seam.py",
-        "            around_compiled(part)\n",
-        "",
-        "pre_dp_module_transform_compiled",
-    ),
-    (
         "keep_vars_gives_others",
         "who looks for a parameter in the state dict finds another",
         "_localized.py",

@@ -203,8 +203,8 @@ class Hooks:
         saved[self._number] = state_dict_hook
         if len(saved) > 1:
             saved.move_to_end(self._number, last=False)
-        loading: Any = _LoadHooks(owner)
-        owner._load_state_dict_pre_hooks = loading
+        # Module's own setattr would look for a parameter first, for longer than the rest takes.
+        owner.__dict__["_load_state_dict_pre_hooks"] = _LoadHooks(owner)
 
 
 class _LoadHooks(UserDict[int, Any]):
