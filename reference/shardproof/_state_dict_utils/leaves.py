@@ -16,7 +16,12 @@ from shardproof._state_dict_utils.agreement import Columns, Failure
 from shardproof._state_dict_utils.containers import LEAF_TYPES, leaf_name
 from shardproof._state_dict_utils.layout import my_coordinate
 from shardproof._state_dict_utils.spread import Layout, layout_of
-from shardproof._state_dict_utils.subclasses import is_table, settled
+from shardproof._state_dict_utils.subclasses import (
+    has_own_operations,
+    is_table,
+    memory_of,
+    settled,
+)
 from shardproof._state_dict_utils.table_shards import joined
 from shardproof._state_dict_utils.tensors import local_of, tie_key, wrapper_of
 from shardproof._state_dict_utils.traverse import check_leaf_types
@@ -137,7 +142,7 @@ def find(
             if isinstance(value, DTensor):
                 spec, local, wrapper = value._spec, value._local_tensor, None
                 if type(local) is not torch.Tensor or local.requires_grad:
-                    local = local_of(value)
+                    local = memory_of(local_of(value))
                     wrapper = wrapper_of(local)
                 # Meshes by identity: that two are equal costs more to find than a second layout.
                 key: Hashable = (
@@ -222,7 +227,10 @@ def _shards_of(tensor: ShardedTensor, layout: Layout) -> list[torch.Tensor]:
         part = held.get((block.starts or (), block.shape))
         if part is None:
             raise ValueError(f"the metadata has a shard at {block.starts} that is not here")
-        parts.append(settled(part).detach())
+        part = memory_of(settled(part))
+        if has_own_operations(part):
+            raise TypeError(f"a shard is a {type(part).__name__}, expected a plain tensor")
+        parts.append(part.detach())
     return parts
 
 
