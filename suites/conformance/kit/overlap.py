@@ -153,11 +153,17 @@ REPLICA_CASES = [pytest.param(DISTRIBUTED[name], id=dashed(name)) for name in RE
 
 
 def pieces() -> Value:
-    """Three disjoint pieces of one large storage, of which most is in none of them."""
+    """Pieces of one large storage, of which most is in none of them; two of them overlap."""
     memory = torch.zeros(1 << 20)
-    return {"a": memory[:8].view(2, 4), "b": memory[8:12], "c": memory[-4:]}
+    return {
+        "a": memory[:8].view(2, 4),
+        "b": memory[8:12],
+        "c": memory[1 << 16 : (1 << 16) + 8],
+        "d": memory[(1 << 16) + 4 : (1 << 16) + 12],
+        "e": memory[-4:],
+    }
 
 
 def assert_pieces_alone(got: Any) -> None:
     room = _held(got)
-    assert room <= 4096, f"the copy of 64 bytes out of a storage of 4 MiB holds {room} bytes"
+    assert room <= 4096, f"a copy of 112 bytes out of a storage of 4 MiB holds {room} bytes"

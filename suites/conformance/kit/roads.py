@@ -42,6 +42,12 @@ def _count(world: Any, full: torch.Tensor) -> list[int]:
     return [even + (rank < more) for rank in range(world.size)]
 
 
+def _spread(full: torch.Tensor) -> torch.Tensor:
+    """The same values in every second place of memory."""
+    room = torch.empty(*full.shape, 2, dtype=full.dtype, device=full.device)
+    return room[..., 0].copy_(full)
+
+
 def _gather(full: torch.Tensor, mesh: Any, world: Any) -> Road:
     value = {
         "rows": dtensor(full, mesh, [S(0)]),
@@ -49,6 +55,7 @@ def _gather(full: torch.Tensor, mesh: Any, world: Any) -> Road:
         "whole": dtensor(full, mesh, [R]),
         "plain": full.clone(),
         "st": sharded_tensor(full, rows(full.shape, _count(world, full))),
+        "wide": dtensor(full, mesh, [S(0)], local=_spread(part(full, mesh, [S(0)]))),
         **{f"many{n}": dtensor(full, mesh, [S(0)]) for n in range(6)},
     }
 
@@ -95,6 +102,9 @@ def _places(full: torch.Tensor, mesh: Any) -> dict[str, Any]:
         "whole": dtensor(torch.zeros_like(full), mesh, [R]),
         "plain": torch.zeros_like(full),
         "meta": dtensor(full.to("meta"), mesh, [S(0)]),
+        "wide": dtensor(
+            full, mesh, [S(0)], local=_spread(torch.zeros_like(part(full, mesh, [S(0)])))
+        ),
         **{f"many{n}": dtensor(torch.zeros_like(full), mesh, [S(0)]) for n in range(9)},
         **{f"plain{n}": torch.zeros_like(full) for n in range(9)},
     }
@@ -131,6 +141,7 @@ def _distribute(full: torch.Tensor, mesh: Any, world: Any) -> Road:
 def _leaves(full: torch.Tensor, mesh: Any) -> dict[str, Any]:
     return {
         "rows": dtensor(full, mesh, [S(0)]),
+        "wide": _spread(full),
         "plain": [full.clone(), {"t": full.clone().t() if full.dim() == 2 else full.clone()}],
         **{f"many{n}": full.clone() for n in range(6)},
     }
@@ -138,6 +149,7 @@ def _leaves(full: torch.Tensor, mesh: Any) -> dict[str, Any]:
 
 def _check_leaves(got: Any, full: torch.Tensor, mesh: Any) -> None:
     assert_same(local(got["rows"]), part(full, mesh, [S(0)]), "rows")
+    assert_same(got["wide"], full, "wide")
     assert_same(got["plain"][0], full, "plain")
     assert_same(got["plain"][1]["t"], full.t() if full.dim() == 2 else full, "t")
     for n in range(6):

@@ -172,6 +172,7 @@ TARGETS: dict[str, Leaf] = {
     "grid": lambda i, mesh: target(numbers(5, 3, salt=i), mesh(2, 2), [S(0), S(1)]),
     "replicas": lambda i, mesh: target(numbers(5, 3, salt=i), mesh(4), [R]),
     "plain": lambda i, _: numbers(5, 3, salt=i),
+    "plain of another shape each": lambda i, _: numbers(i + 1, 3, salt=i),
     "0-dim": lambda i, _: numbers(salt=i),
     "meta": lambda i, mesh: target(numbers(8, 2, salt=i), mesh(4), [S(0)], meta=True),
     "plain meta": lambda i, _: numbers(8, 2, salt=i).to("meta"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import random
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from conformance.kit.compare import fingerprint, local
+from conformance.kit.compare import assert_same, fingerprint, local
 from conformance.kit.data import numbers
 from conformance.kit.nested import spoil, storages, tensors
 from conformance.kit.roads import ROADS, Make, Road
@@ -168,7 +169,10 @@ class _State:
             del road, got
             gc.collect()
             # A backend's own thread may let go of what it has sent a little later.
-            kept = [path for path, event in gone.items() if not event.wait(3)]
+            until = time.monotonic() + 3
+            for event in gone.values():
+                event.wait(max(until - time.monotonic(), 0))
+            kept = [path for path, event in gone.items() if not event.is_set()]
             assert not kept, f"{name}: {kept} are still held after the call"
 
 
@@ -185,6 +189,19 @@ class TestAllGatherShardedTensorState(_State):
 @pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
 class TestBroadcastState(_State):
     """Into shards, replicas, plain tensors and meta targets, one and many."""
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(2)
+    def test_a_large_source_is_used_again_at_once(
+        self, judged: Any, rank: int, device: torch.device
+    ) -> None:
+        """What the source writes after the call must not arrive, were it still being sent."""
+        for salt in range(4):
+            full, local_state = numbers(4096, 1024, salt=salt), {"w": numbers(4096, 1024, salt=7)}
+            source = full.clone()
+            judged({"w": source} if rank == 0 else {}, local_state, device)
+            source.fill_(-1)
+            assert_same(local_state["w"], full, f"call {salt}")
 
 
 @pytest.mark.judges("_state_dict_utils._distribute_state_dict")
