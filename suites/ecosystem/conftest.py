@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -58,6 +59,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             warnings.simplefilter("ignore")
             for module in WARM[library]:
                 importlib.import_module(module)
+        if (bars := sys.modules.get("tqdm")) is not None:
+            bars.tqdm.monitor_interval = 0  # else the first progress bar leaves a thread behind
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.distributed._tensor import DTensor
-from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
+from torch.distributed.tensor import DTensor
 
 Parts = dict[str, Any]
 
 
-def inner_tensors(value: torch.Tensor) -> Parts | None:
+def inner_tensors(value: Any) -> Parts | None:
     """Name to tensor for what a wrapper subclass holds; None for a tensor with its own bytes."""
     if isinstance(value, DTensor):
         return {"local": value._local_tensor}
-    if isinstance(value, LocalShardsWrapper):
+    if hasattr(value, "local_shards"):  # LocalShardsWrapper: torch has one, torchrec another
         offsets = value.local_offsets()
-        return {str(at): shard for at, shard in zip(offsets, value.local_shards(), strict=True)}
-    if type(value) in (torch.Tensor, torch.nn.Parameter) or not hasattr(value, "__tensor_flatten__"):
+        # A rank without a shard has an offset all the same.
+        return {str(at): shard for at, shard in zip(offsets, value.local_shards(), strict=False)}
+    if not hasattr(value, "__tensor_flatten__"):
         return None
     names, context = value.__tensor_flatten__()
     return {"context": repr(context), **{name: getattr(value, name) for name in names}}
