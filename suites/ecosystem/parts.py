@@ -25,7 +25,7 @@ def inner_tensors(value: Any) -> Parts | None:
 
 
 def copied(value: Any) -> Any:
-    """A copy, part by part: a wrapper subclass need not have clone. Of a DTensor, its local part."""
+    """A copy, part by part, for a wrapper subclass may lack clone; of a DTensor its local part."""
     if isinstance(value, dict):
         return {key: copied(inner) for key, inner in value.items()}
     parts = inner_tensors(value) if isinstance(value, torch.Tensor) else None

@@ -1,4 +1,4 @@
-"""What the libraries do under torch as it is, and with the reference: `python -m ecosystem.table RUN`.
+"""Libraries under torch as it is, and with the reference: `python -m ecosystem.table RUN`.
 
 RUN holds a run of the same checks for torch and one for each moment of install(). What was right
 must stay right, with the same bits; exit 1 where it does not, 3 where a run is missing or did not

@@ -25,7 +25,7 @@ MESHES = {"fsdp4": (1, 4), "hsdp": (2, 2)}
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Variables of `accelerate launch`; its state is one per process, and each check has its own."""
+    """Variables of `accelerate launch`; of its state a process has one, and each check its own."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
@@ -67,9 +67,7 @@ class Trainee:
                 transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
                 cpu_ram_efficient_loading=False,
             ),
-            parallelism_config=ParallelismConfig(
-                dp_replicate_size=replicas, dp_shard_size=shards
-            ),
+            parallelism_config=ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=shards),
         )
         model = llama(salt)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
@@ -98,9 +96,7 @@ class TestFsdp2:
     @pytest.mark.world(4, collective=30, limit=120)
     @pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
     @pytest.mark.parametrize("mesh_of", list(MESHES))
-    def test_resumed(
-        self, note: Digests, shared: Path, kind: str, mesh_of: str
-    ) -> None:
+    def test_resumed(self, note: Digests, shared: Path, kind: str, mesh_of: str) -> None:
         """What save_state saved load_state loads to the bit, and training goes on to the bit."""
         one = Trainee(mesh_of, kind)
         note("first losses", [one.step(0), one.step(1)])
@@ -119,9 +115,7 @@ class TestFsdp2:
 
     @pytest.mark.world(4, collective=30, limit=120)
     @pytest.mark.parametrize("mesh_of", list(MESHES))
-    def test_get_state_dict(
-        self, note: Digests, rank: int, mesh_of: str
-    ) -> None:
+    def test_get_state_dict(self, note: Digests, rank: int, mesh_of: str) -> None:
         """Accelerator.get_state_dict gives rank 0 the whole trained model."""
         one = Trainee(mesh_of, "FULL_STATE_DICT")
         one.step(0)

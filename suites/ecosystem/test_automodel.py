@@ -1,4 +1,4 @@
-"""nemo-automodel: a tied causal language model under its FSDP2 x TP, its Stateful wrappers under DCP."""
+"""nemo-automodel: a tied language model under its FSDP2 x TP, saved by its Stateful wrappers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F  # noqa: N812 -- torch's own habit
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -82,13 +82,13 @@ class TestStateful:
         one = Trainee(first)
         note("first losses", [one.step(0), one.step(1)])
         saved = one.state()
-        dcp.save(one.stateful(on_cpu=on_cpu), checkpoint_id=shared)
+        state_dict_saver.save(one.stateful(on_cpu=on_cpu), checkpoint_id=shared)
         expected = [one.step(2), one.step(3)]
         note("losses", expected)
 
         other = Trainee(second, salt=1)
         other.step(0)
-        dcp.load(other.stateful(on_cpu=False), checkpoint_id=shared)
+        state_dict_loader.load(other.stateful(on_cpu=False), checkpoint_id=shared)
         assert_equal(other.state(), saved, "loaded")
         got = [other.step(2), other.step(3)]
         note("losses after the load", got)

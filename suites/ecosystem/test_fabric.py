@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ MESHES = {"fsdp2 x tp2": (2, 2), "fsdp4": (4, 1), "tp4": (1, 4)}
 
 
 @pytest.fixture(autouse=True)
-def under_torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fabric takes a process with torchrun's variables for one that was started for it."""
     for name, value in {
         "TORCHELASTIC_RUN_ID": "none",
@@ -29,7 +28,6 @@ def under_torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "MASTER_PORT": "29500",
     }.items():
         monkeypatch.setenv(name, value)
-    yield
 
 
 def parallelize(model: nn.Module, mesh: Any) -> nn.Module:
@@ -64,9 +62,7 @@ class Trainee:
             torch.optim.AdamW(self.wrapped.parameters(), lr=1e-2, foreach=False)
         )
         data = strategy.device_mesh["data_parallel"]
-        self.step: Step = stepper(
-            self.wrapped, self.optimizer, data, backward=self.fabric.backward
-        )
+        self.step: Step = stepper(self.wrapped, self.optimizer, data, backward=self.fabric.backward)
         self.data = data
 
     def state(self) -> list[Any]:

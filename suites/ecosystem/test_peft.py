@@ -1,4 +1,4 @@
-"""peft: LoRA over a frozen base, under fully_shard and tensor parallelism, its adapters saved alone."""
+"""peft: LoRA over a frozen base, under fully_shard and tensor parallelism, adapters saved alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -83,12 +83,12 @@ class TestLora:
         one = Trainee(mesh(2, 2))
         note("first losses", [one.step(0), one.step(1)])
         saved = one.state()
-        state = {
+        state: dict[str, Any] = {
             "model": get_model_state_dict(one.model, options=TRAINED),
             "optimizer": get_optimizer_state_dict(one.model, one.optimizer),
         }
         assert all("lora" in name for name in state["model"]), list(state["model"])
-        dcp.save(state, checkpoint_id=shared)
+        state_dict_saver.save(state, checkpoint_id=shared)
         expected = [one.step(2), one.step(3)]
         note("losses", expected)
 
@@ -97,7 +97,7 @@ class TestLora:
             "model": get_model_state_dict(other.model, options=TRAINED),
             "optimizer": get_optimizer_state_dict(other.model, other.optimizer),
         }
-        dcp.load(state, checkpoint_id=shared)
+        state_dict_loader.load(state, checkpoint_id=shared)
         set_model_state_dict(other.model, state["model"], options=TRAINED)
         set_optimizer_state_dict(other.model, other.optimizer, state["optimizer"])
         assert_equal(other.state(), saved, "loaded")
@@ -109,9 +109,7 @@ class TestLora:
             assert_close(mean(got, other.data), mean(expected, one.data), "losses after the load")
 
     @pytest.mark.world(4, collective=30, limit=90)
-    def test_a_file_of_adapters(
-        self, note: Digests, mesh: Any, shared: Path, rank: int
-    ) -> None:
+    def test_a_file_of_adapters(self, note: Digests, mesh: Any, shared: Path, rank: int) -> None:
         """Adapters gathered on rank 0, saved by peft, loaded by peft into the unsharded model."""
         from peft import PeftModel
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
-from ecosystem.digests import Digests
-from ecosystem.parts import copied, inner_tensors
+from ecosystem.digests import Digests, digest
 from ecosystem.kit.resume import assert_equal
 from ecosystem.kit.small import mlp, sharded, stepper
+from ecosystem.parts import copied, inner_tensors
 
 pytestmark = pytest.mark.needs("package torchao")
 
@@ -49,7 +49,7 @@ def quantised(kind: str, salt: int = 0) -> nn.Module:
     return model
 
 
-def held(model: nn.Module) -> dict[str, torch.Tensor]:
+def held(model: nn.Module) -> dict[str, Any]:
     return {name: value.detach() for name, value in model.state_dict().items()}
 
 
@@ -88,10 +88,12 @@ class TestWeights:
     @pytest.mark.parametrize("kind", WEIGHTS)
     def test_a_checkpoint(self, note: Digests, shared: Path, kind: str) -> None:
         """Quantised weights go through dcp.save and dcp.load to the bit."""
-        dcp.save({"model": get_model_state_dict(quantised(kind))}, checkpoint_id=shared)
+        state_dict_saver.save(
+            {"model": get_model_state_dict(quantised(kind))}, checkpoint_id=shared
+        )
         model = quantised(kind, salt=1)
         state = get_model_state_dict(model)
-        dcp.load({"model": state}, checkpoint_id=shared)
+        state_dict_loader.load({"model": state}, checkpoint_id=shared)
         set_model_state_dict(model, state)
         note("loaded", held(model))
         assert_equal(held(model), held(quantised(kind)), "loaded")
@@ -157,7 +159,7 @@ def quantises(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
 
 @pytest.fixture
 def eager() -> Iterator[None]:
-    """torchao compiles the step of each parameter, which takes a minute a check and shows no more."""
+    """Torchao compiles the step of each parameter, which takes a minute a check and shows no more."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
@@ -187,11 +189,11 @@ class TestOptimizers:
     ) -> None:
         """Saved and loaded on the same mesh, training continues to the bit as if uninterrupted."""
         model, optimizer, step = trained(name, mesh(2))
-        state = {
+        state: dict[str, Any] = {
             "model": get_model_state_dict(model),
             "optimizer": get_optimizer_state_dict(model, optimizer),
         }
-        dcp.save(state, checkpoint_id=shared)
+        state_dict_saver.save(state, checkpoint_id=shared)
         expected = [step(2), step(3)]
 
         model, optimizer, step = trained(name, mesh(2), steps=1)
@@ -199,7 +201,7 @@ class TestOptimizers:
             "model": get_model_state_dict(model),
             "optimizer": get_optimizer_state_dict(model, optimizer),
         }
-        dcp.load(state, checkpoint_id=shared)
+        state_dict_loader.load(state, checkpoint_id=shared)
         set_model_state_dict(model, state["model"])
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
         got = [step(2), step(3)]
@@ -220,31 +222,38 @@ class TestOptimizers:
                         v._local_tensor.dequantize(), v.device_mesh, v.placements, run_check=False
                     ).full_tensor()
                     if isinstance(v, DTensor) and inner_tensors(v._local_tensor) is not None
-                    else v.full_tensor() if isinstance(v, DTensor) else v
+                    else v.full_tensor()
+                    if isinstance(v, DTensor)
+                    else v
                 )
                 for k, v in optimizer.state[p].items()
             }
             for n, p in model.named_parameters()
         }
+        seen = set()
         for turn in range(6):
-            state = get_optimizer_state_dict(model, optimizer, options=options)
-            note(f"state {turn}", state)
+            state: Any = get_optimizer_state_dict(model, optimizer, options=options)
+            # At once: what has not arrived yet shows here, and no longer below.
+            seen.add(digest(state))
+            if not turn:
+                note("state", state)
             if options.cpu_offload and rank:
                 continue
             for n, entry in state["state"].items():
                 for k, v in entry.items():
                     got = v.dequantize() if hasattr(v, "codes") else v
                     assert_equal(got, dequantised[n][k], f"turn {turn}: {n}: {k}")
+        assert len(seen) == 1, f"six states in a row are {len(seen)} different ones"
 
     @pytest.mark.world(4, limit=120)
     def test_tensor_parallel(self, note: Digests, mesh: Any, shared: Path, name: str) -> None:
         """Under fully_shard and tensor parallelism: saved, loaded, continued to the bit."""
         model, optimizer, step = trained(name, mesh(2, 2))
-        state = {
+        state: dict[str, Any] = {
             "model": get_model_state_dict(model),
             "optimizer": get_optimizer_state_dict(model, optimizer),
         }
-        dcp.save(state, checkpoint_id=shared)
+        state_dict_saver.save(state, checkpoint_id=shared)
         expected = [step(2), step(3)]
         note("losses", expected)
         model, optimizer, step = trained(name, mesh(2, 2), steps=1)
@@ -252,7 +261,7 @@ class TestOptimizers:
             "model": get_model_state_dict(model),
             "optimizer": get_optimizer_state_dict(model, optimizer),
         }
-        dcp.load(state, checkpoint_id=shared)
+        state_dict_loader.load(state, checkpoint_id=shared)
         set_model_state_dict(model, state["model"])
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
         assert_equal([step(2), step(3)], expected, "losses after the load")

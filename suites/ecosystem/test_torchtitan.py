@@ -36,7 +36,7 @@ MESHES = {
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchtitan takes a machine without an accelerator for one with CUDA."""
+    """Torchtitan takes a machine without an accelerator for one with CUDA."""
     from torchtitan.distributed import parallel_dims
 
     monkeypatch.setattr(parallel_dims, "device_type", "cpu")
@@ -124,7 +124,7 @@ def titan(mesh: str, salt: int = 0) -> Titan:
 
 @contextmanager
 def manager(of: Titan, folder: Path, mode: str = "disabled") -> Iterator[Any]:
-    """torchtitan's CheckpointManager over a folder that all ranks share."""
+    """Torchtitan's CheckpointManager over a folder that all ranks share."""
     from torchtitan.components.checkpoint import CheckpointManager
     from torchtitan.config.job_config import Checkpoint
 
@@ -160,9 +160,7 @@ class TestCheckpoint:
             ("ddp4", "fsdp2 x tp2"),
         ],
     )
-    def test_resumed(
-        self, note: Digests, shared: Path, mode: str, first: str, second: str
-    ) -> None:
+    def test_resumed(self, note: Digests, shared: Path, mode: str, first: str, second: str) -> None:
         """What CheckpointManager saved on one mesh is loaded on another to the bit, and goes on."""
         one = titan(first)
         note("first losses", [one.step(0), one.step(1)])

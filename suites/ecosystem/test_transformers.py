@@ -65,9 +65,7 @@ class TestDistributed:
         ("first", "second"),
         [("fsdp2 x tp2", "fsdp2 x tp2"), ("fsdp2 x tp2", "fsdp4"), ("fsdp4", "tp4")],
     )
-    def test_resumed(
-        self, note: Digests, shared: Path, rank: int, first: str, second: str
-    ) -> None:
+    def test_resumed(self, note: Digests, shared: Path, rank: int, first: str, second: str) -> None:
         """Saved in shards on one mesh, loaded on another to the bit with its moments, continued."""
         from transformers.distributed import load_optimizer_distributed, save_optimizer_distributed
 

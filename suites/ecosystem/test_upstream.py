@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -115,6 +115,8 @@ class TestDistributedStateDict:
         step(0)
         stepper(other, second, grid["dp"])(5)
         saved = [parameters(one), moments(one, first)]
+        model: Any
+        optimizer: Any
         model, optimizer = get_state_dict(one, first, options=options)
         if options.full_state_dict and options.cpu_offload and not options.broadcast_from_rank0:
             # Only rank 0 has it, and each rank sets its own.
@@ -158,7 +160,7 @@ class TestAsync:
         stager = DefaultStager(StagingOptions(False, False, threaded, False))
         for turn in range(2):
             step(turn)
-            state = {
+            state: dict[str, Any] = {
                 "model": get_model_state_dict(model),
                 "optimizer": get_optimizer_state_dict(model, optimizer),
             }
@@ -181,12 +183,12 @@ class TestAsync:
         step = stepper(model, optimizer, grid["dp"])
         step(0)
         saved = [parameters(model), moments(model, optimizer)]
-        state = {
+        state: dict[str, Any] = {
             "model": get_model_state_dict(model),
             "optimizer": get_optimizer_state_dict(model, optimizer),
         }
         group = torch.distributed.new_group()
-        future: Any = dcp.async_save(state, checkpoint_id=shared, process_group=group)
+        future: Any = state_dict_saver.async_save(state, checkpoint_id=shared, process_group=group)
         step(1)
         future.result()
         other = sharded(mlp(1), mesh(4))
@@ -195,7 +197,7 @@ class TestAsync:
             "model": get_model_state_dict(other),
             "optimizer": get_optimizer_state_dict(other, second),
         }
-        dcp.load(state, checkpoint_id=shared)
+        state_dict_loader.load(state, checkpoint_id=shared)
         set_model_state_dict(other, state["model"])
         set_optimizer_state_dict(other, second, state["optimizer"])
         note("parameters", dict(other.named_parameters()))
@@ -251,11 +253,12 @@ class TestLocalShardsWrapper:
     ) -> None:
         """Staged, saved and loaded into another table of the same kind, it has the same numbers."""
         mine, line = wrapped_table(mesh(2), rank, kind), mesh(2)
-        dcp.async_save({"table": mine}, checkpoint_id=shared).result()  # type: ignore[union-attr]
+        future: Any = state_dict_saver.async_save({"table": mine}, checkpoint_id=shared)
+        future.result()
         other = wrapped_table(line, rank, kind)
         local: Any = other._local_tensor
         for shard in local.local_shards():
             shard.zero_()
-        dcp.load({"table": other}, checkpoint_id=shared)
+        state_dict_loader.load({"table": other}, checkpoint_id=shared)
         note("loaded", other)
         assert_equal(other._local_tensor, mine._local_tensor, "loaded")
