@@ -340,7 +340,7 @@ MUTANTS: tuple[Mutant, ...] = (
             (
                 "sync_returns_pending",
                 "a gradient in flight is handed on",
-                "    if compute_stream is None:\n        return finish(grad)",
+                "    if compute_stream is None:\n        return settled_result(grad)",
                 "    if compute_stream is None:\n        return grad",
             ),
         )
