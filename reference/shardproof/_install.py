@@ -39,6 +39,10 @@ def install() -> None:
     has bound, or will bind, one of their names. What was made before keeps what it has: wrap
     models afterwards. A second call is harmless.
 
+    A program that worked before works after: what a caller of torch's functions can do and gets a
+    right answer for, the reference does as well. It refuses only where going on would corrupt,
+    lose, hang or lie, with an error that names the input.
+
     Call it in every process of the job, before models are wrapped. No collective runs.
 
     Raises:

@@ -12,7 +12,7 @@ from docker import DockerClient
 from docker.errors import ContainerError
 
 from containers import witness
-from containers.engine import FEW, ROOT, Outcome, Project
+from containers.engine import FEW, REVISION, ROOT, Outcome, Project
 
 pytestmark = [pytest.mark.needs("docker"), pytest.mark.timeout(900)]
 
@@ -37,7 +37,15 @@ def as_the_readme_says(project: Project, service: str, *arguments: str) -> Outco
 def test_results_belong_to_the_owner_of_the_folder(owned: Project) -> None:
     done = as_the_readme_says(owned, "tests-cpu", "-k", FEW)
     assert done.exit == 0
-    assert done.results()["run"]["selected"] > 0
+    assert "moved exact data" in done.output, "the preflight comes first"
+    results = done.results()
+    run, checks = results["run"], results["checks"]
+    assert run["selected"] == len(checks) > 0
+    assert all(FEW in check["id"] for check in checks)
+    assert {check["verdict"] for check in checks} <= {"pass", "xfail"}
+    assert run["commit"] == REVISION
+    assert run["command"].startswith("docker compose run --rm tests-cpu --subject")
+    assert (owned.out / "latest" / "junit.xml").exists()
     witness.assert_owner(owned)
     owned.assert_owns_its_results()
 

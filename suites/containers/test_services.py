@@ -10,23 +10,9 @@ import pytest
 from docker import DockerClient
 
 from containers import forks
-from containers.engine import FEW, REVISION, Project
+from containers.engine import FEW, Project
 
 pytestmark = [pytest.mark.needs("docker"), pytest.mark.timeout(1800)]
-
-
-def test_a_run_leaves_its_results(project: Project) -> None:
-    done = project.run("tests-cpu", "-k", FEW)
-    assert done.exit == 0
-    results = done.results()
-    run, checks = results["run"], results["checks"]
-    assert run["selected"] == len(checks) > 0
-    assert all(FEW in check["id"] for check in checks)
-    assert {check["verdict"] for check in checks} <= {"pass", "xfail"}
-    assert run["commit"] == REVISION
-    assert run["command"].startswith("docker compose run --rm tests-cpu --subject")
-    assert "moved exact data" in done.output, "the preflight comes first"
-    assert (project.out / "latest" / "junit.xml").exists()
 
 
 def test_a_mounted_fork_is_judged_and_its_failure_is_the_exit_code(

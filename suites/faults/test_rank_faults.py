@@ -85,6 +85,11 @@ def assert_blames(check: dict[str, Any], verdict: str, rank: int, cause: str) ->
     assert check["seconds"] < LIMIT + 5
 
 
+def test_an_assert_without_words_is_told_by_its_source(session: Outcome) -> None:
+    message = session.check("test_assert_explains_itself")["message"]
+    assert message.startswith("rank 1: assert 4 == 3, asserted 'shape[\"rows\"] == 3'"), message
+
+
 @pytest.mark.parametrize(("name", "cause"), DIED)
 def test_a_rank_that_ends_without_an_answer_is_a_crash(
     session: Outcome, name: str, cause: str

@@ -108,7 +108,8 @@ def mesh() -> Callable[..., DeviceMesh]:
 @pytest.fixture
 def subject(request: pytest.FixtureRequest) -> Subject:
     """The implementation under test; see `harness.subjects.Subject`."""
-    return Subject(request.config.stash[SETTINGS].subject)
+    settings = request.config.stash[SETTINGS]
+    return Subject(settings.subject, settings.install_at)
 
 
 @pytest.fixture

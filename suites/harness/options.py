@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import devices, place, warned
+from harness import devices, place, subjects, warned
 from harness.place import Place
 
 DEFAULT_SUBJECT = "torch.distributed"
@@ -55,6 +55,8 @@ class Settings:
     place: Place | None
     """Where torchrun has put this process; None: one machine, no torchrun."""
     shared_dir: Path | None
+    install_at: str = "after"
+    """When the subject is put under torch, see `harness.subjects.MOMENTS`."""
     share_gpus: bool = False
     """Whether ranks of NCCL share the GPUs where these are fewer."""
 
@@ -80,6 +82,13 @@ def add_options(parser: pytest.Parser) -> None:
         metavar="ROOT",
         default=DEFAULT_SUBJECT,
         help="import root of the implementation to judge (default: %(default)s)",
+    )
+    add(
+        "--install-at",
+        choices=tuple(subjects.MOMENTS),
+        default="after",
+        help="when a subject that installs itself does so: before what uses torch.distributed is "
+        "imported, after it, or at both moments (default: %(default)s)",
     )
     add("--backend", metavar="NAME", help="process-group backend (default: the device's own)")
     add(
@@ -181,6 +190,8 @@ def read_settings(config: pytest.Config) -> Settings:
         )
     if here is None:
         _world_size(option.world_size, backend, device, option.share_gpus)
+    if option.install_at != "after":
+        _install_at(option.install_at, option.subject, option.start_method)
     order, seed = _order(option.order), _seed(option.seed)
     clocks = (option.collective_limit, option.check_limit, option.session_limit)
     if not 0 < clocks[0] < clocks[1] < clocks[2]:
@@ -210,6 +221,7 @@ def read_settings(config: pytest.Config) -> Settings:
         update_expectations=option.update_expectations,
         place=here,
         shared_dir=_shared_dir(option.shared_dir, here),
+        install_at=option.install_at,
         share_gpus=option.share_gpus,
     )
 
@@ -237,6 +249,16 @@ def _subject(root: str) -> tuple[str, str]:
         top = importlib.import_module(root.partition(".")[0])
         version = getattr(top, "__version__", "unknown")
     return str(getattr(module, "__file__", None) or "namespace"), str(version)
+
+
+def _install_at(moment: str, subject: str, start_method: str) -> None:
+    if why := subjects.not_installable(subject) or subjects.needs_no_install(subject):
+        raise pytest.UsageError(f"--install-at {moment}: {why}")
+    if start_method != "fork":
+        raise pytest.UsageError(
+            f"--install-at {moment}: a rank that starts as a new interpreter has imported torch's "
+            "modules before the subject is known: expected --start-method fork"
+        )
 
 
 def _device(name: str) -> str:

@@ -13,7 +13,18 @@ from typing import Any
 
 import pytest
 
-from harness import blame, devices, node, options, processes, requirements, results, spawned, warm
+from harness import (
+    blame,
+    devices,
+    node,
+    options,
+    processes,
+    requirements,
+    results,
+    spawned,
+    subjects,
+    warm,
+)
 from harness.cluster import Cluster, NodesError
 from harness.echo import check_report, phase_report
 from harness.expectations import Entry, Expectations, Facts, append
@@ -49,6 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     warm.limit_threads()
     config.stash[SETTINGS] = settings = options.read_settings(config)
+    subjects.install_early(settings.subject, settings.install_at)
     if spawned.seat is not None or config.option.collectonly:
         return
     if settings.place is not None and not settings.place.leads:

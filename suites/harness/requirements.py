@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
 import inspect
 import os
 import shutil
@@ -31,9 +32,11 @@ MARKS = (
         "nodes: needs a world over so many machines; reuse: share the world with the checks of the "
         "same class that follow"
     ),
-    "needs(*features): features of the machine or of torch, see harness.requirements.FEATURES",
+    "needs(*features): features of the machine or of torch, see harness.requirements.FEATURES, or "
+    "'package NAME': a distribution that is installed",
     "judges(name): the function of the subject that a class of checks judges, module.function",
-    "exercises(area): the area of torch's public API that a class of checks runs the subject in",
+    "exercises(area, suite='integration'): the area of torch's public API, or the library above it, "
+    "that a class of checks runs the subject in",
     "law(name): the law of the contract that a check holds the function to",
     (
         "should(reason): the clause is our choice of quality, not what upstream documents "
@@ -129,6 +132,18 @@ FEATURES: dict[str, Callable[[Settings], str]] = {
 """Name to a probe that says in words what is missing, or nothing."""
 
 
+_PACKAGE = "package "
+
+
+def _package(name: str) -> str:
+    """What is missing for a distribution that is not installed."""
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"the package {name}, which this environment lacks"
+    return ""
+
+
 def is_check(item: pytest.Item) -> bool:
     """Whether the item's body runs on the ranks of a world."""
     return item.get_closest_marker("world") is not None
@@ -209,11 +224,16 @@ def unmet(item: pytest.Item, spec: WorldSpec | None, settings: Settings) -> str:
             )
     for mark in item.iter_markers("needs"):
         for name in mark.args:
-            if name not in FEATURES:
+            if name.startswith(_PACKAGE):
+                missing = _package(name.removeprefix(_PACKAGE))
+            elif name in FEATURES:
+                missing = FEATURES[name](settings)
+            else:
                 raise pytest.UsageError(
-                    f"{item.nodeid}: needs({name!r}): expected one of {', '.join(FEATURES)}"
+                    f"{item.nodeid}: needs({name!r}): expected one of {', '.join(FEATURES)}, or "
+                    f"'{_PACKAGE}NAME'"
                 )
-            if missing := FEATURES[name](settings):
+            if missing:
                 return f"needs {missing}"
     if judged := item.get_closest_marker("judges"):
         with warned.collecting(settings.subject, warned.at_import):

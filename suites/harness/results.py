@@ -64,6 +64,8 @@ def command(settings: Settings, more: list[str]) -> str:
         words += ["--backend", settings.backend]
     if settings.share_gpus:
         words += ["--share-gpus"]
+    if settings.install_at != "after":
+        words += ["--install-at", settings.install_at]
     if settings.world_size is not None:
         words += ["--world-size", str(settings.world_size)]
     if settings.start_method != "fork":
@@ -80,7 +82,7 @@ def check(
     judged, area, law = map(item.get_closest_marker, ("judges", "exercises", "law"))
     module, _, function = (judged.args[0] if judged else "").rpartition(".")
     if area and not judged:
-        module, function = "integration", area.args[0]
+        module, function = area.kwargs.get("suite", "integration"), area.args[0]
     level, reason = level_of(item)
     clause = (getattr(getattr(item, "function", None), "__doc__", None) or "").strip()
     return {

@@ -15,8 +15,9 @@ class Subject:
     `subject.function("_state_dict_utils._gather_state_dict")` one function of it.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, install_at: str = "after") -> None:
         self.root = root
+        self._install_at = install_at
 
     def __repr__(self) -> str:
         return f"<subject {self.root}>"
@@ -33,9 +34,10 @@ class Subject:
     def in_place(self) -> AbstractContextManager[None]:
         """The subject under torch's public API, for the time of a `with` block.
 
-        torch.distributed is there already; any other has `installed()` for it.
+        torch.distributed is there already; any other has `installed()` for it. A run that installs
+        before everything else (`--install-at before`) leaves it at that.
         """
-        if self.root == INSTALLED_TORCH:
+        if self.root == INSTALLED_TORCH or self._install_at == "before":
             return nullcontext()
         placed: AbstractContextManager[None] = self.function("installed")()
         return placed
@@ -49,6 +51,24 @@ MODULES = (
     "tensor.parallel.fsdp",
 )
 """The modules of the set, below an import root."""
+
+MOMENTS = {
+    "before": "before torch's modules that use torch.distributed, and libraries, are imported",
+    "after": "in each check, when all of them are",
+    "twice": "at both moments",
+}
+"""When a subject that puts itself under torch's public API may do so."""
+
+
+def install_early(root: str, moment: str) -> None:
+    """Put the subject under torch in this process, for good, where the moment says so."""
+    if moment != "after":
+        Subject(root).function("install")()
+
+
+def needs_no_install(root: str) -> str:
+    """Why there is nothing to install, or an empty text."""
+    return f"{root} is in place already" if root == INSTALLED_TORCH else ""
 
 
 def missing(root: str, path: str) -> str:

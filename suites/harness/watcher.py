@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import time
 import traceback
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ class Watcher:
         self.failed_at = 0.0
         self.kind = "error"
         self.waiting_in = ""
+        self.asserted = ""
         self.reports: list[pytest.TestReport] = []
 
     @pytest.hookimpl(tryfirst=True)
@@ -40,6 +42,7 @@ class Watcher:
             self.failed_at = time.monotonic()
             self.kind = kind_of_error(call.excinfo.value)
             self.waiting_in = stacks.collective_of_traceback(call.excinfo.tb)
+            self.asserted = assertion_of(call.excinfo.value)
             if not isinstance(call.excinfo.value, pytest.skip.Exception):
                 # Before pytest makes its report: reading and parsing sources takes seconds under
                 # load, and the parent would end the world before it knew the cause.
@@ -48,7 +51,7 @@ class Watcher:
                     outcome="raised" if call.when == "call" else "broken",
                     phase=call.when,
                     failed_at=self.failed_at,
-                    message=one_line(call.excinfo.value)[:2000],
+                    message=one_line(call.excinfo.value)[:2000] + self.asserted,
                     kind_of_error=self.kind,
                     waiting_in=self.waiting_in,
                 )
@@ -92,11 +95,13 @@ def answer(watcher: Watcher, seconds: float) -> dict[str, Any]:
             "details": str(bad.longrepr),
         }
     crash = getattr(bad.longrepr, "reprcrash", None)
+    message = crash.message if crash else bad.longreprtext.strip().rpartition("\n")[2]
+    first, newline, rest = message.partition("\n")
     return found | {
         "outcome": "raised" if bad.when == "call" else "broken",
         "phase": bad.when,
         "failed_at": watcher.failed_at,
-        "message": crash.message if crash else bad.longreprtext.strip().rpartition("\n")[2],
+        "message": first + watcher.asserted + newline + rest,
         "details": bad.longreprtext,
         "kind_of_error": watcher.kind,
         "waiting_in": watcher.waiting_in,
@@ -115,6 +120,22 @@ def raised(error: BaseException, seconds: float, said: str = "") -> dict[str, An
         "waiting_in": stacks.collective_of_traceback(error.__traceback__),
         "seconds": seconds,
     }
+
+
+def assertion_of(error: BaseException) -> str:
+    """The source of an assert that gives no message, whose values alone say little: `, asserted …`.
+
+    "assert [1] is not [1]" says neither what was expected nor of what; the expression does.
+    """
+    trace = error.__traceback__
+    if not isinstance(error, AssertionError) or trace is None:
+        return ""
+    if not text_of(error).startswith("assert "):
+        return ""
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    line = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno).strip()
+    return f", asserted {line.removeprefix('assert ')!r}"[:300] if line else ""
 
 
 def kind_of_error(error: BaseException) -> str:

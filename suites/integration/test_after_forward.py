@@ -126,7 +126,7 @@ class TestAfterForward:
     @pytest.mark.world(8)
     @pytest.mark.parametrize("recipe", over("hsdp"))
     def test_what_the_module_holds_on_three_dimensions(self, device: Any, recipe: Recipe) -> None:
-        """The same, nothing piled up either, with replicas of the shards."""
+        """With replicas, too, all parameters must stay in place, and nothing pile up."""
         assert_nothing_changes(recipe, device)
         assert_nothing_piles_up(recipe, device)
 

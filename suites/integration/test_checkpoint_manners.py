@@ -288,7 +288,7 @@ class TestMeshesWithoutRankZero:
     @pytest.mark.world(4, collective=8, limit=25)
     @pytest.mark.parametrize("recipe", gathering(["fsdp1", "fully_shard"], "fsdp1"))
     def test_the_optimizer(self, device: Any, world: Any, recipe: str) -> None:
-        """So it is with the state of the optimizer."""
+        """On a mesh of ranks 1 and 3 these alone must get, set and save the optimizer's state."""
         table = torch.tensor([[1], [3]], dtype=torch.int)
         grid = DeviceMesh(device.type, table, mesh_dim_names=("dp", "tp"))
         if world.rank not in (1, 3):

@@ -103,7 +103,7 @@ class TestGetModelStateDict:
     @pytest.mark.world(8)
     @pytest.mark.parametrize("recipe", HYBRID)
     def test_each_option_hybrid(self, device: Any, recipe: str) -> None:
-        """So it is with replicas over a third dimension of the mesh."""
+        """With replicas each combination must give the oracle's keys and values, too."""
         get(recipe, device, full_on_cpu=False)
 
 
@@ -140,5 +140,5 @@ class TestSetModelStateDict:
     @pytest.mark.parametrize("recipe", HYBRID)
     @GATHERS
     def test_each_option_hybrid(self, device: Any, recipe: str) -> None:
-        """So it is with replicas over a third dimension of the mesh."""
+        """With replicas each combination must put the values into the parameters, too."""
         load(recipe, device)

@@ -133,7 +133,7 @@ class TestGetOptimizerStateDict:
     @pytest.mark.world(8)
     @GATHERS
     def test_hybrid(self, device: Any) -> None:
-        """So it is with replicas over a third dimension of the mesh."""
+        """With replicas each rank must get its part of the optimizer's state, or all of it."""
         get("hsdp", device, [*SHARDED[:1], *FULL[:1]])
 
 
@@ -150,14 +150,14 @@ class TestSetOptimizerStateDict:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
     def test_full(self, device: Any, recipe: str) -> None:
-        """So does a full one, held by every rank or broadcast from rank 0."""
+        """A full state, on every rank or broadcast from rank 0, must land in a new optimizer."""
         load(recipe, device, FULL_SETS)
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(["fsdp1", "fully_shard"], "fsdp1"))
     def test_full_and_flat(self, device: Any, recipe: str) -> None:
-        """So does a full one that flatten_optimizer_state_dict made, with the same option."""
+        """A full, flat state must land with flatten_optimizer_state_dict, which made it."""
         load(recipe, device, FULL)
 
     @pytest.mark.law("structure")
@@ -186,5 +186,5 @@ class TestSetOptimizerStateDict:
     @pytest.mark.world(8)
     @GATHERS
     def test_hybrid(self, device: Any) -> None:
-        """So it is with replicas over a third dimension of the mesh."""
+        """With replicas the optimizer's state must land, and training go on alike."""
         load("hsdp", device, [*SHARDED[:1], *FULL_SETS[:1]])

@@ -67,7 +67,7 @@ class TestParity:
     @pytest.mark.parametrize("recipe", over("hsdp", "fully_shard-hybrid"))
     @GATHERS
     def test_three_dimensions(self, device: Any, recipe: Recipe) -> None:
-        """Both do so with replicas of the shards, on a mesh of three dimensions."""
+        """With replicas, on a 3-D mesh, MLP and transformer must train like the whole ones."""
         grid = recipe.grid(device)
         train_mlp(recipe, device, grid, "evaluated, clipped", "AdamW")
         train_transformer(recipe, device, grid, "adamw")

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mutants import copies, ddp, fsdp, memory, opaque, refusals, silent, together
+from mutants import (
+    compatibility,
+    copies,
+    ddp,
+    fsdp,
+    memory,
+    opaque,
+    refusals,
+    silent,
+    subclasses,
+    together,
+)
 
 _UTILS = "_state_dict_utils/"
 _SUITE = "state_dict_utils/"
@@ -137,8 +148,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "gather_for_everyone",
         "ranks outside ranks_only get the dict, too",
         "gather.py",
-        "    if not on_this_rank(ranks_only, pg):\n        return {}\n    return _rebuild",
-        "    return _rebuild",
+        "    if not on_this_rank(ranks_only, pg):\n        return {}\n    return copies",
+        "    return copies",
         "gather_state_dict",
         "gather_state_dict_manners",
     ),
@@ -154,9 +165,9 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "gather_aliases_replicas",
         "a gathered replicated leaf is the live weight",
-        "gather.py",
-        "        return fresh_copy(tensor._local_tensor, result_device(layout, cpu_offload))\n",
-        "        return tensor._local_tensor.detach()\n",
+        "local_copies.py",
+        "            return self._copy(local_of(tensor), id(tensor))\n",
+        "            return tensor._local_tensor.detach()\n",
         "gather_state_dict",
         "gather_state_dict_manners",
     ),
@@ -227,19 +238,19 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _mutant(
         "source_dtype_wins",
-        "a bf16 target becomes what the full tensor is",
-        "targets.py",
-        "            return allocate_like(settled(value), model.device)\n",
-        "            return allocate_like(settled(value), model.device, model.source_dtype)\n",
+        "a bf16 meta target becomes what the full tensor is",
+        "target_model.py",
+        "        if assigned and _same_kind(value.dtype, self.source_dtype):\n",
+        "        if False:\n",
         "broadcast_state_dict",
         "distribute_state_dict",
     ),
     _mutant(
         "shapes_unchecked",
-        "a full tensor of the wrong shape is taken",
-        "targets.py",
-        "if not self.is_piece and value.size() != self.size:",
-        "if not self.is_piece and value.dim() != len(self.size):",
+        "a full tensor of the wrong shape is taken for a DTensor",
+        "target_model.py",
+        "if value.size() != self.size and not",
+        "if value.dim() != len(self.size) and not",
         "broadcast_state_dict_manners",
         "distribute_state_dict",
     ),
@@ -268,6 +279,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "            continue\n",
         "distribute_state_dict",
     ),
+    *(_mutant(*fault) for fault in compatibility.FAULTS),
     *(_mutant(*fault) for fault in copies.FAULTS),
     *(_mutant(*fault) for fault in memory.FAULTS),
     *(_mutant(*fault) for fault in opaque.FAULTS),
@@ -292,8 +304,8 @@ MUTANTS: tuple[Mutant, ...] = (
             (
                 "flatten_trains_frozen",
                 "a frozen weight starts to train",
-                "        if tensor.requires_grad:\n            local = local.detach()",
-                "        if local.is_floating_point():\n            local = local.detach()",
+                "return local.requires_grad_() if tensor.requires_grad else local",
+                "return local.requires_grad_() if local.is_floating_point() else local",
             ),
             (
                 "unflatten_takes_any_shape",
@@ -342,7 +354,7 @@ MUTANTS: tuple[Mutant, ...] = (
             new,
             (f"tensor_parallel/test_{check}.py",),
         )
-        for name, fault, file, old, new, check in ddp.FAULTS
+        for name, fault, file, old, new, check in (*ddp.FAULTS, *subclasses.FAULTS)
     ),
     *(
         Mutant(

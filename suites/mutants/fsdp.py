@@ -23,8 +23,8 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "chunk_aliases",
         "a state dict holds views of the live weights",
         "dtensors.py",
-        "        fresh_copy(local, local.device),\n        DTensorSpec(",
-        "        local.detach(),\n        DTensorSpec(",
+        "has_own_operations(local) else fresh_copy(local, local.device)\n    meta",
+        "has_own_operations(local) else local.detach()\n    meta",
         "chunk_dtensor",
     ),
     (

@@ -22,7 +22,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "opaque_for_any_target",
         "a DTensor gets a sparse tensor for its shard",
-        "targets.py",
+        "target_model.py",
         "if value.layout is not self.layout:",
         "if False:",
         "opaque_tensors",
@@ -76,11 +76,11 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "opaque_tensors",
     ),
     (
-        "wrapper_copied_in_part",
-        "of what a wrapper holds a plain target takes the first tensor, and nobody is told",
-        "pairs.py",
-        "(unwrapped(ours) is None or unwrapped(theirs) is None)",
-        "False",
+        "wrapper_similar_to_dense",
+        "a wrapper of two tensors passes for similar to a dense one",
+        "copying.py",
+        "return unwrapped(ours) is None or unwrapped(theirs) is None",
+        "return False",
         "opaque_tensors",
     ),
     (
@@ -94,9 +94,9 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "wrapper_replica_in_part",
         "of a replicated wrapper, which does not travel, the first tensor is given",
-        "gather.py",
-        "fresh_copy(tensor._local_tensor, ",
-        "fresh_copy(getattr(tensor._local_tensor, 'a', tensor._local_tensor), ",
+        "local_copies.py",
+        "fresh_copy(memory, result",
+        "fresh_copy(getattr(memory, 'a', memory), result",
         "opaque_tensors",
     ),
     (

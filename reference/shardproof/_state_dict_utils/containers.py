@@ -75,6 +75,27 @@ def empty_like_mapping(like: Mapping[Any, Any]) -> Any:
     return fresh
 
 
+def filled_like(like: Mapping[Any, Any], items: Iterable[tuple[Any, Any]]) -> Any:
+    """A mapping of the type of ``like``, as :func:`empty_like_mapping`, with other items.
+
+    Methods that its class overrides have no say: a Counter's ``update`` counts what it is given.
+    """
+    fresh = empty_like_mapping(like)
+    kind = type(fresh)
+    if kind is dict or kind is OrderedDict or not isinstance(fresh, dict):
+        fresh.update(items)
+        return fresh
+    put: Any = OrderedDict.__setitem__ if isinstance(fresh, OrderedDict) else dict.__setitem__
+    for key, value in items:
+        put(fresh, key, value)
+    # Dicts whose items are attributes as well hold each of them twice.
+    own = getattr(fresh, "__dict__", {})
+    for name in own.keys() & fresh.keys():
+        if vars(like)[name] is like[name]:
+            own[name] = fresh[name]
+    return fresh
+
+
 def sequence_of(kind: type[Any], items: list[Any]) -> Any:
     """A sequence of type ``kind`` that holds ``items``."""
     if kind is list:

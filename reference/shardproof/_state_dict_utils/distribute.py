@@ -62,6 +62,7 @@ def _distribute_state_dict(
     values: dict[str, Any] = {}
     targets = Targets(in_place=False)
     targets.look(local_state_dict)
+    simulated = simulates_ranks()
     found: dict[str, tuple[Target, torch.Tensor]] = {}
     for key, value in full_state_dict.items():
         if key not in local_state_dict:
@@ -75,8 +76,9 @@ def _distribute_state_dict(
             values[key] = _placed_already(key, value, held, device)
             continue
         full = plain_full_tensor(key, value)
-        check_kinds(key, held, "Tensor", full.dim())
-        if isinstance(held, DTensor) and simulates_ranks():
+        if not isinstance(held, torch.Tensor):
+            check_kinds(key, held, "Tensor", full.dim())
+        elif simulated and isinstance(held, DTensor):
             values[key] = land_simulated(held, full, device, in_place=False)
             continue
         if held is None and full.dim():
@@ -117,6 +119,7 @@ def _distribute_tensors(
     """
     device = torch.device(device)
     targets = Targets(in_place=True)
+    simulated = simulates_ranks()
     landed: dict[str, DTensor] = {}
     found: dict[str, tuple[Target, torch.Tensor]] = {}
     for key in keys:
@@ -125,7 +128,7 @@ def _distribute_tensors(
             continue
         held, value = pair
         full = plain_full_tensor(key, value)
-        if simulates_ranks():
+        if simulated:
             landed[key] = land_simulated(held, full, device, in_place=True)
             continue
         size, dtype, layout = alike = full.size(), full.dtype, full.layout

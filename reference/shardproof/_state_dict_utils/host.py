@@ -47,7 +47,7 @@ def is_far(tensor: torch.Tensor) -> bool:
 
 def page_locked(nbytes: int) -> torch.Tensor:
     """New bytes that a GPU reads and writes directly; torch keeps what is freed for the next."""
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 def landed(data: torch.Tensor) -> torch.Tensor:
@@ -170,7 +170,7 @@ class Outgoing:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._made = [torch.empty(0, dtype=torch.uint8)] * 2
+        self._made = [torch.empty(0, dtype=torch.uint8, device="cpu")] * 2
         self._read: list[torch.Event | None] = [None, None]
 
     def next(self, nbytes: int) -> torch.Tensor:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from shardproof._state_dict_utils.agreement import Columns, Failure
 from shardproof._state_dict_utils.containers import LEAF_TYPES, leaf_name
 from shardproof._state_dict_utils.layout import my_coordinate
 from shardproof._state_dict_utils.spread import Layout, layout_of
-from shardproof._state_dict_utils.subclasses import settled
+from shardproof._state_dict_utils.subclasses import (
+    has_own_operations,
+    is_table,
+    memory_of,
+    settled,
+)
 from shardproof._state_dict_utils.table_shards import joined
 from shardproof._state_dict_utils.tensors import local_of, tie_key, wrapper_of
 from shardproof._state_dict_utils.traverse import check_leaf_types
@@ -106,7 +110,9 @@ def _apart(leaves: Sequence[Leaf]) -> bool:
     """Whether no two leaves are tied, by their addresses alone; False says nothing."""
     addresses: set[int] = set()
     for leaf in leaves:
-        if type(leaf.tensor) is not DTensor or type(leaf.local[0]) is not torch.Tensor:
+        if type(leaf.tensor) is not DTensor or len(leaf.local) != 1:
+            return False
+        if type(leaf.local[0]) is not torch.Tensor:
             return False
         addresses.add(leaf.local[0].data_ptr())
     return len(addresses) == len(leaves)
@@ -136,7 +142,7 @@ def find(
             if isinstance(value, DTensor):
                 spec, local, wrapper = value._spec, value._local_tensor, None
                 if type(local) is not torch.Tensor or local.requires_grad:
-                    local = local_of(value)
+                    local = memory_of(local_of(value))
                     wrapper = wrapper_of(local)
                 # Meshes by identity: that two are equal costs more to find than a second layout.
                 key: Hashable = (
@@ -146,15 +152,17 @@ def find(
                 )
                 known = layouts.get(key)
                 layout = layout_of(value, domains.of(value)) if known is None else known
-                if wrapper is LocalShardsWrapper:
-                    if layout.domain is not None:
-                        local = joined(cast(Any, local), layout.here[0], layout.dtype)
-                        _checked(layout, [local])
+                parts = [local] if layout.domain is not None else []
+                if wrapper is not None and is_table(wrapper):
+                    # What stays on its rank may lie there whole, and on the others nothing.
+                    parts = []
+                    if layout.domain is not None and layout.cuts:
+                        parts = [joined(local, layout.here[0], layout.dtype)]
+                        _checked(layout, parts)
                 elif known is None:
                     layouts[key] = _checked(layout, [local])
                     if wrapper is not None and layout.travels:
                         _check_padding(value, local)
-                parts = [local] if layout.domain is not None else []
             else:
                 layout = layout_of(value, domains.of(value))
                 parts = _shards_of(value, layout) if layout.domain is not None else []
@@ -219,7 +227,10 @@ def _shards_of(tensor: ShardedTensor, layout: Layout) -> list[torch.Tensor]:
         part = held.get((block.starts or (), block.shape))
         if part is None:
             raise ValueError(f"the metadata has a shard at {block.starts} that is not here")
-        parts.append(settled(part).detach())
+        part = memory_of(settled(part))
+        if has_own_operations(part):
+            raise TypeError(f"a shard is a {type(part).__name__}, expected a plain tensor")
+        parts.append(part.detach())
     return parts
 
 

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from shardproof._state_dict_utils import host
 from shardproof._state_dict_utils.leaves import Found, Leaf
 from shardproof._state_dict_utils.line import carried_view, result_device, result_for
 from shardproof._state_dict_utils.stream import Piece, deliver, elements
-from shardproof._state_dict_utils.subclasses import is_custom
+from shardproof._state_dict_utils.subclasses import PLAIN, is_custom, is_table
 from shardproof._state_dict_utils.tensors import (
     CPU,
     dress_like,
@@ -56,7 +55,7 @@ class LocalCopies:
             if made is not None:
                 return made
             memory = tensor._local_tensor
-            if isinstance(memory, LocalShardsWrapper) and layout.cuts:
+            if is_table(type(memory)) and leaf.local:
                 return fresh_copy(leaf.local[0], result_device(layout, self.cpu_offload))
             if is_custom(type(memory)):
                 return fresh_copy(memory, result_device(layout, self.cpu_offload))
@@ -79,13 +78,14 @@ class LocalCopies:
         if self.cpu_offload and host.in_use():
             ready = host.copies([None if name in gathered else value for name, value in leaves])
         dressed: dict[Hashable, torch.Tensor] = {}
+        shared, offload = self._shared(), self.cpu_offload
         results: list[Any] = []
         for place, (name, value) in enumerate(leaves):
             if name in gathered:
                 results.append(gathered[name])
             elif not isinstance(value, torch.Tensor):
                 results.append(copy_leaf_value(value))
-            elif id(value) in self._shared() or is_custom(type(value)):
+            elif id(value) in shared or (type(value) not in PLAIN and is_custom(type(value))):
                 grad, parameter = requires_grad_of(value), isinstance(value, nn.Parameter)
                 key = geometry(value), type(value), grad, parameter
                 if key not in dressed:
@@ -93,7 +93,9 @@ class LocalCopies:
                 results.append(dressed[key])
             else:
                 made = ready.get(place)
-                results.append(dress_like(self._alone(value) if made is None else made, value))
+                if made is None:
+                    made = fresh_copy(value, CPU if offload else value.device)
+                results.append(dress_like(made, value))
         result: dict[str, Any] = found.walk.rebuilt(results)
         return result
 
@@ -117,11 +119,14 @@ class LocalCopies:
         """The ids of the leaves that may share memory with another that is copied here."""
         if self._tied is None:
             found = self._found
+            travels = {
+                layout: layout.travels for layout in {f.layout for f in found.leaves.values()}
+            }
             copied = [
                 value
                 for name, value in zip(found.names, found.walk.leaves, strict=True)
                 if isinstance(value, torch.Tensor)
-                and not (name in found.leaves and found.leaves[name].layout.travels)
+                and not (name in found.leaves and travels[found.leaves[name].layout])
             ]
             tied = zip(copied, maybe_tied(copied), strict=True)
             self._tied = frozenset(id(value) for value, ask in tied if ask)

@@ -69,7 +69,8 @@ def land_simulated(
 ) -> DTensor:
     """The DTensor ``held`` with the values of a full tensor, where ranks are simulated."""
     full = full.to(device=device, dtype=held.dtype)
-    landed = distribute_tensor(full, held.device_mesh, held.placements)
+    # Each rank that is played cuts its part itself.
+    landed = distribute_tensor(full, held.device_mesh, held.placements, src_data_rank=None)
     if not in_place or held._local_tensor.is_meta:
         return landed
     held._local_tensor.copy_(landed._local_tensor)

@@ -12,7 +12,6 @@ import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from shardproof._state_dict_utils import stream
 from shardproof._state_dict_utils.grid import Grid, grid_of, line_of
@@ -26,7 +25,7 @@ from shardproof._state_dict_utils.layout import (
     partial_dims,
 )
 from shardproof._state_dict_utils.reduction import check_reductions
-from shardproof._state_dict_utils.subclasses import settled
+from shardproof._state_dict_utils.subclasses import is_table, settled, shards_of
 from shardproof._state_dict_utils.tensors import (
     CPU,
     dtype_of,
@@ -101,18 +100,7 @@ class Layout:
     def peers(self) -> tuple[int, ...]:
         """The global ranks whose parts make up what this rank wants; none where nothing travels."""
         domain = self.domain
-        if domain is None or not self.travels:
-            return ()
-        return tuple(
-            rank
-            for index, rank in enumerate(domain.members)
-            if all(
-                place == here or dim in self.dims
-                for dim, (place, here) in enumerate(
-                    zip(domain.coordinate(index), domain.here, strict=True)
-                )
-            )
-        )
+        return () if domain is None or not self.travels else domain.along(self.dims)
 
     @property
     def large(self) -> bool:
@@ -152,16 +140,14 @@ def is_meta(tensor: torch.Tensor) -> bool:
     """Whether a tensor has no data."""
     if isinstance(tensor, DTensor):
         local = tensor._local_tensor
-        return local.is_meta and not (
-            isinstance(local, LocalShardsWrapper) and not local.local_shards()
-        )
+        return local.is_meta and not (is_table(type(local)) and not shards_of(local))
     return not isinstance(tensor, ShardedTensor) and tensor.is_meta
 
 
 def _device_of(tensor: DTensor | ShardedTensor) -> torch.device:
     if isinstance(tensor, DTensor):
         local = tensor._local_tensor
-        if isinstance(local, LocalShardsWrapper) and not local.local_shards():
+        if is_table(type(local)) and not shards_of(local):
             return torch.device(tensor.device_mesh.device_type)
         return local.device
     return next((shard.tensor.device for shard in tensor.local_shards()), CPU)
@@ -248,7 +234,7 @@ def layout_of(tensor: DTensor | ShardedTensor, domain: Domain | None) -> Layout:
         layout.dims, layout.reductions, layout.cuts = dims, reductions, cuts
         layout.here = [block_at(shape, domain.shape, cuts, domain.here)]
         layout.wrapper = wrapper_of(settled(tensor._local_tensor))
-        if layout.wrapper is LocalShardsWrapper:
+        if layout.wrapper is not None and is_table(layout.wrapper):
             layout.wrapper = None
         if layout.wrapper is not None:
             layout.summary += f", over {layout.wrapper.__name__}"

@@ -16,7 +16,13 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils.containers import path_name
-from shardproof._state_dict_utils.subclasses import settled
+from shardproof._state_dict_utils.subclasses import (
+    is_custom,
+    is_table,
+    own_buffer,
+    settled,
+    shards_of,
+)
 from shardproof._state_dict_utils.tensors import (
     CPU,
     MOVABLE,
@@ -55,8 +61,8 @@ def _create_cpu_state_dict(
         dtypes, ties and, for dense tensors, strides. They are plain buffers that do not require
         grad, whatever the originals are. A DTensor keeps mesh and placements, a ShardedTensor its
         sharding and process group, a wrapper of tensors (``__tensor_flatten__``) a buffer for
-        each of them. Tensors without elements are never pinned. Leaves that are no tensors are
-        copied.
+        each of them; any other class of tensors makes its own. Views of one memory stay views of
+        one. Tensors without elements are never pinned. Leaves that are no tensors are copied.
 
     Raises:
         RuntimeError: pinning is asked for and no accelerator can pin (pytorch#189991), or the
@@ -106,6 +112,18 @@ def _buffer_like(tensor: torch.Tensor, *, pin_memory: bool, share_memory: bool) 
     if not share_memory and tensor.dtype in MOVABLE and is_ordinary(tensor):
         return torch.empty_like(tensor, device=CPU, pin_memory=pinnable)
     tensor = settled(tensor)
+    if is_table(type(tensor)):
+        shards = [
+            _buffer_like(shard, pin_memory=pin_memory, share_memory=share_memory)
+            for shard in shards_of(tensor)
+        ]
+        table: Any = tensor
+        return type(table)(shards, table.local_offsets()) if shards else tensor
+    if is_custom(type(tensor)) and not hasattr(type(tensor), "__tensor_flatten__"):
+        own = own_buffer(tensor, CPU)
+        if share_memory:
+            cast(Any, own.share_memory_)()
+        return own.pin_memory() if pinnable and not share_memory else own
     if (wrapper := cast(Any, wrapper_of(tensor))) is not None:
         names, context = cast(Any, tensor).__tensor_flatten__()
         buffers = {
@@ -139,7 +157,7 @@ def _buffer_like(tensor: torch.Tensor, *, pin_memory: bool, share_memory: bool) 
     if pinnable:
         like = allocate_like(tensor, "meta")
         return torch.empty_strided(
-            like.size(), like.stride(), dtype=bit_dtype(tensor.dtype), pin_memory=True
+            like.size(), like.stride(), dtype=bit_dtype(tensor.dtype), device=CPU, pin_memory=True
         ).view(tensor.dtype)
     return allocate_like(tensor, CPU)
 

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 from torch.nn.parameter import is_lazy
 
 PLAIN = frozenset({torch.Tensor, nn.Parameter})
@@ -35,6 +34,12 @@ def has_own_dispatch(kind: type) -> bool:
     return own or hasattr(kind, "__tensor_flatten__")
 
 
+def has_own_operations(tensor: torch.Tensor) -> bool:
+    """Whether operations on ``tensor`` go through Python code of its class."""
+    kind: type = type(tensor)
+    return has_own_dispatch(kind)
+
+
 @lru_cache(maxsize=4096)
 def is_custom(kind: type) -> bool:
     """Whether a class of tensors may refuse an operation that every torch.Tensor has."""
@@ -42,6 +47,23 @@ def is_custom(kind: type) -> bool:
         return False
     function: Any = kind.__torch_function__  # type: ignore[attr-defined]
     return has_own_dispatch(kind) or getattr(function, "__func__", function) not in _OUR_FUNCTION
+
+
+@lru_cache(maxsize=4096)
+def is_table(kind: type) -> bool:
+    """Whether a class of tensors holds the shards of a sharded table.
+
+    Torch and torchrec have one each, both called ``LocalShardsWrapper``.
+    """
+    return has_own_dispatch(kind) and all(
+        hasattr(kind, name) for name in ("local_shards", "local_offsets", "local_sizes")
+    )
+
+
+def shards_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The shards in a table; none in any other tensor."""
+    kind: type = type(tensor)
+    return list(cast(Any, tensor).local_shards()) if is_table(kind) else []
 
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -58,8 +80,8 @@ def memory_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensors that a subclass holds, in an order that its class and its parts fix."""
-    if isinstance(tensor, LocalShardsWrapper):
-        return list(tensor.local_shards())
+    if shards := shards_of(tensor):
+        return shards
     if hasattr(type(tensor), "__tensor_flatten__"):
         names, _ = cast(Any, tensor).__tensor_flatten__()
         return [getattr(tensor, name) for name in names]
@@ -84,7 +106,7 @@ def settled(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     if isinstance(tensor, AsyncCollectiveTensor):
         return settled(tensor.wait())
-    if has_own_dispatch(type(tensor)):
+    if has_own_operations(tensor):
         for _, value in _held(tensor):
             _wait(value)
     return tensor
@@ -113,7 +135,7 @@ def _wait(value: Any) -> None:
 def settled_result(tensor: torch.Tensor) -> torch.Tensor:
     """As :func:`settled`, for a tensor of our own: nothing in it stands for a collective then."""
     tensor = settled(tensor)
-    if has_own_dispatch(type(tensor)) and not isinstance(tensor, DTensor):
+    if has_own_operations(tensor):
         for name, value in list(_held(tensor)):
             finished = _finished(value)
             if finished is not value:
@@ -138,30 +160,53 @@ _UNSUPPORTED = (NotImplementedError, TypeError, ValueError, AttributeError, Asse
 
 
 @torch.no_grad()
-def own_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on ``device`` by the operations of the tensor's class.
+def own_copy(tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """A copy by the operations of the tensor's class, on ``device`` or where the tensor is.
 
-    The tensor itself where it is there already and its class has none that copies: so did torch.
+    The tensor itself where it is there already and its class has no way to copy: so did torch.
     """
     if is_lazy(tensor):  # no values yet
         return tensor
-    if tensor.device != device:
+    if device is not None and tensor.device != device:
         return tensor.to(device)
     try:
         return tensor.clone()
     except _UNSUPPORTED:
         pass
     try:
-        return tensor.to(device, copy=True)
+        return tensor.to(tensor.device, copy=True)
     except _UNSUPPORTED:
-        return tensor
+        return _rebuilt(tensor) if hasattr(type(tensor), "__tensor_flatten__") else tensor
+
+
+def _rebuilt(tensor: torch.Tensor) -> torch.Tensor:
+    """A wrapper of the same class around copies of what it holds."""
+    names, context = cast(Any, tensor).__tensor_flatten__()
+    inner = {name: own_copy(getattr(tensor, name)) for name in names}
+    unflatten: Any = type(tensor).__tensor_unflatten__  # type: ignore[attr-defined]
+    made: torch.Tensor = unflatten(inner, context, tensor.size(), tensor.stride())
+    return made
+
+
+@torch.no_grad()
+def own_buffer(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """New memory of the tensor's class on ``device`` that can take its values.
+
+    A copy where the class makes no other, and the tensor itself where it makes no copy.
+    """
+    for make in (torch.empty_like, torch.zeros_like):
+        try:
+            return make(tensor, device=device)
+        except _UNSUPPORTED:
+            continue
+    return own_copy(tensor, device)
 
 
 @torch.no_grad()
 def own_put(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> None:
     """Write ``source`` into ``target`` as the class of one of them does it."""
-    if isinstance(target, LocalShardsWrapper) and isinstance(source, LocalShardsWrapper):
-        for ours, theirs in zip(target.local_shards(), source.local_shards(), strict=True):
+    if is_table(type(target)) and is_table(type(source)):
+        for ours, theirs in zip(shards_of(target), shards_of(source), strict=True):
             ours.copy_(theirs, non_blocking=non_blocking)
         return
     target.copy_(source, non_blocking=non_blocking)

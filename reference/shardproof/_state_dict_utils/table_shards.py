@@ -1,4 +1,4 @@
-"""DTensors whose local tensor is torch's ``LocalShardsWrapper``: the shards of a sharded table.
+"""DTensors whose local tensor is a wrapper of the shards of a sharded table.
 
 The wrapper's own dtype and device say nothing (a rank may hold no shard at all), its shards' do.
 """
@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import math
 from itertools import accumulate, combinations
+from typing import Any, cast
 
 import torch
-from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from shardproof._state_dict_utils.layout import Block
+from shardproof._state_dict_utils.subclasses import shards_of
 
 
 def first_shard(tensor: torch.Tensor) -> torch.Tensor | None:
     """A shard of this rank, where ``tensor`` wraps any."""
-    shards = tensor.local_shards() if isinstance(tensor, LocalShardsWrapper) else []
+    shards = shards_of(tensor)
     return shards[0] if shards else None
 
 
-def shards_in(
-    wrapper: LocalShardsWrapper, block: Block
-) -> list[tuple[torch.Tensor, tuple[slice, ...]]]:
+def shards_in(wrapper: torch.Tensor, block: Block) -> list[tuple[torch.Tensor, tuple[slice, ...]]]:
     """The shards of this rank, detached, each with its region of the local tensor.
 
     Args:
@@ -33,12 +32,12 @@ def shards_in(
         ValueError: the shards are not what the placements give to this rank.
 
     """
-    shards = [shard.detach() for shard in wrapper.local_shards()]
+    shards = [shard.detach() for shard in shards_of(wrapper)]
     if not shards and not block.numel:
         return []
     if len(shards) == 1 and tuple(shards[0].shape) == block.shape:
         return [(shards[0], tuple(map(slice, block.shape)))]
-    offsets = wrapper.local_offsets()
+    offsets: list[Any] = cast(Any, wrapper).local_offsets()
     if block.starts is not None and all(
         s.dim() == len(o) == len(block.shape) for s, o in zip(shards, offsets, strict=True)
     ):
@@ -78,7 +77,7 @@ def _tile(boxes: list[list[tuple[int, int]]], block: Block) -> bool:
     return inside and apart and filled == block.numel
 
 
-def joined(wrapper: LocalShardsWrapper, block: Block, dtype: torch.dtype) -> torch.Tensor:
+def joined(wrapper: torch.Tensor, block: Block, dtype: torch.dtype) -> torch.Tensor:
     """The local tensor that the shards of this rank make up: a view where it is one shard.
 
     Args:
@@ -92,7 +91,7 @@ def joined(wrapper: LocalShardsWrapper, block: Block, dtype: torch.dtype) -> tor
     """
     parts = shards_in(wrapper, block)
     if not parts:
-        return torch.empty(block.shape, dtype=dtype)
+        return torch.empty(block.shape, dtype=dtype, device="cpu")
     if len(parts) == 1:
         return parts[0][0]
     whole = parts[0][0].new_empty(block.shape)

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from shardproof._state_dict_utils.layout import Block, full_block
 from shardproof._state_dict_utils.places import WHOLE, place_of
-from shardproof._state_dict_utils.subclasses import is_custom, settled
+from shardproof._state_dict_utils.subclasses import is_custom, is_table, settled, shards_of
 from shardproof._state_dict_utils.table_shards import shards_in
 from shardproof._state_dict_utils.tensors import (
     FSDP_FLATTENED,
@@ -145,7 +144,8 @@ class Model:
                 "cannot take values"
             )
         local = settled(value._local_tensor)
-        if isinstance(local, LocalShardsWrapper):
+        table = is_table(type(local))
+        if table:
             if self.block is not None:
                 shards_in(local, self.block)
         elif self.block is not None and local.shape != self.block.shape:
@@ -154,12 +154,14 @@ class Model:
             )
         if value.dim() == 0 and self.size:
             self.block = full_block(self.size) if self.block is not None else None
-        self.keeps = (
-            in_place and not local.is_meta and (not cpu_offload or local.device.type == "cpu")
+        # A rank without a shard of a table has nothing to write to, and says that it is on meta.
+        nothing = table and not shards_of(local)
+        self.keeps = in_place and (
+            nothing or (not local.is_meta and (not cpu_offload or local.device.type == "cpu"))
         )
         if self.keeps and (reason := unwritable(value)):
             raise ValueError(reason)
-        if self.keeps:
+        if self.keeps and not nothing:
             self.device = local.device
         if is_custom(type(local)):
             self.by_class = self.keeps

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from shardproof._state_dict_utils.layout import rectangles
@@ -20,6 +19,7 @@ from shardproof._state_dict_utils.memory import LARGE, map_ahead
 from shardproof._state_dict_utils.subclasses import (
     PLAIN,
     is_custom,
+    is_table,
     memory_of,
     own_copy,
     own_put,
@@ -70,7 +70,6 @@ class Targets:
 
         Where one of them is on meta, a module is given what lands as its own parameters.
         """
-        self._assigned = any(getattr(value, "is_meta", False) for value in local.values())
         self._looked = dict(zip(local, map(self._kind, local.values()), strict=True))
 
     def _kind(self, value: Any) -> int | None:
@@ -80,6 +79,7 @@ class Targets:
             # To compare with the one before costs half of what to look for it does.
             self._last = likeness
             self._number = None
+            self._assigned = self._assigned or getattr(value, "is_meta", False)
             if likeness is not None:
                 self._number = self._kinds.setdefault(likeness, len(self._kinds))
         return self._number
@@ -245,7 +245,8 @@ class Target:
 
     def _put_by_class(self, values: torch.Tensor) -> None:
         local, block = self.value._local_tensor, self.model.block
-        if isinstance(local, LocalShardsWrapper):
+        kind: type = type(local)
+        if is_table(kind):
             assert block is not None
             for shard, region in shards_in(local, block):
                 put(shard, values[region])

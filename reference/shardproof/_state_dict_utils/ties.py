@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from itertools import pairwise, repeat
-from operator import attrgetter
+from itertools import repeat
+from operator import add, attrgetter, le
 from typing import Any
 
 import torch
@@ -15,8 +15,7 @@ from shardproof._state_dict_utils.containers import LEAF_TYPES
 from shardproof._state_dict_utils.subclasses import PLAIN
 from shardproof._state_dict_utils.tensors import requires_grad_of, tie_key
 
-_DTENSOR = frozenset({DTensor})
-_local, _nbytes = attrgetter("_local_tensor"), attrgetter("nbytes")
+_nbytes = attrgetter("nbytes")
 Span = tuple[int, int]
 
 
@@ -35,7 +34,8 @@ def maybe_tied(leaves: list[Any]) -> Iterable[bool]:
     if spans is None:
         return repeat(True, len(leaves))
     ordered = sorted(spans)
-    if all(end <= start != before for (before, end), (start, _) in pairwise(ordered)):
+    starts, ends = [start for start, _ in ordered], [end for _, end in ordered]
+    if len(set(starts)) == len(starts) and all(map(le, ends, starts[1:])):
         return repeat(False, len(leaves))
     tied: set[Span] = set()
     reach: Span = (-1, -1)
@@ -51,15 +51,14 @@ def _spans(leaves: list[Any]) -> list[Span] | None:
     """(first byte, behind the last one) of each; None where a class keeps its memory apart."""
     kinds = set(map(type, leaves))
     plain = leaves
-    if kinds == _DTENSOR:
-        plain = list(map(_local, leaves))
+    if DTensor in kinds:
+        plain = [leaf._local_tensor if type(leaf) is DTensor else leaf for leaf in leaves]
         kinds = set(map(type, plain))
     try:
         if kinds <= PLAIN and all(map(torch.Tensor.is_contiguous, plain)):
             starts = list(map(torch.Tensor.data_ptr, plain))
             if 0 not in starts:
-                sizes = map(_nbytes, plain)
-                return [(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+                return list(zip(starts, map(add, starts, map(_nbytes, plain)), strict=True))
         return list(map(_span, leaves))
     except (RuntimeError, _UnknownMemory):
         # A tensor without storage, or of a kind of its own, which may share another's.
@@ -76,8 +75,11 @@ def _span(leaf: Any) -> Span:
         leaf = leaf._local_tensor
         kind = type(leaf)
     if kind in PLAIN:
-        start = leaf.data_ptr() or leaf.untyped_storage()._cdata
-        return start, start + (extent(leaf) if leaf.data_ptr() else 0)
+        start = leaf.data_ptr()
+        if not start:
+            start = leaf.untyped_storage()._cdata
+            return start, start
+        return start, start + (leaf.nbytes if leaf.is_contiguous() else extent(leaf))
     if kind not in LEAF_TYPES or kind is DTensor:
         if isinstance(leaf, torch.Tensor):
             raise _UnknownMemory

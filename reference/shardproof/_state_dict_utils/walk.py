@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from shardproof._state_dict_utils.containers import (
     LEAF_TYPES,
     Path,
-    empty_like_mapping,
+    filled_like,
     is_container,
     path_name,
     sequence_of,
@@ -180,9 +180,7 @@ def _rebuilt(held: _Held, results: Iterator[Any]) -> Any:
     pairs = zip(container, items, strict=False)
     if type(container) is dict:
         return dict(pairs)
-    fresh = empty_like_mapping(container)
-    fresh.update(pairs)
-    return fresh
+    return filled_like(container, pairs)
 
 
 def _others(value: Any, companion: Any, named: bool, path: Path) -> Any:

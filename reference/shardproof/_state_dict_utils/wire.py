@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -80,6 +81,19 @@ class Domain:
         for size, place in zip(self.shape, coordinate, strict=True):
             index = index * size + place
         return index
+
+    @cached_property
+    def _lines(self) -> dict[tuple[int, ...], tuple[int, ...]]:
+        return {}
+
+    def along(self, dims: tuple[int, ...]) -> tuple[int, ...]:
+        """The members that differ from this rank in these dimensions alone, this rank included."""
+        found = self._lines.get(dims)
+        if found is None:
+            ranges = [range(n) if d in dims else (self.here[d],) for d, n in enumerate(self.shape)]
+            places = map(self.position, product(*ranges))
+            found = self._lines[dims] = tuple([self.members[place] for place in places])
+        return found
 
     def stage(self, dim: int) -> Stage:
         """The communication along one dimension, from this rank's coordinate."""
@@ -174,7 +188,7 @@ def all_gather_short(group: dist.ProcessGroup, payload: torch.Tensor) -> torch.T
     short = 0 < size * payload.numel() <= _SHORT and device == CPU
     if not short or backend_of(group, device) not in _STEPWISE:
         return all_gather(group, payload)
-    rows = torch.empty(size * payload.numel(), dtype=torch.uint8)
+    rows = torch.empty(size * payload.numel(), dtype=torch.uint8, device=CPU)
     dist.all_to_all_single(rows, payload.repeat(size), group=group)
     return rows.view(size, -1)
 

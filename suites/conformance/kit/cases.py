@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+from harness.watcher import assertion_of
+
 Case = TypeVar("Case")
 
 
@@ -20,6 +22,7 @@ def each(cases: Iterable[Case], body: Callable[[Case], Any]) -> None:
             body(case)
         except Exception as error:
             text = str(error).strip().partition("\nassert ")[0]
+            text = text.partition("\n")[0] + assertion_of(error) if assertion_of(error) else text
             failed.append(f"{case}: {type(error).__name__}: {text}")
     assert total, "no case was tried"
     assert not failed, f"{len(failed)} of {total} cases fail: " + "\n  ".join(failed)

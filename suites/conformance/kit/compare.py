@@ -30,6 +30,38 @@ def assert_same(got: Any, expected: torch.Tensor, what: str = "result") -> None:
         raise AssertionError(f"{what}: values differ\n  got      {got}\n  expected {expected}")
 
 
+def assert_type(got: Any, kind: type, what: str = "result") -> None:
+    """`got` is of this very type."""
+    assert type(got) is kind, f"{what}: a {type(got).__name__}, expected a {kind.__name__}"
+
+
+def assert_unchanged(value: Any, before: Any, what: str = "the input") -> None:
+    """The value's `fingerprint` is `before` still; where it is not, the message says what changed.
+
+    A fingerprint holds identities and bits, which tell a person nothing.
+    """
+    after = fingerprint(value)
+    assert after == before, (
+        f"{what} was changed{_difference(after, before)}; it must stay as it was"
+    )
+
+
+def _difference(after: Any, before: Any, path: str = "") -> str:
+    """Where two fingerprints first differ, in words: the path to it, and the two values."""
+    if isinstance(after, (list, tuple)) and isinstance(before, (list, tuple)):
+        if len(after) != len(before):
+            return f"{path}: {len(after)} entries, {len(before)} before"
+        for index, (now, then) in enumerate(zip(after, before, strict=True)):
+            if now != then:
+                named = isinstance(now, tuple) and len(now) == 2 and isinstance(now[0], str)
+                step = f" at {now[0]!r}" if named else ""
+                inner = (
+                    f"{path}{step}" if isinstance(now, (list, tuple)) else f"{path}, part {index}"
+                )
+                return _difference(now, then, inner)
+    return f"{path}: {str(after)[:60]}, before {str(before)[:60]}"
+
+
 def shares_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors lie in one storage."""
     return local(a).untyped_storage().data_ptr() == local(b).untyped_storage().data_ptr() != 0

@@ -62,7 +62,8 @@ class TestCheckStateDictSimilarity:
             "meta": torch.empty(4, 6, device="meta"),
             "parameter": torch.nn.Parameter(numbers(4, 6)),
         }.items():
-            assert judged(ours, {"x": other}) is True, name
+            got = judged(ours, {"x": other})
+            assert got is True, f"{name}: {got}, expected True"
             assert judged({"x": other}, ours) is True, f"{name}, other way round"
 
     @pytest.mark.law("structure")
@@ -111,7 +112,8 @@ class TestCheckStateDictSimilarity:
             "longer list": {"a": x, "b": {"c": x, "d": [x, x]}},
             "empty list": {"a": x, "b": {"c": x, "d": []}},
         }.items():
-            assert judged(base, other) is False, name
+            got = judged(base, other)
+            assert got is False, f"{name}: {got}, expected False"
             assert judged(other, base) is False, f"{name}, other way round"
         assert judged({}, {}) is True
 

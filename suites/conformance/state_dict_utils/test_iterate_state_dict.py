@@ -15,7 +15,7 @@ from torch import nn
 
 from conformance.kit.agree import attempt
 from conformance.kit.cases import each
-from conformance.kit.compare import assert_same, fingerprint
+from conformance.kit.compare import assert_same, assert_unchanged, fingerprint
 from conformance.kit.containers import CONTAINERS, GROUPS, KINDS, PLACEMENTS, dashed, group_of
 from conformance.kit.data import DTYPES, numbers
 from conformance.kit.generated import examples, state_dicts
@@ -154,7 +154,7 @@ class TestIterateStateDict:
         def walk(value: Any) -> None:
             before = fingerprint(value)
             assert_same_structure(judged(value, *SAME), value)
-            assert fingerprint(value) == before
+            assert_unchanged(value, before)
 
         walk()
 
@@ -199,9 +199,9 @@ class TestIterateStateDict:
         leaf = Opaque([1])
         got = judged({"x": [leaf]}, *SAME, type_check=False)["x"][0]
         assert type(got) is Opaque
-        assert got is not leaf
+        assert got is not leaf, "the leaf itself came back, expected a deep copy"
         assert got.inside == [1]
-        assert got.inside is not leaf.inside
+        assert got.inside is not leaf.inside, "the copy holds the leaf's own list, not a copy of it"
 
     @pytest.mark.law("isolation")
     @pytest.mark.world(1, 2)
@@ -370,9 +370,10 @@ class TestIdentityFunc:
         all_of_them = [kinds, companion]
         before = fingerprint(all_of_them)
         for name, tensor in kinds.items():
-            assert judged(tensor, dist.group.WORLD, torch.device("cpu"), companion) is tensor, name
-            assert judged(tensor, None, None, None) is tensor, name
-        assert fingerprint(all_of_them) == before
+            for more in (dist.group.WORLD, torch.device("cpu"), companion), (None, None, None):
+                got = judged(tensor, *more)
+                assert got is tensor, f"{name}: another {type(got).__name__}, expected the same one"
+        assert_unchanged(all_of_them, before)
 
 
 @pytest.mark.judges(MISMATCH)

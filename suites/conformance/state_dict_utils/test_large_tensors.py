@@ -55,7 +55,7 @@ class TestGatherLargeTensors:
     def test_a_rank_whose_part_is_laid_out_otherwise(
         self, judged: Any, mesh: Any, view: str
     ) -> None:
-        """One rank's part is strided, the other's is not: the ranks still do the same."""
+        """A part that is strided on one rank alone must be gathered right, and nobody hangs."""
         line = mesh(2)
         full = distinct(1024, 640)
         mine = part(full, line, [S(0)]).clone()
@@ -101,7 +101,7 @@ class TestBroadcastLargeTensors:
     def test_ranks_with_other_targets(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, kinds: str
     ) -> None:
-        """Two ranks' target is sharded over the two, the others' replicated or plain."""
+        """Sharded targets on two ranks, replicated or plain on others, must all take the values."""
         lines = [mesh(2, ranks=[0, 1]), mesh(2, ranks=[2, 3])]
         line, kind = lines[rank // 2], kinds[rank // 2]
         full = distinct(1024, 640).to(device)

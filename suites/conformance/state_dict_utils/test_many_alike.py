@@ -158,7 +158,7 @@ class TestBroadcastManyAlike:
     def test_sources_and_targets_of_any_strides(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, view: str
     ) -> None:
-        """Some full tensors, and some targets, are views of other memory."""
+        """Full tensors and targets that are views of other memory must be read and filled right."""
         line = mesh(2)
         full = {f"w{n}": numbers(8, 6, salt=n).to(device) for n in range(9)}
         full["w3"] = VIEWS[view](full["w3"])
@@ -260,7 +260,7 @@ class TestDistributeManyAlike:
     def test_full_tensors_of_any_strides(
         self, judged: Any, mesh: Any, device: torch.device, view: str
     ) -> None:
-        """Some full tensors are views of other memory."""
+        """Full tensors that are views of other memory must land as their values say."""
         line = mesh(2)
         full = {f"w{n}": numbers(8, 6, salt=n).to(device) for n in range(9)}
         full["w3"] = VIEWS[view](full["w3"])

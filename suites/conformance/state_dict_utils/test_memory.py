@@ -33,7 +33,7 @@ class TestGather:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("dim", [0, 1])
     def test_a_result_and_a_bucket(self, judged: Any, mesh: Any, grows: Any, dim: int) -> None:
-        """Every rank gets the model; nothing near another one is needed on the way."""
+        """Besides the model that it gets, a rank must need no more than a bucket."""
 
         def make(model: Model) -> Callable[[], Any]:
             value = sharded(model, mesh(4), S(dim))
@@ -48,7 +48,7 @@ class TestGather:
     def test_over_an_unsorted_mesh(
         self, judged: Any, mesh: Any, grows: Any, dims: tuple[int, int]
     ) -> None:
-        """Two dimensions, and rows that come in another order than they belong."""
+        """Over an unsorted 2-D mesh a rank must need no more than the model and a bucket."""
 
         def make(model: Model) -> Callable[[], Any]:
             value = sharded(model, mesh(2, 2, ranks=[3, 1, 0, 2]), *map(S, dims))
@@ -60,7 +60,7 @@ class TestGather:
     @pytest.mark.should(MEMORY)
     @pytest.mark.world(4)
     def test_others_only_send(self, judged: Any, mesh: Any, rank: int, grows: Any) -> None:
-        """Ranks that get no result have no room made for one."""
+        """Ranks that get no result must need no more than a bucket."""
 
         def make(model: Model) -> Callable[[], Any]:
             value = sharded(model, mesh(4), S(0))
@@ -75,7 +75,7 @@ class TestAllGatherShardedTensor:
     @pytest.mark.should(MEMORY)
     @pytest.mark.world(4)
     def test_a_result_and_a_bucket(self, judged: Any, grows: Any) -> None:
-        """One tensor as large as the model."""
+        """For one tensor as large as the model a rank must need it and a bucket, no more."""
 
         def make(model: Model) -> Callable[[], Any]:
             whole = torch.cat(list(model.values()))
@@ -95,7 +95,7 @@ class TestBroadcast:
     def test_shards_are_filled_where_they_are(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, grows: Any, dim: int
     ) -> None:
-        """Sharded targets have memory, so that no rank needs more than what is on its way."""
+        """To fill sharded targets that have memory, a rank must need no more than a bucket."""
 
         def make(model: Model) -> Callable[[], Any]:
             mine = targets(model, mesh(4), S(dim))
@@ -110,7 +110,7 @@ class TestBroadcast:
     def test_no_rank_needs_a_large_tensor_whole(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, grows: Any
     ) -> None:
-        """One tensor as large as the model, for shards; on the device, or still on the CPU."""
+        """No rank must hold a large tensor whole that is for shards, wherever the source has it."""
         for home in dict.fromkeys([device, torch.device("cpu")]):
 
             def make(model: Model, home: torch.device = home) -> Callable[[], Any]:
@@ -128,7 +128,7 @@ class TestBroadcast:
     def test_plain_targets_are_made_anew(
         self, judged: Any, rank: int, device: torch.device, grows: Any
     ) -> None:
-        """A plain target is replaced by a new tensor: the model once, no more."""
+        """For plain targets a rank must need the model once and a bucket, no more."""
 
         def make(model: Model) -> Callable[[], Any]:
             mine = {name: torch.empty_like(tensor) for name, tensor in model.items()}
@@ -147,7 +147,7 @@ class TestDistribute:
     def test_the_shards_and_no_more(
         self, judged: Any, mesh: Any, device: torch.device, grows: Any, placement: Any
     ) -> None:
-        """Every rank has the model and cuts its part from it."""
+        """A rank that cuts its part from the model must need that part and a bucket, no more."""
 
         def make(model: Model) -> Callable[[], Any]:
             mine = targets(model, mesh(4), placement)
@@ -163,7 +163,7 @@ class TestCopy:
     @pytest.mark.should(MEMORY)
     @pytest.mark.world(1)
     def test_values_go_straight_to_their_place(self, judged: Any, grows: Any) -> None:
-        """Both state dicts have their memory already."""
+        """A copy between state dicts that have memory must need no more than a bucket."""
 
         def make(model: Model) -> Callable[[], Any]:
             source = dict(model)

@@ -11,7 +11,7 @@ import pytest
 
 from conformance.kit.agree import attempt
 from conformance.kit.cases import each
-from conformance.kit.compare import fingerprint
+from conformance.kit.compare import assert_unchanged, fingerprint
 from conformance.kit.data import numbers
 from conformance.kit.layouts import S, dtensor, rows, sharded_tensor
 from conformance.kit.nested import Pair, assert_same_structure, sample, with_metadata
@@ -99,7 +99,7 @@ class TestTraverseStateDict:
         value = sample()
         before = fingerprint(value)
         first = visited(judged, value)
-        assert fingerprint(value) == before
+        assert_unchanged(value, before)
         again = visited(judged, value)
         assert [path for path, _ in first] == [path for path, _ in again]
 
@@ -178,7 +178,7 @@ class TestSetElement:
         judged(root, ("a", "y"), value)
         assert root["a"] is inner
         assert inner["y"] is value
-        assert fingerprint(root["b"]) == before
+        assert_unchanged(root["b"], before)
 
     @pytest.mark.law("all-or-nothing")
     @pytest.mark.world(1)

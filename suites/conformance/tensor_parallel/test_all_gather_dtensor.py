@@ -62,7 +62,7 @@ class TestAllGatherDTensor:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("ranks", [[0, 1, 2, 3], [3, 1, 0, 2]], ids=["sorted", "turned"])
     def test_large_tensors(self, judged: Any, mesh: Any, ranks: list[int]) -> None:
-        """A weight that an implementation may gather without a copy: some MiB, any placement."""
+        """A weight of some MiB, in any placement, must be gathered to the bit."""
         root = mesh(2, 2, ranks=ranks)
         for placements in [*TWO_D, [SS(0, 2), R]]:
             for size in [(1024, 1280), (1023, 1281), (1, 1024, 1280)]:

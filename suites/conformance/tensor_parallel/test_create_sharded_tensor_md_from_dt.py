@@ -14,7 +14,7 @@ from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
 from conformance.kit.agree import exchange
 from conformance.kit.boxes import assert_box, assert_tile, boxes
 from conformance.kit.collectives import Collectives
-from conformance.kit.compare import fingerprint
+from conformance.kit.compare import assert_unchanged, fingerprint
 from conformance.kit.data import DTYPES, numbers
 from conformance.kit.fsdp1 import tp_mesh
 from conformance.kit.layouts import ONE_D, R, S, dtensor, placement_id
@@ -85,7 +85,7 @@ class TestCreateShardMdFromDt:
         with Collectives() as seen:
             assert judged(tensor, rank) == judged(tensor, rank)
         assert seen.count == 0, dict(seen.names)
-        assert fingerprint(tensor) == before
+        assert_unchanged(tensor, before)
 
 
 @pytest.mark.judges("tensor.parallel.fsdp._create_sharded_tensor_md_from_dt")
@@ -190,7 +190,7 @@ class TestCreateShardedTensorMdFromDt:
                 second = plain(judged(tensor, line.get_group()))
             assert first == second, f"{what}: {first}, then {second}"
             assert seen.count == 0, f"{what}: {dict(seen.names)}"
-            assert fingerprint(tensor) == before, what
+            assert_unchanged(tensor, before, what)
 
 
 @pytest.mark.judges("tensor.parallel.fsdp._get_dt_pg")

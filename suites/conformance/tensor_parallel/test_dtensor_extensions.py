@@ -16,7 +16,7 @@ from torch.distributed.fsdp import _fsdp_extensions as fsdp
 from torch.distributed.fsdp._common_utils import _FSDPDeviceHandle, _is_fsdp_flattened
 from torch.distributed.tensor import DTensor, Partial
 
-from conformance.kit.compare import assert_same, fingerprint, shares_memory
+from conformance.kit.compare import assert_same, assert_type, fingerprint, shares_memory
 from conformance.kit.data import DTYPES, numbers
 from conformance.kit.fsdp1 import (
     HELD,
@@ -174,7 +174,7 @@ class TestPostUnflattenTransform:
         expected = torch.zeros(10)
         expected[3:9] = 2
         assert flat.grad is not None
-        assert type(flat.grad) is torch.Tensor, f"a {type(flat.grad).__name__}"
+        assert_type(flat.grad, torch.Tensor, "the gradient")
         assert_same(flat.grad, expected)
 
     @pytest.mark.law("autograd")

@@ -63,7 +63,7 @@ class TestFlattenTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     def test_two_dimensions(self, judged: Any, mesh: Any) -> None:
-        """The same for every combination of placements over a 2-D mesh."""
+        """Over a 2-D mesh each combination of placements must give local tensor and spec."""
         square = mesh(2, 2)
         for placements in TWO_D:
             full = numbers(7, 5)
@@ -77,7 +77,7 @@ class TestFlattenTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     def test_three_dimensions(self, judged: Any, mesh: Any) -> None:
-        """The same over a 3-D mesh."""
+        """Over a 3-D mesh a DTensor must give its local tensor and its spec."""
         cube = mesh(1, 2, 2)
         for placements in THREE_D:
             full = numbers(7, 5)
@@ -89,7 +89,7 @@ class TestFlattenTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     def test_generated_layouts(self, judged: Any, mesh: Any, world: Any) -> None:
-        """The same for generated shapes and placements."""
+        """Generated shapes and placements must give the local tensor and the spec."""
         square = mesh(2, 2)
         cases = drawn(layouts(2, 2), 30, world.seed)
         told = exchange(world, str(cases), "cases")
@@ -182,7 +182,7 @@ class TestFlattenTensor:
         for dtype in (torch.int64, torch.int8, torch.uint8, torch.bool):
             tensor = dtensor(numbers(4, dtype=dtype), mesh(1), [S(0)])
             got, _ = judged(nn.Parameter(tensor, requires_grad=False))
-            assert not got.requires_grad, f"{dtype}"
+            assert not got.requires_grad, f"{dtype}: requires grad, expected that it does not"
             assert_same(got, numbers(4, dtype=dtype), str(dtype))
 
     @pytest.mark.law("structure")

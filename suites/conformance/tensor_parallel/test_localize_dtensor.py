@@ -64,7 +64,7 @@ class TestLocalizeDtensor:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     def test_two_and_three_dimensions(self, judged: Any, mesh: Any) -> None:
-        """The same for every combination of placements over a 2-D and a 3-D mesh."""
+        """Each placement over a 2-D and a 3-D mesh must become its local tensor's Parameter."""
         for grid, combinations in ((mesh(2, 2), TWO_D), (mesh(1, 2, 2), THREE_D)):
             for placements in combinations:
                 for shape in [(8, 4), (7, 5), (2, 1)]:

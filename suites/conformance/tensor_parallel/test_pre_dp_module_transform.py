@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from conformance.kit.agree import attempt
 from conformance.kit.collectives import Collectives
-from conformance.kit.compare import assert_same, local, shares_memory
+from conformance.kit.compare import assert_same, assert_type, local, shares_memory
 from conformance.kit.data import numbers
 from conformance.kit.layouts import R, S, dtensor, part
 from conformance.kit.refusals import SHAPE, refused
@@ -260,7 +260,7 @@ class TestPreDpModuleTransform:
         ours, plain = dtensor(full, line, [S(0)]), numbers(3)
 
         def body(self: Any) -> None:
-            assert isinstance(self.mean, DTensor), f"a {type(self.mean).__name__} in forward"
+            assert_type(self.mean, DTensor, "self.mean")
             assert self.mean.placements == (S(0),)
             self.mean.add_(dtensor(torch.ones(5, 2), line, [S(0)]))
             self.count.add_(1)

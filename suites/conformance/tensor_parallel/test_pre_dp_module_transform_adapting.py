@@ -80,8 +80,9 @@ class TestPreDpModuleTransformAdapting:
         with torch.no_grad():
             for name, value in module.state_dict(keep_vars=True).items():
                 if value.grad is not None:
+                    expected: Any = oracle.get_parameter(name)
                     value.sub_(value.grad)
-                    oracle.get_parameter(name).sub_(oracle.get_parameter(name).grad)
+                    expected.sub_(expected.grad)
         delattr(module, "mask")
         assert_holds(module, line, oracle, "stepped through the state dict")
 
@@ -172,9 +173,10 @@ class TestPreDpModuleTransformAdapting:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(1, 2)
     def test_a_parametrization_that_comes_later(self, judged: Any, mesh: Any, world: Any) -> None:
-        """A weight that is parametrized after the transform must compute and train as one before."""
-        line, oracle = mesh(world.size), net()
-        module = net(line)
+        """A weight that is parametrized after the transform must compute and train as before it."""
+        line = mesh(world.size)
+        module: Any = net(line)
+        oracle: Any = net()
         judged(module)
         held = module.up.weight
         for model in (module, oracle):
@@ -185,7 +187,7 @@ class TestPreDpModuleTransformAdapting:
         for model in (module, oracle):
             backward(model)
         assert module.up.parametrizations.weight.original is held, "another Parameter"
-        expected: Any = oracle.up.parametrizations.weight.original.grad
+        expected = oracle.up.parametrizations.weight.original.grad
         assert_same(held.grad, part(expected, line, [S(0)]), "gradient")
         saved = module.state_dict()["up.parametrizations.weight.original"]
         assert isinstance(saved, DTensor), f"saved as {type(saved).__name__}"

@@ -156,7 +156,7 @@ class TestPreDpModuleTransformCompiled:
     def test_blocks_that_are_called_alone(
         self, judged: Any, mesh: Any, way: str, when: str
     ) -> None:
-        """A compiled block called by itself, or by a recomputation, must compute as in the whole."""
+        """A compiled block called by itself, or recomputed, must compute as within the whole."""
         counter = CompileCounterWithBackend("eager")
         module, held, oracle = self.made(judged, mesh, way, when, counter)
         module.recompute = True

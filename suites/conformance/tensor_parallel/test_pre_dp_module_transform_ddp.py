@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from torch import nn
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from conformance.kit.agree import assert_raises_everywhere
 from conformance.kit.compare import assert_same, local
 from conformance.kit.data import numbers
 from conformance.kit.layouts import S, dtensor, part
@@ -195,3 +197,35 @@ class TestPreDpModuleTransformUnderDdp:
         wrapped().backward()
         assert_same(held["a"].grad, part(full, tp, [S(0)]), "gradient")
         assert_same(local(module.get_buffer("mask")), part(full, tp, [S(0)]), "buffer")
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(4)
+    def test_replicate_by_a_group(self, judged: Any, mesh: Any) -> None:
+        """replicate() must take the transformed module with a group, as its docstring says."""
+        grid = mesh(2, 2)
+        tp, replica = grid["tp"], grid.get_local_rank("dp")
+        module, oracle = net(tp), net()
+        judged(module)
+        held = dict(module.named_parameters())
+        wrapped = replicate(module, process_group=grid["dp"].get_group())
+        ours, theirs = sgd(wrapped), sgd(oracle)
+        for step in range(2):
+            ours.zero_grad()
+            theirs.zero_grad()
+            backward(wrapped, 2 * step + replica)
+            backward_of_all(oracle, 2 * step, 2 * step + 1)
+            ours.step()
+            theirs.step()
+            assert_trained(held, tp, oracle, f"step {step}")
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(4)
+    @pytest.mark.parametrize("how", [DistributedDataParallel, replicate], ids=["ddp", "replicate"])
+    def test_a_group_that_would_mix_shards(
+        self, judged: Any, mesh: Any, world: Any, how: Any
+    ) -> None:
+        """Data parallelism over ranks of other shards must be refused by name, on every rank."""
+        module = net(mesh(2, 2)["tp"])
+        judged(module)
+        wrapped = how(module)
+        assert_raises_everywhere(world, lambda: wrapped(batch()), "parameter 'weight' of Layer")

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from conformance.kit.agree import attempt
 from conformance.kit.collectives import Collectives
-from conformance.kit.compare import assert_same, fingerprint, local, shares_memory
+from conformance.kit.compare import assert_same, assert_type, fingerprint, local, shares_memory
 from conformance.kit.data import numbers
 from conformance.kit.layouts import R, S, dtensor, part
 from conformance.kit.refusals import assert_refusal
@@ -176,7 +176,7 @@ class TestPreDpModuleTransformStateDict:
         judged(module)
         state = module.state_dict()
         assert list(state) == ["w", "mean"]
-        assert isinstance(state["mean"], DTensor), f"a {type(state['mean']).__name__}"
+        assert_type(state["mean"], DTensor, "state['mean']")
         assert_same(local(state["mean"]), part(full, line, [S(0)]), "saved")
         for given in (full + 1, dtensor(full + 2, line, [S(0)])):
             module.load_state_dict({"w": full, "mean": given})

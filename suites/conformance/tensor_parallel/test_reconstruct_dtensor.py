@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from conformance.kit.collectives import Collectives
-from conformance.kit.compare import assert_same, local, shares_memory
+from conformance.kit.compare import assert_same, assert_type, local, shares_memory
 from conformance.kit.data import DTYPES, dtype_id, numbers
 from conformance.kit.layouts import ONE_D, THREE_D, TWO_D, R, S, dtensor, part, placement_id
 from conformance.kit.refusals import SHAPE, refused
@@ -84,7 +84,7 @@ class TestReconstructDtensor:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     def test_two_and_three_dimensions(self, judged: Any, localize: Any, mesh: Any) -> None:
-        """The same for every combination of placements over a 2-D and a 3-D mesh."""
+        """Over 2-D and 3-D meshes each parameter must be its DTensor again, whatever placement."""
         for grid, combinations in ((mesh(2, 2), TWO_D), (mesh(1, 2, 2), THREE_D)):
             for placements in combinations:
                 for shape in [(8, 4), (7, 5), (2, 1)]:
@@ -234,7 +234,7 @@ class TestReconstructDtensor:
         rows = numbers(2 * world.size, 4, salt=1)
         (dtensor(rows, line, [S(0)]) @ module.w).sum().backward()
         localize(module)
-        assert type(mine.grad) is torch.Tensor, f"a {type(mine.grad).__name__}"
+        assert_type(mine.grad, torch.Tensor, "the gradient")
         assert_same(mine.grad, rows.sum(0).unsqueeze(1).expand(4, 3).contiguous())
 
     @pytest.mark.law("autograd")

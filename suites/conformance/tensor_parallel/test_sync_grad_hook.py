@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed import _functional_collectives as functional
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
-from conformance.kit.compare import assert_same, fingerprint
+from conformance.kit.compare import assert_same, assert_unchanged, fingerprint
 from conformance.kit.data import numbers
 from conformance.kit.layouts import S, dtensor
 from conformance.kit.streams import STREAM, Handle, Waits
@@ -84,10 +84,11 @@ class TestSyncGradHook:
         before = fingerprint(things)
         for name, thing in things.items():
             assert judged(thing) is thing, f"{name}: another object"
-            assert judged(thing, device_handle=None, compute_stream=None) is thing, name
+            got = judged(thing, device_handle=None, compute_stream=None)
+            assert got is thing, f"{name}: another {type(got).__name__}, expected the same object"
             with_stream = judged(thing, device_handle=Handle(), compute_stream=STREAM)
             assert with_stream is thing, f"{name}: another object with a stream"
-        assert fingerprint(things) == before
+        assert_unchanged(things, before)
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(1, 2)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from conformance.kit.agree import attempt, exchange
 from conformance.kit.collectives import Collectives
-from conformance.kit.compare import assert_same, fingerprint, shares_memory
+from conformance.kit.compare import assert_same, assert_type, fingerprint, shares_memory
 from conformance.kit.data import DTYPES, dtype_id, numbers
 from conformance.kit.generated import drawn, layouts
 from conformance.kit.layouts import ONE_D, THREE_D, TWO_D, R, S, dtensor, part, placement_id
@@ -56,7 +56,7 @@ class TestUnflattenTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     def test_two_dimensions(self, judged: Any, mesh: Any) -> None:
-        """The same for every combination of placements over a 2-D mesh."""
+        """Over a 2-D mesh every combination of placements must give the spec's DTensor."""
         square = mesh(2, 2)
         for placements in TWO_D:
             for shape in [(8, 4), (7, 5), (2, 1)]:
@@ -68,7 +68,7 @@ class TestUnflattenTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     def test_three_dimensions(self, judged: Any, mesh: Any) -> None:
-        """The same over a 3-D mesh."""
+        """Over a 3-D mesh a local tensor must become the spec's DTensor."""
         cube = mesh(1, 2, 2)
         for placements in THREE_D:
             full, what = numbers(7, 5), placement_id(placements)
@@ -180,7 +180,7 @@ class TestUnflattenTensor:
         whole = judged(local, dtensor(full, line, [S(0)])._spec).redistribute(placements=[R])
         share = line.get_local_rank() + 1
         (whole.to_local(grad_placements=[Partial()]) * share).sum().backward()
-        assert type(local.grad) is torch.Tensor, f"a {type(local.grad).__name__}"
+        assert_type(local.grad, torch.Tensor, "the gradient")
         total = sum(range(1, world.size + 1))
         assert_same(local.grad, torch.full((2, 3), float(total)))
 
@@ -194,7 +194,7 @@ class TestUnflattenTensor:
         rows_of_batch = numbers(2 * world.size, 4, salt=1)
         batch = dtensor(rows_of_batch, line, [S(0)])
         (batch @ weight).sum().backward()
-        assert type(local.grad) is torch.Tensor, f"a {type(local.grad).__name__}"
+        assert_type(local.grad, torch.Tensor, "the gradient")
         expected = rows_of_batch.sum(0).unsqueeze(1).expand(4, 3)
         assert_same(local.grad, expected.contiguous())
 

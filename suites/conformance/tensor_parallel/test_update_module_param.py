@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from conformance.kit.cases import each
+from conformance.kit.compare import assert_type
 from conformance.kit.data import numbers
 from conformance.kit.layouts import S, dtensor, part
 from conformance.kit.refusals import MISSING, refused
@@ -104,7 +105,7 @@ class TestUpdateModuleParam:
         made = dtensor(full, line, [S(0)], local=local.view_as(local))
         assert made.grad_fn is not None
         judged([(module, "w", made), (module.child, "w", made)])
-        assert isinstance(module.w, DTensor), f"a {type(module.w).__name__}"
+        assert_type(module.w, DTensor, "module.w")
         assert module.w.grad_fn is not None, "its graph is lost"
         assert module.child.w is module.w, "no longer one tensor"
         judged([(module, "w", local), (module.child, "w", local)])

@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from shardproof._state_dict_utils.layout import local_shape, my_coordinate
-from shardproof._state_dict_utils.subclasses import PLAIN
+from shardproof._state_dict_utils.subclasses import PLAIN, settled_result
 from shardproof._state_dict_utils.tensors import dtensor, spec_of_dtype
-from shardproof.tensor.parallel._subclasses import alias, finish
+from shardproof.tensor.parallel._subclasses import alias
 
 __all__ = ["_flatten_tensor", "_unflatten_tensor", "sync_grad_hook"]
 
@@ -42,9 +42,9 @@ def sync_grad_hook(grad: Any, *, device_handle: Any = None, compute_stream: Any 
     if type(grad) in PLAIN or not isinstance(grad, torch.Tensor):
         return grad
     if compute_stream is None:
-        return finish(grad)
+        return settled_result(grad)
     with device_handle.stream(compute_stream):
-        return finish(grad)
+        return settled_result(grad)
 
 
 def _flatten_tensor(tensor: torch.Tensor) -> tuple[torch.Tensor, DTensorSpec | None]:
@@ -65,7 +65,7 @@ def _flatten_tensor(tensor: torch.Tensor) -> tuple[torch.Tensor, DTensorSpec | N
     if isinstance(tensor, DTensor):
         local = tensor._local_tensor
         if type(local) is not torch.Tensor:
-            local = finish(local)
+            local = settled_result(local)
             if local.requires_grad or tensor.requires_grad:
                 local = alias(local)
         elif local.requires_grad or tensor.requires_grad:

@@ -161,13 +161,10 @@ def local_part(value: torch.Tensor, spec: DTensorSpec) -> torch.Tensor:
 
 def last(hooks: Any, ours: Callable[..., None]) -> None:
     """Let our hook come after those that were registered since."""
-    late = 0
-    for number in reversed(hooks):
-        if hooks[number] is ours:
-            if late:
-                hooks.move_to_end(number)
-            return
-        late += 1
+    if hooks and hooks[next(reversed(hooks))] is ours:
+        return
+    for number in [number for number, hook in hooks.items() if hook is ours]:
+        hooks.move_to_end(number)
 
 
 class Hooks:
@@ -206,8 +203,8 @@ class Hooks:
         saved[self._number] = state_dict_hook
         if len(saved) > 1:
             saved.move_to_end(self._number, last=False)
-        loading: Any = _LoadHooks(owner)
-        owner._load_state_dict_pre_hooks = loading
+        # Module's own setattr would look for a parameter first, for longer than the rest takes.
+        owner.__dict__["_load_state_dict_pre_hooks"] = _LoadHooks(owner)
 
 
 class _LoadHooks(UserDict[int, Any]):
@@ -257,9 +254,9 @@ def state_dict_hook(
 ) -> None:
     """Give a state dict the DTensors that the module's local tensors are parts of.
 
-    With ``keep_vars=True`` it is asked for the module's own Parameters and buffers, as the optimizer
-    and data parallelism hold them: for their identity, their gradient, or to change them. These are
-    the local ones, and stay. The mark on each tells the state-dict functions what it is a part of.
+    With ``keep_vars=True`` it is asked for the module's own Parameters and buffers, as the
+    optimizer and data parallelism hold them: for their identity, their gradient, or to change them.
+    These are the local ones, and stay. The mark on each tells the state-dict functions the whole.
     """
     keep_vars = module.__dict__.pop(_KEEP_VARS, False)
     for name, entry in records_of(module).items():

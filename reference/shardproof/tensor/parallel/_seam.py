@@ -9,8 +9,7 @@ a block's graph with ``fullgraph=True``, too. What they do otherwise lies outsid
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -216,43 +215,9 @@ def attach(parts: Mapping[nn.Module, bool]) -> None:
         if SEAM not in part.__dict__:
             part.__dict__[SEAM] = Seam()
             hooks.around_forward(part)
-            around_compiled(part)
         if _localized.records_of(part) and _STATE_DICT not in part.__dict__:
             part.__dict__[_STATE_DICT] = True
             hooks.around_state_dict(part)
-
-
-def around_compiled(module: nn.Module) -> None:
-    """Put the seam around what ``Module.compile`` made or will make: that has the hooks inside."""
-    compiled = module.__dict__.get("_compiled_call_impl")
-    if compiled is not None:
-        module.__dict__["_compiled_call_impl"] = partial(_call_compiled, module, compiled)
-    if type(module).compile is nn.Module.compile:
-        module.__dict__["compile"] = partial(_compile, module)
-
-
-def _compile(module: nn.Module, *args: Any, **kwargs: Any) -> None:
-    nn.Module.compile(module, *args, **kwargs)
-    around_compiled(module)
-
-
-def _call_compiled(module: Any, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if module._shardproof_seam.inside or not _entered(module):
-        return compiled(*args, **kwargs)
-    try:
-        return compiled(*args, **kwargs)
-    finally:
-        _left(module)
-
-
-@_disable_dynamo(recursive=True)
-def _entered(module: nn.Module) -> bool:
-    return enter(module)
-
-
-@_disable_dynamo(recursive=True)
-def _left(module: nn.Module) -> None:
-    leave(module)
 
 
 def ignored_by(module: nn.Module) -> set[int]:

@@ -143,10 +143,21 @@ def _localize_dtensor(
     DTensor parameter that was not met before is replaced by a Parameter over the same memory,
     trainable where the DTensor was; tied ones by one Parameter; buffers alike.
 
+    Optimizers that hold a replaced DTensor are given its Parameter, and their state with it; other
+    lists that a caller made of the DTensors are not found.
+
     From then on the module's ``state_dict()`` holds DTensors, and ``load_state_dict()`` takes
-    DTensors and full tensors. The module reconstructs and localizes itself around each of its
-    forwards and those of its submodules, so that one that is called alone, or again by activation
-    checkpointing, computes with DTensors, too; also when a forward raises.
+    DTensors, full tensors and, where all ranks hold parts of one shape, local ones; hooks of others
+    see whole tensors. ``state_dict(keep_vars=True)`` holds the local Parameters themselves. The
+    module reconstructs and localizes itself around each of its forwards and those of its
+    submodules, so that one that is called alone, or again by activation checkpointing, computes
+    with DTensors, too; also when a forward raises, and compiled with ``fullgraph=True``. A
+    function that activation checkpointing computes again finds them in the submodules that it
+    calls, not in parameters that it reads itself.
+
+    Raises:
+        RuntimeError: the module's own forward has begun, as with the first of ``replicate`` with a
+            ``process_group``, and the module itself holds a DTensor; nothing is changed then.
 
     Local: no collective runs. (Loading a DTensor that is laid out otherwise is one, see there.)
 
@@ -178,7 +189,10 @@ def _pre_dp_module_transform(module: nn.Module) -> None:
             it is. A second call changes nothing.
 
     Its DTensor parameters become local Parameters in the same places, as ``_localize_dtensor``
-    says. Make the optimizer afterwards: it has to hold these.
+    says; these are what an optimizer has to hold, and what one that was made before is given.
+
+    The first forward under data parallelism raises a RuntimeError that names a parameter where
+    the group of DDP or ``replicate`` has ranks that hold other parts of it.
 
     Local: no collective runs; every rank that holds the module must call it before the wrap.
 

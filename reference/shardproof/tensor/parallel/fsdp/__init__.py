@@ -21,8 +21,8 @@ from torch.distributed.fsdp._common_utils import _set_fsdp_flattened
 from torch.distributed.fsdp._fsdp_extensions import FSDPExtensions
 from torch.distributed.tensor import DTensor
 
+from shardproof._state_dict_utils.subclasses import has_own_operations
 from shardproof.tensor.parallel._data_parallel_utils import _flatten_tensor, unflattened
-from shardproof.tensor.parallel._subclasses import has_own_operations
 from shardproof.tensor.parallel.fsdp.boxes import (
     _create_shard_md_from_dt,
     _create_sharded_tensor_md_from_dt,

@@ -22,6 +22,11 @@ from torch.distributed.tensor.placement_types import Partial, Placement, Replica
 from shardproof._state_dict_utils.layout import cuts_of, local_shape, my_coordinate, spec_block
 from shardproof._state_dict_utils.simulated import for_each_rank, plays_all_ranks
 from shardproof._state_dict_utils.stream import alone_bytes, carried
+from shardproof._state_dict_utils.subclasses import (
+    has_own_operations,
+    own_copy,
+    settled_result,
+)
 from shardproof._state_dict_utils.tensors import (
     allocate,
     carrier,
@@ -30,13 +35,7 @@ from shardproof._state_dict_utils.tensors import (
     is_ordinary,
 )
 from shardproof._state_dict_utils.wire import Domain, Stage, all_gather, collect, mesh_domain
-from shardproof.tensor.parallel._subclasses import (
-    alias,
-    finish,
-    has_own_operations,
-    own_copy,
-    piece,
-)
+from shardproof.tensor.parallel._subclasses import alias, piece
 from shardproof.tensor.parallel.fsdp.meshes import (
     chunk_placements,
     fsdp_dims,
@@ -77,9 +76,11 @@ def _chunk_dtensor(
         the chunk alone. The placement is that of ``tensor`` in the dimensions of tensor
         parallelism, ``Replicate`` in those that neither cuts, and ``Shard(0)`` in FSDP's, as
         ``torch.chunk`` cuts what this rank holds. Where tensor parallelism cuts dimension 0 too
-        it is ``_StridedShard(0)``, since FSDP cuts second. Sizes so uneven that this placement
-        would name elements that the rank does not hold are cut along another dimension, and
-        left whole where there is none; so is a scalar.
+        it is ``_StridedShard(0)``, since FSDP cuts second, as ``fully_shard`` has it. torch's own
+        says ``Shard(0)`` there, and moves rows between ranks until that is true: ``is_shard()``
+        tells the two apart, a reader of the tensor or of its checkpoint does not. Sizes so uneven
+        that this placement would name elements that the rank does not hold are cut along another
+        dimension, and left whole where there is none; so is a scalar.
 
     Raises:
         RuntimeError: there is no root mesh, or it has one dimension.
@@ -98,7 +99,7 @@ def _chunk_dtensor(
         raise TypeError("expected a tensor or a DTensor to chunk, got a ShardedTensor")
     dims = fsdp_dims(root, device_mesh)
     held = _placements_on(root, tensor, dims) if isinstance(tensor, DTensor) else {}
-    local = alias(finish(tensor._local_tensor if isinstance(tensor, DTensor) else tensor))
+    local = alias(settled_result(tensor._local_tensor if isinstance(tensor, DTensor) else tensor))
     mesh_shape = tuple(int(size) for size in root.shape)
     placements, tensor_dim, over = chunk_placements(tuple(tensor.shape), mesh_shape, held, dims)
     if tensor_dim is not None:
@@ -106,7 +107,7 @@ def _chunk_dtensor(
         coordinate = root.get_coordinate()
         assert coordinate is not None
         local = _chunk(local, tensor_dim, [(mesh_shape[d], coordinate[d]) for d in over])
-    copied = own_copy(local) if has_own_operations(local) else fresh_copy(local, local.device)
+    copied = fresh_copy(local, local.device)
     meta = TensorMeta(torch.Size(tensor.shape), _dense_stride(tensor), tensor.dtype)
     return dtensor(copied, DTensorSpec(root, placements, tensor_meta=meta))
 
@@ -206,7 +207,7 @@ def _all_gather_dtensor(tensor: DTensor, parent_mesh: DeviceMesh | None) -> torc
     if coordinate is None:
         raise ValueError(f"this rank is not on {mesh_name(mesh)}")
     route = route_of(tuple(spec.shape), tuple(mesh.shape), cuts_of(spec), coordinate)
-    local = finish(tensor._local_tensor)
+    local = settled_result(tensor._local_tensor)
     own = has_own_operations(local) or not is_ordinary(local)
     scattered = route.dims and route.target.region is None
     if isinstance(local, FakeTensor):
@@ -216,7 +217,7 @@ def _all_gather_dtensor(tensor: DTensor, parent_mesh: DeviceMesh | None) -> torc
         return _by_redistribution(tensor)
     if not route.dims:
         _check_local(tensor, local)
-        return own_copy(local) if own else fresh_copy(local, local.device)
+        return fresh_copy(local, local.device)
     if own:
         _agree_on_route(route, tensor, local)
         return _by_redistribution(tensor)
@@ -237,7 +238,7 @@ def _by_redistribution(tensor: DTensor) -> torch.Tensor:
     """By way of DTensor's own collectives, for what is more than moving rectangles."""
     placements = [*([Replicate()] * (tensor.device_mesh.ndim - 1)), tensor.placements[-1]]
     given: Any = tensor
-    local: torch.Tensor = finish(given.redistribute(placements=placements)._local_tensor)
+    local: torch.Tensor = settled_result(given.redistribute(placements=placements)._local_tensor)
     if not has_own_operations(local):
         return fresh_copy(local, local.device)
     return own_copy(local) if local is tensor._local_tensor else local
@@ -356,7 +357,7 @@ def _verdict(tensor: DTensor, local: torch.Tensor) -> torch.Tensor:
         good = good and _can_be_padded(tensor, local)
     sizes = [*local.shape, *([0] * _HEADER_DIMS)][:_HEADER_DIMS]
     header = [word if good else 0, kind, min(local.dim(), _HEADER_DIMS), *sizes]
-    return torch.tensor(header, dtype=torch.int64).view(torch.uint8)
+    return torch.tensor(header, dtype=torch.int64, device="cpu").view(torch.uint8)
 
 
 def _can_be_padded(tensor: DTensor, local: torch.Tensor) -> bool:

@@ -25,8 +25,13 @@ from torch.distributed._shard.sharding_spec.chunk_sharding_spec import ChunkShar
 from torch.distributed.remote_device import _remote_device
 from torch.distributed.tensor import DTensor
 
+from shardproof._state_dict_utils.subclasses import (
+    has_own_operations,
+    own_copy,
+    settled_result,
+)
 from shardproof._state_dict_utils.tensors import bits, is_ordinary
-from shardproof.tensor.parallel._subclasses import finish, has_own_operations, own_copy, piece
+from shardproof.tensor.parallel._subclasses import piece
 from shardproof.tensor.parallel.fsdp.boxes import (
     _create_shard_md_from_dt,
     _create_sharded_tensor_md_from_dt,
@@ -127,8 +132,8 @@ def _chunk_tensor(
     if isinstance(tensor, ShardedTensor):
         return _chunk_sharded(tensor, num_devices_per_node, pg)
     if not isinstance(tensor, DTensor):
-        return _chunk_rows(finish(tensor), num_devices_per_node, pg)
-    local = finish(tensor._local_tensor)
+        return _chunk_rows(settled_result(tensor), num_devices_per_node, pg)
+    local = settled_result(tensor._local_tensor)
     # Its metadata name one owner, but FSDP needs the values of this rank's own group: it can
     # only get them from chunks that do not hang below the owner's shard.
     if sharded_dim(tensor) is None:
@@ -164,7 +169,7 @@ def _chunk_sharded(
     if isinstance(shard.tensor, ShardedTensor):
         raise ValueError("the shards of the ShardedTensor are sharded already")
     return _around(
-        _chunk_rows(finish(shard.tensor), num_devices_per_node, pg, everywhere=True),
+        _chunk_rows(settled_result(shard.tensor), num_devices_per_node, pg, everywhere=True),
         copy.deepcopy(shard.metadata),
         copy.deepcopy(metadata),
         group,

@@ -1,0 +1,235 @@
+"""Ranks that are no processes: threads, or all of them one process, in torch's `LocalTensorMode`.
+
+Authors of parallelisms test that way. What torch does right there, every subject must do right.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from conformance.kit.compare import assert_same
+from conformance.kit.data import numbers
+from conformance.kit.layouts import R, S
+
+CPU = torch.device("cpu")
+WHOLE = {
+    "even": numbers(8, 3, device=CPU),
+    "odd": numbers(7, 3, device=CPU),
+    "same": numbers(4, 2, device=CPU),
+    "grid": numbers(8, 4, device=CPU),
+    "plain": numbers(2, device=CPU),
+}
+
+
+def spread(mesh: Any, *, zero: bool = False) -> dict[str, Any]:
+    """`WHOLE` over the ranks that are played; zeros in its place."""
+    line, grid = mesh(4), mesh(2, 2)
+    placed: dict[str, Any] = {
+        "even": (line, [S(0)]),
+        "odd": (line, [S(0)]),
+        "same": (line, [R]),
+        "grid": (grid, [S(0), S(1)]),
+    }
+    found: dict[str, Any] = {}
+    for name, full in WHOLE.items():
+        value = torch.zeros_like(full) if zero else full.clone()
+        if name in placed:
+            value = distribute_tensor(value, *placed[name], src_data_rank=None)
+        found[name] = value
+    return found
+
+
+def assert_whole(got: Any) -> None:
+    """Every rank that is played has the values of `WHOLE`."""
+    assert list(got) == list(WHOLE), f"keys {list(got)}, expected {list(WHOLE)}"
+    for name, value in got.items():
+        full = value.full_tensor() if isinstance(value, DTensor) else value
+        ranks = full._local_tensors if isinstance(full, LocalTensor) else {0: full}
+        for rank, mine in ranks.items():
+            assert_same(mine, WHOLE[name], f"{name}, rank {rank}")
+
+
+@pytest.mark.judges("_state_dict_utils._gather_state_dict")
+class TestGather:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(4)
+    @pytest.mark.parametrize("options", [{}, {"cpu_offload": True}], ids=str)
+    def test_every_rank_is_played(self, judged: Any, mesh: Any, options: Any) -> None:
+        """Every rank that is played must get the whole tensors."""
+        mesh(4), mesh(2, 2)
+        with LocalTensorMode(4):
+            assert_whole(judged(spread(mesh), **options))
+
+
+@pytest.mark.judges("_state_dict_utils._offload_state_dict_to_cpu")
+class TestOffload:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(4)
+    def test_every_rank_is_played(self, judged: Any, mesh: Any) -> None:
+        """The snapshot must hold the parts of every rank that is played."""
+        mesh(4), mesh(2, 2)
+        with LocalTensorMode(4):
+            assert_whole(judged(spread(mesh)))
+
+
+@pytest.mark.judges("_state_dict_utils._iterate_state_dict")
+class TestIterate:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(4)
+    def test_every_rank_is_played(self, judged: Any, mesh: Any) -> None:
+        """The result must hold the parts of every rank that is played."""
+        mesh(4), mesh(2, 2)
+        same = (lambda tensor, *_: tensor,) * 3
+        with LocalTensorMode(4):
+            assert_whole(judged(spread(mesh), *same))
+
+
+@pytest.mark.judges("_state_dict_utils._copy_state_dict")
+class TestCopy:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(4)
+    def test_every_rank_is_played(self, judged: Any, mesh: Any) -> None:
+        """The parts of every rank that is played must be copied."""
+        mesh(4), mesh(2, 2)
+        with LocalTensorMode(4):
+            into = spread(mesh, zero=True)
+            judged(spread(mesh), into)
+            assert_whole(into)
+
+
+@pytest.mark.judges("_state_dict_utils._check_state_dict_similarity")
+class TestSimilarity:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(4)
+    def test_every_rank_is_played(self, judged: Any, mesh: Any) -> None:
+        """State dicts of the same tensors must be found similar."""
+        mesh(4), mesh(2, 2)
+        with LocalTensorMode(4):
+            assert judged(spread(mesh), spread(mesh, zero=True)) is True
+
+
+@pytest.mark.judges("_state_dict_utils._distribute_state_dict")
+class TestDistribute:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(4)
+    def test_every_rank_is_played(self, judged: Any, mesh: Any) -> None:
+        """Every rank that is played must get its part."""
+        mesh(4), mesh(2, 2)
+        with LocalTensorMode(4):
+            into = spread(mesh, zero=True)
+            judged(dict(WHOLE), into, CPU)
+            assert_whole(into)
+
+
+@pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
+class TestBroadcast:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    def test_plain_tensors(self, judged: Any) -> None:
+        """Plain tensors must land for the ranks that are played."""
+        with LocalTensorMode(1):
+            into = {name: torch.zeros_like(full) for name, full in WHOLE.items()}
+            judged(dict(WHOLE), into, CPU)
+            assert_whole(into)
+
+
+_THREADS = textwrap.dedent(
+    """
+    import sys
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.testing._internal.common_distributed import MultiThreadedTestCase
+    from torch.testing._internal.common_utils import run_tests
+    from {root}._state_dict_utils import {name} as judged
+
+    def place(full, mesh, *placements):
+        same = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        return same.redistribute(mesh, placements)
+
+    class Threads(MultiThreadedTestCase):
+        world_size = 4
+
+        def setUp(self):
+            super().setUp()
+            self._spawn_threads()
+
+        def test(self):
+            line = init_device_mesh("cpu", (4,))
+            grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+            even, odd = torch.arange(24.0).reshape(8, 3), torch.arange(21.0).reshape(7, 3)
+            whole = {{"even": even, "odd": odd, "same": even, "grid": even, "plain": even[:1]}}
+
+            def spread(scale):
+                return {{
+                    "even": place(even * scale, line, Shard(0)),
+                    "odd": place(odd * scale, line, Shard(0)),
+                    "same": place(even * scale, line, Replicate()),
+                    "grid": place(even * scale, grid, Shard(0), Shard(1)),
+                    "plain": even[:1] * scale,
+                }}
+
+            def check(got):
+                assert list(got) == list(whole), list(got)
+                for name, value in got.items():
+                    value = value.full_tensor() if isinstance(value, DTensor) else value
+                    assert torch.equal(value, whole[name]), (name, value)
+
+            {call}
+
+    run_tests()
+    """
+)
+
+
+def in_threads(root: str, name: str, call: str) -> None:
+    """Call a function of a subject on four threads that are ranks, in a process of their own."""
+    program = _THREADS.format(root=root, name=name, call=call)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, f"{name} on threads: {done.stderr[-3000:]}"
+
+
+@pytest.mark.judges("_state_dict_utils._gather_state_dict")
+class TestGatherThreads:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1, limit=120)
+    def test_ranks_as_threads(self, subject: Any) -> None:
+        """Ranks that are threads of one process must get the whole tensors."""
+        in_threads(subject.root, "_gather_state_dict", "check(judged(spread(1)))")
+
+
+@pytest.mark.judges("_state_dict_utils._distribute_state_dict")
+class TestDistributeThreads:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1, limit=120)
+    def test_ranks_as_threads(self, subject: Any) -> None:
+        """Ranks that are threads of one process must get their parts."""
+        call = "into = spread(0); judged(dict(whole), into, torch.device('cpu')); check(into)"
+        in_threads(subject.root, "_distribute_state_dict", call)
+
+
+@pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
+class TestBroadcastThreads:
+    @pytest.mark.law("values")
+    @pytest.mark.world(1, limit=120)
+    def test_ranks_as_threads(self, subject: Any) -> None:
+        """Ranks that are threads of one process must get what the first of them has."""
+        call = (
+            "into = spread(0); "
+            "judged(whole if self.rank == 0 else {}, into, torch.device('cpu')); check(into)"
+        )
+        in_threads(subject.root, "_broadcast_state_dict", call)

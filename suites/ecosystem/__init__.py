@@ -1,0 +1,1 @@
+"""Libraries on top of torch, with and without the reference under them."""
