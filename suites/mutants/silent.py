@@ -297,8 +297,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "local_copies.py",
         "                results.append(gathered[name])\n",
         "                results.append(gathered[name].requires_grad_(value.requires_grad))\n",
-        "gather_state_dict",
-        "gather_state_dict_manners",
+        "process_state",
     ),
     (
         "ranks_only_in_world_numbers",
@@ -310,21 +309,12 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "iterate_state_dict",
     ),
     (
-        "rank_outside_unnoticed",
-        "ranks_only that names no rank of the group gives nobody a result, and says nothing",
-        "gather.py",
-        "    if not takers:\n",
-        "    if not takers and pg is None:\n",
-        "ranks_only",
-    ),
-    (
         "none_takes_a_tensor",
         "a local None is replaced by a tensor",
         "broadcast.py",
         'if value is None and (key not in local or offer.kind in ("tensor", "opaque")):',
         "if key not in local:",
-        "broadcast_state_dict",
-        "broadcast_tensors",
+        "own_objects",
     ),
     (
         "companion_may_have_more",
@@ -379,14 +369,6 @@ FAULTS: tuple[tuple[str, ...], ...] = (
             "    pinnable = pin_memory and tensor.numel() > 0\n"
             "    if not tensor.dim() and tensor.device == CPU:\n        return tensor.detach()\n"
         ),
-        "create_cpu_state_dict",
-    ),
-    (
-        "empty_buffers_unshared",
-        "a buffer without elements is not in shared memory",
-        "staging.py",
-        "    if share_memory:\n        buffer",
-        "    if share_memory and tensor.numel():\n        buffer",
         "create_cpu_state_dict",
     ),
     (

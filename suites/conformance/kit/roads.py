@@ -42,6 +42,19 @@ def _count(world: Any, full: torch.Tensor) -> list[int]:
     return [even + (rank < more) for rank in range(world.size)]
 
 
+def _again(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that is lazily conjugated or negated where the tensor is: clone() carries that out."""
+    if tensor.is_conj():
+        return _again(tensor.conj()).conj()
+    if tensor.is_neg():
+        return torch._neg_view(_again(torch._neg_view(tensor)))
+    return tensor.clone()
+
+
+def _rows(full: torch.Tensor, mesh: Any) -> Any:
+    return dtensor(full, mesh, [S(0)], local=_again(part(full, mesh, [S(0)])))
+
+
 def _spread(full: torch.Tensor) -> torch.Tensor:
     """The same values in every second place of memory."""
     room = torch.empty(*full.shape, 2, dtype=full.dtype, device=full.device)
@@ -50,10 +63,10 @@ def _spread(full: torch.Tensor) -> torch.Tensor:
 
 def _gather(full: torch.Tensor, mesh: Any, world: Any) -> Road:
     value = {
-        "rows": dtensor(full, mesh, [S(0)]),
+        "rows": _rows(full, mesh),
         "last": dtensor(full, mesh, [S(full.dim() - 1)]),
         "whole": dtensor(full, mesh, [R]),
-        "plain": full.clone(),
+        "plain": _again(full),
         "st": sharded_tensor(full, rows(full.shape, _count(world, full))),
         "wide": dtensor(full, mesh, [S(0)], local=_spread(part(full, mesh, [S(0)]))),
         **{f"many{n}": dtensor(full, mesh, [S(0)]) for n in range(6)},
@@ -120,7 +133,7 @@ def _check_landed(into: dict[str, Any], full: torch.Tensor, mesh: Any) -> None:
 
 def _broadcast(full: torch.Tensor, mesh: Any, world: Any) -> Road:
     into = _places(full, mesh)
-    source = {key: full.clone() for key in into} if world.rank == 0 else {}
+    source = {key: _again(full) for key in into} if world.rank == 0 else {}
     return Road(
         lambda judged: judged(source, into, full.device),
         source,
@@ -130,7 +143,7 @@ def _broadcast(full: torch.Tensor, mesh: Any, world: Any) -> Road:
 
 def _distribute(full: torch.Tensor, mesh: Any, world: Any) -> Road:
     into = _places(full, mesh)
-    source = {key: full.clone() for key in into}
+    source = {key: _again(full) for key in into}
     return Road(
         lambda judged: judged(source, into, full.device),
         source,
@@ -140,10 +153,10 @@ def _distribute(full: torch.Tensor, mesh: Any, world: Any) -> Road:
 
 def _leaves(full: torch.Tensor, mesh: Any) -> dict[str, Any]:
     return {
-        "rows": dtensor(full, mesh, [S(0)]),
+        "rows": _rows(full, mesh),
         "wide": _spread(full),
-        "plain": [full.clone(), {"t": full.clone().t() if full.dim() == 2 else full.clone()}],
-        **{f"many{n}": full.clone() for n in range(6)},
+        "plain": [_again(full), {"t": _again(full).t() if full.dim() == 2 else _again(full)}],
+        **{f"many{n}": _again(full) for n in range(6)},
     }
 
 

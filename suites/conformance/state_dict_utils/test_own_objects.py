@@ -161,9 +161,33 @@ class TestBroadcastOwnObjects:
         assert local == {"a": [1], "b": [1]}, f"{local} landed"
         assert local["a"] is not groups, "the full dict's own list landed"
 
+    @pytest.mark.law("structure")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("at", ["the source", "the other", "both"])
+    def test_none_stays_none(self, judged: Any, rank: int, device: torch.device, at: str) -> None:
+        """A local None must stay None where a tensor with dimensions is offered."""
+        full = {"bias": numbers(3), "w": numbers(4)}
+        bare = at == "both" or (rank == 0) == (at == "the source")
+        local = {"bias": None if bare else numbers(3, salt=1), "w": numbers(4, salt=1)}
+        judged(full if rank == 0 else {}, local, device)
+        assert_same(local["w"], numbers(4), "w")
+        if bare:
+            assert local["bias"] is None, f"None became {local['bias']}"
+        else:
+            assert_same(local["bias"], numbers(3), "bias")
+
 
 @pytest.mark.judges("_state_dict_utils._distribute_state_dict")
 class TestDistributeOwnObjects:
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_none_stays_none(self, judged: Any, device: torch.device) -> None:
+        """A local None must stay None where a tensor with dimensions is offered."""
+        local = {"bias": None, "w": numbers(4, salt=1)}
+        judged({"bias": numbers(3), "w": numbers(4)}, local, device)
+        assert_same(local["w"], numbers(4), "w")
+        assert local["bias"] is None, f"None became {local['bias']}"
+
     @pytest.mark.law("isolation")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("make", CASES)

@@ -19,9 +19,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from conformance.kit.compare import assert_same, fingerprint, local
 from conformance.kit.data import numbers
+from conformance.kit.layouts import R, S, dtensor
 from conformance.kit.nested import spoil, storages, tensors
 from conformance.kit.roads import ROADS, Make, Road
 
@@ -179,6 +181,19 @@ class _State:
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")
 class TestGatherState(_State):
     """To all, to the CPU, to one rank."""
+
+    @pytest.mark.law("autograd")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("placement", [S(0), R], ids=str)
+    def test_gathered_parameters_do_not_require_grad(
+        self, judged: Any, mesh: Any, placement: Any
+    ) -> None:
+        """What is gathered from parameters under no_grad must require no grad."""
+        weight = nn.Parameter(dtensor(numbers(4, 3), mesh(2), [placement]))
+        with torch.no_grad():
+            got = judged({"w": weight})["w"]
+        assert not got.requires_grad, "the gathered tensor requires grad"
+        assert weight.requires_grad, "the parameter no longer does"
 
 
 @pytest.mark.judges("_state_dict_utils._all_gather_sharded_tensor")
