@@ -15,6 +15,7 @@ LAWS = (
     "group",
     "autograd",
     "cost",
+    "compatibility",
 )
 HOLDS = frozenset({"pass"})
 NOT_RUN = frozenset({"precondition"})
