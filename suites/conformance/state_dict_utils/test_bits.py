@@ -58,7 +58,7 @@ BITS: dict[str, Callable[[], torch.Tensor]] = {
 SIZES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "small": lambda row: row,
     "uneven": lambda row: row[:-1],
-    "large": lambda row: _repeated(row, 1 << 18),
+    "large": lambda row: _repeated(row, 1 << 16),
 }
 """Name -> that many of the elements: a shard each, unequal shards, more than goes together."""
 
