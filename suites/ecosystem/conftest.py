@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from harness.fixtures import SETTINGS
+from harness.options import SETTINGS
 from harness.subjects import Subject
 
 if TYPE_CHECKING:

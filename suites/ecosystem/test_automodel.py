@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- torch's own habit
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from ecosystem.digests import Digests
@@ -35,7 +36,9 @@ class Trainee:
         grid = init_device_mesh("cpu", shape, mesh_dim_names=("dp_replicate", "dp_shard_cp", "tp"))
         grid["dp_replicate", "dp_shard_cp"]._flatten("dp_cp")
         self.data = grid["dp_replicate", "dp_shard_cp"]._flatten("dp")
-        self.model: Any = fsdp2_strategy_parallelize(llama(salt), grid)
+        self.model: Any = fsdp2_strategy_parallelize(
+            llama(salt), grid, mp_policy=MixedPrecisionPolicy()
+        )
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, foreach=False)
 

@@ -1,4 +1,4 @@
-"""torchao: quantised weights and optimizer state, which are wrapper subclasses of few operations."""
+"""torchao: quantised weights and optimizer state, wrapper subclasses that have few operations."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def quantises(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
 
 @pytest.fixture
 def eager() -> Iterator[None]:
-    """Torchao compiles the step of each parameter, which takes a minute a check and shows no more."""
+    """Keep torchao from compiling the step of each parameter, which takes a minute a check."""
     with torch.compiler.set_stance("force_eager"):
         yield
 

@@ -1,4 +1,4 @@
-"""torchrec: sharded embedding tables, DTensors over LocalShardsWrapper, saved and loaded elsewhere."""
+"""torchrec: sharded tables, DTensors over LocalShardsWrapper, saved and loaded in another way."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ class TestStateDict:
     @pytest.mark.world(4, collective=30, limit=150)
     @pytest.mark.parametrize("mesh_of", ["fsdp2 x tp2", "hsdp"])
     def test_full_to_another_mesh(self, note: Digests, rank: int, mesh_of: str) -> None:
-        """A full state dict on rank 0's CPU, broadcast into the model on another mesh, to the bit."""
+        """The full state dict of rank 0 is broadcast into a model on another mesh to the bit."""
         one, other = titan(mesh_of), titan("fsdp4", salt=1)
         state = get_model_state_dict(
             one.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -1,4 +1,4 @@
-"""transformers: a tied causal language model under its own TP plan and FSDP2, and its checkpoints."""
+"""transformers: a tied language model under its own TP plan and FSDP2, and its checkpoints."""
 
 from __future__ import annotations
 

@@ -29,6 +29,11 @@ WRONG = [
     (["--world-size", "0"], "--world-size 0: expected a number from 1 up"),
     (["--share-gpus"], "--share-gpus: expected --backend nccl; over gloo ranks share devices"),
     (["--order", "sideways"], "--order 'sideways': expected normal, reverse or random:SEED"),
+    (["--install-at", "twice"], "--install-at twice: torch.distributed is in place already"),
+    (
+        ["--subject", "shardproof", "--install-at", "before", "--start-method", "spawn"],
+        "--install-at before: a rank that starts as a new interpreter has imported torch's modules",
+    ),
     (["--seed", "x"], "--seed 'x': expected a number or 'random'"),
     (["--collective-limit", "9", "--check-limit", "5"], "the clocks must be positive and grow"),
     (["-k", "nothing_like_this"], "no check was selected"),
@@ -85,6 +90,16 @@ def test_a_plain_test_without_what_it_needs_is_one_precondition(suite: Suite) ->
     assert [c["verdict"] for c in outcome.results["checks"]] == ["precondition", "pass"]
     assert outcome.results["run"]["selected"] == 2
     assert outcome.exit == 0
+
+
+def test_a_package_that_is_not_installed_is_a_precondition(suite: Suite) -> None:
+    source = "import pytest\n@pytest.mark.needs('package {}')\ndef test_it(): pass\n"
+    missing = Session(suite(source.format("no-such-package"))).finish()
+    (check,) = missing.results["checks"]
+    assert check["verdict"] == "precondition"
+    assert "the package no-such-package, which this environment lacks" in check["message"]
+    installed = Session(suite(source.format("pytest"))).finish()
+    assert list(installed.verdicts().values()) == ["pass"]
 
 
 def test_a_smaller_world_leaves_larger_checks_as_preconditions(suite: Suite) -> None:

@@ -32,11 +32,15 @@ MARKS = (
         "nodes: needs a world over so many machines; reuse: share the world with the checks of the "
         "same class that follow"
     ),
-    "needs(*features): features of the machine or of torch, see harness.requirements.FEATURES, or "
-    "'package NAME': a distribution that is installed",
+    (
+        "needs(*features): features of the machine or of torch, see "
+        "harness.requirements.FEATURES, or 'package NAME': a distribution that is installed"
+    ),
     "judges(name): the function of the subject that a class of checks judges, module.function",
-    "exercises(area, suite='integration'): the area of torch's public API, or the library above it, "
-    "that a class of checks runs the subject in",
+    (
+        "exercises(area, suite='integration'): the area of torch's public API, or the library "
+        "above it, that a class of checks runs the subject in"
+    ),
     "law(name): the law of the contract that a check holds the function to",
     (
         "should(reason): the clause is our choice of quality, not what upstream documents "

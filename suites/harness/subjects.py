@@ -42,6 +42,11 @@ class Subject:
         placed: AbstractContextManager[None] = self.function("installed")()
         return placed
 
+    def take_out(self) -> None:
+        """Undo what the run installed before everything else, on this rank."""
+        if self._install_at != "after":
+            self.function("uninstall")()
+
 
 INSTALLED_TORCH = "torch.distributed"
 MODULES = (

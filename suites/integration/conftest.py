@@ -18,6 +18,7 @@ from harness.subjects import Subject
 def in_place(request: pytest.FixtureRequest, subject: Subject) -> Iterator[None]:
     """Put the subject in place for the check, and take it out again."""
     if request.node.get_closest_marker("exercises") is None:
+        subject.take_out()  # what judges install() itself begins without it
         yield
         return
     with subject.in_place():

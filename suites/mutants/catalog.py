@@ -148,7 +148,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "gather_for_everyone",
         "ranks outside ranks_only get the dict, too",
         "gather.py",
-        "    if not on_this_rank(ranks_only, pg):\n        return {}\n    return copies",
+        "    if wanted is not None and dist.get_rank() not in wanted:\n"
+        "        return {}\n    return copies",
         "    return copies",
         "gather_state_dict",
         "gather_state_dict_manners",
@@ -340,7 +341,7 @@ MUTANTS: tuple[Mutant, ...] = (
             (
                 "sync_returns_pending",
                 "a gradient in flight is handed on",
-                "    if compute_stream is None:\n        return finish(grad)",
+                "    if compute_stream is None:\n        return settled_result(grad)",
                 "    if compute_stream is None:\n        return grad",
             ),
         )

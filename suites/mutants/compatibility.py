@@ -66,8 +66,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "nobody_is_told",
         "weights that no taker holds a part of are gone, and nobody is told",
         "gather.py",
-        "    if lost is not None:\n",
-        "    if False:\n",
+        "    if lost and len(lost) == len(leaves) and len(first) == 1:\n",
+        "    if lost:\n        return frozenset(takers)\n    if False:\n",
         "compatibility",
     ),
     (

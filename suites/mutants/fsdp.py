@@ -23,8 +23,8 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "chunk_aliases",
         "a state dict holds views of the live weights",
         "dtensors.py",
-        "has_own_operations(local) else fresh_copy(local, local.device)\n    meta",
-        "has_own_operations(local) else local.detach()\n    meta",
+        "    copied = fresh_copy(local, local.device)\n",
+        "    copied = local.detach()\n",
         "chunk_dtensor",
     ),
     (

@@ -58,8 +58,8 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "subclass_is_lent",
         "the live weight is handed out where there is nothing to gather",
         "fsdp/dtensors.py",
-        "own_copy(local) if own else fresh_copy(local, local.device)",
-        "local if own else fresh_copy(local, local.device)",
+        "        _check_local(tensor, local)\n        return fresh_copy(local, local.device)",
+        "        _check_local(tensor, local)\n        return local if own else local.clone()",
         "fsdp_subclasses",
     ),
     (
@@ -90,10 +90,10 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "chunk_loses_the_sign_of_zero",
         "negative zeros and the payload of NaNs are lost in a chunk",
         "fsdp/dtensors.py",
-        "    copied = own_copy(local) if",
+        "    copied = fresh_copy(local",
         (
             "    local = local + 0 if local.is_floating_point() and local.itemsize > 1 else local\n"
-            "    copied = own_copy(local) if"
+            "    copied = fresh_copy(local"
         ),
         "fsdp_details",
     ),

@@ -16,6 +16,7 @@ LAWS = (
     "autograd",
     "compatibility",
     "cost",
+    "compatibility",
 )
 HOLDS = frozenset({"pass"})
 NOT_RUN = frozenset({"precondition"})

@@ -46,6 +46,11 @@ def _without_matrix(text: str) -> str:
     return "\n".join(lines)
 
 
+def _table(text: str) -> str:
+    """Of a command that says more, the table alone."""
+    return "\n".join(line for line in text.splitlines() if line.startswith("|"))
+
+
 def _one_failure(text: str) -> str:
     lines = text.splitlines()
     first = next(n for n, line in enumerate(lines) if line.startswith("FAIL  "))
@@ -87,6 +92,7 @@ PLACES = {
         shown=False,
         fence=False,
     ),
+    "ci/ecosystem": Place("ci/ecosystem", shown=False, keep=_table, fence=False),
     "example": Place(EXAMPLE),
     "example, mended": Place(f"{EXAMPLE} --mend"),
 }

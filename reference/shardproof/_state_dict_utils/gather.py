@@ -37,7 +37,6 @@ from shardproof._state_dict_utils.subclasses import settled_result
 from shardproof._state_dict_utils.tensors import (
     CPU,
 )
-from shardproof._state_dict_utils.traverse import on_this_rank
 from shardproof._state_dict_utils.wire import (
     Domain,
     backend_of,
@@ -64,7 +63,8 @@ def _gather_state_dict(
         device: where the bytes of ShardedTensors travel from, for groups with several backends.
         cpu_offload: results in CPU memory.
         ranks_only: the ranks that want the result, in the numbering of ``pg`` or, without it, of
-            the default group; empty means all.
+            the default group; empty means all. Where every leaf is on other ranks, on a mesh that
+            is no slice of one with a taker, the mesh's first rank takes them: nobody else could.
         type_check: refuse leaves that no checkpoint can hold; otherwise they are deep-copied.
 
     Returns:
@@ -95,7 +95,7 @@ def _gather_state_dict(
     agreed = _agree(found, pg, device, cpu_offload)
     copies = LocalCopies(found, cpu_offload)
     gathered = _gather(found, wanted, agreed, copies)
-    if not on_this_rank(ranks_only, pg):
+    if wanted is not None and dist.get_rank() not in wanted:
         return {}
     return copies.around(gathered)
 
@@ -148,11 +148,17 @@ def _destinations(
         return None
     if pg is not None:
         takers = [dist.get_global_rank(pg, rank) for rank in takers]
-    lost = next((leaf for leaf in found.leaves.values() if _is_lost(leaf, takers)), None)
-    if lost is not None:
+    leaves = list(found.leaves.values())
+    lost = [leaf for leaf in leaves if _is_lost(leaf, takers)]
+    first = {leaf.layout.members[0] for leaf in lost}
+    if lost and len(lost) == len(leaves) and len(first) == 1:
+        # A model that lies on other ranks: the caller means the first of these.
+        return frozenset(first)
+    if lost:
+        leaf = lost[0]
         found.fail(
             ValueError(
-                f"{lost.path!r} is on ranks {lost.layout.members}, and none of them gets a result: "
+                f"{leaf.path!r} is on ranks {leaf.layout.members}, and none of them gets a result: "
                 f"the takers are ranks {takers} (ranks_only={ranks_only}); expected a taker that "
                 "holds a part, or pg, the group whose own ranks ranks_only counts"
             )

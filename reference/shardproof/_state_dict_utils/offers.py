@@ -138,7 +138,7 @@ def offers_of(
                     ordinary
                     and plain.device == device
                     and plain.is_contiguous()
-                    and not plain.is_neg()
+                    and not (plain.is_conj() or plain.is_neg())
                 )
                 number = offers.number(Offer("tensor", tuple(size), dtype, flat))
                 if is_small:

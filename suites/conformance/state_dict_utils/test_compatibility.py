@@ -103,6 +103,31 @@ class TestGatherTakers:
 
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4)
+    def test_replicas_on_meshes_of_their_own(self, judged: Any, mesh: Any, rank: int) -> None:
+        """A model that ranks 0 and 1 hold, and 2 and 3 as well, must be gathered for rank 0."""
+        low, high = mesh(2, ranks=[0, 1]), mesh(2, ranks=[2, 3])
+        full = numbers(4, 4)
+        value = {"w": dtensor(full, low if rank < 2 else high, [S(0)]), "step": numbers()}
+        got = judged(value, cpu_offload=True, ranks_only=(0,))
+        if rank == 0:
+            assert_same(got["w"], full, "w")
+            assert_same(got["step"], numbers(), "step")
+        elif rank == 1:
+            assert got == {}, f"keys {list(got)}, expected none"
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(4, collective=8, limit=25)
+    def test_a_part_that_nobody_gets(self, judged: Any, mesh: Any, world: Any) -> None:
+        """A leaf on ranks that get nothing, beside one of all ranks, must raise on all, by name."""
+        value: dict[str, Any] = {"fine": dtensor(numbers(4, 4), mesh(4), [S(0)])}
+        half = mesh(2, ranks=[2, 3])
+        if world.rank >= 2:
+            value["layer.odd"] = dtensor(numbers(4, 4), half, [S(0)])
+        call = lambda: judged(value, cpu_offload=True, ranks_only=(0,))  # noqa: E731
+        assert_raises_everywhere(world, call, "layer.odd")
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(4)
     def test_a_replica_elsewhere_is_taken(self, judged: Any, mesh: Any, rank: int) -> None:
         """A model that each row of a mesh holds must be gathered for rank 0 from its row alone."""
         grid = mesh(2, 2, names=("dp", "tp"))

@@ -23,7 +23,8 @@ def whole(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [whole(inner) for inner in value]
     if isinstance(value, DTensor):
-        return value.detach().full_tensor().clone()
+        gathered: torch.Tensor = value.full_tensor()
+        return gathered.detach().clone()
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 

@@ -45,7 +45,8 @@ def sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     names = mesh.mesh_dim_names or ()
     if "tp" in names:
         tensor_parallel(model, mesh["tp"])
-    return fully_shard(model, mesh=mesh["dp"] if "tp" in names else mesh)
+    fully_shard(model, mesh=mesh["dp"] if "tp" in names else mesh)
+    return model
 
 
 def stepper(
