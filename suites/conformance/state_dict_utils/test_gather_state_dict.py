@@ -293,6 +293,21 @@ class TestGatherStateDictStructure:
     @pytest.mark.law("structure")
     @pytest.mark.should(STRIDES)
     @pytest.mark.world(2)
+    def test_gathered_leaves_keep_their_memory_format(self, judged: Any, mesh: Any) -> None:
+        """A gathered tensor has the strides that its DTensor says, transposed or channels_last."""
+        images = numbers(4, 3, 2, 5).to(memory_format=torch.channels_last)
+        for full in (images, numbers(6, 4).t()):
+            here = part(full, mesh(2), [S(0)])
+            leaf = DTensor.from_local(
+                here, mesh(2), [S(0)], run_check=False, shape=full.shape, stride=full.stride()
+            )
+            got = judged({"w": leaf})["w"]
+            assert_same(got, full)
+            assert got.stride() == full.stride(), f"strides {got.stride()}, not {full.stride()}"
+
+    @pytest.mark.law("structure")
+    @pytest.mark.should(STRIDES)
+    @pytest.mark.world(2)
     @pytest.mark.parametrize("cpu_offload", [True, False], ids=["offload", "stay"])
     def test_plain_leaves_keep_their_memory_format(
         self, judged: Any, mesh: Any, cpu_offload: bool

@@ -103,6 +103,8 @@ class _State:
     def test_the_process_is_as_it_was(self, judged: Any, roads: Any, context: str) -> None:
         """Grad mode, random numbers, defaults and groups must be after a call as before."""
         for name, road in roads(numbers(5, 4)):
+            torch.rand(1, device="cpu")  # or a call that seeds would leave the seed's state
+            random.random()
             with CONTEXTS[context]():
                 before = _state()
                 road.call(judged)
