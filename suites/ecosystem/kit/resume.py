@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,10 +33,6 @@ def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: whole(param) for name, param in model.named_parameters()}
 
 
-def buffers_and_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    return parameters(model) | {name: whole(buffer) for name, buffer in model.named_buffers()}
-
-
 def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's state by the parameters' names, whole. Every rank must call."""
     return {
@@ -62,6 +58,8 @@ def assert_equal(got: Any, expected: Any, what: str) -> None:
     elif isinstance(expected, torch.Tensor):
         parts = inner_tensors(expected)
         if parts is None:
+            wrapped = inner_tensors(got) if isinstance(got, torch.Tensor) else None
+            assert wrapped is None, f"{what}: a {type(got).__name__}, expected a plain tensor"
             assert_same(got, expected, what)
             return
         assert type(got) is type(expected), (
@@ -70,19 +68,6 @@ def assert_equal(got: Any, expected: Any, what: str) -> None:
         assert_equal(inner_tensors(got), parts, what)
     else:
         assert got == expected, f"{what}: {got!r}, expected {expected!r}"
-
-
-def differs(state: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether any tensor of two flat states differs: an oracle that sees nothing proves nothing."""
-    return any(not torch.equal(a, b) for a, b in _pairs(state, other))
-
-
-def _pairs(
-    state: Mapping[str, Any], other: Mapping[str, Any]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for key, value in state.items():
-        if isinstance(value, torch.Tensor):
-            yield value, other[key]
 
 
 def assert_close(got: list[torch.Tensor], expected: list[torch.Tensor], what: str) -> None:
