@@ -143,5 +143,7 @@ def test_warnings_of_the_reference_are_errors(suite: Suite) -> None:
 
 def test_every_function_has_its_check() -> None:
     text = "".join(p.read_text() for p in (SUITES / "conformance").rglob("test_*.py"))
-    judged = re.findall(r'(?:judges\(|^[A-Z_]+ = )"([\w.]+\.\w+)"', text, re.MULTILINE)
+    judged = re.findall(
+        r'(?:judges\(|^[A-Z_]+ = )"((?:_state_dict_utils|tensor)\.[\w.]+)"', text, re.MULTILINE
+    )
     assert set(judged) == set(NAMES)
