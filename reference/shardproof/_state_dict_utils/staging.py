@@ -16,6 +16,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils.containers import path_name
+from shardproof._state_dict_utils.sharded_tensors import with_shards
 from shardproof._state_dict_utils.subclasses import (
     is_custom,
     is_table,
@@ -32,7 +33,6 @@ from shardproof._state_dict_utils.tensors import (
     local_of,
     tie_key,
     with_local,
-    with_shards,
     wrapper_of,
 )
 from shardproof._state_dict_utils.ties import maybe_tied

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils.containers import LEAF_TYPES, Path, is_container, path_name
 from shardproof._state_dict_utils.pairs import CannotTakeError, Pairs
+from shardproof._state_dict_utils.sharded_tensors import with_shards
 from shardproof._state_dict_utils.tensors import (
     CPU,
     dress_like,
@@ -25,7 +26,6 @@ from shardproof._state_dict_utils.tensors import (
     local_of,
     requires_grad_of,
     with_local,
-    with_shards,
 )
 from shardproof._state_dict_utils.ties import dressed_tie_key, maybe_tied
 from shardproof._state_dict_utils.together import Together
