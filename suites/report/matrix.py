@@ -16,7 +16,6 @@ LAWS = (
     "autograd",
     "compatibility",
     "cost",
-    "compatibility",
 )
 HOLDS = frozenset({"pass"})
 NOT_RUN = frozenset({"precondition"})
