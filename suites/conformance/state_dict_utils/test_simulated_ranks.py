@@ -143,12 +143,11 @@ class TestBroadcast:
 
 _THREADS = textwrap.dedent(
     """
-    import sys
+    import unittest
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard
     from torch.testing._internal.common_distributed import MultiThreadedTestCase
-    from torch.testing._internal.common_utils import run_tests
     from {root}._state_dict_utils import {name} as judged
 
     def place(full, mesh, *placements):
@@ -185,7 +184,7 @@ _THREADS = textwrap.dedent(
 
             {call}
 
-    run_tests()
+    unittest.main()
     """
 )
 
