@@ -170,3 +170,16 @@ def test_a_should_gives_its_reason(suite: Suite, mark: str) -> None:
     outcome = Session(suite(f"import pytest\n@pytest.mark.{mark}\ndef test_it(): pass\n")).finish()
     assert "test_it: should() needs its reason, one sentence" in outcome.output
     assert outcome.exit in {2, 3}
+
+
+def test_thorough_checks_run_when_they_are_asked_for(suite: Suite) -> None:
+    folder = suite(ONE + "@pytest.mark.thorough\n@pytest.mark.world(1)\ndef test_more(rank): pass\n")
+    usual = Session(folder).finish()
+    assert usual.exit == 0
+    assert "left out, marked thorough: 1 (--thorough runs them)" in usual.output
+    assert usual.results["run"]["left_out"] == 1
+    assert len(usual.results["checks"]) == 1
+    for arguments in (["--thorough"], [f"{next(folder.glob('test_*.py')).name}::test_more"]):
+        outcome = Session(folder, *arguments).finish()
+        assert outcome.check("test_more")["verdict"] == "pass"
+        assert outcome.results["run"]["left_out"] == 0

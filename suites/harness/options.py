@@ -124,6 +124,12 @@ def add_options(parser: pytest.Parser) -> None:
         "little of torch",
     )
     add(
+        "--thorough",
+        action="store_true",
+        help="also the checks that are marked thorough: more variants of a clause that the others "
+        "judge, too dear where a subject hangs in each",
+    )
+    add(
         "--order",
         metavar="ORDER",
         default="normal",

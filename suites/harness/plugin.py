@@ -91,6 +91,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     settings = config.stash[SETTINGS]
+    requirements.leave_out_thorough(config, items)
     for item in items:
         requirements.level_of(item)
         if requirements.is_check(item):
@@ -117,6 +118,7 @@ class Run:
         self._stopped = ""
         self._warned = Warned()
         self._notes: list[str] = []
+        self._left_out = 0
         self._nodes: list[dict[str, Any]] = []
         import torch
 
@@ -141,6 +143,9 @@ class Run:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> Iterator[None]:
         self._collected = [item.nodeid for item in items]
         return (yield)
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        self._left_out += sum(item.get_closest_marker("thorough") is not None for item in items)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self._items = {item.nodeid: item for item in session.items}
@@ -359,10 +364,15 @@ class Run:
         run |= {
             "nodes": self._nodes,
             "selected": len(session.items),
+            "left_out": self._left_out,
             "exit": int(session.exitstatus),
         }
         if told := self._warned.told():
             self._notes.append(told)
+        if self._left_out:
+            self._notes.append(
+                f"left out, marked thorough: {self._left_out} (--thorough runs them)"
+            )
         path = results.write(self._settings, run, self._checks, self._started, time.time())
         self._notes.append(f"results: {os.path.relpath(path, self._config.invocation_params.dir)}")
         if self._settings.update_expectations:

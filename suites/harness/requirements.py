@@ -47,6 +47,10 @@ MARKS = (
         "or what corrupts, loses, hangs or lies when it goes wrong; without the mark it is a MUST"
     ),
     (
+        "thorough: one more variant of a clause; runs with --thorough, or when it is asked for "
+        "by its id"
+    ),
+    (
         "warns_of_nothing: judged by the warnings that the subject issued in this run's checks of "
         "the function that `judges` names, or of torch's public API (`exercises`); with neither, "
         "while it was imported"
@@ -146,6 +150,16 @@ def _package(name: str) -> str:
     except importlib.metadata.PackageNotFoundError:
         return f"the package {name}, which this environment lacks"
     return ""
+
+
+def leave_out_thorough(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the checks marked thorough, in place, unless they were asked for."""
+    if config.option.thorough or any("::" in argument for argument in config.args):
+        return
+    left = [item for item in items if item.get_closest_marker("thorough")]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
 
 
 def is_check(item: pytest.Item) -> bool:

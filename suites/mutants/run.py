@@ -68,6 +68,7 @@ def judge(mutant: Mutant) -> tuple[str, list[str]]:
                 "--run-dir",
                 str(folder / "run"),
                 "--maxfail=3",
+                "--thorough",
                 "--collective-limit",
                 "4",
                 "--check-limit",

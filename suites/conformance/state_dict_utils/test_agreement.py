@@ -132,10 +132,30 @@ _ALONE = {
 }
 
 
+_EACH_RUN = {
+    "rows and columns",
+    "sum and maximum",
+    "DTensor and plain",
+    "DTensor and ShardedTensor",
+    "shards by row and by column",
+    "grid and turned grid",
+    "all and some",
+    "ranks in another order",
+}
+"""One example of each kind. The others are thorough: torch hangs in nearly each of them."""
+
+
 def _cases(
     made: dict[str, Callable[[Any], tuple[Any, Any]]], *marks: pytest.MarkDecorator
 ) -> list[Any]:
-    return [pytest.param(make, id=dashed(name), marks=marks) for name, make in made.items()]
+    return [
+        pytest.param(
+            make,
+            id=dashed(name),
+            marks=marks if name in _EACH_RUN else [*marks, pytest.mark.thorough],
+        )
+        for name, make in made.items()
+    ]
 
 
 def _kinds(make: Callable[[Any], tuple[Any, Any]]) -> tuple[type[Exception], ...]:
