@@ -173,7 +173,8 @@ def test_a_should_gives_its_reason(suite: Suite, mark: str) -> None:
 
 
 def test_thorough_checks_run_when_they_are_asked_for(suite: Suite) -> None:
-    folder = suite(ONE + "@pytest.mark.thorough\n@pytest.mark.world(1)\ndef test_more(rank): pass\n")
+    more = "@pytest.mark.thorough\n@pytest.mark.world(1)\ndef test_more(rank): pass\n"
+    folder = suite(ONE + more)
     usual = Session(folder).finish()
     assert usual.exit == 0
     assert "left out, marked thorough: 1 (--thorough runs them)" in usual.output

@@ -16,6 +16,7 @@ import pytest
 from harness import (
     blame,
     devices,
+    ending,
     node,
     options,
     processes,
@@ -120,6 +121,8 @@ class Run:
         self._notes: list[str] = []
         self._left_out = 0
         self._nodes: list[dict[str, Any]] = []
+        self._environment = results.environment(settings, config.rootpath)
+        self._write_at = time.monotonic()
         import torch
 
         self._expectations = Expectations(
@@ -301,6 +304,8 @@ class Run:
         self._checks.append(
             results.check(item, judgement, self._settings, entry.as_json() if entry else None)
         )
+        if time.monotonic() > self._write_at:
+            self._write_results(ending.INCOMPLETE)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Gather the phases of plain items into one verdict each."""
@@ -331,49 +336,38 @@ class Run:
         # A node that goes takes others' supervisors with it, who end this run before the check is.
         self._stopped = self._stopped or self._machines.lost
         self._worlds.close()
-        session.exitstatus = self._exit_code(session, int(exitstatus))
+        verdicts = [check["verdict"] for check in self._checks]
+        code, why = ending.exit_code(session, int(exitstatus), verdicts, self._stopped)
+        session.exitstatus = code
+        self._notes += [why] if why else []
         self._nodes = self._machines.as_json()
         self._machines.close(int(session.exitstatus))
         if session.items and session.exitstatus != pytest.ExitCode.USAGE_ERROR:
             self._leave_results(session)
         yield
 
-    def _exit_code(self, session: pytest.Session, status: int) -> int:
-        if status == pytest.ExitCode.NO_TESTS_COLLECTED:
-            self._notes.append("no check was selected: nothing was judged")
-        if status in {pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED}:
-            return status
-        verdicts = {c["verdict"] for c in self._checks}
-        unexpected = verdicts & UNEXPECTED
-        missing = len(session.items) - len(self._checks)
-        asked_to_stop = bool(session.shouldfail) and bool(unexpected)
-        if missing and not asked_to_stop:
-            self._notes.append(
-                f"{missing} of {len(session.items)} selected checks did not run"
-                + (f": {self._stopped}" if self._stopped else "")
-            )
-            return 3
-        if status in {pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.INTERRUPTED}:
-            return 3 if not asked_to_stop else 1
-        if Verdict.ERROR in verdicts:
-            return 3
-        return 1 if unexpected or status else 0
+    def _write_results(self, exit_code: int) -> Path:
+        began = time.monotonic()
+        run = self._environment | {
+            "nodes": self._nodes,
+            "selected": len(self._items),
+            "left_out": self._left_out,
+            "exit": exit_code,
+        }
+        path = results.write(self._settings, run, self._checks, self._started, time.time())
+        now = time.monotonic()
+        self._write_at = now + max(1.0, (now - began) / _WRITING_SHARE)
+        return path
 
     def _leave_results(self, session: pytest.Session) -> None:
-        run = results.environment(self._settings, self._config.rootpath)
-        run |= {
-            "nodes": self._nodes,
-            "selected": len(session.items),
-            "left_out": self._left_out,
-            "exit": int(session.exitstatus),
-        }
         if told := self._warned.told():
             self._notes.append(told)
         if self._left_out:
             self._notes.append(
                 f"left out, marked thorough: {self._left_out} (--thorough runs them)"
             )
-        path = results.write(self._settings, run, self._checks, self._started, time.time())
+        path = self._write_results(int(session.exitstatus))
+        results.point_latest_at(self._settings.run_dir)
         self._notes.append(f"results: {os.path.relpath(path, self._config.invocation_params.dir)}")
         if self._settings.update_expectations:
             failed = [
@@ -388,24 +382,14 @@ class Run:
             )
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        reasons: dict[str, int] = {}
-        for check in self._checks:
-            if check["verdict"] == Verdict.PRECONDITION:
-                reasons[check["message"]] = reasons.get(check["message"], 0) + 1
-        for reason, count in sorted(reasons.items()):
-            terminalreporter.write_line(f"precondition, {count} not run: {reason}", yellow=True)
+        for line in ending.unjudged(self._checks):
+            terminalreporter.write_line(line, yellow=True)
         for note in self._notes:
             terminalreporter.write_line(note)
-        unrun = sum(reasons.values())
-        if unrun and unrun >= _NEARLY_ALL * len(self._checks):
-            terminalreporter.write_line(
-                f"nearly nothing was judged: {unrun} of {len(self._checks)} checks are "
-                "preconditions, for the reasons above",
-                yellow=True,
-            )
 
 
-_NEARLY_ALL = 0.9
+_WRITING_SHARE = 0.02
+"""Of a run's time. A run that is killed leaves what it had judged, as one that is incomplete."""
 _signals: list[int] = []
 """That told this process to end. The exception may be lost, in a test or a finalizer."""
 

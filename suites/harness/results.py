@@ -112,21 +112,25 @@ def write(
     started: float,
     ended: float,
 ) -> Path:
-    """Write results.json, and point out/latest at the run."""
+    """Write results.json in one step: who reads it sees the last whole one, never half of one."""
     run |= {
         "start": _time(started),
         "end": _time(ended),
         "counts": {v.value: sum(c["verdict"] == v for c in checks) for v in Verdict},
     }
     path = settings.run_dir / "results.json"
-    path.write_text(json.dumps({"run": run, "checks": checks}, indent=1) + "\n")
-    latest = settings.run_dir.parent / "latest"
-    # Two sessions may end at once: the link is replaced in one step.
-    step = settings.run_dir.parent / f".latest-{os.getpid()}"
-    step.unlink(missing_ok=True)
-    step.symlink_to(settings.run_dir.name)
-    step.replace(latest)
+    step = settings.run_dir / f".results-{os.getpid()}.json"
+    step.write_text(json.dumps({"run": run, "checks": checks}, indent=1) + "\n")
+    step.replace(path)
     return path
+
+
+def point_latest_at(run_dir: Path) -> None:
+    """Make out/latest a link to the run, in one step: two sessions may end at once."""
+    step = run_dir.parent / f".latest-{os.getpid()}"
+    step.unlink(missing_ok=True)
+    step.symlink_to(run_dir.name)
+    step.replace(run_dir.parent / "latest")
 
 
 def _time(stamp: float) -> str:
