@@ -173,7 +173,7 @@ class TestWrapping:
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
     @pytest.mark.filterwarnings("ignore:To construct DTensor from torch.Tensor")
     @pytest.mark.law("compatibility")
-    @pytest.mark.world(4)
+    @pytest.mark.world(4, limit=100)  # four ranks compile
     @pytest.mark.parametrize("recipe", over("ddp", "replicate"))
     def test_compiled_blocks(self, device: Any, recipe: Recipe) -> None:
         """Blocks compiled with fullgraph=True before they are wrapped must train."""
