@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,14 +61,9 @@ Plant = Callable[[Path], None]
 """Changes the copy of the package `shardproof` that stands in the folder."""
 
 
-def replace_files(sources: Mapping[str, str]) -> Plant:
-    """What writes each text into the file of its name."""
-
-    def plant(folder: Path) -> None:
-        for name, text in sources.items():
-            (folder / SUBJECT / name).write_text(text)
-
-    return plant
+def copy_reference(folder: Path) -> None:
+    """Put a copy of the package, with what Python has compiled of it, into the folder."""
+    shutil.copytree(REFERENCE, folder / SUBJECT)
 
 
 class Judge:
@@ -120,6 +115,7 @@ class Judge:
 
     def _judge(self, plant: Plant, checks: list[str]) -> Result:
         result = Result("survived")
+        silent = False
         while checks:
             said = list(self.run(plant, checks))
             result.ran += sum("check" in word for word in said)
@@ -127,8 +123,12 @@ class Judge:
             last = said[-1] if said else {"broken": "the session said nothing"}
             if "broken" in last:
                 return Result("broken", last["broken"], ran=result.ran)
-            if "import" in last:
-                result.state, result.said, result.message = "caught", "import", last["import"]
+            if "silent" in last and not silent:  # an import that does not end, or a busy machine
+                silent = True
+                continue
+            if reason := last.get("import") or last.get("silent"):
+                # Judged by no check, but none could pass.
+                result.state, result.said, result.message = "caught", "import", reason
                 return result
             if last["verdict"] not in BAD:
                 return result
@@ -153,7 +153,7 @@ class Judge:
         """What a session on a copy with this change says of each check, as it says it."""
         with tempfile.TemporaryDirectory(prefix="shardproof-mutant-") as name:
             folder = Path(name)
-            shutil.copytree(REFERENCE, folder / SUBJECT)
+            copy_reference(folder)
             plant(folder)
             reader, writer = os.pipe()
             parent = os.getpid()
@@ -191,7 +191,7 @@ class Judge:
             (folder / "tmp").mkdir()
             os.environ["TMPDIR"] = str(folder / "tmp")
             tempfile.tempdir = None
-            run = self._config.pluginmanager.get_plugin("shardproof-run")
+            run: Any = self._config.pluginmanager.get_plugin("shardproof-run")
             rank.leave_the_parent(self._config, but="shardproof-run")
             if reason := _import_copy(folder):
                 say(**{"import": reason})
@@ -214,7 +214,7 @@ def _lines(reader: int) -> Iterator[dict[str, Any]]:
     buffer = b""
     while True:
         if not select.select([reader], [], [], SILENCE)[0]:
-            yield {"broken": f"the session said nothing for {SILENCE:g} s"}
+            yield {"silent": f"the session said nothing for {SILENCE:g} s"}
             return
         piece = os.read(reader, 1 << 16)
         if not piece:
@@ -251,7 +251,7 @@ def from_a_warm_parent(work: Callable[[Judge], None], *arguments: str) -> int:
             pytest.main(
                 [
                     *("-q", "-q", "--no-header", "--no-summary", "-s", "--tb=short"),
-                    *("-p", "no:cacheprovider", "-p", "no:faulthandler"),
+                    *("-p", "no:cacheprovider"),
                     *("--subject", SUBJECT, "--run-dir", f"{folder}/run"),
                     *("--collective-limit", "4", "--check-limit", "15"),
                     *arguments,
