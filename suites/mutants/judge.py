@@ -196,6 +196,8 @@ class Judge:
             if reason := _import_copy(folder):
                 say(**{"import": reason})
                 return
+            if added := self.after_check():  # what the import did is no check's
+                say(on_import=added)
             found = [self.items[check] for check in checks]
             for item, following in zip(found, [*found[1:], None], strict=True):
                 failed = item.session.testsfailed
