@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mutants.judge import ROOT, SUITE
+from mutants.judge import path_of
 from mutants.operators import Automatic
 
 PATH = Path(__file__).parent / "survivors.toml"
@@ -65,9 +65,8 @@ def read(mutants: Iterable[Automatic], path: Path = PATH) -> dict[Automatic, Ans
 
 
 def _exists(check: str) -> bool:
-    file, _, rest = check.partition("::")
-    path = ROOT / SUITE / file
-    name = rest.partition("[")[0].rpartition("::")[2]
+    path = path_of(check)
+    name = check.partition("[")[0].rpartition("::")[2]
     return bool(name) and path.is_file() and f"def {name}(" in path.read_text()
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mutants.judge import REFERENCE, ROOT, SUBJECT, SUITE, Judge
+from mutants.judge import REFERENCE, ROOT, SUBJECT, SUITE, Judge, path_of
 
 FOLDER = ROOT / "out" / "mutation"
 _MOST = 1 << 16
@@ -294,10 +294,15 @@ class Executed:
 def _digest(file: str) -> str:
     """Of a file of checks and of what all checks share."""
     suite = ROOT / SUITE
-    parts = [suite / file, suite / "conftest.py", *sorted((suite / "kit").glob("*.py"))]
+    parts = [path_of(file), suite / "conftest.py", *sorted((suite / "kit").glob("*.py"))]
     return hashlib.sha256(b"".join(p.read_bytes() for p in parts)).hexdigest()[:16]
 
 
-def numbers_at(lines: dict[str, set[int]]) -> list[int]:
-    """The statements that stand on the lines, by file."""
-    return [n for n, s in enumerate(statements()) if s.line in lines.get(s.file, ())]
+def numbers_at(lines: dict[str, set[int]]) -> set[int]:
+    """The innermost statements that the lines are part of, by file."""
+    found = set()
+    for file, of_it in lines.items():
+        here = [(s.line, s.end, n) for n, s in enumerate(statements()) if s.file == file]
+        for line in of_it:
+            found |= {max([p for p in here if p[0] <= line <= p[1]], default=(0, 0, -1))[2]}
+    return found - {-1}

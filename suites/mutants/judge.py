@@ -30,11 +30,19 @@ ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "reference" / "shardproof"
 SUBJECT = "shardproof"
 SUITE = "suites/conformance"
+INSTALLING = "suites/integration/test_install.py"
+"""The checks of `install` and `uninstall`, which are no functions of torch."""
 BAD = frozenset({"fail", "timeout", "crash", "error"})
 DOUBTFUL = frozenset({"timeout", "error"})
 """What a busy machine may say of a good subject: it counts only when it repeats."""
 SILENCE = 120.0
 """Seconds without a word after which a session is ended; a check's own limits are shorter."""
+
+
+def path_of(check: str) -> Path:
+    """The file of a check; those of the conformance suite are named from there."""
+    file = check.partition("::")[0]
+    return ROOT / ("" if file.startswith("suites/") else SUITE) / file
 
 
 class CannotPlantError(Exception):
@@ -258,6 +266,7 @@ def from_a_warm_parent(work: Callable[[Judge], None], *arguments: str) -> int:
                     *("--collective-limit", "4", "--check-limit", "15"),
                     *arguments,
                     SUITE,
+                    INSTALLING,
                 ],
                 plugins=[Judge(work)],
             )

@@ -14,7 +14,7 @@ from typing import Any
 from mutants import answers
 from mutants.answers import Answer, entry_for
 from mutants.executed import sources
-from mutants.judge import ROOT, SUITE, Result
+from mutants.judge import INSTALLING, ROOT, SUITE, Result
 from mutants.operators import Automatic
 
 _NAME = "judged.jsonl"
@@ -23,7 +23,8 @@ _NAME = "judged.jsonl"
 @functools.cache
 def state_of_the_code() -> str:
     """A digest of the reference and of the checks."""
-    checks = [path.read_bytes() for path in sorted((ROOT / SUITE).rglob("*.py"))]
+    paths = [*sorted((ROOT / SUITE).rglob("*.py")), ROOT / INSTALLING]
+    checks = [path.read_bytes() for path in paths]
     return hashlib.sha256(repr((sources(), checks)).encode()).hexdigest()[:16]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from harness import devices
 from mutants import patches
 from mutants.catalog import MUTANTS, Mutant
+from mutants.executed import Executed, numbers_at
 from mutants.judge import ROOT, CannotPlantError, Judge, Result, from_a_warm_parent
 from mutants.patches import Patch
 
@@ -70,6 +71,16 @@ class Report:
         print(f"results: {self._path}")
 
 
+def likely_first(fault: Patch, checks: list[str], judge: Judge, executed: Executed) -> list[str]:
+    """The checks of its functions, then others that run its lines, as far as that is known."""
+    numbers = {n for at in numbers_at(fault.lines()) for n in executed.users_of(at)}
+    running = [c for c in executed.checks_of(numbers) if c in judge.items]
+    named = set(checks)
+    first = [c for c in running if c in named]
+    others = [c for c in running if c not in named]
+    return list(dict.fromkeys([*first, *checks, *others]))
+
+
 def judge_all(faults: list[Fault], report: Report) -> None:
     """Judge the faults, those that need the same device from one parent."""
     judged: dict[tuple[str, ...], list[Fault]] = {}
@@ -81,9 +92,13 @@ def judge_all(faults: list[Fault], report: Report) -> None:
     for arguments, of_them in judged.items():
 
         def work(judge: Judge, of_them: list[Fault] = of_them) -> None:
+            executed = Executed.read()
             for fault in of_them:
                 try:
-                    result = judge.judge(fault.plant, fault.choose(judge.items))
+                    checks = fault.choose(judge.items)
+                    if isinstance(fault, Patch):
+                        checks = likely_first(fault, checks, judge, executed)
+                    result = judge.judge(fault.plant, checks)
                 except CannotPlantError as error:
                     result = Result("broken", str(error))
                 report.add(fault, result)
