@@ -174,7 +174,7 @@ class Judge:
                     self._be_a_session(parent, folder, writer, checks, to_the_end)
             os.close(writer)
             try:
-                yield from _lines(reader)
+                yield from _lines(reader, pid)
             finally:
                 os.close(reader)
                 processes.signal_quietly(pid, signal.SIGKILL)
@@ -220,18 +220,22 @@ class Judge:
             os._exit(0)
 
 
-def _lines(reader: int) -> Iterator[dict[str, Any]]:
+def _lines(reader: int, pid: int) -> Iterator[dict[str, Any]]:
+    """What the session writes until it ends; what it left behind may hold its pipe open."""
     buffer = b""
-    while True:
-        if not select.select([reader], [], [], SILENCE)[0]:
-            yield {"silent": f"the session said nothing for {SILENCE:g} s"}
-            return
-        piece = os.read(reader, 1 << 16)
-        if not piece:
-            return
-        *lines, buffer = (buffer + piece).split(b"\n")
-        for line in lines:
-            yield json.loads(line)
+    ended = os.pidfd_open(pid)
+    try:
+        while True:
+            ready = select.select([reader, ended], [], [], SILENCE)[0]
+            if not ready:
+                yield {"silent": f"the session said nothing for {SILENCE:g} s"}
+            if reader not in ready or not (piece := os.read(reader, 1 << 16)):
+                return
+            *lines, buffer = (buffer + piece).split(b"\n")
+            for line in lines:
+                yield json.loads(line)
+    finally:
+        os.close(ended)
 
 
 def _import_copy(folder: Path) -> str:

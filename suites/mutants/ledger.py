@@ -18,6 +18,7 @@ from mutants.judge import INSTALLING, ROOT, SUITE, Result
 from mutants.operators import Automatic
 
 _NAME = "judged.jsonl"
+_OPEN = {"broken", "undecided"}
 
 
 @functools.cache
@@ -54,7 +55,7 @@ class Ledger:
     def is_current(self, mutant: Automatic) -> bool:
         """Whether it was judged as the code stands."""
         row = self.rows.get(mutant.key)
-        return row is not None and row["code"] == state_of_the_code() and row["state"] != "broken"
+        return row is not None and row["code"] == state_of_the_code() and row["state"] not in _OPEN
 
     def report(self, mutants: Sequence[Automatic], known: Mapping[Automatic, Answer]) -> int:
         """Print the score by module and who survived without an answer; the exit status."""
@@ -72,7 +73,7 @@ class Ledger:
             if row:
                 seconds.append(row["seconds"])
             count.setdefault(mutant.file, collections.Counter())[state] += 1
-        states = ("caught", "survived", "unexecuted", "equivalent", "unjudged")
+        states = ("caught", "survived", "unexecuted", "undecided", "equivalent", "unjudged")
         print(f"{'module':<46}{'score':>7}" + "".join(f"{s:>12}" for s in states))
         total: collections.Counter[str] = collections.Counter()
         for file, of_it in sorted(count.items()):

@@ -94,18 +94,21 @@ def judge_all(
     known: dict[Automatic, Answer],
     executed: Executed,
     ledger: Ledger,
-    minutes: float | None,
+    options: argparse.Namespace,
 ) -> int:
     """Judge the mutants one after the other; the ledger has each at once. Returns how many."""
     selection = Selection(executed)
     began = time.monotonic()
     print(f"--- {len(chosen)} mutants", flush=True)
     for done, mutant in enumerate(chosen, 1):
-        if minutes is not None and time.monotonic() - began > 60 * minutes:
-            print(f"    {minutes:g} minutes are over", flush=True)
+        if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
+            print(f"    {options.minutes:g} minutes are over", flush=True)
             return done - 1
         checks = selection.of(mutant, known.get(mutant))
-        result = judge.judge(mutant.plant, checks) if checks else Result("unexecuted")
+        tried = checks[: options.first]
+        result = judge.judge(mutant.plant, tried) if checks else Result("unexecuted")
+        if result.state == "survived" and len(tried) < len(checks):
+            result.state = "undecided"
         selection.learn(result)
         ledger.add(mutant, result)
         left = (time.monotonic() - began) / done * (len(chosen) - done) / 60
@@ -206,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.unexecuted:
             status = tell_unexecuted(executed)
             return
-        done = judge_all(judge, chosen, known, executed, ledger, options.minutes)
+        done = judge_all(judge, chosen, known, executed, ledger, options)
         status = ledger.report(chosen[:done], known)
 
     return (from_a_warm_parent(work) and 3) or status
