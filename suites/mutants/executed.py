@@ -14,29 +14,18 @@ import functools
 import hashlib
 import itertools
 import json
-import mmap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from mutants import marks
 from mutants.judge import REFERENCE, ROOT, SUBJECT, SUITE, Judge, path_of
 
 FOLDER = ROOT / "out" / "mutation"
-_MOST = 1 << 16
-_hits = mmap.mmap(-1, _MOST)
-"""One byte for each statement, shared by this process and those that it forks."""
 _SAVE_EVERY = 100
 _IMPORT = "<import>"
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-
-
-@torch.compiler.assume_constant_result
-def mark(number: int) -> None:
-    """Say that the statement runs; where it is compiled instead, that it was looked at."""
-    _hits[number] = 1
 
 
 @dataclass(frozen=True)
@@ -64,6 +53,13 @@ def sources() -> dict[str, str]:
     """The text of each module of the reference, by its path."""
     found = sorted(REFERENCE.rglob("*.py"))
     return {str(path.relative_to(REFERENCE)): path.read_text() for path in found}
+
+
+@functools.cache
+def digest_of_the_reference() -> str:
+    """Of its syntax: comments and the places of lines change nothing that runs."""
+    trees = [(file, ast.dump(ast.parse(text))) for file, text in sources().items()]
+    return hashlib.sha256(repr(trees).encode()).hexdigest()[:16]
 
 
 def _bodies(node: ast.AST) -> Iterator[list[ast.stmt]]:
@@ -155,16 +151,15 @@ def plant_marks(folder: Path) -> None:
                 marked.append(statement)
             body[:] = marked
         start = sum(1 for _ in itertools.takewhile(_unmarked, tree.body))
-        tree.body[start:start] = ast.parse("from mutants.executed import mark as __mark__").body
+        tree.body[start:start] = ast.parse("from mutants.marks import mark as __mark__").body
         (folder / SUBJECT / file).write_text(ast.unparse(tree))
-    assert number == len(statements()) <= _MOST, f"{number} statements, {len(statements())} known"
+    assert number == len(statements()) <= marks.MOST, (
+        f"{number} statements, {len(statements())} known"
+    )
 
 
 def _taken() -> dict[str, Any]:
-    """What was executed since the last call, as a number with a bit for each statement."""
-    found = sum(1 << i for i, byte in enumerate(_hits[: len(statements())]) if byte)
-    _hits[:] = bytes(_MOST)
-    return {"executed": f"{found:x}"}
+    return {"executed": f"{marks.taken():x}"}
 
 
 @dataclass
@@ -195,8 +190,7 @@ class Executed:
     @classmethod
     def read(cls, folder: Path = FOLDER) -> Executed:
         """What was measured of the reference of today, perhaps nothing."""
-        digest = hashlib.sha256(repr(sources()).encode()).hexdigest()[:16]
-        path = folder / f"executed-{digest}.json"
+        path = folder / f"executed-{digest_of_the_reference()}.json"
         data = json.loads(path.read_text()) if path.exists() else {}
         on_import = data.pop(_IMPORT, "0")
         return cls(path, {check: Ran(**ran) for check, ran in data.items()}, on_import)
@@ -221,6 +215,20 @@ class Executed:
         }
         missing = [check for check in judge.items if check not in self.checks]
         judge.after_check = _taken
+        try:
+            with marks.in_a_file():
+                self._take(judge, missing, digests, say)
+        finally:
+            judge.after_check = dict
+            self.write()
+
+    def _take(
+        self,
+        judge: Judge,
+        missing: list[str],
+        digests: dict[str, str],
+        say: Callable[[int, int], None],
+    ) -> None:
         for done, word in enumerate(judge.run(plant_marks, missing, to_the_end=True)):
             if reason := word.get("broken") or word.get("import") or word.get("silent"):
                 raise RuntimeError(f"the checks could not be measured: {reason}")
@@ -233,8 +241,6 @@ class Executed:
             if done % _SAVE_EVERY == 0:
                 self.write()
                 say(done, len(missing))
-        judge.after_check = dict
-        self.write()
 
     def checks_of(self, numbers: Iterable[int]) -> list[str]:
         """The checks that execute one of the statements, those first that are likely to tell.

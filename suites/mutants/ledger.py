@@ -13,7 +13,7 @@ from typing import Any
 
 from mutants import answers
 from mutants.answers import Answer, entry_for
-from mutants.executed import sources
+from mutants.executed import digest_of_the_reference
 from mutants.judge import INSTALLING, ROOT, SUITE, Result
 from mutants.operators import Automatic
 
@@ -26,7 +26,7 @@ def state_of_the_code() -> str:
     """A digest of the reference and of the checks."""
     paths = [*sorted((ROOT / SUITE).rglob("*.py")), ROOT / INSTALLING]
     checks = [path.read_bytes() for path in paths]
-    return hashlib.sha256(repr((sources(), checks)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((digest_of_the_reference(), checks)).encode()).hexdigest()[:16]
 
 
 @dataclass

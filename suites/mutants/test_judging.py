@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from mutants.executed import Executed, mark, statements
+from mutants import marks
+from mutants.executed import Executed, statements
 from mutants.judge import ROOT, Judge, Plant
 
 
@@ -111,12 +113,21 @@ def test_who_uses_a_constant_is_found_across_modules(text: str, tmp_path: Path) 
     assert {s.file.rpartition("/")[2] for s in users} >= {"stream.py"}
 
 
-def test_a_mark_holds_in_compiled_code() -> None:
+def test_marks_are_left_in_compiled_code_in_forks_and_in_other_interpreters() -> None:
     import torch
 
     @torch.compile(backend="eager", fullgraph=True)
     def double(x: torch.Tensor) -> torch.Tensor:
-        mark(0)
+        marks.mark(0)
         return x * 2
 
-    assert double(torch.ones(1)).item() == 2
+    with marks.in_a_file():
+        assert double(torch.ones(1)).item() == 2
+        program = "from mutants.marks import mark; mark(3)"
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+        if (pid := os.fork()) == 0:
+            marks.mark(5)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        assert marks.taken() == 0b101001
+        assert marks.taken() == 0
