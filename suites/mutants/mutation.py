@@ -123,18 +123,24 @@ def judge_all(
 
 
 def unexecuted_blocks(executed: Executed) -> Iterator[tuple[list[Statement], bool]]:
-    """Runs of statements that no check executes, and whether a comment says why."""
+    """Runs of statements that no check executes, and whether a comment says why.
+
+    It stands in the block or above it, or above the function or class that the block is part of.
+    """
+    every = statements()
     lines = {file: text.splitlines() for file, text in sources().items()}
-    order = {s: n for n, s in enumerate(statements())}
-    missing = executed.unexecuted()
+    order = {s: n for n, s in enumerate(every)}
     groups = itertools.groupby(
-        enumerate(missing), lambda pair: (pair[1].file, pair[1].function, order[pair[1]] - pair[0])
+        enumerate(executed.unexecuted()),
+        lambda pair: (pair[1].file, pair[1].function, order[pair[1]] - pair[0]),
     )
-    for (file, _, _), group in groups:
+    for (file, function, _), group in groups:
         block = [statement for _, statement in group]
-        first, last = block[0].line, max(s.end for s in block)
-        around = lines[file][max(first - 3, 0) : last]
-        yield block, any(_REASON.search(line) for line in around)
+        around = [s for s in every if s.file == file and f"{function}.".startswith(f"{s.defines}.")]
+        spans = [(block[0].line, max(s.end for s in block))]
+        spans += [(s.line, s.line) for s in around if s.defines]
+        said = (line for a, b in spans for line in lines[file][max(a - 3, 0) : b])
+        yield block, any(map(_REASON.search, said))
 
 
 def tell_unexecuted(executed: Executed) -> int:
