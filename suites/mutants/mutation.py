@@ -174,6 +174,13 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="leave out what was judged of the code as it is")
     add("--minutes", type=float, metavar="M", help="start no mutant after M minutes")
     add(
+        "--first",
+        type=int,
+        metavar="N",
+        help="at most N checks for each, those first that are likely to tell: a mutant that passes "
+        "them, but not all that run its line, is undecided",
+    )
+    add(
         "--equivalent", action="store_true", help="judge those, too, that are said to be equivalent"
     )
     add("--state", type=Path, default=FOLDER, metavar="DIR", help="default: out/mutation")
