@@ -73,7 +73,15 @@ class Ledger:
             if row:
                 seconds.append(row["seconds"])
             count.setdefault(mutant.file, collections.Counter())[state] += 1
-        states = ("caught", "survived", "unexecuted", "undecided", "equivalent", "unjudged")
+        states = (
+            "caught",
+            "survived",
+            "unexecuted",
+            "undecided",
+            "equivalent",
+            "unreached",
+            "unjudged",
+        )
         print(f"{'module':<46}{'score':>7}" + "".join(f"{s:>12}" for s in states))
         total: collections.Counter[str] = collections.Counter()
         for file, of_it in sorted(count.items()):

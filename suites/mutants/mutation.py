@@ -54,6 +54,10 @@ class Selection:
         self._number = {(s.file, s.line): n for n, s in enumerate(statements())}
         self._caught: dict[str, int] = {}
 
+    def place(self, mutant: Automatic) -> Statement:
+        """The statement that the mutant stands in."""
+        return statements()[self._number[mutant.file, mutant.line]]
+
     def of(self, mutant: Automatic, answer: Answer | None) -> list[str]:
         """In the order in which they are likely to tell."""
         number = self._number[mutant.file, mutant.line]
@@ -98,6 +102,7 @@ def judge_all(
 ) -> int:
     """Judge the mutants one after the other; the ledger has each at once. Returns how many."""
     selection = Selection(executed)
+    explained = {s for block, why in unexecuted_blocks(executed) if why for s in block}
     began = time.monotonic()
     print(f"--- {len(chosen)} mutants", flush=True)
     for done, mutant in enumerate(chosen, 1):
@@ -106,7 +111,10 @@ def judge_all(
             return done - 1
         checks = selection.of(mutant, known.get(mutant))
         tried = checks[: options.first]
-        result = judge.judge(mutant.plant, tried) if checks else Result("unexecuted")
+        if checks:
+            result = judge.judge(mutant.plant, tried)
+        else:
+            result = Result("unreached" if selection.place(mutant) in explained else "unexecuted")
         if result.state == "survived" and len(tried) < len(checks):
             result.state = "undecided"
         selection.learn(result)
