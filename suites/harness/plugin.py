@@ -115,7 +115,7 @@ class Run:
         self._items: dict[str, pytest.Item] = {}
         self._collected: list[str] = []
         self._machines: Machines = OneMachine(settings, starter(config, settings, self._find))
-        self._worlds = Worlds(settings, self._machines)
+        self.worlds = Worlds(settings, self._machines)
         self._stopped = ""
         self._warned = Warned()
         self._notes: list[str] = []
@@ -178,7 +178,7 @@ class Run:
             warm.warm_up(everything=not self._config.option.no_warm_up)
         if self._settings.place is not None:
             self._machines = self._gather_nodes(session)
-            self._worlds = Worlds(self._settings, self._machines)
+            self.worlds = Worlds(self._settings, self._machines)
 
     def _gather_nodes(self, session: pytest.Session) -> Machines:
         reporter = self._config.pluginmanager.get_plugin("terminalreporter")
@@ -202,7 +202,7 @@ class Run:
         if _signals:
             raise KeyboardInterrupt(f"signal {_signals[0]}")
         spec = requirements.spec_of(item, self._settings) if requirements.is_check(item) else None
-        reason = self._worlds.unmet(item, spec)
+        reason = self.worlds.unmet(item, spec)
         verdict_of_run = item.get_closest_marker("warns_of_nothing") is not None
         if not reason and spec is None and not verdict_of_run:
             return None
@@ -230,15 +230,15 @@ class Run:
 
     def _judge(self, item: pytest.Item, nextitem: pytest.Item | None, spec: WorldSpec) -> Judgement:
         began = time.monotonic()
-        world = self._worlds.get(item, spec)
+        world = self.worlds.get(item, spec)
         if isinstance(world, Judgement):
             return world
-        keep = self._worlds.keeps(item, nextitem, spec)
+        keep = self.worlds.keeps(item, nextitem, spec)
         ended = False
         try:
             if world.usable:
                 following = None if keep else nextitem
-                records = world.run(item, keep, lambda: self._worlds.launch_ahead(following))
+                records = world.run(item, keep, lambda: self.worlds.launch_ahead(following))
                 world.save_logs(self._log_folder(item), self._settings.run_dir)
                 judgement = blame.judge(records, spec.size)
             else:
@@ -246,7 +246,7 @@ class Run:
                 judgement = blame.not_started([m.record for m in world.members])
             ended = True
             if keep and world.usable:
-                self._worlds.keep(item, world)
+                self.worlds.keep(item, world)
             else:
                 strays = world.end()
                 if strays and judgement.verdict is Verdict.PASS:
@@ -335,7 +335,7 @@ class Run:
     ) -> Iterator[None]:
         # A node that goes takes others' supervisors with it, who end this run before the check is.
         self._stopped = self._stopped or self._machines.lost
-        self._worlds.close()
+        self.worlds.close()
         verdicts = [check["verdict"] for check in self._checks]
         code, why = ending.exit_code(session, int(exitstatus), verdicts, self._stopped)
         session.exitstatus = code

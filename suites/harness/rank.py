@@ -148,8 +148,11 @@ def _join_group(group: int) -> None:
             time.sleep(0.01)
 
 
-def leave_the_parent(config: pytest.Config) -> None:
-    """Take the parent's reporting out of a forked rank: it would write into the parent's files."""
+def leave_the_parent(config: pytest.Config, but: str = "") -> None:
+    """Take the parent's reporting out of a forked rank: it would write into the parent's files.
+
+    A process that runs checks of its own keeps the plugin that is named.
+    """
     for name in (
         "terminalreporter",
         "junitxml",
@@ -161,7 +164,7 @@ def leave_the_parent(config: pytest.Config) -> None:
         "shardproof-run",
         "timeout",
     ):
-        if (plugin := config.pluginmanager.get_plugin(name)) is not None:
+        if name != but and (plugin := config.pluginmanager.get_plugin(name)) is not None:
             config.pluginmanager.unregister(plugin)
     # capsys and its kin need a capture manager; this one captures nothing by itself.
     manager = config.pluginmanager.get_plugin("capturemanager")

@@ -1,7 +1,12 @@
-"""Named faults in the reference, and the run that proves that the conformance suite catches each.
+"""Faults in the reference, and the runs that prove that the conformance suite catches each.
 
-A check that no fault kills proves nothing. Each entry of `catalog.MUTANTS` is one deliberate
-defect: a text of the reference, what to put in its place, and the function whose checks must fail.
-`ci/mutants` makes a copy of the reference for each, plants the fault, and judges the copy.
-To add one: one entry in catalog.py.
+A check that no fault kills proves nothing. There are three kinds:
+
+    catalog       one change of a text each, with the checks that must fail: `ci/mutants`
+    patches/      faults that take several changes, as unified diffs: `ci/mutants`, too
+    operators     automatic changes of each place of the reference: `ci/mutation`
+
+All are planted in a copy of the reference, which `judge` judges from one warm parent; `executed`
+knows which check runs which statement. What survives `ci/mutation` has its answer in
+survivors.toml. To add a fault: one entry in catalog.py, or one patch.
 """

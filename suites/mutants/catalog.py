@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+import pytest
+
+from harness import devices
 from mutants import (
     compatibility,
     copies,
@@ -16,6 +21,7 @@ from mutants import (
     subclasses,
     together,
 )
+from mutants.judge import SUBJECT, CannotPlantError
 
 _UTILS = "_state_dict_utils/"
 _SUITE = "state_dict_utils/"
@@ -36,6 +42,27 @@ class Mutant:
     """Files below suites/conformance, one of which must fail."""
     accelerator: bool = False
     """Whether it shows only where there is another device than the CPU."""
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What the harness needs to know to judge it."""
+        # Gloo, since its ranks share a GPU: NCCL would leave out what needs several.
+        return ("--device", devices.accelerator(), "--backend", "gloo") if self.accelerator else ()
+
+    def plant(self, folder: Path) -> None:
+        """Put the fault into the copy of the package in the folder."""
+        path = folder / SUBJECT / self.file
+        source = path.read_text()
+        if source.count(self.old) != 1:
+            raise CannotPlantError(
+                f"{self.name}: its text stands {source.count(self.old)} times in {self.file}, "
+                "expected once: bring suites/mutants/catalog.py up to date"
+            )
+        path.write_text(source.replace(self.old, self.new))
+
+    def choose(self, items: Mapping[str, pytest.Item]) -> list[str]:
+        """The checks of the files that it names."""
+        return [check for check in items if check.partition("::")[0] in self.checks]
 
 
 def _mutant(

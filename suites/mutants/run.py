@@ -1,151 +1,163 @@
 """Plant each fault in a copy of the reference, and judge the copy: `ci/mutants [NAME ...]`.
 
-Exit 0: each fault was caught by a check of the function that it breaks; 1: one survived;
-2: no such name; 3: a fault could not be planted, or the judging itself broke. A fault that shows
-only on an accelerator is named as not judged where there is none.
+Exit 0: each fault was caught by a check of the functions that it breaks; 1: one survived; 2: wrong
+usage; 3: a fault could not be planted, or the judging itself broke. A fault that shows only on an
+accelerator is named as not judged where there is none.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import json
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from harness import devices
+from mutants import patches
 from mutants.catalog import MUTANTS, Mutant
+from mutants.executed import Executed, numbers_at
+from mutants.judge import ROOT, CannotPlantError, Judge, Result, from_a_warm_parent
+from mutants.patches import Patch
 
-ROOT = Path(__file__).parents[2]
-BAD = {"fail", "timeout", "crash", "error"}
-
-
-class CannotPlantError(Exception):
-    """The text that a mutant replaces is not in the reference exactly once."""
-
-
-def plant(mutant: Mutant, folder: Path) -> None:
-    """Copy the reference into `folder`, with the fault in it."""
-    shutil.copytree(
-        ROOT / "reference" / "shardproof",
-        folder / "shardproof",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
-    path = folder / "shardproof" / mutant.file
-    source = path.read_text()
-    if source.count(mutant.old) != 1:
-        raise CannotPlantError(
-            f"{mutant.name}: its text stands {source.count(mutant.old)} times in {mutant.file}, "
-            "expected once: bring suites/mutants/catalog.py up to date"
-        )
-    path.write_text(source.replace(mutant.old, mutant.new))
+Fault = Mutant | Patch
+_WORST = {"caught": 0, "unjudged": 0, "survived": 1, "broken": 3}
 
 
-def judge(mutant: Mutant) -> tuple[str, list[str]]:
-    """(what happened: caught, survived, unjudged or broken; the checks that caught it, or why)."""
-    device = accelerator() if mutant.accelerator else None
-    if mutant.accelerator and device is None:
-        return "unjudged", []
-    with tempfile.TemporaryDirectory(prefix="shardproof-mutant-") as name:
-        folder = Path(name)
-        plant(mutant, folder)
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "harness",
-                "-q",
-                "--tb=no",
-                "-rN",
-                "-p",
-                "no:cacheprovider",
-                "--subject",
-                "shardproof",
-                "--run-dir",
-                str(folder / "run"),
-                "--maxfail=3",
-                "--thorough",
-                "--collective-limit",
-                "4",
-                "--check-limit",
-                "15",
-                # Gloo, since its ranks share a GPU: NCCL would leave out what needs several.
-                *(("--device", device, "--backend", "gloo") if device else ()),
-                *(str(ROOT / "suites" / "conformance" / t) for t in mutant.checks),
-            ],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-            env={**os.environ, "PYTHONPATH": f"{folder}:{ROOT / 'suites'}"},
-        )
-        results = folder / "run" / "results.json"
-        if not results.exists():
-            return "broken", [done.stdout[-2000:] + done.stderr[-2000:]]
-        data = json.loads(results.read_text())
-    if (
-        f"{name}/" not in data["run"]["subject_file"]
-        and data["run"]["subject_file"] != "__init__.py"
-    ):
-        return "broken", ["the copy was not the one that was judged"]
-    verdicts = {c["verdict"] for c in data["checks"]}
-    if verdicts <= {"precondition"}:  # the copy cannot be imported, or lacks the function
-        return "broken", sorted({c["message"] for c in data["checks"]}) or [done.stdout[-2000:]]
-    killers = [c["id"] for c in data["checks"] if c["verdict"] in BAD]
-    if killers:
-        return "caught", killers
-    unrun = [c["message"] for c in data["checks"] if c["verdict"] == "precondition"]
-    if not unrun:
-        return "survived", []
-    return "survived", [
-        f"{len(unrun)} of {len(data['checks'])} checks could not run here: {unrun[0]}"
-    ]
+class Report:
+    """The results so far, on the terminal and in a file that is whole at every moment."""
 
+    def __init__(self, path: Path, total: int) -> None:
+        self._path, self._total = path, total
+        self._began = time.monotonic()
+        self.rows: list[dict[str, Any]] = []
+        self.worst = 0
+        path.parent.mkdir(parents=True, exist_ok=True)
 
-def accelerator() -> str | None:
-    """The type of this machine's accelerator, if it has one."""
-    return devices.accelerator() or None
-
-
-def main() -> int:
-    """Judge the mutants named, or all."""
-    parser = argparse.ArgumentParser(prog="ci/mutants", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="mutants to run (default: all)")
-    parser.add_argument("--list", action="store_true", help="say what each is, and run nothing")
-    options = parser.parse_args()
-    known = {m.name: m for m in MUTANTS}
-    if unknown := set(options.names) - known.keys():
-        print(f"no mutant {', '.join(sorted(unknown))}; see ci/mutants --list", file=sys.stderr)
-        return 2
-    if options.list:
-        for mutant in MUTANTS:
-            print(f"{mutant.name:<44}{mutant.fault}")
-        return 0
-    chosen = [known[n] for n in options.names] or list(MUTANTS)
-    worst = 0
-    for number, mutant in enumerate(chosen, 1):
-        began = time.monotonic()
-        try:
-            state, said = judge(mutant)
-        except CannotPlantError as error:
-            state, said = "broken", [str(error)]
-        worst = max(worst, {"caught": 0, "unjudged": 0, "survived": 1, "broken": 3}[state])
-        first = said[0].rpartition("::")[2] if state == "caught" else mutant.fault
-        if state == "unjudged":
-            first = f"shows on an accelerator only: {mutant.fault}"
+    def add(self, fault: Fault, result: Result) -> None:
+        """One fault has been judged."""
+        self.worst = max(self.worst, _WORST[result.state])
+        row: dict[str, Any] = {"name": fault.name, "fault": fault.fault, **vars(result)}
+        if isinstance(fault, Patch):
+            row |= {"dimension": fault.dimension, "functions": fault.functions}
+        self.rows.append(row)
+        step = self._path.with_suffix(".part")
+        step.write_text(json.dumps(self.rows, indent=1) + "\n")
+        step.replace(self._path)
+        done = len(self.rows)
+        left = (time.monotonic() - self._began) / done * (self._total - done)
+        told = result.said.rpartition("::")[2] if result.state == "caught" else fault.fault
         print(
-            f"{number:>3}/{len(chosen)} {state:<9}{mutant.name:<44}{first}  "
-            f"({time.monotonic() - began:.0f} s)",
+            f"{done:>3}/{self._total} {result.state:<9}{fault.name:<44}{told}  "
+            f"({result.ran} checks, {result.seconds:.1f} s; {left / 60:.0f} min left)",
             flush=True,
         )
-        if state in {"broken", "survived"} and said:
-            print(said[0], file=sys.stderr)
-    return worst
+        if result.state == "broken":
+            print(f"    {result.said}", file=sys.stderr)
+        elif result.state == "survived" and result.unrun:
+            print(f"    {len(result.unrun)} checks could not run here: {result.unrun[0]}")
+
+    def sum_up(self) -> None:
+        """How many of each dimension were caught."""
+        counted = collections.Counter((r.get("dimension", 0), r["state"]) for r in self.rows)
+        for dimension in sorted({d for d, _ in counted}):
+            of_it = {state: n for (d, state), n in counted.items() if d == dimension}
+            name = f"{dimension}. {patches.DIMENSIONS[dimension]}" if dimension else "catalog"
+            caught, survived = of_it.get("caught", 0), of_it.get("survived", 0)
+            others = ", ".join(f"{n} {s}" for s, n in of_it.items() if _WORST[s] not in {0, 1})
+            print(f"{name:<34}{caught:>4} of {caught + survived:<4} caught {others}".rstrip())
+        print(f"results: {self._path}")
+
+
+def likely_first(fault: Patch, checks: list[str], judge: Judge, executed: Executed) -> list[str]:
+    """The checks of its functions, then others that run its lines, as far as that is known."""
+    numbers = {n for at in numbers_at(fault.lines()) for n in executed.users_of(at)}
+    running = [c for c in executed.checks_of(numbers) if c in judge.items]
+    named = set(checks)
+    first = [c for c in running if c in named]
+    others = [c for c in running if c not in named]
+    return list(dict.fromkeys([*first, *checks, *others]))
+
+
+def judge_all(faults: list[Fault], report: Report) -> None:
+    """Judge the faults, those that need the same device from one parent."""
+    judged: dict[tuple[str, ...], list[Fault]] = {}
+    for fault in faults:
+        if isinstance(fault, Mutant) and fault.accelerator and not devices.accelerator():
+            report.add(fault, Result("unjudged", "shows on an accelerator only"))
+        else:
+            judged.setdefault(fault.arguments, []).append(fault)
+    for arguments, of_them in judged.items():
+
+        def work(judge: Judge, of_them: list[Fault] = of_them) -> None:
+            executed = Executed.read()
+            for fault in of_them:
+                try:
+                    checks = fault.choose(judge.items)
+                    if isinstance(fault, Patch):
+                        checks = likely_first(fault, checks, judge, executed)
+                    result = judge.judge(fault.plant, checks)
+                except CannotPlantError as error:
+                    result = Result("broken", str(error))
+                report.add(fault, result)
+
+        if status := from_a_warm_parent(work, *arguments):
+            report.worst = 3
+            print(f"ci/mutants: the parent ended with {status}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ci/mutants", description=__doc__)
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="faults to judge (default: all)")
+    add("--list", action="store_true", help="say what each is, and run nothing")
+    add(
+        "--patches",
+        nargs="?",
+        type=Path,
+        const=patches.FOLDER,
+        metavar="DIR",
+        help=f"only patches, of this folder (default: {patches.FOLDER.relative_to(ROOT)})",
+    )
+    add(
+        "--json",
+        type=Path,
+        default=ROOT / "out" / "mutants.json",
+        metavar="FILE",
+        help="where the results go (default: out/mutants.json)",
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Judge the faults named, or all."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.patches and not options.patches.is_dir():
+        parser.error(f"--patches {options.patches}: expected a folder of patches")
+    try:
+        faults: list[Fault] = [*patches.read_all((options.patches or patches.FOLDER).absolute())]
+    except CannotPlantError as error:
+        print(f"ci/mutants: {error}", file=sys.stderr)
+        return 3
+    if options.patches and not faults:
+        parser.error(f"--patches {options.patches}: holds no file NAME.patch")
+    if not options.patches:
+        faults = [*MUTANTS, *faults]
+    known = {f.name: f for f in faults}
+    if unknown := set(options.names) - known.keys():
+        parser.error(f"no fault {', '.join(sorted(unknown))}; see ci/mutants --list")
+    if options.list:
+        for fault in faults:
+            print(f"{fault.name:<44}{fault.fault}")
+        return 0
+    chosen = [known[n] for n in options.names] or faults
+    report = Report(options.json.absolute(), len(chosen))
+    judge_all(chosen, report)
+    report.sum_up()
+    return report.worst
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mutants.catalog import MUTANTS, Mutant
-from mutants.run import ROOT, CannotPlantError, plant
+from mutants.judge import ROOT, CannotPlantError, copy_reference
 
 
 def test_names_are_unique() -> None:
@@ -17,7 +17,8 @@ def test_names_are_unique() -> None:
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_a_fault_can_be_planted_and_still_compiles(mutant: Mutant, tmp_path: Path) -> None:
-    plant(mutant, tmp_path)
+    copy_reference(tmp_path)
+    mutant.plant(tmp_path)
     planted = tmp_path / "shardproof" / mutant.file
     original = ROOT / "reference" / "shardproof" / mutant.file
     assert planted.read_text() != original.read_text()
@@ -28,5 +29,6 @@ def test_a_fault_can_be_planted_and_still_compiles(mutant: Mutant, tmp_path: Pat
 
 def test_a_text_that_is_not_there_is_named(tmp_path: Path) -> None:
     lost = Mutant("lost", "", "__init__.py", "no such text", "", ())
+    copy_reference(tmp_path)
     with pytest.raises(CannotPlantError, match="lost: its text stands 0 times"):
-        plant(lost, tmp_path)
+        lost.plant(tmp_path)

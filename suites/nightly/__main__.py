@@ -48,7 +48,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         help="take tonight as the measure: what changed, is gone or is slower is meant",
     )
     add("--no-benchmarks", action="store_true", help="verdicts only")
-    add("--dry-run", action="store_true", help="small benchmarks; touch no issue")
+    add("--no-mutation", action="store_true", help="judge no automatic mutants of the reference")
+    add("--dry-run", action="store_true", help="small benchmarks, no mutants; touch no issue")
     options = parser.parse_args(arguments)
     if options.share_gpus and options.backend != "nccl":
         parser.error("--share-gpus: expected --backend nccl")
@@ -86,9 +87,16 @@ def _night(options: argparse.Namespace) -> int:
         one, two = (speed.ratios(journal) for journal in night.measure())
         known = {} if green is None or options.accept else green["ratios"]
         fast, ratios = speed.judge(one, two, known)
+    weak = False
+    if not (options.no_mutation or options.dry_run or options.k):
+        # They are the reference's, and of the checks: alike, whatever is judged, on any machine.
+        memory = options.state / "mutation"
+        shard = (state.read("mutation") or {"shard": 0})["shard"] % chain.SHARDS + 1
+        weak = not night.mutate(shard, memory)
+        state.write("mutation", {"shard": shard})
     title = "Nightly: {}, torch {}, {} on {}".format(*what)
     compared = verdicts.compare(before, now)
-    found = Found(title, results, now, compared, split, fast, night.steps)
+    found = Found(title, results, now, compared, split, fast, night.steps, weak)
     findings = list(found.findings())
     body = found.markdown()
     (folder / "report.md").write_text(body + "\n")

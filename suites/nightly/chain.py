@@ -16,6 +16,10 @@ from report.read import BadResultsError, read
 ROOT = Path(__file__).parents[2]
 ORDERS = ("normal", "reverse")
 SUITES = "suites/conformance suites/integration"
+SHARDS = 8
+"""Nights that judge all automatic mutants of the reference together."""
+MINUTES = 120
+"""Most time for those of one night."""
 LIMIT = 4 * 3600.0
 """Seconds for one step; the steps' own limits are shorter."""
 SECONDS = 56.0
@@ -92,6 +96,14 @@ class Night:
                 raise EnvironmentFailedError(f"benchmarks left nothing in {journal}")
             found.append(journal)
         return found
+
+    def mutate(self, shard: int, memory: Path) -> bool:
+        """The night's share of the automatic mutants; whether each is caught or answered."""
+        words = ["ci/mutation", "--shard", f"{shard}/{SHARDS}", "--minutes", str(MINUTES)]
+        status = self._run("mutation", [*words, "--state", str(memory)])
+        if status not in {0, 1}:
+            raise EnvironmentFailedError(f"the mutants could not be judged: exit {status}")
+        return status == 0
 
     def _machine(self) -> list[str]:
         shared = ["--share-gpus"] if self.share_gpus else []

@@ -29,6 +29,8 @@ class Found:
     """Checks whose verdict depends on the order, to what each order says."""
     speed: Speed | None
     steps: list[Step]
+    weak: bool = False
+    """Whether a mutant of the reference survives, and nothing says why."""
 
     @property
     def bad(self) -> dict[str, str]:
@@ -39,7 +41,7 @@ class Found:
     def wrong(self) -> bool:
         """Whether something is to be mended; a verdict that changed for the better is not."""
         slow = self.speed is not None and bool(self.speed.slower or self.speed.gone)
-        return bool(self.bad or self.split or self.compared.lost or slow)
+        return bool(self.bad or self.split or self.compared.lost or slow or self.weak)
 
     @property
     def news(self) -> bool:
@@ -67,6 +69,8 @@ class Found:
             yield f"{len(fast.slower)} benchmarks are slower than in the last green night"
         if fast is not None and fast.gone:
             yield f"{len(fast.gone)} benchmarks of the last green night gave no number"
+        if self.weak:
+            yield "automatic mutants survive without an answer: mutation.log names them"
 
     def as_json(self) -> dict[str, Any]:
         """All of it, for machines."""

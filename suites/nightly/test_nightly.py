@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from nightly import settle, speed, verdicts
+from nightly import chain, settle, speed, verdicts
 from nightly.chain import ROOT
+from nightly.report import Found
 from nightly.state import BadStateError, State
 
 FORK = """
@@ -68,6 +69,35 @@ def test_the_ratio_of_an_arm_without_a_number_is_none(tmp_path: Path) -> None:
     line = {"benchmark": "Gather", "regime": "few", "size": 4, "arms": arms}
     (tmp_path / "journal").write_text(json.dumps(line) + "\n")
     assert speed.ratios(tmp_path / "journal") == {"Gather few x4 shardproof": 1.5}
+
+
+@pytest.mark.parametrize(("status", "strong"), [(0, True), (1, False)])
+def test_mutants_that_survive_are_a_finding(
+    status: int, strong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night = chain.Night(tmp_path, "cpu", "gloo", "torch.distributed", None, False, [])
+    said: list[list[str]] = []
+
+    def run(_: str, words: list[str]) -> int:
+        said.append(words)
+        return status
+
+    monkeypatch.setattr(night, "_run", run)
+    assert night.mutate(3, tmp_path / "mutation") is strong
+    assert said[0][:3] == ["ci/mutation", "--shard", f"3/{chain.SHARDS}"]
+    compared = verdicts.compare({}, {})
+    found = Found("night", [], {}, compared, {}, None, [], weak=not strong)
+    assert found.wrong is not strong
+    assert any("mutants survive" in finding for finding in found.findings()) is not strong
+
+
+def test_mutants_that_cannot_be_judged_end_the_night(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night = chain.Night(tmp_path, "cpu", "gloo", "torch.distributed", None, False, [])
+    monkeypatch.setattr(night, "_run", lambda *_: 3)
+    with pytest.raises(chain.EnvironmentFailedError, match="could not be judged"):
+        night.mutate(1, tmp_path)
 
 
 def test_a_broken_memory_is_named(tmp_path: Path) -> None:

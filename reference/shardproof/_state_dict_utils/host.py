@@ -45,11 +45,13 @@ def is_far(tensor: torch.Tensor) -> bool:
     return sends(tensor.device)
 
 
+# Not reached on a CPU: there is page-locked memory only beside a GPU.
 def page_locked(nbytes: int) -> torch.Tensor:
     """New bytes that a GPU reads and writes directly; torch keeps what is freed for the next."""
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
+# Not reached on a CPU: there is page-locked memory only beside a GPU.
 def landed(data: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor of a device in page-locked memory, when it is there."""
     near = page_locked(data.nbytes).view(data.dtype).view(data.shape)
@@ -58,6 +60,7 @@ def landed(data: torch.Tensor) -> torch.Tensor:
     return near
 
 
+# Not reached on a CPU: there is page-locked memory only beside a GPU.
 def _mark(device: torch.device) -> torch.Event:
     """An event that is over when all work so far on the device's current stream is."""
     event: torch.Event = torch.accelerator.current_stream(device).record_event()
@@ -73,6 +76,7 @@ def copies(leaves: Sequence[Any]) -> dict[int, torch.Tensor]:
     """
     if not in_use():
         return {}
+    # Not reached on a CPU: no tensor lies on a GPU.
     groups: dict[Hashable, list[tuple[int, torch.Tensor]]] = defaultdict(list)
     for place, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
@@ -97,6 +101,7 @@ def into_host(
     """
     if not in_use() or not any(map(_is_cuda, sources)):
         copy_all(targets, sources, non_blocking)
+    # Not reached on a CPU: no source lies on a GPU.
     elif targets[0].is_pinned():
         # Asking each of them would cost half of its copy. One that is not waits for its own copy,
         # and so is right as well. A lazy conj or neg has to be resolved before: torch would do that
@@ -115,6 +120,7 @@ def into_host(
 _is_cuda, _device = attrgetter("is_cuda"), attrgetter("device")
 
 
+# Not reached on a CPU: there is page-locked memory only beside a GPU.
 def _together(targets: list[torch.Tensor], sources: list[torch.Tensor], non_blocking: bool) -> None:
     memories = [target.untyped_storage().data_ptr() for target in targets if target.numel()]
     if len(set(memories)) < len(memories):  # where targets overlap the last one wins: in order
@@ -142,6 +148,7 @@ def _together(targets: list[torch.Tensor], sources: list[torch.Tensor], non_bloc
             copy_all([target for target, _ in part], list(near.unbind()))
 
 
+# Not reached on a CPU: there is page-locked memory only beside a GPU.
 def _is_small(memory: torch.Tensor) -> bool:
     """Whether a tensor can be put together with others, and that pays."""
     return (
@@ -154,6 +161,7 @@ def _is_small(memory: torch.Tensor) -> bool:
     )
 
 
+# Not reached on a CPU: there is page-locked memory only beside a GPU.
 def _buckets(alike: list[tuple[Any, torch.Tensor]]) -> Iterator[list[tuple[Any, torch.Tensor]]]:
     """Tensors that are alike, as many at a time as half a bucket takes; nothing if they are few."""
     if len(alike) >= _FEW:
@@ -162,6 +170,7 @@ def _buckets(alike: list[tuple[Any, torch.Tensor]]) -> Iterator[list[tuple[Any, 
             yield alike[start : start + count]
 
 
+# Not reached on a CPU: there is page-locked memory only beside a GPU.
 class Outgoing:
     """Page-locked memory for bytes that are packed on the CPU and then sent to a device.
 

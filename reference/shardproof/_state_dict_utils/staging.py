@@ -149,11 +149,12 @@ def _buffer_like(tensor: torch.Tensor, *, pin_memory: bool, share_memory: bool) 
             share: Any = buffer.share_memory_
             share()
         if pinnable:
-            _register(buffer)
+            _register(buffer)  # Not reached on a CPU: pinning is refused.
         return buffer
     if tensor.is_quantized:
         buffer = allocate_like(tensor, CPU)
         return buffer.pin_memory() if pinnable else buffer
+    # Not reached on a CPU: pinning is refused.
     if pinnable:
         like = allocate_like(tensor, "meta")
         return torch.empty_strided(
@@ -168,6 +169,7 @@ def _require_pinning(share_memory: bool) -> None:
         raise RuntimeError(
             "pin_memory=True needs an accelerator that can page-lock memory, and none is available"
         )
+    # Not reached on a CPU: pinning has been refused.
     if share_memory and _host_registration() is None:
         raise RuntimeError(
             "pin_memory=True with share_memory=True needs an accelerator runtime that registers "
@@ -175,6 +177,7 @@ def _require_pinning(share_memory: bool) -> None:
         )
 
 
+# Not reached on a CPU: pinning is refused before.
 def _host_registration() -> Any:
     accelerator = torch.accelerator.current_accelerator()
     module = None if accelerator is None else torch.get_device_module(accelerator.type)
@@ -182,6 +185,7 @@ def _host_registration() -> Any:
     return None if runtime is None else runtime()
 
 
+# Not reached on a CPU: pinning is refused before.
 def _register(buffer: torch.Tensor) -> None:
     runtime, address = _host_registration(), buffer.data_ptr()
     status = int(runtime.cudaHostRegister(address, buffer.untyped_storage().nbytes(), _PORTABLE))

@@ -1,0 +1,240 @@
+"""Judge automatic mutants of the reference by the checks that execute their line: `ci/mutation`.
+
+Exit 0: each mutant that was judged is caught, or is answered in suites/mutants/survivors.toml;
+1: one survives, or no check executes it; 2: wrong usage; 3: an answer does not hold, or the judging
+itself broke.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import hashlib
+import itertools
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mutants import answers
+from mutants.answers import Answer, BadAnswerError
+from mutants.executed import FOLDER, Executed, Statement, sources, statements
+from mutants.judge import BAD, Judge, Result, from_a_warm_parent
+from mutants.ledger import Ledger
+from mutants.operators import Automatic, all_mutants
+
+_FIRST = 3
+"""How many of the checks that have caught most so far are tried first."""
+_REASON = re.compile(r"#\s*Not reached (on a CPU|with torch [\d.]+): \S")
+
+
+def chosen_of(mutants: Sequence[Automatic], options: argparse.Namespace) -> list[Automatic]:
+    """The mutants that the options name, in an order that they alone decide."""
+    wanted = options.module or ["*"]
+    found = [m for m in mutants if any(fnmatch.fnmatch(m.file, f"*{w}") for w in wanted)]
+    if options.shard:
+        number, count = options.shard
+        found = [m for m in found if _place(m, "shard") % count == number - 1]
+    if options.sample is not None:
+        # By digest: what is drawn does not change with code elsewhere.
+        found = sorted(found, key=lambda m: _place(m, str(options.seed)))[: options.sample]
+    return found
+
+
+def _place(mutant: Automatic, salt: str) -> int:
+    return int(hashlib.sha256(repr((salt, mutant.key)).encode()).hexdigest()[:12], 16)
+
+
+class Selection:
+    """The checks that are to judge each mutant."""
+
+    def __init__(self, executed: Executed) -> None:
+        self._executed = executed
+        self._number = {(s.file, s.line): n for n, s in enumerate(statements())}
+        self._caught: dict[str, int] = {}
+
+    def place(self, mutant: Automatic) -> Statement:
+        """The statement that the mutant stands in."""
+        return statements()[self._number[mutant.file, mutant.line]]
+
+    def of(self, mutant: Automatic, answer: Answer | None) -> list[str]:
+        """In the order in which they are likely to tell."""
+        number = self._number[mutant.file, mutant.line]
+        found = self._executed.checks_of(self._executed.users_of(number))
+        first = sorted((c for c in found if c in self._caught), key=lambda c: -self._caught[c])[
+            :_FIRST
+        ]
+        if answer and answer.check:
+            first = [c for c in found if c.partition("[")[0] == answer.check.partition("[")[0]]
+        return list(dict.fromkeys([*first, *found]))
+
+    def learn(self, result: Result) -> None:
+        """Remember which check caught one."""
+        if result.state == "caught":
+            self._caught[result.said] = self._caught.get(result.said, 0) + 1
+
+
+def measure(executed: Executed, judge: Judge) -> None:
+    """Bring what is known of the checks up to date."""
+    began = time.monotonic()
+
+    def say(done: int, total: int) -> None:
+        if done:
+            left = (time.monotonic() - began) / done * (total - done)
+            print(f"    measured {done} of {total} checks, {left / 60:.0f} min left", flush=True)
+
+    print("--- which check executes what", flush=True)
+    executed.measure(judge, say)
+    if bad := [c for c, ran in executed.checks.items() if ran.verdict in BAD]:
+        print(f"    {len(bad)} checks do not pass on the reference and judge nothing: {bad[0]}")
+        for check in bad:
+            del executed.checks[check]
+
+
+def judge_all(
+    judge: Judge,
+    chosen: Sequence[Automatic],
+    known: dict[Automatic, Answer],
+    executed: Executed,
+    ledger: Ledger,
+    options: argparse.Namespace,
+) -> int:
+    """Judge the mutants one after the other; the ledger has each at once. Returns how many."""
+    selection = Selection(executed)
+    explained = {s for block, why in unexecuted_blocks(executed) if why for s in block}
+    began = time.monotonic()
+    print(f"--- {len(chosen)} mutants", flush=True)
+    for done, mutant in enumerate(chosen, 1):
+        if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
+            print(f"    {options.minutes:g} minutes are over", flush=True)
+            return done - 1
+        checks = selection.of(mutant, known.get(mutant))
+        tried = checks[: options.first]
+        if checks:
+            result = judge.judge(mutant.plant, tried)
+        else:
+            result = Result("unreached" if selection.place(mutant) in explained else "unexecuted")
+        if result.state == "survived" and len(tried) < len(checks):
+            result.state = "undecided"
+        selection.learn(result)
+        ledger.add(mutant, result)
+        left = (time.monotonic() - began) / done * (len(chosen) - done) / 60
+        print(
+            f"{done:>4}/{len(chosen)} {result.state:<11}{mutant.name[:150]}  "
+            f"({result.ran} of {len(checks)} checks, {result.seconds:.1f} s; {left:.0f} min left)",
+            flush=True,
+        )
+        if result.state == "broken":
+            print(f"    {result.said}", file=sys.stderr)
+    return len(chosen)
+
+
+def unexecuted_blocks(executed: Executed) -> Iterator[tuple[list[Statement], bool]]:
+    """Runs of statements that no check executes, and whether a comment says why.
+
+    It stands in the block or above it, or above the function or class that the block is part of.
+    """
+    every = statements()
+    lines = {file: text.splitlines() for file, text in sources().items()}
+    order = {s: n for n, s in enumerate(every)}
+    groups = itertools.groupby(
+        enumerate(executed.unexecuted()),
+        lambda pair: (pair[1].file, pair[1].function, order[pair[1]] - pair[0]),
+    )
+    for (file, function, _), group in groups:
+        block = [statement for _, statement in group]
+        around = [s for s in every if s.file == file and f"{function}.".startswith(f"{s.defines}.")]
+        spans = [(block[0].line, max(s.end for s in block))]
+        spans += [(s.line, s.line) for s in around if s.defines]
+        said = (line for a, b in spans for line in lines[file][max(a - 3, 0) : b])
+        yield block, any(map(_REASON.search, said))
+
+
+def tell_unexecuted(executed: Executed) -> int:
+    """Print the blocks that no check executes; 1 when one is without a reason."""
+    unexplained = 0
+    for block, explained in unexecuted_blocks(executed):
+        first, last = block[0], max(s.end for s in block)
+        unexplained += not explained
+        mark = "explained  " if explained else "unexecuted "
+        print(f"{mark}{first.file}:{first.line}-{last} {first.function}: {first.text[:100]}")
+    total = sum(not s.imported for s in statements())
+    missing = len(executed.unexecuted())
+    print(f"{missing} of {total} statements, in {unexplained} blocks without a reason")
+    return 1 if unexplained else 0
+
+
+def _shard(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected K/N with K from 1 to N")
+    return int(found[1]), int(found[2])
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="ci/mutation", description=__doc__)
+    add = parser.add_argument
+    add("--module", action="append", metavar="GLOB", help="only files that match: grid.py, fsdp/*")
+    add("--sample", type=int, metavar="N", help="N of them, the same ones for the same seed")
+    add("--seed", type=int, default=0, metavar="S", help="of the sample (default: %(default)s)")
+    add("--shard", type=_shard, metavar="K/N", help="the K-th of N parts")
+    add("--resume", action="store_true", help="leave out what was judged of the code as it is")
+    add("--minutes", type=float, metavar="M", help="start no mutant after M minutes")
+    add(
+        "--first",
+        type=int,
+        metavar="N",
+        help="at most N checks for each, those first that are likely to tell: a mutant that passes "
+        "them, but not all that run its line, is undecided",
+    )
+    add(
+        "--equivalent", action="store_true", help="judge those, too, that are said to be equivalent"
+    )
+    add("--state", type=Path, default=FOLDER, metavar="DIR", help="default: out/mutation")
+    add("--list", action="store_true", help="name the mutants, and judge none")
+    add("--report", action="store_true", help="the score of what was judged so far, by module")
+    add("--unexecuted", action="store_true", help="list what no check executes")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Judge the mutants that the options name, or tell what is known of them."""
+    options = _options(arguments)
+    mutants = all_mutants()
+    try:
+        known = answers.read(mutants)
+    except BadAnswerError as error:
+        print(f"ci/mutation: {error}", file=sys.stderr)
+        return 3
+    chosen = chosen_of(mutants, options)
+    if not chosen:
+        print("ci/mutation: no mutant is meant: see --list", file=sys.stderr)
+        return 2
+    ledger = Ledger.read(options.state)
+    if options.list:
+        print("\n".join(m.name for m in chosen))
+        return 0
+    if options.report:
+        return ledger.report(chosen, known)
+    if not options.equivalent:
+        chosen = [m for m in chosen if m not in known or not known[m].equivalent]
+    if options.resume:
+        chosen = [m for m in chosen if not ledger.is_current(m)]
+    executed = Executed.read(options.state)
+    status = 0
+
+    def work(judge: Judge) -> None:
+        nonlocal status
+        measure(executed, judge)
+        if options.unexecuted:
+            status = tell_unexecuted(executed)
+            return
+        done = judge_all(judge, chosen, known, executed, ledger, options)
+        status = ledger.report(chosen[:done], known)
+
+    return (from_a_warm_parent(work) and 3) or status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""The patches stay plantable, and what is wrong with one is named."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from harness.subjects import MODULES
+from mutants import patches
+from mutants.judge import REFERENCE, SUBJECT, CannotPlantError, copy_reference
+from mutants.patches import Patch
+
+_HEADER = "Fault: it is lost\nDimension: 4\nFunctions: _gather_state_dict\n\n"
+_DIFF = f"""--- a/{SUBJECT}/__init__.py
++++ b/{SUBJECT}/__init__.py
+@@ -1,1 +1,1 @@
+-no such line
++another
+"""
+
+
+@pytest.mark.parametrize("path", sorted(patches.FOLDER.glob("*.patch")), ids=lambda p: p.stem)
+def test_a_patch_applies_and_compiles(path: Path, tmp_path: Path) -> None:
+    patch = Patch.read(path)
+    copy_reference(tmp_path)
+    patch.plant(tmp_path)
+    changed = patch.lines()
+    for file in changed:
+        planted = (tmp_path / SUBJECT / file).read_text()
+        assert planted != (REFERENCE / file).read_text(), f"{file} is as it was"
+        compile(planted, file, "exec")
+    names = {n for m in MODULES for n in vars(importlib.import_module(f"{SUBJECT}.{m}"))}
+    classes = {f.partition(".")[0] for f in patch.functions if f.partition(".")[0] in names}
+    assert all(f.rpartition(".")[2] in names or classes for f in patch.functions)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (_HEADER, "holds no unified diff"),
+        (_HEADER.replace("4", "11") + _DIFF, "a number from 1 to 10"),
+        (_HEADER.replace("_gather_state_dict", "") + _DIFF, "'Functions:' with names"),
+        (_DIFF, "expected 'Dimension:'"),
+    ],
+)
+def test_a_header_that_is_wrong_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "lost.patch"
+    path.write_text(text)
+    with pytest.raises(CannotPlantError, match=rf"lost\.patch: .*{message}"):
+        Patch.read(path)
+
+
+def test_a_patch_that_does_not_apply_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "lost.patch"
+    path.write_text(_HEADER + _DIFF)
+    copy_reference(tmp_path)
+    with pytest.raises(CannotPlantError, match=r"lost: does not apply: .*patch failed"):
+        Patch.read(path).plant(tmp_path)
