@@ -24,7 +24,7 @@ from conformance.kit.compare import assert_same, local
 from conformance.kit.data import DTYPES
 from conformance.kit.layouts import ONE_D, TWO_D, R, S, part
 from conformance.kit.roads import Road
-from conformance.kit.subclasses import Pair, assert_holds_pair
+from conformance.kit.subclasses import assert_holds_pair
 from conformance.kit.tensor_parallel import bag, fill
 from conformance.kit.tp_kinds import (
     Kind,
@@ -204,16 +204,18 @@ def _localize(full: torch.Tensor, seat: Seat) -> Roads:
             lambda _, whole: assert_between(module, kinds, whole),
         ),
     )
-    if full.dtype is torch.float32:
-        sharded = wrapper(full, seat)
-        owner: Any = bag(w=sharded)
+    for trains in (None, False, True) if full.dtype is torch.float32 else ():
+        sharded: Any = wrapper(full, seat)
+        held = sharded if trains is None else nn.Parameter(sharded, requires_grad=trains)
+        owner: Any = bag(w=held)
 
-        def check(_: Any, whole: torch.Tensor) -> None:
-            pair = sharded._local_tensor
-            assert isinstance(pair, Pair)
-            assert_holds_pair(owner.w, type(pair), whole)
+        def check(
+            _: Any, whole: torch.Tensor, owner: Any = owner, sharded: Any = sharded
+        ) -> None:
+            assert_holds_pair(owner.w, type(sharded._local_tensor), whole)
 
-        yield "wrapper", Road(lambda judged: judged(owner), {}, check)
+        name = f"wrapper, {'a buffer' if trains is None else f'Parameter, {trains=}'}"
+        yield name, Road(lambda judged, owner=owner: judged(owner), {}, check)  # type: ignore[misc]
 
 
 def _reconstruct(full: torch.Tensor, seat: Seat) -> Roads:

@@ -29,6 +29,7 @@ from shardproof.tensor.parallel._data_parallel_utils import (
     around,
     unflattened,
 )
+from shardproof.tensor.parallel._subclasses import alias
 
 _RECORDS = "_shardproof_localized"
 _KEEP_VARS = "_shardproof_keep_vars"
@@ -115,10 +116,12 @@ def localized(whole: DTensor) -> tuple[torch.Tensor, DTensorSpec]:
     """
     plain, spec = _flatten_tensor(whole)
     assert spec is not None
-    if not isinstance(whole, nn.Parameter):
-        return plain.detach(), spec
-    # A Parameter is over what it is given, but detached from it.
-    local = nn.Parameter(plain, requires_grad=whole.requires_grad)
+    # A wrapper cannot be detached in inference mode, where the first forward may find us.
+    with torch.inference_mode(mode=False):
+        if not isinstance(whole, nn.Parameter):
+            return alias(plain), spec
+        # A Parameter is over what it is given, but detached from it.
+        local = nn.Parameter(plain, requires_grad=whole.requires_grad)
     local.__dict__.update(whole.__dict__)
     grad = whole.grad
     if grad is not None and isinstance(grad, DTensor) and grad.placements == spec.placements:
