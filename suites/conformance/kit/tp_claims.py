@@ -19,8 +19,8 @@ from conformance.kit.data import numbers
 from conformance.kit.layouts import SS, R, S, dtensor, rows, sharded_tensor
 from conformance.kit.refusals import MISFIT, MISSING, SHAPE, Mention
 from conformance.kit.tensor_parallel import bag
+from conformance.kit.tp_calls import CPU
 from conformance.kit.tp_kinds import Seat, laid, nested
-from conformance.kit.tp_roads import CPU
 
 MESH = re.compile("(?i)mesh")
 PLACED = re.compile(r"(?i)placement|shard|partial|dim")
@@ -60,6 +60,19 @@ class Refused(NamedTuple):
 Refusals = Iterator[Refused]
 
 
+def given(*args: Any) -> Callable[[Any], Any]:
+    """The call of a function with these."""
+    return lambda judged: judged(*args)
+
+
+def _of_extensions(call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda judged: call(judged(CPU).post_unflatten_transform)
+
+
+def _with(call: Callable[[Any], Any], group: Any) -> Callable[[Any], Any]:
+    return lambda judged: call(lambda tensor: judged(tensor, group))
+
+
 def _unflatten(seat: Seat) -> Refusals:
     for mesh, placements in seat.layouts():
         like = laid(numbers(8, 12), mesh, placements)
@@ -67,31 +80,34 @@ def _unflatten(seat: Seat) -> Refusals:
             local, what = lie._local_tensor, f"{name} for {placements} on {tuple(mesh.shape)}"
             for trains in (False, True):
                 piece = nn.Parameter(local, requires_grad=trains)
-                yield Refused(what, lambda f, p=piece, s=like._spec: f(p, s), (SHAPE,))  # type: ignore[misc]
+                yield Refused(what, given(piece, like._spec), (SHAPE,))
 
 
 def _extensions(seat: Seat) -> Refusals:
     for what, call, *_ in _unflatten(seat):
         yield Refused(
-            what, lambda f, c=call: c(f(CPU).post_unflatten_transform), (SHAPE,)  # type: ignore[misc]
+            what,
+            _of_extensions(call),
+            (SHAPE,),
         )
 
 
 def _submodule(seat: Seat) -> Refusals:
     module = bag(child=bag(w=nn.Parameter(numbers(2)), l=nn.ParameterList([numbers(1)])))
     for path in ("v", "child.v", "child.w.v", "other.w", "child..w", "child.l.1", "child.", "."):
-        yield Refused(repr(path), lambda f, p=path: f(module, p), (path,), MISSING)  # type: ignore[misc]
-    yield Refused("no path", lambda f: f(module, ""), (), MISSING)
+        yield Refused(repr(path), given(module, path), (path,), MISSING)
+    yield Refused("no path", given(module, ""), (), MISSING)
 
 
 def _update(seat: Seat) -> Refusals:
     module, good = bag(a=nn.Parameter(numbers(2))), nn.Parameter(numbers(2))
     for name in ("v", "", "a.b"):
         entries = [(module, "a", good), (module, name, good), (module, "a", good)]
-        yield Refused(repr(name), lambda f, e=entries: f(e), (repr(name),), MISSING)  # type: ignore[misc]
-    for value in (1, "a", [good], good.numpy):
+        yield Refused(repr(name), given(entries), (repr(name),), MISSING)
+    values: tuple[Any, ...] = (1, "a", [good], good.numpy)
+    for value in values:
         entries = [(module, "a", good), (module, "a", value)]
-        yield Refused(str(type(value)), lambda f, e=entries: f(e), (TYPE,))  # type: ignore[misc]
+        yield Refused(str(type(value)), given(entries), (TYPE,))
 
 
 def _reconstruct(seat: Seat) -> Refusals:
@@ -103,11 +119,13 @@ def _reconstruct(seat: Seat) -> Refusals:
             localize(module)
             module.wrong = nn.Parameter(lie._local_tensor)
             what = f"{name} for {placements} on {tuple(mesh.shape)}"
-            yield Refused(what, lambda f, m=module: f(m, ()), (SHAPE, "wrong"))  # type: ignore[misc]
+            yield Refused(what, given(module, ()), (SHAPE, "wrong"))
             mended = bag(wrong=nn.Parameter(lie))
             localize(mended)
             yield Refused(
-                f"localized so: {what}", lambda f, m=mended: f(m, ()), (SHAPE, "wrong")  # type: ignore[misc]
+                f"localized so: {what}",
+                given(mended, ()),
+                (SHAPE, "wrong"),
             )
 
 
@@ -141,11 +159,13 @@ def _described(*others: Any, whole: bool = False) -> Callable[[Seat], Refusals]:
         ):
             tensor = dtensor(numbers(8, 12), mesh, placements, local=numbers(4, 12))
             name = f"{placements} on {tuple(mesh.shape)}"
-            yield Refused(name, lambda f, t=tensor: f(t, *others), (PLACED,))  # type: ignore[misc]
+            yield Refused(name, given(tensor, *others), (PLACED,))
         for placement in (S(0), S(1), R) if not whole else ():
             for name, lie in lies(laid(numbers(8, 12), seat.line(), [placement])):
                 yield Refused(
-                    f"{name} for {placement}", lambda f, t=lie: f(t, *others), (SHAPE,)  # type: ignore[misc]
+                    f"{name} for {placement}",
+                    given(lie, *others),
+                    (SHAPE,),
                 )
 
     return make
@@ -155,27 +175,26 @@ def _box_for(seat: Seat) -> Refusals:
     yield from _described(0, whole=True)(seat)
     tensor = laid(numbers(8, 12), seat.line(), [S(0)])
     for idx in (-1, seat.world.size, 99):
-        yield Refused(f"shard {idx}", lambda f, i=idx: f(tensor, i), (str(idx),))  # type: ignore[misc]
+        yield Refused(f"shard {idx}", given(tensor, idx), (str(idx),))
 
 
 def _group(seat: Seat) -> Refusals:
     for shape in ((1, seat.world.size), (seat.world.size, 1)):
         tensor = laid(numbers(8, 12), seat.mesh(*shape), [R, R])
-        yield Refused(str(shape), lambda f, t=tensor: f(t), (MESH,))  # type: ignore[misc]
+        yield Refused(str(shape), given(tensor), (MESH,))
 
 
 def _metadata(seat: Seat) -> Refusals:
     for name, call, mentions, kinds in _described(whole=True)(seat):
-        group = seat.line().get_group()
         yield Refused(
             name,
-            lambda f, c=call, g=group: c(lambda t: f(t, g)),  # type: ignore[misc]
+            _with(call, seat.line().get_group()),
             mentions,
             kinds,
         )
     alone = seat.mesh(seat.world.size, 1).get_group(1)
     tensor = laid(numbers(8, 12), seat.line(), [S(0)])
-    yield Refused("another group", lambda f: f(tensor, alone), (re.compile("(?i)rank|group"),))
+    yield Refused("another group", given(tensor, alone), (re.compile("(?i)rank|group"),))
 
 
 def _chunk_tensor(seat: Seat) -> Refusals:
@@ -184,7 +203,7 @@ def _chunk_tensor(seat: Seat) -> Refusals:
     rank, size = group.rank(), group.size()
 
     def ask(name: str, leaf: Any, *mentions: Mention) -> Refused:
-        return Refused(name, lambda f: f(leaf, rank, size, 0, group), mentions)
+        return Refused(name, given(leaf, rank, size, 0, group), mentions)
 
     for placement in (S(0), S(1)):
         for name, lie in lies(laid(numbers(8, 12), tp, [placement])):
@@ -206,7 +225,9 @@ def _chunk_tensor(seat: Seat) -> Refusals:
         "the world's": (seat.world.rank + size, seat.world.size),
     }.items():
         yield Refused(
-            name, lambda f, s=said: f(full, *s, 0, group), (re.compile("(?i)rank|size|world"),)  # type: ignore[misc]
+            name,
+            given(full, *said, 0, group),
+            (re.compile("(?i)rank|size|world"),),
         )
 
 
@@ -215,7 +236,7 @@ def _chunk_dtensor(seat: Seat) -> Refusals:
     column, tp, rank = fsdp1.fsdp_mesh(root), fsdp1.tp_mesh(root), fsdp1.fsdp_rank(root)
 
     def ask(name: str, leaf: Any, mesh: Any, *mentions: Mention) -> Refused:
-        return Refused(name, lambda f: f(leaf, rank, mesh), mentions)
+        return Refused(name, given(leaf, rank, mesh), mentions)
 
     full = numbers(8, 12)
     for placement in (S(0), S(1), R):
@@ -233,9 +254,11 @@ def _chunk_dtensor(seat: Seat) -> Refusals:
 
 
 def _pre_load(seat: Seat) -> Refusals:
-    for value in (numbers(2), laid(numbers(8, 12), seat.line(), [S(0)]), None, {}, [numbers(2)]):
+    sharded = laid(numbers(8, 12), seat.line(), [S(0)])
+    values: tuple[Any, ...] = (numbers(2), sharded, None, {}, [numbers(2)])
+    for value in values:
         kind = type(value).__name__
-        yield Refused(kind, lambda f, v=value: f(v), (re.compile("ShardedTensor"), kind))  # type: ignore[misc]
+        yield Refused(kind, given(value), (re.compile("ShardedTensor"), kind))
 
 
 REFUSED: dict[str, Callable[[Seat], Refusals]] = {
@@ -259,14 +282,18 @@ REFUSED: dict[str, Callable[[Seat], Refusals]] = {
 input; `_all_gather_dtensor`, which all ranks call together, has checks of its own."""
 
 
+def _lie(name: str) -> Callable[[DTensor], DTensor]:
+    return lambda tensor: dict(lies(tensor))[name]
+
+
 def together(seat: Seat) -> Iterator[tuple[str, DTensor, Callable[[DTensor], DTensor]]]:
-    """(name, a good DTensor over the root mesh, what makes a lie of it) for `_all_gather_dtensor`."""
+    """For `_all_gather_dtensor`: (name, a DTensor over the root mesh, what makes a lie of it)."""
     root = seat.root()
     for placements in ([S(0), R], [S(0), S(1)], [S(1), S(0)], [R, S(0)], [S(0), S(0)], [R, R]):
         full = numbers(8, 12)
         good = laid(full, root, placements)
         for name in ("transposed", "fewer rows", "more rows"):
-            yield f"{name} for {placements}", good, lambda t, n=name: dict(lies(t))[n]  # type: ignore[misc]
+            yield f"{name} for {placements}", good, _lie(name)
         yield (
             f"another dtype for {placements}",
             good,
@@ -293,5 +320,3 @@ def other_cut(seat: Seat) -> Iterator[tuple[str, DTensor, DTensor]]:
         laid(full, root, [S(0), R]),
         laid(full.view(torch.int32), root, [S(0), R]),
     )
-
-

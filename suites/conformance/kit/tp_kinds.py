@@ -21,6 +21,7 @@ from torch.distributed._shard.sharded_tensor.metadata import (
 from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from conformance.kit.layouts import (
     ONE_D,
@@ -68,19 +69,65 @@ class Seat:
             yield from ((self.mesh(2, 2), p) for p in TWO_D)
             yield from ((self.mesh(1, 2, 2), p) for p in THREE_D)
             return
-        yield from ((self.mesh(1, size), p) for p in ([R, S(0)], [S(1), S(0)], [S(0), S(1)]))
-        yield from ((self.mesh(size, 1), p) for p in ([S(0), R], [SS(0, 1), S(0)]))
+        wide: list[list[Placement]] = [[R, S(0)], [S(1), S(0)], [S(0), S(1)]]
+        high: list[list[Placement]] = [[S(0), R], [SS(0, 1), S(0)]]
+        yield from ((self.mesh(1, size), p) for p in wide)
+        yield from ((self.mesh(size, 1), p) for p in high)
         yield self.mesh(1, 1, size), [R, R, S(0)]
+
+
+@dataclass(frozen=True)
+class Unusual(Seat):
+    """Meshes in another rank order, of odd size, of some ranks, of one, all within one call."""
+
+    shape: tuple[int, ...] = (3, 1)
+    """Of the root mesh."""
+
+    def _order(self) -> list[int]:
+        return [*range(1, self.world.size), 0][::-1]
+
+    def root(self) -> DeviceMesh:
+        root: DeviceMesh = self.mesh(*self.shape, ranks=self._order())
+        return root
+
+    def line(self) -> DeviceMesh:
+        line: DeviceMesh = self.mesh(self.world.size, ranks=self._order())
+        return line
+
+    def layouts(self) -> Iterator[tuple[DeviceMesh, list[Placement]]]:
+        last = self.world.size - 1
+        for ranks in ([0, 1], [1, last], [last, 0], [1], [last]):
+            line = self.mesh(len(ranks), ranks=ranks)
+            yield from ((line, p) for p in ONE_D)
+        yield from ((self.line(), p) for p in ONE_D)
+        size, order = self.world.size, self._order()
+        wide: list[list[Placement]] = [[R, S(0)], [S(1), S(0)]]
+        high: list[list[Placement]] = [[S(0), R], [SS(0, 1), S(0)]]
+        yield from ((self.mesh(1, size, ranks=order), p) for p in wide)
+        yield from ((self.mesh(size, 1, ranks=order), p) for p in high)
+        yield self.mesh(1, 1, size, ranks=order), [R, R, S(0)]
 
 
 def cut(
     full: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement] | None
 ) -> torch.Tensor:
-    """What this rank holds of `full`, in memory of its own: `part`, for any dtype; None: all."""
+    """What this rank holds of `full`, in memory of its own: `part`, for any dtype; None: all.
+
+    On a rank outside of the mesh that is an empty tensor.
+    """
+    if placements is not None and mesh.get_coordinate() is None:
+        return full.new_empty((0,))
     plain = full.detach().resolve_conj().resolve_neg()
     whole = plain.view(WHOLE[full.dtype.itemsize]) if full.dtype.itemsize in WHOLE else plain
     held = whole if placements is None else part(whole, mesh, placements)
     return held.clone(memory_format=torch.contiguous_format).view(full.dtype)
+
+
+def place_on(mesh: DeviceMesh, dim: int = 0) -> int:
+    """This rank's place along a dimension; its number in the group may be another."""
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "this rank is not in the mesh"
+    return coordinate[dim]
 
 
 def laid(full: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
@@ -100,6 +147,12 @@ class Kind:
     @property
     def is_parameter(self) -> bool:
         return isinstance(self.leaf, nn.Parameter)
+
+    @property
+    def spec(self) -> DTensorSpec:
+        """What the DTensor says of itself."""
+        assert isinstance(self.leaf, DTensor)
+        return self.leaf._spec
 
     def local(self, full: torch.Tensor) -> torch.Tensor:
         """What this rank must hold, were it made of `full`."""
@@ -173,7 +226,7 @@ def nested(
         metadata.append(ShardMetadata([start, *[0] * (full.dim() - 1)], box, place))
         start += count
     outer = ShardedTensor._init_from_local_shards_and_global_metadata(
-        [LocalShard(inner, metadata[tp.get_local_rank()])],
+        [LocalShard(inner, metadata[place_on(tp)])],
         ShardedTensorMetadata(metadata, full.size(), TensorProperties(dtype=full.dtype)),
         process_group=tp.get_group(),
     )

@@ -89,6 +89,14 @@ def _shared(made: Make) -> nn.Module:
     return bag(a=child, w=tied, b=bag(c=child, tied=tied, d=nn.ParameterList([tied, tied])), z=tied)
 
 
+def _views(made: Make) -> nn.Module:
+    """Several Parameters over one memory, which are not one Parameter."""
+    first: Any = made()
+    frozen = nn.Parameter(first.data, requires_grad=False)
+    rows = nn.Parameter(first._local_tensor.detach()[:1])
+    return bag(w=first, v=nn.Parameter(first.data), f=frozen, child=bag(r=rows, b=first.detach()))
+
+
 def _parametrized(made: Make) -> nn.Module:
     owner = bag(w=made(), v=nn.Parameter(torch.ones(2)))
     parametrize.register_parametrization(owner, "w", Halved(), unsafe=True)
@@ -96,12 +104,13 @@ def _parametrized(made: Make) -> nn.Module:
 
 
 def _attributes(made: Make) -> nn.Module:
-    tree = bag(w=made(), child=bag(w=made()))
-    tree.note, tree.child.note = {"a": 1}, [torch.ones(1)]  # type: ignore[assignment, union-attr]
+    tree: Any = bag(w=made(), child=bag(w=made()))
+    tree.note, tree.child.note = {"a": 1}, [torch.ones(1)]
     tree.child.eval()
     for number, param in enumerate(tree.parameters()):
-        param.tag = f"number {number}"  # type: ignore[attr-defined]
-    return tree
+        param.tag = f"number {number}"
+    made_of: nn.Module = tree
+    return made_of
 
 
 def _deep(made: Make) -> nn.Module:
@@ -121,6 +130,7 @@ TREES: dict[str, Callable[[Make], nn.Module]] = {
     "empty and None": _empty,
     "nothing sharded": _nothing,
     "shared and tied": _shared,
+    "several over one memory": _views,
     "parametrized": _parametrized,
     "attributes": _attributes,
     "a hundred levels": _deep,

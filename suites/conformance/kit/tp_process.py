@@ -27,6 +27,13 @@ def _set(change: Callable[[Any], Any], value: Any, back: Any) -> Iterator[None]:
         change(back)
 
 
+@contextmanager
+def _ignoring() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="of the caller")
+        yield
+
+
 CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "grad": torch.enable_grad,
     "no grad": torch.no_grad,
@@ -35,16 +42,9 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "default dtype": lambda: _set(torch.set_default_dtype, torch.bfloat16, torch.float32),
     "deterministic": lambda: _set(torch.use_deterministic_algorithms, True, False),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    "one warning is ignored": lambda: _ignoring(),
+    "one warning is ignored": _ignoring,
 }
 """Name -> a context that callers may be in."""
-
-
-@contextmanager
-def _ignoring() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="of the caller")
-        yield
 
 
 def process() -> dict[str, Any]:
@@ -63,7 +63,7 @@ def process() -> dict[str, Any]:
         "process groups": len(dist.distributed_c10d._world.pg_map),
         "threads of Python": threading.active_count(),
         "environment": dict(os.environ),
-        "folder": os.getcwd(),  # noqa: PTH109 -- as a call would change it
+        "folder": os.getcwd(),
     }
 
 
