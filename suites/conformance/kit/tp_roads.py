@@ -59,7 +59,7 @@ FUNCTIONS: tuple[Function, ...] = (
     Function(UTILS + "_flatten_tensor", data.flatten_tensor),
     Function(UTILS + "_unflatten_tensor", data.unflatten_tensor, trains=data.through_unflatten),
     Function(DDP + "_get_submodule_n_params", modules.submodule, moves=False),
-    Function(DDP + "_update_module_param", modules.update, module=True),
+    Function(DDP + "_update_module_param", modules.update, moves=False, module=True),
     Function(
         DDP + "_localize_dtensor", modules.localize, module=True, trains=modules.through_localize
     ),

@@ -242,7 +242,8 @@ class TestUpdate:
             for owner in module.modules():
                 for leaf, value in owner._parameters.items():
                     if value is not None:
-                        twin = twins.setdefault(id(value), nn.Parameter(value.detach()))
+                        twin = nn.Parameter(value.detach(), requires_grad=value.requires_grad)
+                        twin = twins.setdefault(id(value), twin)
                         twin.__dict__.update(vars(value))
                         entries.append((owner, leaf, twin))
             expected = {id(owner): dict(owner._parameters) for owner in module.modules()}

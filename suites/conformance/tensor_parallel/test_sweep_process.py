@@ -61,30 +61,18 @@ def _tensors(got: Any) -> list[torch.Tensor]:
 class TestProcess:
     @pytest.mark.law("isolation")
     @functions(2)
-    def test_right_in_any_state_and_none_changes(
+    def test_the_process_and_the_inputs_stay(
         self, function: Function, judged: Any, seat: Seat
     ) -> None:
-        """In each of the caller's modes the result must be right, and modes and inputs stay."""
+        """In any of the caller's modes a call must be right, change no state and keep nothing."""
         _state_stays(function, judged, seat)
-
-    @pytest.mark.law("isolation")
-    @functions(4)
-    def test_cut_in_any_state_and_none_changes(
-        self, function: Function, judged: Any, seat: Seat
-    ) -> None:
-        """In each of the caller's modes the result must be right, and modes and inputs stay."""
-        _state_stays(function, judged, seat)
-
-    @pytest.mark.law("isolation")
-    @functions(2)
-    def test_nothing_is_kept(self, function: Function, judged: Any, seat: Seat) -> None:
-        """Once the caller lets go of tensors and modules they must be gone: no cache holds them."""
         _nothing_is_kept(function, judged, seat)
 
     @pytest.mark.law("isolation")
     @functions(4)
-    def test_nothing_that_was_cut_is_kept(
+    def test_the_process_and_what_is_cut_stay(
         self, function: Function, judged: Any, seat: Seat
     ) -> None:
-        """Once the caller lets go of tensors and modules they must be gone: no cache holds them."""
+        """In any of the caller's modes a call must be right, change no state and keep nothing."""
+        _state_stays(function, judged, seat)
         _nothing_is_kept(function, judged, seat)

@@ -26,7 +26,7 @@ from conformance.kit.tp_roads import Function, functions
 
 
 def _moves(function: Function) -> bool:
-    return function.moves and function.name != "_update_module_param"
+    return function.moves
 
 
 def _again_and_again(function: Function, judged: Any, seat: Seat) -> None:
