@@ -48,14 +48,15 @@ def leaves(kinds: dict[str, Kind]) -> dict[str, torch.Tensor]:
 
 
 def assert_between(module: Any, kinds: dict[str, Kind], whole: torch.Tensor) -> None:
-    """Between forwards the module holds local tensors, tied and flagged as they were."""
+    """Between forwards the module holds local Parameters, tied and flagged as they were."""
     for name, kind in kinds.items():
         held, tied = getattr(module, name), getattr(module.child, name)
-        assert not isinstance(held, DTensor), f"{kind.name}: a DTensor between forwards"
-        assert held is tied, f"{kind.name}: untied"
         assert_local(held, kind, whole, "between forwards")
-        assert isinstance(held, nn.Parameter) is kind.is_parameter, f"{kind.name}: Parameter"
-        assert held.requires_grad is kind.leaf.requires_grad, f"{kind.name}: requires_grad"
+        if kind.is_parameter:
+            assert not isinstance(held, DTensor), f"{kind.name}: a DTensor between forwards"
+            assert isinstance(held, nn.Parameter), f"{kind.name}: a {type(held).__name__}"
+            assert held is tied, f"{kind.name}: untied"
+            assert held.requires_grad is kind.leaf.requires_grad, f"{kind.name}: requires_grad"
 
 
 def assert_inside(held: Any, kinds: dict[str, Kind], whole: torch.Tensor) -> None:

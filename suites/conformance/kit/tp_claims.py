@@ -23,7 +23,8 @@ from conformance.kit.tp_calls import CPU
 from conformance.kit.tp_kinds import Seat, laid, nested
 
 MESH = re.compile("(?i)mesh")
-PLACED = re.compile(r"(?i)placement|shard|partial|dim")
+PLACED = re.compile("(?i)mesh|placement|shard|partial|dim")
+SHAPED = re.compile(SHAPE.pattern + "|volume")
 TYPE = re.compile("(?i)tensor")
 
 
@@ -207,7 +208,7 @@ def _chunk_tensor(seat: Seat) -> Refusals:
 
     for placement in (S(0), S(1)):
         for name, lie in lies(laid(numbers(8, 12), tp, [placement])):
-            yield ask(f"{name} for {placement}", lie, SHAPE)
+            yield ask(f"{name} for {placement}", lie, SHAPED)
     yield ask("Partial", dtensor(numbers(8, 12), tp, [Partial()], local=numbers(8, 12)), PLACED)
     yield ask("strided", dtensor(numbers(8, 12), tp, [SS(0, 2)]), PLACED)
     yield ask("two dimensions", laid(numbers(8, 12), root, [S(0), S(1)]), MESH)

@@ -20,8 +20,8 @@ def _refuses(function: Function) -> bool:
 
 
 def _refused_alone(function: Function, judged: Any, seat: Seat) -> None:
-    """On one rank while the others do nothing, then on all."""
-    for turn in (1, None):
+    """On all ranks, then on one while the others do nothing."""
+    for turn in (None, 1):
         accepted = []
         for name, call, mentions, kinds in REFUSED[function.name](seat):
             if turn in (None, seat.world.rank):
@@ -40,13 +40,13 @@ class TestClaims:
     @pytest.mark.law("symmetry")
     @functions(2, _refuses)
     def test_refused(self, function: Function, judged: Any, seat: Seat) -> None:
-        """Input that contradicts itself must be refused by name, on one rank and on all."""
+        """Input that contradicts itself must be refused by name, on all ranks and on one."""
         _refused_alone(function, judged, seat)
 
     @pytest.mark.law("symmetry")
     @functions(4, _refuses)
     def test_refused_to_be_cut(self, function: Function, judged: Any, seat: Seat) -> None:
-        """Input that contradicts itself must be refused by name, on one rank and on all."""
+        """Input that contradicts itself must be refused by name, on all ranks and on one."""
         _refused_alone(function, judged, seat)
 
 

@@ -66,6 +66,7 @@ class TestLocalize:
                 assert_alike(module, before, lay, f"{name}, {turn} call")
 
     @pytest.mark.law("structure")
+    @pytest.mark.should("nobody is promised what a caller hangs on a parameter")
     @pytest.mark.world(2)
     def test_what_hangs_on_a_parameter(self, judged: Any, mesh: Any) -> None:
         """Attributes, a gradient that lies ready and its flag must go with the Parameter."""
