@@ -30,7 +30,8 @@ from conformance.kit.tp_kinds import (
 
 
 def _line_kinds(full: torch.Tensor, seat: Seat) -> Iterator[Kind]:
-    return dtensors(full, seat, [(seat.line(), p) for p in ONE_D], partial=False)
+    layouts = [(mesh, p) for mesh in seat.lines() for p in ONE_D]
+    return dtensors(full, seat, layouts, partial=False)
 
 
 def _described(call: Callable[[Any, Kind, Seat], Any], check: Callable[..., None]) -> Any:
@@ -44,27 +45,27 @@ def _described(call: Callable[[Any, Kind, Seat], Any], check: Callable[..., None
     return make
 
 
-def _place(kind: Kind, full: torch.Tensor, seat: Seat, idx: int | None = None) -> Any:
+def _place(kind: Kind, full: torch.Tensor, idx: int | None = None) -> Any:
     assert kind.placements is not None
-    found = boxes(full.shape, seat.world.size, kind.placements[0])
+    found = boxes(full.shape, kind.mesh.size(), kind.placements[0])
     return found[place_on(kind.mesh) if idx is None else idx]
 
 
 def _check_box(got: Any, full: torch.Tensor, kind: Kind, seat: Seat) -> None:
-    assert tuple(got[1]) == _place(kind, full, seat)[1], f"{kind.name}: {got}"
+    assert tuple(got[1]) == _place(kind, full)[1], f"{kind.name}: {got}"
 
 
 def _check_local_box(got: Any, full: torch.Tensor, kind: Kind, seat: Seat) -> None:
-    assert_box(got, _place(kind, full, seat), full.shape, kind.name)
+    assert_box(got, _place(kind, full), full.shape, kind.name)
 
 
 def _check_last_box(got: Any, full: torch.Tensor, kind: Kind, seat: Seat) -> None:
-    assert_box(got, _place(kind, full, seat, seat.world.size - 1), full.shape, kind.name)
+    assert_box(got, _place(kind, full, kind.mesh.size() - 1), full.shape, kind.name)
 
 
 def _check_shard(got: Any, full: torch.Tensor, kind: Kind, seat: Seat) -> None:
     box = (got.shard_offsets, got.shard_sizes)
-    assert_box(box, _place(kind, full, seat), full.shape, kind.name)
+    assert_box(box, _place(kind, full), full.shape, kind.name)
 
 
 def _check_metadata(got: Any, full: torch.Tensor, kind: Kind, seat: Seat) -> None:
@@ -72,7 +73,7 @@ def _check_metadata(got: Any, full: torch.Tensor, kind: Kind, seat: Seat) -> Non
     assert tuple(got.size) == tuple(full.shape), f"{kind.name}: {got.size}"
     for number, shard in enumerate(got.shards_metadata):
         box = (shard.shard_offsets, shard.shard_sizes)
-        assert_box(box, _place(kind, full, seat, number), full.shape, f"{kind.name} {number}")
+        assert_box(box, _place(kind, full, number), full.shape, f"{kind.name} {number}")
 
 
 def _check_group(got: Any, full: torch.Tensor, kind: Kind, seat: Seat) -> None:
@@ -92,7 +93,7 @@ def rewrite_spec(full: torch.Tensor, seat: Seat) -> Roads:
 
 
 box = _described(lambda f, k, _: f(k.leaf), _check_box)
-box_for = _described(lambda f, k, seat: f(k.leaf, seat.world.size - 1), _check_last_box)
+box_for = _described(lambda f, k, _: f(k.leaf, k.mesh.size() - 1), _check_last_box)
 local_box = _described(lambda f, k, _: f(k.leaf), _check_local_box)
 shard_metadata = _described(lambda f, k, seat: f(k.leaf, seat.world.rank), _check_shard)
 metadata = _described(lambda f, k, _: f(k.leaf, k.mesh.get_group()), _check_metadata)
@@ -117,9 +118,10 @@ def _rows_of(mine: torch.Tensor, group: Any, place: int | None = None) -> torch.
     return mine[start : start + counts[at]]
 
 
-def _innermost(tensor: Any) -> Any:
+def innermost(tensor: Any) -> Any:
+    """The plain tensor of the one shard here, in a ShardedTensor that may hold others."""
     (shard,) = tensor.local_shards()
-    return _innermost(shard.tensor) if hasattr(shard.tensor, "local_shards") else shard.tensor
+    return innermost(shard.tensor) if hasattr(shard.tensor, "local_shards") else shard.tensor
 
 
 def chunk_tensor(full: torch.Tensor, seat: Seat) -> Roads:
@@ -129,7 +131,7 @@ def chunk_tensor(full: torch.Tensor, seat: Seat) -> Roads:
 
     def road(name: str, leaf: Any, mine: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         def check(got: Any, whole: torch.Tensor) -> None:
-            assert_same(_innermost(got), _rows_of(mine(whole), group), name)
+            assert_same(innermost(got), _rows_of(mine(whole), group), name)
 
         return name, Road(lambda judged: judged(leaf, rank, size, 0, group), {"w": leaf}, check)
 

@@ -61,6 +61,10 @@ class Seat:
         line: DeviceMesh = self.mesh(self.world.size)
         return line
 
+    def lines(self) -> list[DeviceMesh]:
+        """Meshes of one dimension that this rank is on."""
+        return [self.line()]
+
     def layouts(self) -> Iterator[tuple[DeviceMesh, list[Placement]]]:
         """Placements over meshes of one, two and three dimensions."""
         size = self.world.size
@@ -84,7 +88,7 @@ class Unusual(Seat):
     """Of the root mesh."""
 
     def _order(self) -> list[int]:
-        return [*range(1, self.world.size), 0][::-1]
+        return [self.world.size - 1, *range(self.world.size - 1)]
 
     def root(self) -> DeviceMesh:
         root: DeviceMesh = self.mesh(*self.shape, ranks=self._order())
@@ -93,6 +97,11 @@ class Unusual(Seat):
     def line(self) -> DeviceMesh:
         line: DeviceMesh = self.mesh(self.world.size, ranks=self._order())
         return line
+
+    def lines(self) -> list[DeviceMesh]:
+        last = self.world.size - 1
+        found = [self.line(), *(self.mesh(2, ranks=ranks) for ranks in ([last, 0], [0, 1]))]
+        return [mesh for mesh in found if mesh.get_coordinate() is not None]
 
     def layouts(self) -> Iterator[tuple[DeviceMesh, list[Placement]]]:
         last = self.world.size - 1

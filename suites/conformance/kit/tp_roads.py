@@ -31,6 +31,7 @@ class Function:
         ranks: how many its worlds have.
         moves: whether its results hold values that the tensors it is given have.
         copies: whether these lie in memory of their own.
+        placed: whether it looks at meshes or groups.
         module: whether what it is given is changed, a module, and the tensors in there are not.
         trains: where gradients pass it: (a judged function, a full tensor, where) -> for each kind
             that trains, (the kind, the local tensor, the DTensor whose gradient must arrive there).
@@ -42,6 +43,7 @@ class Function:
     ranks: int = 2
     moves: bool = True
     copies: bool = False
+    placed: bool = True
     module: bool = False
     trains: Callable[[Any, torch.Tensor, Seat], Trained] | None = None
 
@@ -55,11 +57,11 @@ class Function:
 
 
 FUNCTIONS: tuple[Function, ...] = (
-    Function(UTILS + "sync_grad_hook", data.sync_grad_hook),
+    Function(UTILS + "sync_grad_hook", data.sync_grad_hook, placed=False),
     Function(UTILS + "_flatten_tensor", data.flatten_tensor),
     Function(UTILS + "_unflatten_tensor", data.unflatten_tensor, trains=data.through_unflatten),
-    Function(DDP + "_get_submodule_n_params", modules.submodule, moves=False),
-    Function(DDP + "_update_module_param", modules.update, moves=False, module=True),
+    Function(DDP + "_get_submodule_n_params", modules.submodule, moves=False, placed=False),
+    Function(DDP + "_update_module_param", modules.update, moves=False, placed=False, module=True),
     Function(
         DDP + "_localize_dtensor", modules.localize, module=True, trains=modules.through_localize
     ),
@@ -81,7 +83,7 @@ FUNCTIONS: tuple[Function, ...] = (
     Function(FSDP + "_create_shard_md_from_dt", fsdp.shard_metadata, moves=False),
     Function(FSDP + "_create_sharded_tensor_md_from_dt", fsdp.metadata, moves=False),
     Function(FSDP + "_get_dt_pg", fsdp.group, moves=False),
-    Function(FSDP + "_rewrite_spec_if_needed", fsdp.rewrite_spec, moves=False),
+    Function(FSDP + "_rewrite_spec_if_needed", fsdp.rewrite_spec, moves=False, placed=False),
     Function(FSDP + "DTensorExtensions", data.extensions, trains=data.through_extensions),
     Function(FSDP + "_chunk_tensor", fsdp.chunk_tensor, ranks=4, copies=True),
     Function(FSDP + "_chunk_dtensor", fsdp.chunk_dtensor, ranks=4, copies=True),

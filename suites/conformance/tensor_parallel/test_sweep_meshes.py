@@ -25,7 +25,7 @@ def _right(function: Function, judged: Any, seat: Seat, rows: tuple[int, ...]) -
 class TestMeshes:
     @pytest.mark.law("group")
     @UNSORTED
-    @functions(2, world=3)
+    @functions(2, lambda function: function.placed, world=3)
     def test_any_mesh(self, function: Function, judged: Any, seat: Seat) -> None:
         """On meshes in another order, of some ranks, of one, each member must get its part."""
         _right(function, judged, Unusual(seat.mesh, seat.world, seat.subject), (7, 2, 0))
