@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from conformance.kit.compare import assert_same, assert_type
 from conformance.kit.data import DTYPES, numbers
-from conformance.kit.tp_kinds import Seat, laid, trainable
+from conformance.kit.layouts import SS, R, S
+from conformance.kit.tensor_parallel import bag
+from conformance.kit.tp_kinds import Seat, cut, laid, trainable
 from conformance.kit.tp_roads import Function, functions
 from conformance.kit.tp_values import patterns
 
@@ -60,3 +63,42 @@ class TestValues:
                 what = f"{kind.name}, {dtype}"
                 assert_type(piece.grad, torch.Tensor, what)
                 assert_same(piece.grad, kind.local(grads), what)
+
+
+@pytest.mark.judges("tensor.parallel.ddp._pre_dp_module_transform")
+class TestLoaded:
+    @pytest.mark.law("values")
+    @pytest.mark.needs("functional gathers")
+    @pytest.mark.world(2)
+    def test_every_bit_is_loaded(self, judged: Any, seat: Seat) -> None:
+        """A checkpoint of any dtype, whole or laid out otherwise, must be loaded bit for bit."""
+        line = seat.line()
+        for number, dtype in enumerate(DTYPES):
+            full = patterns(dtype)[: -3 if number % 3 else None]
+            weight = nn.Parameter(laid(full.clone(), line, [S(0)]), requires_grad=False)
+            module: Any = bag(w=weight)
+            judged(module)
+            for name, saved in {
+                "whole": full,
+                "by rows": laid(full, line, [S(0)]),
+                "by columns": laid(full, line, [S(1)]),
+                "replicated": laid(full, line, [R]),
+                "on another mesh": laid(full, seat.mesh(1, 2), [R, S(0)]),
+            }.items():
+                module.w.data.view(torch.uint8).fill_(0)
+                module.load_state_dict({"w": saved})
+                assert_same(module.w.detach(), cut(full, line, [S(0)]), f"{name}, {dtype}")
+
+
+@pytest.mark.judges("tensor.parallel.fsdp._all_gather_dtensor")
+class TestScattered:
+    @pytest.mark.law("values")
+    @pytest.mark.needs("functional gathers")
+    @pytest.mark.world(4)
+    def test_every_bit_of_a_strided_part(self, judged: Any, seat: Seat) -> None:
+        """Where TP holds several stretches of a tensor each dtype must be gathered bit for bit."""
+        root = seat.root()
+        for dtype in DTYPES:
+            full = patterns(dtype)[:64]
+            got = judged(laid(full, root, [S(1), SS(0, 2)]), root)
+            assert_same(got, cut(full, root, [R, SS(0, 2)]), str(dtype))

@@ -29,6 +29,7 @@ from shardproof.tensor.parallel._data_parallel_utils import (
     around,
     unflattened,
 )
+from shardproof.tensor.parallel._moves import moved
 from shardproof.tensor.parallel._subclasses import alias
 
 _RECORDS = "_shardproof_localized"
@@ -150,8 +151,8 @@ def local_part(value: torch.Tensor, spec: DTensorSpec) -> torch.Tensor:
     value = value.detach()
     if isinstance(value, DTensor):
         if value.device_mesh == spec.mesh:
-            return settled(value.redistribute(placements=spec.placements).to_local())
-        value = settled(value.full_tensor())
+            return moved(value, lambda v: v.redistribute(placements=spec.placements).to_local())
+        value = moved(value, lambda v: v.full_tensor())
     coordinate = my_coordinate(spec.mesh)
     if coordinate is None:
         return value.new_empty((0,))

@@ -35,6 +35,7 @@ from shardproof._state_dict_utils.tensors import (
     is_ordinary,
 )
 from shardproof._state_dict_utils.wire import Domain, Stage, all_gather, collect, mesh_domain
+from shardproof.tensor.parallel._moves import moved
 from shardproof.tensor.parallel._subclasses import alias, piece
 from shardproof.tensor.parallel.fsdp.meshes import (
     chunk_placements,
@@ -239,8 +240,7 @@ def _reduces(placements: tuple[Placement, ...]) -> bool:
 def _by_redistribution(tensor: DTensor) -> torch.Tensor:
     """By way of DTensor's own collectives, for what is more than moving rectangles."""
     placements = [*([Replicate()] * (tensor.device_mesh.ndim - 1)), tensor.placements[-1]]
-    given: Any = tensor
-    local: torch.Tensor = settled_result(given.redistribute(placements=placements)._local_tensor)
+    local = moved(tensor, lambda t: t.redistribute(placements=placements)._local_tensor)
     if not has_own_operations(local):
         return fresh_copy(local, local.device)
     return own_copy(local) if local is tensor._local_tensor else local
