@@ -131,5 +131,37 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "param_extension, self.device_handle)",
         "dtensor_extensions",
     ),
+    (
+        "other_cuts_unnoticed",
+        "ranks whose chunks are cut otherwise mix them, if they are equally large",
+        "dtensors.py",
+        "    return zlib.crc32(repr(said).encode()) << 8\n",
+        "    return 256\n",
+        "sweep_claims",
+    ),
+    (
+        "boxes_by_claim",
+        "the box of a shard is what its placement says, whatever it holds",
+        "boxes.py",
+        "    if tensor._local_tensor.size() != box[1]:\n",
+        "    if tensor._local_tensor.numel() != box[1].numel():\n",
+        "sweep_claims",
+    ),
+    (
+        "boxes_in_group_order",
+        "a rank's box follows its number in the group, not its place on the mesh",
+        "boxes.py",
+        "    count, place = spec.mesh.size(0), coordinate[0]\n",
+        "    count, place = spec.mesh.size(0), spec.mesh.get_group().rank()\n",
+        "sweep_meshes",
+    ),
+    (
+        "chunks_before_they_arrive",
+        "a weight that is still being gathered is chunked as memory was before",
+        "sharded.py",
+        "    local = settled_result(tensor._local_tensor)\n",
+        '    local = getattr(tensor._local_tensor, "elem", tensor._local_tensor)\n',
+        "sweep_sequence",
+    ),
 )
 """(name, fault, file below tensor/parallel/fsdp, old, new, check file without test_)."""

@@ -29,6 +29,8 @@ from shardproof.tensor.parallel._data_parallel_utils import (
     around,
     unflattened,
 )
+from shardproof.tensor.parallel._moves import moved
+from shardproof.tensor.parallel._subclasses import alias
 
 _RECORDS = "_shardproof_localized"
 _KEEP_VARS = "_shardproof_keep_vars"
@@ -115,10 +117,12 @@ def localized(whole: DTensor) -> tuple[torch.Tensor, DTensorSpec]:
     """
     plain, spec = _flatten_tensor(whole)
     assert spec is not None
-    if not isinstance(whole, nn.Parameter):
-        return plain.detach(), spec
-    # A Parameter is over what it is given, but detached from it.
-    local = nn.Parameter(plain, requires_grad=whole.requires_grad)
+    # A wrapper cannot be detached in inference mode, where the first forward may find us.
+    with torch.inference_mode(mode=False):
+        if not isinstance(whole, nn.Parameter):
+            return alias(plain), spec
+        # A Parameter is over what it is given, but detached from it.
+        local = nn.Parameter(plain, requires_grad=whole.requires_grad)
     local.__dict__.update(whole.__dict__)
     grad = whole.grad
     if grad is not None and isinstance(grad, DTensor) and grad.placements == spec.placements:
@@ -147,8 +151,8 @@ def local_part(value: torch.Tensor, spec: DTensorSpec) -> torch.Tensor:
     value = value.detach()
     if isinstance(value, DTensor):
         if value.device_mesh == spec.mesh:
-            return settled(value.redistribute(placements=spec.placements).to_local())
-        value = settled(value.full_tensor())
+            return moved(value, lambda v: v.redistribute(placements=spec.placements).to_local())
+        value = moved(value, lambda v: v.full_tensor())
     coordinate = my_coordinate(spec.mesh)
     if coordinate is None:
         return value.new_empty((0,))

@@ -9,9 +9,12 @@ a block's graph with ``fullgraph=True``, too. What they do otherwise lies outsid
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterable, Mapping
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 from torch._compile import _disable_dynamo
 from torch.distributed.tensor import DTensor
@@ -21,6 +24,8 @@ from shardproof.tensor.parallel import _localized, _optimizers, _replicas
 SEAM = "_shardproof_seam"
 IGNORED = "_shardproof_not_localized"
 _STATE_DICT = "_shardproof_seam_state_dict"
+_ONE_AT_A_TIME = threading.RLock()
+"""Held while DTensors go in or out: another thread may evaluate, or save, what one trains."""
 
 
 class Seam:
@@ -54,12 +59,19 @@ def after(module: Any, _input: Any, _output: Any) -> None:
 
 @_disable_dynamo(recursive=True)
 def begin(module: nn.Module) -> None:
+    with _ONE_AT_A_TIME:
+        _begin(module)
+
+
+def _begin(module: nn.Module) -> None:
     seam = seam_of(module)
     if seam is None:
         enter(module)
         return
     if seam.depth and calls_of(module) > 1:
         seam.depth += 1
+        if torch.is_grad_enabled():
+            _let_train(module)
         return
     if seam.depth:
         # An interrupt left without hooks (Module calls them for an Exception only).
@@ -76,10 +88,11 @@ def begin(module: nn.Module) -> None:
 
 @_disable_dynamo(recursive=True)
 def end(module: nn.Module) -> None:
-    seam = module.__dict__[SEAM]
-    seam.depth -= 1
-    if not seam.depth:
-        leave(module)
+    with _ONE_AT_A_TIME:
+        seam = module.__dict__[SEAM]
+        seam.depth -= 1
+        if not seam.depth:
+            leave(module)
 
 
 def enter(module: nn.Module) -> bool:
@@ -92,6 +105,20 @@ def enter(module: nn.Module) -> bool:
         if (seam := seam_of(part)) is not None:
             seam.inside += 1
     return True
+
+
+def _let_train(module: nn.Module) -> None:
+    """Renew DTensors that a forward around this one, or in another thread, put in without grad."""
+    renewed: dict[int, DTensor] = {}
+    for owner in _localized.parts_of(module):
+        for name, entry in _localized.records_of(owner).items():
+            slots, held, local = _localized.slots_of(owner, name), entry.inside, entry.local
+            if held is None or slots.get(name) is not held:
+                continue
+            if local.requires_grad and not held.requires_grad:
+                if id(local) not in renewed:
+                    renewed[id(local)] = _localized.as_dtensor(local, entry, name)
+                entry.inside = slots[name] = renewed[id(local)]
 
 
 def complete(module: nn.Module) -> None:
@@ -231,10 +258,13 @@ def seam_of(module: nn.Module) -> Seam | None:
 
 
 def calls_of(module: nn.Module) -> int:
-    """How many of the frames below us are calls of this module; two are as many as we look for."""
-    frame, calls = sys._getframe(1), 0
-    while frame is not None and calls < 2:
-        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
-            calls += 1
-        frame = frame.f_back  # type: ignore[assignment]
+    """How many frames, of any thread, are calls of this module; we look for two at most."""
+    calls = 0
+    for top in sys._current_frames().values():
+        frame: FrameType | None = top
+        while frame is not None and calls < 2:
+            code = frame.f_code
+            if code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
+                calls += 1
+            frame = frame.f_back
     return calls

@@ -109,13 +109,17 @@ def _get_box(tensor: DTensor) -> Box:
 
     Raises:
         NotImplementedError: another mesh or placement.
+        ValueError: the local tensor is not what the placement gives to this rank.
 
     Local: any rank of the mesh may call it alone.
 
     """
     dim = sharded_dim(tensor)
     spec = tensor._spec
-    return _spacing(spec.shape, dim, spec.mesh.size(0)), tensor._local_tensor.size()
+    sizes = tensor._local_tensor.size()
+    if spec.mesh.get_coordinate() is not None:
+        _, sizes = _get_local_box(tensor)
+    return _spacing(spec.shape, dim, spec.mesh.size(0)), sizes
 
 
 def _get_box_for(tensor: DTensor, idx: int) -> Box:
@@ -152,7 +156,8 @@ def _get_local_box(tensor: DTensor) -> Box:
 
     Raises:
         NotImplementedError: another mesh or placement.
-        ValueError: this rank is not on the mesh.
+        ValueError: this rank is not on the mesh, or its local tensor is not what the placement
+            gives to it.
 
     Local: any rank of the mesh may call it alone.
 
@@ -168,7 +173,14 @@ def _get_local_box(tensor: DTensor) -> Box:
     if type(place) is not int:
         # Where one process plays all ranks it stands for all of them, and has no hash.
         return torch.Size(_offsets(spec.shape, dim, count, place)), tensor._local_tensor.size()
-    return _box_at(spec.shape, dim, count, place)
+    box = _box_at(spec.shape, dim, count, place)
+    if tensor._local_tensor.size() != box[1]:
+        raise ValueError(
+            f"rank {dist.get_rank()} has a local tensor of shape "
+            f"{tuple(tensor._local_tensor.size())}, expected {tuple(box[1])} of "
+            f"{tuple(spec.shape)} with {spec.placements[0]}"
+        )
+    return box
 
 
 @for_each_rank
@@ -188,7 +200,8 @@ def _create_shard_md_from_dt(dt: DTensor, current_rank: int) -> ShardMetadata:
 
     Raises:
         NotImplementedError: another mesh or placement.
-        ValueError: this rank is not on the mesh.
+        ValueError: this rank is not on the mesh, or its local tensor is not what the placement
+            gives to it.
 
     Local: any rank of the mesh may call it alone.
 

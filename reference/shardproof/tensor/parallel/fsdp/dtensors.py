@@ -35,6 +35,7 @@ from shardproof._state_dict_utils.tensors import (
     is_ordinary,
 )
 from shardproof._state_dict_utils.wire import Domain, Stage, all_gather, collect, mesh_domain
+from shardproof.tensor.parallel._moves import moved
 from shardproof.tensor.parallel._subclasses import alias, piece
 from shardproof.tensor.parallel.fsdp.meshes import (
     chunk_placements,
@@ -47,12 +48,13 @@ from shardproof.tensor.parallel.fsdp.routes import Route, route_of
 
 __all__ = ["_all_gather_dtensor", "_chunk_dtensor"]
 
-# Each rank sends its verdict along with its bytes: whether its local tensor is what the others
-# expect, its type where only the type's own operations move it, and its shape. A multiple of the
-# widest element, so that the bytes behind it are aligned.
+# Each rank sends its verdict along with its bytes: what it says of the whole if its local tensor is
+# what the others expect, its type where only the type's own operations move it, and its shape. A
+# multiple of the widest element, so that the bytes behind it are aligned.
 _HEADER_DIMS = 7
 _HEADER_BYTES = 8 * (3 + _HEADER_DIMS)
-_GOOD_BUT_NO_BYTES = 256
+_WORD = 8
+_SENT_AS_BYTES = 255
 
 
 @torch.no_grad()
@@ -184,7 +186,8 @@ def _all_gather_dtensor(tensor: DTensor, parent_mesh: DeviceMesh | None) -> torc
     Raises:
         TypeError: ``tensor`` is no DTensor.
         ValueError: ``tensor`` is on another mesh; or, the same on every rank of the gather, a
-            local tensor is not what the placements give to its rank.
+            local tensor is not what the placements give to its rank, or the ranks' tensors differ
+            in shape, dtype or placements.
 
     All ranks of the root mesh have to call it. Collectives: none where only the last dimension is
     sharded; one per other sharded dimension, usually one in all; one more where the values of
@@ -237,8 +240,7 @@ def _reduces(placements: tuple[Placement, ...]) -> bool:
 def _by_redistribution(tensor: DTensor) -> torch.Tensor:
     """By way of DTensor's own collectives, for what is more than moving rectangles."""
     placements = [*([Replicate()] * (tensor.device_mesh.ndim - 1)), tensor.placements[-1]]
-    given: Any = tensor
-    local: torch.Tensor = settled_result(given.redistribute(placements=placements)._local_tensor)
+    local = moved(tensor, lambda t: t.redistribute(placements=placements)._local_tensor)
     if not has_own_operations(local):
         return fresh_copy(local, local.device)
     return own_copy(local) if local is tensor._local_tensor else local
@@ -313,23 +315,30 @@ def _agree_on_mesh(tensor: DTensor, local: torch.Tensor) -> None:
 def _check_verdicts(
     rows: torch.Tensor, tensor: DTensor, domain: Domain, coordinates: Sequence[tuple[int, ...]]
 ) -> None:
-    """Raise if a rank's local tensor is not what the placements give to it, or of another type."""
-    if all(rows[:, 0].tolist()):
+    """Raise if a rank's tensor is not what its placements or the other ranks' say, or its type."""
+    words = rows[:, :_WORD].tolist()
+    if words[0][0] == _SENT_AS_BYTES and words.count(words[0]) == len(words):
         return
     verdicts = rows[:, :_HEADER_BYTES].contiguous().view(torch.int64).tolist()
+    first = domain.name(domain.position(coordinates[0]))
+    said = f"{_expected(tensor)[1]} of {tuple(tensor._spec.shape)} with {tuple(tensor.placements)}"
     for (word, kind, ndim, *sizes), coordinate in zip(verdicts, coordinates, strict=True):
         member = domain.name(domain.position(coordinate))
         if not word:
             raise ValueError(
                 f"{member}: the local tensor has shape {tuple(sizes[:ndim])}, another dtype, or "
                 f"a type that cannot be padded; expected "
-                f"{spec_block(tensor._spec, coordinate).shape}, {_expected(tensor)[1]} of "
-                f"{tuple(tensor._spec.shape)} with {tuple(tensor.placements)}"
+                f"{spec_block(tensor._spec, coordinate).shape}, {said}"
+            )
+        if word >> 8 != verdicts[0][0] >> 8:
+            raise ValueError(
+                f"{member}: the tensor has another shape, dtype or placements than that of "
+                f"{first}; expected the same on all, here {said}"
             )
         if kind != verdicts[0][1]:
             raise ValueError(
-                f"{member}: the local tensor has another type than that of "
-                f"{domain.name(domain.position(coordinates[0]))}; expected the same on all"
+                f"{member}: the local tensor has another type than that of {first}; expected the "
+                "same on all"
             )
 
 
@@ -349,15 +358,22 @@ def _gather_in_place(
 def _verdict(tensor: DTensor, local: torch.Tensor) -> torch.Tensor:
     """The header's bytes: whether this rank's tensor is good, its kind and its shape."""
     good = (tuple(local.shape), local.dtype) == _expected(tensor)
-    # All bits of a good one that can be sent are set, so that any byte of it tells.
-    word, kind = -1, 0
+    spec = tensor._spec
+    word = _digest(tuple(spec.shape), spec.placements, cuts_of(spec), local.dtype)
+    sent, kind = _SENT_AS_BYTES, 0
     if has_own_operations(local) or not is_ordinary(local):
         name = f"{type(local).__module__}.{type(local).__qualname__} {local.layout} {local.dtype}"
-        word, kind = _GOOD_BUT_NO_BYTES, zlib.crc32(name.encode()) + 1
+        sent, kind = 1, zlib.crc32(name.encode()) + 1
         good = good and _can_be_padded(tensor, local)
     sizes = [*local.shape, *([0] * _HEADER_DIMS)][:_HEADER_DIMS]
-    header = [word if good else 0, kind, min(local.dim(), _HEADER_DIMS), *sizes]
+    header = [word | sent if good else 0, kind, min(local.dim(), _HEADER_DIMS), *sizes]
     return torch.tensor(header, dtype=torch.int64, device="cpu").view(torch.uint8)
+
+
+@lru_cache(maxsize=4096)
+def _digest(*said: object) -> int:
+    """What a rank says of the whole, in the bytes behind the first."""
+    return zlib.crc32(repr(said).encode()) << 8
 
 
 def _can_be_padded(tensor: DTensor, local: torch.Tensor) -> bool:

@@ -36,7 +36,6 @@ from shardproof.tensor.parallel.fsdp.boxes import (
     _create_shard_md_from_dt,
     _create_sharded_tensor_md_from_dt,
     _get_dt_pg,
-    _get_local_box,
     remote_device,
     sharded_dim,
 )
@@ -138,16 +137,11 @@ def _chunk_tensor(
     # only get them from chunks that do not hang below the owner's shard.
     if sharded_dim(tensor) is None:
         return _chunk_rows(local, num_devices_per_node, pg)
-    _, sizes = _get_local_box(tensor)
-    if local.size() != sizes:
-        raise ValueError(
-            f"rank {dist.get_rank()} has a local tensor of shape {tuple(local.shape)}, expected "
-            f"{tuple(sizes)} of {tuple(tensor.shape)} with {tensor.placements[0]}"
-        )
+    shard = _create_shard_md_from_dt(tensor, dist.get_rank())
     group = _get_dt_pg(tensor)
     return _around(
         _chunk_rows(local, num_devices_per_node, pg, everywhere=True),
-        _create_shard_md_from_dt(tensor, dist.get_rank()),
+        shard,
         _create_sharded_tensor_md_from_dt(tensor, group),
         group,
     )

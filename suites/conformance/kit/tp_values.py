@@ -1,0 +1,71 @@
+"""Bit patterns that arithmetic, a detour through another dtype or a comparison would not keep.
+
+For each dtype all patterns where these are few (8 bits), else every exponent of both signs, the
+outermost with mantissas of each kind: negative zeros, NaNs with payloads, quiet and signalling,
+infinities, subnormals, extremes, whole numbers beyond 2^53.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from conformance.kit.tp_kinds import WHOLE
+
+_LAYOUT = {
+    torch.float16: (5, 10),
+    torch.bfloat16: (8, 7),
+    torch.float32: (8, 23),
+    torch.float64: (11, 52),
+}
+"""Dtype -> bits of the exponent, and of the mantissa."""
+_PART = {
+    torch.complex32: torch.float16,
+    torch.complex64: torch.float32,
+    torch.complex128: torch.float64,
+}
+
+
+def patterns(dtype: torch.dtype, columns: int = 2) -> torch.Tensor:
+    """A tensor (rows divisible by 8, columns) of them."""
+    if dtype in _PART:
+        real = patterns(_PART[dtype], 1).view(-1)
+        turned = real.view(WHOLE[real.itemsize]).flip(0).view(real.dtype)
+        with warnings.catch_warnings():
+            # torch says once in a process that complex32 is experimental.
+            warnings.simplefilter("ignore", UserWarning)
+            torch.empty(1, dtype=dtype)
+        return _rows(torch.stack([real, turned], 1).view(-1).view(dtype), columns)
+    if dtype is torch.bool:
+        return _rows(torch.arange(64) % 3 == 0, columns)
+    if dtype.itemsize == 1:
+        return _rows(torch.arange(256).to(torch.uint8).view(dtype), columns)
+    if dtype not in _LAYOUT:
+        return _rows(_whole_numbers(dtype), columns)
+    exponents, mantissa = _LAYOUT[dtype]
+    edges = (0, 1, 2 ** (mantissa - 1), 2 ** (mantissa - 1) | 3, 2**mantissa - 1, 2**mantissa // 3)
+    last = 2**exponents - 1
+    found = [
+        (exponent << mantissa | edge) - (sign << (exponents + mantissa))
+        for exponent in range(last + 1)
+        for sign in (0, 1)
+        for edge in (edges if exponent in (0, 1, last - 1, last) else edges[exponent % 6 :][:1])
+    ]
+    return _rows(torch.tensor(found, dtype=WHOLE[dtype.itemsize]).view(dtype), columns)
+
+
+def _whole_numbers(dtype: torch.dtype) -> torch.Tensor:
+    """Integers around each power of two, of both signs, and the extremes."""
+    info = torch.iinfo(dtype)
+    near = {s * (2**n) + d for n in range(64) for d in (-1, 0, 1) for s in (1, -1)}
+    found = sorted(n for n in near | {info.min, info.max} if info.min <= n <= info.max)
+    return torch.tensor(found, dtype=dtype)
+
+
+def _rows(flat: torch.Tensor, columns: int) -> torch.Tensor:
+    bytes_of = flat.reshape(-1).view(torch.uint8).view(flat.numel(), -1)
+    step = 8 * columns
+    wanted = -(-flat.numel() // step) * step
+    filled = torch.cat([bytes_of, bytes_of[: wanted - flat.numel()]])
+    return filled.view(-1).view(flat.dtype).view(-1, columns)
