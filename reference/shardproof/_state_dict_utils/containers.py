@@ -42,10 +42,9 @@ def path_name(path: Iterable[Any]) -> str:
 
 def leaf_name(path: Path) -> str:
     """A name for a leaf that no other leaf of the state dict has: ``key['inner'][0]``."""
-    if len(path) == 1 and type(path[0]) is str:
-        return path[0]
     first, *rest = path or ("<root>",)
-    head = first if isinstance(first, str) else f"[{first!r}]"
+    # A key with a bracket could be read as a path: {"a['b']": x, "a": {"b": y}}.
+    head = first if isinstance(first, str) and "[" not in first else f"[{first!r}]"
     return head + "".join(f"[{item!r}]" for item in rest)
 
 

@@ -140,11 +140,11 @@ class Walk:
                 stack.pop()
 
     def names(self, name: Callable[[Path], str]) -> list[str]:
-        """``name(path)`` of each leaf, where a path of one string is its own name."""
+        """``name(path)`` of each leaf, where a path of one string without a bracket is its name."""
         held = self._root
         if held is not None and held.named and held.below is None:
             keys = list(held.container)
-            if _STRINGS.issuperset(map(type, keys)):
+            if _STRINGS.issuperset(map(type, keys)) and "[" not in "".join(keys):
                 return keys
         return list(map(name, self.paths()))
 
