@@ -16,7 +16,7 @@ import torch
 
 from conformance.kit.compare import assert_same
 from conformance.kit.kinds import GATHERED, KEPT, KINDS, LANDED, Kind, kinds_for
-from conformance.kit.nested import assert_same_structure
+from conformance.kit.nested import assert_same_structure, tensors
 
 Leaves = Mapping[Any, tuple[str, torch.Tensor]]
 """Key -> (name of a kind, the whole tensor)."""
@@ -246,8 +246,7 @@ def _unflatten(place: Place, function: Any, leaves: Leaves, nest: Nest) -> Call:
 
 
 def _traverse(place: Place, function: Any, leaves: Leaves, nest: Nest) -> Call:
-    made = _made(leaves, place.mesh)
-    value = nest(made)
+    value = nest(_made(leaves, place.mesh))
 
     def run() -> list[Any]:
         met: list[Any] = []
@@ -256,7 +255,7 @@ def _traverse(place: Place, function: Any, leaves: Leaves, nest: Nest) -> Call:
 
     def check(got: Any) -> None:
         met = [leaf for leaf in got if isinstance(leaf, torch.Tensor)]
-        assert sorted(map(id, met)) == sorted(map(id, made.values())), "not each leaf once"
+        assert list(map(id, met)) == list(map(id, tensors(value).values())), "other leaves"
 
     return Call(run, value, None, check)
 
@@ -303,5 +302,23 @@ def each(chosen: Callable[[Function], bool] = lambda _: True) -> pytest.MarkDeco
             )
             for function in FUNCTIONS
             if chosen(function)
+        ],
+    )
+
+
+def each_with_kinds() -> pytest.MarkDecorator:
+    """The same, once with the kinds of leaves that upstream takes, and once with the others."""
+    return pytest.mark.parametrize(
+        ("function", "usual"),
+        [
+            pytest.param(
+                function,
+                usual,
+                id=f"{function.name}-{'usual' if usual else 'unusual'}",
+                marks=pytest.mark.judges(f"_state_dict_utils.{function.name}"),
+            )
+            for function in FUNCTIONS
+            for usual in (True, False)
+            if function.kinds(usual=usual)
         ],
     )
