@@ -145,11 +145,11 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "every_sequence",
     ),
     (
-        "layouts_remembered_by_placement",
+        "places_remembered_without_a_shape",
         "what was found out for one shape answers for another",
-        "spread.py",
-        "    key = spec.placements, kinds, spec.tensor_meta, order, dtype, is_meta(tensor)\n",
-        "    key = spec.placements, kinds, order, dtype, is_meta(tensor)\n",
+        "places.py",
+        "spec.placements, kinds, spec.shape, getattr",
+        "spec.placements, kinds, getattr",
         "every_sequence",
     ),
     # --- time ---------------------------------------------------------------------------------

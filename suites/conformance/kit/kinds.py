@@ -38,7 +38,7 @@ class Kind:
         copied: what a copy of it is; the same, where nothing is said.
         after: what stands in its place when a whole tensor has landed; the leaf itself, where
             nothing is said.
-        usual: whether upstream's functions take it.
+        usual: whether upstream's functions take it, and treat it right.
 
     """
 
@@ -163,7 +163,7 @@ KINDS: dict[str, Kind] = {
     ),
     "strided": Kind(lambda full, _: spread(full), _ALL, after=_plain),
     "rows": Kind(_rows, _ALL),
-    "rows that train": Kind(lambda full, mesh: _parameter(_rows(full, mesh)), _ALL),
+    "rows that train": Kind(lambda full, mesh: _parameter(_rows(full, mesh)), _ALL, usual=False),
     "strided rows": Kind(
         lambda full, mesh: dtensor(full, mesh, [S(0)], local=spread(part(full, mesh, [S(0)]))),
         _ALL,
@@ -173,7 +173,7 @@ KINDS: dict[str, Kind] = {
     "rows in turn": Kind(lambda full, mesh: dtensor(full, mesh, [SS(0, 2)]), _ALL, usual=False),
     "pending": Kind(_pending, _NOT_LANDED, usual=False),
     "shards": Kind(_shards, _NOT_LANDED),
-    "turned shards": Kind(_turned_shards, _NOT_LANDED),
+    "turned shards": Kind(_turned_shards, _NOT_LANDED, usual=False),
     "unfinished": Kind(_unfinished, _NOT_LANDED, copied=_plain, usual=False),
     "unfinished rows": Kind(_unfinished_rows, _NOT_LANDED, copied=_rows, usual=False),
     "rows on meta": Kind(

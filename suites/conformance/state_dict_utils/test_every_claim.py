@@ -15,7 +15,8 @@ from conformance.kit.compare import fingerprint
 from conformance.kit.data import numbers
 from conformance.kit.refusals import MISSING, refused
 
-EACH_RANK = pytest.mark.parametrize("at", [0, 1, None], ids=["first", "last", "all"])
+EACH_RANK = (0, 1, None)
+"""Who tells the lie: the first, the last, all."""
 KEY = "layer.odd"
 
 
@@ -30,18 +31,21 @@ def _dtensors(
             lies = at in (None, world.rank)
             if lies:
                 lie(leaf)
-            found.append((f"{where}: {name}", lies, leaf))
+            found.append((f"{where}: {name}, {at}", lies, leaf))
     return found
+
+
+def _each_rank(mesh: Any, world: Any) -> list[tuple[str, bool, Any]]:
+    return [case for at in EACH_RANK for case in _dtensors(mesh, world, at)]
 
 
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")
 class TestGatherClaims:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=8, limit=40)
-    @EACH_RANK
-    def test_of_dtensors(self, judged: Any, mesh: Any, world: Any, at: int | None) -> None:
+    def test_of_dtensors(self, judged: Any, mesh: Any, world: Any) -> None:
         """A DTensor around something else than it says must be refused by name everywhere."""
-        for name, _, leaf in _dtensors(mesh(2), world, at):
+        for name, _, leaf in _each_rank(mesh(2), world):
             value = {"fine": sound(mesh(2), PLACEMENTS["rows"]), KEY: leaf}
             assert_raises_everywhere(
                 world,
@@ -53,36 +57,29 @@ class TestGatherClaims:
 
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=8, limit=40)
-    @EACH_RANK
-    def test_of_shards(self, judged: Any, world: Any, at: int | None) -> None:
+    def test_of_shards(self, judged: Any, world: Any) -> None:
         """A ShardedTensor that says something else than its shards must be refused everywhere."""
-        _assert_shards_refused(world, at, lambda tensor: judged({KEY: tensor}), KEY)
+        _assert_shards_refused(world, lambda tensor: judged({KEY: tensor}), KEY)
 
 
 @pytest.mark.judges("_state_dict_utils._all_gather_sharded_tensor")
 class TestAllGatherClaims:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=8, limit=40)
-    @EACH_RANK
-    def test_of_shards(self, judged: Any, world: Any, at: int | None) -> None:
+    def test_of_shards(self, judged: Any, world: Any) -> None:
         """A ShardedTensor that says something else than its shards must be refused everywhere."""
-        _assert_shards_refused(world, at, judged)
+        _assert_shards_refused(world, judged)
 
 
-def _assert_shards_refused(
-    world: Any, at: int | None, call: Callable[[Any], Any], *mentions: str
-) -> None:
-    for name, lie in OF_SHARDS.items():
-        tensor = sound_shards()
-        if at in (None, world.rank):
-            lie(tensor)
-        assert_raises_everywhere(
-            world,
-            partial(call, tensor),
-            *mentions,
-            kinds=MISSING,
-            name=name,
-        )
+def _assert_shards_refused(world: Any, call: Callable[[Any], Any], *mentions: str) -> None:
+    for at in EACH_RANK:
+        for name, lie in OF_SHARDS.items():
+            tensor = sound_shards()
+            if at in (None, world.rank):
+                lie(tensor)
+            assert_raises_everywhere(
+                world, partial(call, tensor), *mentions, kinds=MISSING, name=f"{name}, {at}"
+            )
 
 
 class _IntoTargets:
@@ -90,12 +87,11 @@ class _IntoTargets:
 
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=8, limit=40)
-    @EACH_RANK
     def test_of_targets(
-        self, judged: Any, mesh: Any, world: Any, subject: Any, device: torch.device, at: int | None
+        self, judged: Any, mesh: Any, world: Any, subject: Any, device: torch.device
     ) -> None:
         """Such a target must be refused by name, where ranks talk on all, and nothing written."""
-        for name, lies, leaf in _dtensors(mesh(2), world, at):
+        for name, lies, leaf in _each_rank(mesh(2), world):
             fine = sound(mesh(2), PLACEMENTS["rows"])
             into: dict[str, Any] = {"fine": fine, KEY: leaf}
             call = self.call(judged, subject, world, into, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from conformance.kit.functions import Function, Leaves, Place, each
 from conformance.kit.keys import KEYS, NESTS, pickled, rings
 from conformance.kit.kinds import KINDS
 from conformance.kit.layouts import S, dtensor
+from conformance.kit.levels import WORDS
 from conformance.kit.nested import assert_same_structure
 from conformance.kit.refusals import refused
 
@@ -92,16 +94,13 @@ def test_no_state_dict(function: Function, subject: Any) -> None:
         )
 
 
-@pytest.mark.law("symmetry")
-@pytest.mark.world(2, collective=8, limit=30)
-@pytest.mark.parametrize("where", ["on each rank", "on one rank"])
-@each(lambda function: function.nested and function.name != "_unflatten_state_dict")
-def test_a_container_that_holds_itself(
-    function: Function, mesh: Any, world: Any, subject: Any, where: str
-) -> None:
-    """It must be refused by path, where ranks call it together on every rank."""
+@pytest.mark.law("structure")
+@pytest.mark.should(WORDS)
+@pytest.mark.world(1)
+@each(lambda f: f.nested and not f.talks and f.name != "_unflatten_state_dict")
+def test_a_container_that_holds_itself(function: Function, mesh: Any, subject: Any) -> None:
+    """It must be refused by path, and not run into the limit of recursion."""
     judged = subject.function(f"_state_dict_utils.{function.name}")
-    line = mesh(2)
     given: dict[str, Any] = {
         "_copy_state_dict": lambda value: judged(value, dict(value)),
         "_check_state_dict_similarity": lambda value: judged(value, dict(value)),
@@ -109,15 +108,22 @@ def test_a_container_that_holds_itself(
         "_traverse_state_dict": lambda value: judged(value, lambda *_: None),
     }
     call = given.get(function.name, judged)
-    names = rings(dtensor(numbers(4, 3), line, [S(0)])).keys()
-    for name in names:
-        leaf = dtensor(numbers(4, 3), line, [S(0)])
-        bad = where == "on each rank" or world.rank == 1
-        value = rings(leaf)[name] if bad else {"w": leaf, "layer": 3}
-        if function.talks:
-            assert_raises_everywhere(world, lambda: call(value), "layer", name=name)  # noqa: B023
-        elif bad:
-            refused(lambda: call(value), "layer", what=name)  # noqa: B023
+    for name, value in rings(dtensor(numbers(4, 3), mesh(1), [S(0)])).items():
+        refused(partial(call, value), "layer", what=name)
+
+
+@pytest.mark.judges("_state_dict_utils._gather_state_dict")
+class TestGatherRings:
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2, collective=8, limit=30)
+    def test_a_container_that_holds_itself(self, judged: Any, mesh: Any, world: Any) -> None:
+        """One on any rank, or on all, must be refused by path on every rank."""
+        leaf = dtensor(numbers(4, 3), mesh(2), [S(0)])
+        for at in (0, 1, None):
+            for name, value in rings(leaf).items():
+                mine = value if at in (None, world.rank) else {"w": leaf, "layer": 3}
+                call = partial(judged, mine)
+                assert_raises_everywhere(world, call, "layer", name=f"{name}, {at}")
 
 
 @pytest.mark.judges("_state_dict_utils._unflatten_state_dict")

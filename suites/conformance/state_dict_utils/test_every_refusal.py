@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from conformance.kit.refusals import MISSING, refused
 
 KEY = "layer.odd"
 FULL = (6, 4)
-AT = pytest.mark.parametrize("at", [0, 1, None], ids=["first", "last", "all"])
+EACH_RANK = (0, 1, None)
+"""Where it is wrong: on the first, on the last, on all."""
 
 # What is wrong with a leaf: name -> (what stands in its place, given the mesh; words of the error).
 LEAVES: dict[str, tuple[Callable[[Any], Any], tuple[type[Exception], ...]]] = {
@@ -67,10 +69,9 @@ def _wrong(at: int | None, world: Any) -> bool:
 class TestGatherRefuses:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=8, limit=30)
-    @AT
-    def test_leaves(self, judged: Any, mesh: Any, world: Any, at: int | None) -> None:
+    def test_leaves(self, judged: Any, mesh: Any, world: Any) -> None:
         """A leaf that no checkpoint can hold must be refused by name on every rank."""
-        for name, (make, kinds) in LEAVES.items():
+        for (name, (make, kinds)), at in product(LEAVES.items(), EACH_RANK):
             fine = dtensor(numbers(*FULL), mesh(2), [S(0)])
             value: dict[str, Any] = {"fine": fine, KEY: 3}
             if _wrong(at, world):
@@ -99,12 +100,11 @@ class _Landing:
 
     @pytest.mark.law("all-or-nothing")
     @pytest.mark.world(2, collective=8, limit=40)
-    @AT
     def test_targets(
-        self, judged: Any, mesh: Any, world: Any, subject: Any, device: torch.device, at: int | None
+        self, judged: Any, mesh: Any, world: Any, subject: Any, device: torch.device
     ) -> None:
         """A target that cannot take its tensor must be refused by name, and nothing written."""
-        for name, make in self.targets().items():
+        for (name, make), at in product(self.targets().items(), EACH_RANK):
             into = {"fine": _target(mesh(2)), KEY: _target(mesh(2))}
             if _wrong(at, world):
                 into[KEY] = make(mesh(2))
@@ -189,21 +189,22 @@ class TestBroadcastTensorsRefuses(_Landing):
 
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=8, limit=30)
-    @AT
     def test_a_key_that_is_missing(
-        self, judged: Any, mesh: Any, world: Any, subject: Any, device: torch.device, at: int | None
+        self, judged: Any, mesh: Any, world: Any, subject: Any, device: torch.device
     ) -> None:
         """A key that the full state dict lacks must be refused by name on every rank."""
         info = subject.function("_state_dict_utils._TensorInfo")
         full = numbers(*FULL)
-        source: dict[Any, Any] = {
-            key: full if world.rank == 0 else info(full.shape, full.dtype) for key in ("fine", KEY)
-        }
-        if _wrong(at, world):
-            del source[KEY]
-        into = {"fine": _target(mesh(2)), KEY: _target(mesh(2))}
-        call = partial(judged, source, into, ["fine", KEY], device)
-        assert_raises_everywhere(world, call, KEY, kinds=MISSING)
+        for at in EACH_RANK:
+            source: dict[Any, Any] = {
+                key: full if world.rank == 0 else info(full.shape, full.dtype)
+                for key in ("fine", KEY)
+            }
+            if _wrong(at, world):
+                del source[KEY]
+            into = {"fine": _target(mesh(2)), KEY: _target(mesh(2))}
+            call = partial(judged, source, into, ["fine", KEY], device)
+            assert_raises_everywhere(world, call, KEY, kinds=MISSING, name=str(at))
 
 
 @pytest.mark.judges("_state_dict_utils._distribute_state_dict")

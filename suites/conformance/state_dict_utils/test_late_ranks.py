@@ -52,7 +52,7 @@ def test_a_rank_that_is_late_at_each_step(
 
 @pytest.mark.law("isolation")
 @pytest.mark.world(2, collective=15, limit=40)
-@pytest.mark.parametrize("size", [(7, 4), SIZE], ids=["small", "large"])
+@pytest.mark.parametrize("kind", ["sharded", "plain"])
 @_talking
 def test_tensors_used_again_at_once(
     function: Function,
@@ -60,17 +60,18 @@ def test_tensors_used_again_at_once(
     world: Any,
     subject: Any,
     device: torch.device,
-    size: tuple[int, int],
+    kind: str,
 ) -> None:
     """What a rank writes when its call returns must reach no rank that is late."""
     place = Place(world, mesh(2), subject, device)
-    kinds = ["shards"] if function.only else ["rows", "plain"]
+    if kind == "sharded":
+        kind = "shards" if function.only else "rows"
+    elif function.only:
+        kind = "turned shards"
     for late in range(2):
-        leaves = {
-            f"{kind}{n}": (kind, numbers(*size, salt=n + late)) for n in range(2) for kind in kinds
-        }
-        call = function.call(place, leaves)
-        with _late(world.rank == late, 0.2 if size == SIZE else 0.05):
-            got = call.run()
-        spoil(call.inputs)
-        call.check(got)
+        for size, seconds in (((7, 4), 0.05), (SIZE, 0.2)):
+            call = function.call(place, {"w": (kind, numbers(*size, salt=late))})
+            with _late(world.rank == late, seconds):
+                got = call.run()
+            spoil(call.inputs)
+            call.check(got)

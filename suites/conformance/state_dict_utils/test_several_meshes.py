@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 
 from conformance.kit.agree import attempt, exchange
 from conformance.kit.compare import assert_same, local
-from conformance.kit.containers import dashed
 from conformance.kit.layouts import part
 from conformance.kit.meshes import MESHES, Several, fulls, leaves, spoilt
 
@@ -18,9 +18,6 @@ FEW = {name: several for name, several in MESHES.items() if several.size <= 5}
 CUBE = MESHES["each way through a cube"]
 """The one that takes eight ranks: in checks of its own."""
 
-_FEW = pytest.mark.parametrize(
-    "several", [pytest.param(several, id=dashed(name)) for name, several in FEW.items()]
-)
 _SMALL, _LARGE = (pytest.mark.world(size, collective=8, limit=30) for size in (5, 8))
 
 
@@ -41,7 +38,7 @@ def _assert_hears(judged: Any, mesh: Any, world: Any, several: Several) -> None:
         if world.rank == at:
             spoilt(value[name])
         got: dict[str, Any] = {}
-        told = _outcomes(world, lambda: got.update(judged(value)), f"{name} on {at}")  # noqa: B023
+        told = _outcomes(world, partial(_into, got, judged, value), several, name, at)
         near = several.near or _heard(several, mesh, at)
         for rank, (kind, said) in enumerate(told):
             if rank in near:
@@ -54,20 +51,28 @@ def _assert_hears(judged: Any, mesh: Any, world: Any, several: Several) -> None:
                 assert_same(tensor, wholes[key], key)
 
 
-def _outcomes(world: Any, call: Callable[[], Any], name: str) -> list[list[str]]:
+def _into(got: dict[str, Any], judged: Any, value: Any) -> None:
+    got.update(judged(value))
+
+
+def _outcomes(
+    world: Any, call: Callable[[], Any], several: Several, name: str, at: int
+) -> list[list[str]]:
     """The type and the text of each rank's error, empty where there was none."""
     error = attempt(call)
-    return exchange(world, [type(error).__name__, str(error)] if error else ["", ""], name)
+    case = next(known for known, other in MESHES.items() if other is several)
+    said = [type(error).__name__, str(error)] if error else ["", ""]
+    return exchange(world, said, f"{case}, {name} on {at}")
 
 
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")
 class TestGatherFromSeveralMeshes:
     @pytest.mark.law("group")
     @_SMALL
-    @_FEW
-    def test_each_leaf(self, judged: Any, mesh: Any, rank: int, several: Several) -> None:
+    def test_each_leaf(self, judged: Any, mesh: Any, rank: int) -> None:
         """Each rank must get the leaves of its own meshes, whole."""
-        _assert_gathers(judged, mesh, rank, several)
+        for several in FEW.values():
+            _assert_gathers(judged, mesh, rank, several)
 
     @pytest.mark.law("group")
     @_LARGE
@@ -77,12 +82,10 @@ class TestGatherFromSeveralMeshes:
 
     @pytest.mark.law("symmetry")
     @_SMALL
-    @_FEW
-    def test_a_bad_leaf_is_heard_of(
-        self, judged: Any, mesh: Any, world: Any, several: Several
-    ) -> None:
+    def test_a_bad_leaf_is_heard_of(self, judged: Any, mesh: Any, world: Any) -> None:
         """An error must reach each rank that would wait for one that raises, by name."""
-        _assert_hears(judged, mesh, world, several)
+        for several in FEW.values():
+            _assert_hears(judged, mesh, world, several)
 
     @pytest.mark.law("symmetry")
     @_LARGE
@@ -106,30 +109,28 @@ def _heard(several: Several, mesh: Any, at: int) -> set[int]:
 class TestBroadcastToSeveralMeshes:
     @pytest.mark.law("group")
     @_SMALL
-    @_FEW
-    def test_each_target(
-        self, judged: Any, mesh: Any, rank: int, device: torch.device, several: Several
-    ) -> None:
+    def test_each_target(self, judged: Any, mesh: Any, rank: int, device: torch.device) -> None:
         """Each rank must get its part of each target that it has, on whatever mesh."""
-        wholes = fulls(several, mesh)
-        into = leaves(several, mesh, rank, blank=True)
-        judged(wholes if rank == 0 else {}, into, device)
-        _assert_parts(into, wholes)
+        for several in FEW.values():
+            wholes = fulls(several, mesh)
+            into = leaves(several, mesh, rank, blank=True)
+            judged(wholes if rank == 0 else {}, into, device)
+            _assert_parts(into, wholes)
 
     @pytest.mark.law("symmetry")
     @_SMALL
-    @_FEW
     def test_a_bad_target_is_heard_of(
-        self, judged: Any, mesh: Any, world: Any, device: torch.device, several: Several
+        self, judged: Any, mesh: Any, world: Any, device: torch.device
     ) -> None:
         """A target that does not fit on one rank must be refused on all, by name."""
-        wholes = fulls(several, mesh)
-        for at, name in several.bad:
+        cases = [(several, *bad) for several in FEW.values() for bad in several.bad]
+        for several, at, name in cases:
+            wholes = fulls(several, mesh)
             into = leaves(several, mesh, world.rank, blank=True)
             if world.rank == at:
                 spoilt(into[name])
             source = wholes if world.rank == 0 else {}
-            told = _outcomes(world, lambda: judged(source, into, device), f"{name} on {at}")  # noqa: B023
+            told = _outcomes(world, partial(judged, source, into, device), several, name, at)
             for rank, (kind, said) in enumerate(told):
                 assert name in said, f"rank {rank} got {kind} {said} of {name} on {at}"
 
@@ -138,15 +139,13 @@ class TestBroadcastToSeveralMeshes:
 class TestDistributeToSeveralMeshes:
     @pytest.mark.law("group")
     @_SMALL
-    @_FEW
-    def test_each_target(
-        self, judged: Any, mesh: Any, rank: int, device: torch.device, several: Several
-    ) -> None:
+    def test_each_target(self, judged: Any, mesh: Any, rank: int, device: torch.device) -> None:
         """Each rank must take its part for each target that it has, on whatever mesh."""
-        wholes = fulls(several, mesh)
-        into = leaves(several, mesh, rank, blank=True)
-        judged(wholes, into, device)
-        _assert_parts(into, wholes)
+        for several in FEW.values():
+            wholes = fulls(several, mesh)
+            into = leaves(several, mesh, rank, blank=True)
+            judged(wholes, into, device)
+            _assert_parts(into, wholes)
 
 
 def _assert_parts(into: dict[str, Any], wholes: dict[str, torch.Tensor]) -> None:
