@@ -23,12 +23,12 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "nans_made_canonical",
         "a broadcast hands on every NaN as the same one",
         "transport.py",
-        "    torch.cat([part.to(room.device) for part in found], out=room)\n",
+        "        found = block_elements(whole, block, piece.start, piece.stop)\n",
         (
-            "    wide = [part.is_floating_point() and part.element_size() > 1 for part in found]\n"
-            "    nan = float('nan')\n"
-            "    found = [p.masked_fill(p.isnan(), nan) if w else p for w, p in zip(wide, found)]\n"
-            "    torch.cat([part.to(room.device) for part in found], out=room)\n"
+            "        found = block_elements(whole, block, piece.start, piece.stop)\n"
+            "        wide = whole.is_floating_point() and whole.element_size() > 1\n"
+            "        if wide:\n"
+            "            found = [p.masked_fill(p.isnan(), float('nan')) for p in found]\n"
         ),
         "every_bit",
     ),
@@ -122,6 +122,15 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "    if not is_branch(root):\n",
         "    if root is None:\n",
         "every_key",
+    ),
+    # --- ties ---------------------------------------------------------------------------------
+    (
+        "shards_tied_by_object",
+        "a shard of a ShardedTensor and a plain tensor over its memory come apart",
+        "ties.py",
+        "        return (min(starts), max(ends)) if spans else (id(leaf), id(leaf))\n",
+        "        return id(leaf), id(leaf)\n",
+        "every_tie",
     ),
     # --- scale --------------------------------------------------------------------------------
     (
