@@ -15,9 +15,11 @@ import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from shardproof._state_dict_utils.wire import Domain, collect
 
@@ -110,7 +112,7 @@ def exchange(
     differ or one failed.
 
     """
-    stages = [domain.stage(d) for d, group in enumerate(domain.groups) if group is not None]
+    stages = domain.stages()
     error = b"" if failure is None else pickle.dumps(failure)
     body = zlib.compress(pickle.dumps(plan), 1)
     sha = hashlib.sha256(digest).digest()
@@ -135,9 +137,7 @@ def first_failure(domain: Domain, told: Told) -> Failure | None:
     """The error of the first member that has one, with the member's name."""
     for index, (failure, _) in enumerate(told):
         if failure is not None:
-            if failure.shared:
-                return failure
-            return Failure(failure.kind, f"{domain.name(index)}: {failure.message}", True)
+            return _named(domain, index, failure)
     return None
 
 
@@ -202,18 +202,80 @@ def agree_on_entries(
             found = _entries_verdict(domain, details[domain], others)
         if found is not None:
             failure = failure if failure is not None and failure.shared else found
-    # A rank may have learned of an error after it had agreed with others: once more for those.
+    # A rank may have learned of an error after it had agreed with others.
     failure = agree_on_failure(again, failure)
     return Agreed(failure, details, flagged[_IN_BUCKETS], flagged[_OWN_WAY])
 
 
 def agree_on_failure(domains: Sequence[Domain], failure: Failure | None) -> Failure | None:
-    """Tell the members of each domain this rank's error; the one that this rank has to raise."""
-    for domain in domains:
-        told, _ = exchange(domain, None, failure)
-        if told is not None and (found := first_failure(domain, told)):
-            failure = found
+    """Tell the members of each domain this rank's error; the one that this rank has to raise.
+
+    Where a rank is in several domains, what goes wrong in one concerns the ranks of the others, and
+    through them those of further ones: a rank that raises leaves all of these waiting. So ranks go
+    on telling what they have heard until nobody can be left whom they have not heard.
+
+    Args:
+        domains: those of this rank that take part, in the order of their keys. Each takes part
+            for all of its members, or for none.
+        failure: this rank's own error.
+
+    Collectives: one per dimension and round, two where there is an error; one round where no rank
+    is in several domains.
+
+    """
+    heard = 1 << dist.get_rank()
+    awaited = sum(1 << rank for rank in set().union(*(domain.members for domain in domains)))
+    todo = list(domains)
+    while todo:
+        for domain in tuple(todo):
+            found = _tell_what_was_heard(domain, heard, awaited, failure)
+            heard, awaited, failure = found
+            # All members come to the same answer, for all were told the same.
+            if awaited & ~heard == 0:
+                todo.remove(domain)
     return failure
+
+
+def _tell_what_was_heard(
+    domain: Domain, heard: int, awaited: int, failure: Failure | None
+) -> tuple[int, int, Failure | None]:
+    """What the members of a domain know together.
+
+    Args:
+        domain: this rank is a member.
+        heard: a bit for each global rank of which this rank knows whether it failed.
+        awaited: a bit for each that shares a domain with one of them.
+        failure: the first error of these.
+
+    """
+    stages = domain.stages()
+    width = -(-dist.get_world_size() // 8)
+    error = b"" if failure is None else pickle.dumps(failure)
+    told = struct.pack("<q", len(error))
+    told += heard.to_bytes(width, "little") + awaited.to_bytes(width, "little")
+    rows = _collect_bytes(domain, stages, told, len(told))
+    lengths = [int(struct.unpack_from("<q", row)[0]) for row in rows]
+    for row in rows:
+        heard |= int.from_bytes(row[8 : 8 + width], "little")
+        awaited |= int.from_bytes(row[8 + width :], "little")
+    if any(lengths):
+        texts = _collect_bytes(domain, stages, error, max(lengths))
+        # The peers of a process group run the same program: they are trusted as torch trusts them.
+        failures = [
+            _named(domain, index, pickle.loads(text[:length]))  # noqa: S301
+            for index, (text, length) in enumerate(zip(texts, lengths, strict=True))
+            if length
+        ]
+        # Of several all raise the same one.
+        failure = min(failures, key=attrgetter("message"))
+    return heard, awaited, failure
+
+
+def _named(domain: Domain, index: int, failure: Failure) -> Failure:
+    """A member's error, with the member's name."""
+    if failure.shared:
+        return failure
+    return Failure(failure.kind, f"{domain.name(index)}: {failure.message}", True)
 
 
 class Columns(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -40,12 +41,46 @@ def path_name(path: Iterable[Any]) -> str:
     return ".".join(str(item) for item in path) or "<root>"
 
 
+_WORDS = frozenset({str, int, float, complex, bool, bytes, type(None)})
+"""Types of keys that are written alike on all ranks, and two of them never alike."""
+
+
+class Nameless:
+    """Stands for a key whose text says nothing to other ranks, by its place among such keys."""
+
+    def __init__(self, key: Any, number: int) -> None:
+        self._name = f"<{type(key).__name__} {number}>"
+
+    def __repr__(self) -> str:
+        return self._name
+
+
+def named_path(path: Path, nameless: dict[int, Nameless]) -> Path:
+    """``path`` with a :class:`Nameless` for each key that is one; an optimizer's are parameters.
+
+    ``nameless`` holds those that were met, by the id of the key.
+    """
+    if _WORDS.issuperset(map(type, path)):
+        return path
+    return tuple(
+        [
+            key if _is_word(key) else nameless.setdefault(id(key), Nameless(key, len(nameless)))
+            for key in path
+        ]
+    )
+
+
+def _is_word(key: Any) -> bool:
+    if isinstance(key, tuple):
+        return all(map(_is_word, key))
+    return type(key) in _WORDS or isinstance(key, (str, enum.Enum, torch.dtype, torch.device))
+
+
 def leaf_name(path: Path) -> str:
     """A name for a leaf that no other leaf of the state dict has: ``key['inner'][0]``."""
-    if len(path) == 1 and type(path[0]) is str:
-        return path[0]
     first, *rest = path or ("<root>",)
-    head = first if isinstance(first, str) else f"[{first!r}]"
+    # A key with a bracket could be read as a path: {"a['b']": x, "a": {"b": y}}.
+    head = first if isinstance(first, str) and "[" not in first else f"[{first!r}]"
     return head + "".join(f"[{item!r}]" for item in rest)
 
 

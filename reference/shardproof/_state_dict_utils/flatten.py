@@ -49,6 +49,7 @@ def _traverse_state_dict(
             empty container is a leaf at its own path (pytorch#137327), except the root.
 
     Raises:
+        TypeError: ``state_dict`` is no container.
         ValueError: a container holds itself; names its path.
 
     No collective runs.
@@ -74,6 +75,7 @@ def _flatten_state_dict(
         ``\type:key``.
 
     Raises:
+        TypeError: ``state_dict`` is no container.
         ValueError: two paths that even escaping cannot tell apart, or a container that holds
             itself.
 
@@ -237,6 +239,8 @@ def _leaves(root: Any) -> tuple[list[OBJ_PATH], list[str], list[Any]]:
     paths: list[OBJ_PATH] = []
     names: list[str] = []
     values: list[Any] = []
+    if not is_branch(root):
+        raise TypeError(f"expected a mapping, a list or a tuple, got a {type(root).__name__}")
     named = isinstance(root, Mapping)
     holder, steps = root, iter(root.items()) if named else enumerate(root)
     items: OBJ_PATH = ()

@@ -79,12 +79,13 @@ def _gather_state_dict(
             with the rank concerned; names it. Raised before any tensor travels.
 
     All ranks of ``pg``, and of the meshes and groups of the leaves, have to call it; the order of
-    keys is free. Collectives: one per mesh dimension to agree, two where ranks differ, and
-    one more per dimension where a rank belongs to several meshes; then per bucket one per
-    sharded dimension, even and uneven shards in buckets apart; a tensor of a 16th of a bucket
-    or more that is cut evenly along its first dimension has one of its own, and needs no bucket
-    (on Gloo, which needs room for what it receives, one per half a bucket). Tensors that are
-    replicated everywhere do not travel. What wraps other tensors (``__tensor_flatten__``) is
+    keys is free. Collectives: one per mesh dimension to agree, two where ranks differ, and where a
+    rank belongs to several meshes one more per dimension for each mesh that lies between two ranks,
+    since errors are heard of from mesh to mesh; then per bucket one per sharded dimension, even and
+    uneven shards in buckets apart; a tensor of a 16th of a bucket or more that is cut evenly along
+    its first dimension has one of its own, and needs no bucket (on Gloo, which needs room for what
+    it receives, one per half a bucket). Tensors that are replicated everywhere do not travel. What
+    wraps other tensors (``__tensor_flatten__``) is
     gathered by its own operations, each such DTensor for itself. pytorch#150928.
 
     """

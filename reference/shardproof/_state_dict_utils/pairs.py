@@ -206,6 +206,10 @@ def difference(ours: Any, theirs: Any) -> str | None:
         mine, other = ours._local_tensor.size(), theirs._local_tensor.size()
         if mine != other:
             return f"expected local shape {tuple(mine)}, got {tuple(other)}"
+        if ours._local_tensor.dtype != theirs._local_tensor.dtype and not _by_class(theirs):
+            return (
+                f"expected local dtype {ours._local_tensor.dtype}, got {theirs._local_tensor.dtype}"
+            )
         return _other_memory(settled(ours._local_tensor), settled(theirs._local_tensor))
     if isinstance(ours, ShardedTensor):
         held, given = _shard_boxes(ours), _shard_boxes(theirs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 
@@ -16,33 +17,57 @@ _FOLDS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "bor": torch.bitwise_or,
     "bxor": torch.bitwise_xor,
 }
+_OF_BITS = frozenset({"band", "bor", "bxor"})
+_OF_ORDER = frozenset({"min", "max"})
+_UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})
+_LOW = (1 << 32) - 1
 
 
 def reduced(parts: Sequence[torch.Tensor], ops: Sequence[str], count: int) -> torch.Tensor:
     """Reduce contributions that were made over one or more mesh dimensions.
+
+    Sums and products of integers wrap as torch's do. An average of integers is that of the exact
+    sum, rounded towards zero; one of booleans is true where all are.
 
     Args:
         parts: 1-D contributions of one dtype, in row-major order of the dimensions.
         ops: the reduction of each dimension; all the same.
         count: how many contributions there are.
 
-    Raises:
-        ValueError: the dimensions ask for different reductions, whose order is not defined, or a
-            reduction is unknown.
-
     """
-    op = ops[0]
-    wide = _wide(parts[0].dtype)
-    total = parts[0].to(wide)
-    for part in parts[1:]:
-        total = _FOLDS[op](total, part.to(wide))
+    op, dtype = ops[0], parts[0].dtype
+    wide = _wide(dtype)
+    if op == "avg" and not (wide.is_floating_point or wide.is_complex):
+        return _integer_average(parts, count)
+    values = [part.to(wide) for part in parts]
+    flips = dtype is torch.uint64 and op in _OF_ORDER
+    if flips:
+        # As signed numbers in the same order.
+        values = [value ^ _SIGN for value in values]
+    total = reduce(_FOLDS[op], values)
     if op == "avg":
-        exact = wide.is_floating_point or wide.is_complex
-        total = total / count if exact else torch.div(total, count, rounding_mode="trunc")
-    return total.to(parts[0].dtype)
+        total = total / count
+    return (total ^ _SIGN if flips else total).to(dtype)
 
 
-def check_reductions(ops: Sequence[str]) -> None:
+def _integer_average(parts: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+    """The average of the exact sum, which no integer dtype may hold: by halves of 32 bits."""
+    dtype = parts[0].dtype
+    high = low = torch.zeros_like(parts[0], dtype=torch.int64)
+    for part in parts:
+        value = part.to(torch.int64)
+        upper = value >> 32
+        high = high + (upper & _LOW if dtype is torch.uint64 else upper)
+        low = low + (value & _LOW)
+    quotient, rest = high // count, high % count
+    lower = (rest << 32) + low
+    average = (quotient << 32) + lower // count
+    # Rounded down so far.
+    up = (high + (low >> 32) < 0) & (lower % count != 0)
+    return (average + up).to(dtype)
+
+
+def check_reductions(ops: Sequence[str], dtype: torch.dtype) -> None:
     """Refuse what :func:`reduced` cannot do.
 
     Raises:
@@ -54,6 +79,14 @@ def check_reductions(ops: Sequence[str]) -> None:
         raise ValueError(f"unknown reduction {unknown[0]!r}")
     if len(set(ops)) > 1:
         raise ValueError(f"reductions {list(ops)} over several dimensions have no defined order")
+    fraction = dtype.is_floating_point or dtype.is_complex
+    if (fraction and not _OF_BITS.isdisjoint(ops)) or (
+        dtype.is_complex and not _OF_ORDER.isdisjoint(ops)
+    ):
+        raise ValueError(f"reduction {ops[0]!r} is not defined for {dtype}")
+
+
+_SIGN = -(1 << 63)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -63,6 +96,4 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_floating_point:
         return torch.float32 if dtype.itemsize < 4 else dtype
     # Sums of unsigned integers wrap the same way in int64.
-    if dtype in (torch.uint16, torch.uint32, torch.uint64):
-        return torch.int64
-    return dtype
+    return torch.int64 if dtype in _UNSIGNED else dtype

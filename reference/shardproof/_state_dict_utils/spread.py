@@ -10,6 +10,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed._shard.sharding_spec._internals import (
+    check_tensor,
+    validate_non_overlapping_shards_metadata,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -164,6 +168,21 @@ def _shards(tensor: ShardedTensor) -> list[tuple[int, Block]]:
     return found
 
 
+def _check_tiling(tensor: ShardedTensor) -> None:
+    """Refuse shards that overlap, leave gaps, or leave the tensor.
+
+    What no shard holds would come out as whatever is in memory.
+    """
+    size = shape_of(tensor)
+    shards = tensor.metadata().shards_metadata
+    held = [shard for shard in shards if math.prod(shard.shard_sizes)]
+    if any(o < 0 for shard in held for o in shard.shard_offsets):
+        raise ValueError(f"a shard begins before the tensor: {held}")
+    validate_non_overlapping_shards_metadata(held)
+    if held or 0 not in size:
+        check_tensor(held or shards, size)
+
+
 class _Spread(NamedTuple):
     """How a DTensor is laid out on its mesh, whatever its memory.
 
@@ -207,7 +226,7 @@ def _spread_of(tensor: DTensor) -> _Spread:
     if is_row_major(shape, spec.stride):
         stride = None
     reductions = {d: op for d, op in partial_dims(spec.placements).items() if sizes[d] > 1}
-    check_reductions(list(reductions.values()))
+    check_reductions(list(reductions.values()), dtype)
     cuts = cuts_of(spec)
     split = {cut.mesh_dim for cut in cuts if sizes[cut.mesh_dim] > 1} | set(reductions)
     nbytes = math.prod(shape) * dtype.itemsize
@@ -245,6 +264,7 @@ def layout_of(tensor: DTensor | ShardedTensor, domain: Domain | None) -> Layout:
         if domain is None:
             return layout
         layout.shards = _shards(tensor)
+        _check_tiling(tensor)
         strangers = sorted({rank for rank, _ in layout.shards} - set(members))
         if strangers:
             raise ValueError(f"shards on global ranks {strangers}, expected {members}")

@@ -152,6 +152,10 @@ class Model:
             raise ValueError(
                 f"the target's local shape is {tuple(local.shape)}, expected {self.block.shape}"
             )
+        if self.block is not None and not is_custom(type(local)) and local.dtype != value.dtype:
+            raise ValueError(
+                f"the target's local dtype is {local.dtype}, expected {value.dtype} as it says"
+            )
         if value.dim() == 0 and self.size:
             self.block = full_block(self.size) if self.block is not None else None
         # A rank without a shard of a table has nothing to write to, and says that it is on meta.

@@ -80,11 +80,13 @@ def _span(leaf: Any) -> Span:
             start = leaf.untyped_storage()._cdata
             return start, start
         return start, start + (leaf.nbytes if leaf.is_contiguous() else extent(leaf))
-    if kind not in LEAF_TYPES or kind is DTensor:
-        if isinstance(leaf, torch.Tensor):
-            raise _UnknownMemory
-        return 0, 0
-    return (id(leaf), id(leaf)) if kind is ShardedTensor else (0, 0)
+    if kind is ShardedTensor:
+        spans = [_span(shard.tensor) for shard in leaf.local_shards() if shard.tensor.numel()]
+        starts, ends = [start for start, _ in spans], [end for _, end in spans]
+        return (min(starts), max(ends)) if spans else (id(leaf), id(leaf))
+    if (kind not in LEAF_TYPES or kind is DTensor) and isinstance(leaf, torch.Tensor):
+        raise _UnknownMemory
+    return 0, 0
 
 
 def extent(tensor: torch.Tensor) -> int:

@@ -14,9 +14,11 @@ from typing import Any, Final, NamedTuple
 
 from shardproof._state_dict_utils.containers import (
     LEAF_TYPES,
+    Nameless,
     Path,
     filled_like,
     is_container,
+    named_path,
     path_name,
     sequence_of,
 )
@@ -140,13 +142,14 @@ class Walk:
                 stack.pop()
 
     def names(self, name: Callable[[Path], str]) -> list[str]:
-        """``name(path)`` of each leaf, where a path of one string is its own name."""
+        """``name(path)`` of each leaf, where a path of one string without a bracket is its name."""
         held = self._root
         if held is not None and held.named and held.below is None:
             keys = list(held.container)
-            if _STRINGS.issuperset(map(type, keys)):
+            if _STRINGS.issuperset(map(type, keys)) and "[" not in "".join(keys):
                 return keys
-        return list(map(name, self.paths()))
+        nameless: dict[int, Nameless] = {}
+        return [name(named_path(path, nameless)) for path in self.paths()]
 
     def path(self, index: int) -> Path:
         """The path of one leaf; for messages, since it walks again."""

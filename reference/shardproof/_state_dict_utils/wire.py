@@ -102,6 +102,10 @@ class Domain:
         ranks = dist.get_process_group_ranks(group)
         return Stage(group, tuple(self.coordinate(self.positions[r])[dim] for r in ranks))
 
+    def stages(self) -> list[Stage]:
+        """The communication along each dimension that has more than one member."""
+        return [self.stage(d) for d, group in enumerate(self.groups) if group is not None]
+
     def name(self, index: int) -> str:
         """How an error message calls a member."""
         return f"rank {index} (global rank {self.members[index]})"

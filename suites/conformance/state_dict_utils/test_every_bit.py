@@ -1,0 +1,55 @@
+"""Every bit pattern that a dtype has, in every kind of leaf, through each function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from conformance.kit.data import DTYPES
+from conformance.kit.functions import Function, Place, each
+from conformance.kit.patterns import patterns, uneven
+
+# What Gloo moves, and torch computes with.
+USUAL = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int8,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+]
+# A kind whose numbers are added to others, and kinds that take collectives of torch's own.
+_COMPUTED = {"pending"}
+_WITH_TORCH = {"unfinished", "unfinished rows", "rows of wrappers"}
+
+_copies = each(lambda function: function.values and not function.same_objects)
+
+
+@pytest.mark.law("values")
+@pytest.mark.world(2)
+@pytest.mark.parametrize("what", ["usual", "rare"])
+@_copies
+def test_every_bit(
+    function: Function,
+    mesh: Any,
+    world: Any,
+    subject: Any,
+    device: torch.device,
+    what: str,
+) -> None:
+    """Each bit pattern of each dtype must arrive as it left, in each kind of leaf."""
+    place = Place(world, mesh(2), subject, device)
+    leaves = {
+        f"{name} of {dtype}": (name, uneven(patterns(dtype)).to(device))
+        for name, kind in function.kinds().items()
+        for dtype in DTYPES
+        if name not in _COMPUTED
+        and (dtype in USUAL or name not in _WITH_TORCH)
+        and (kind.usual and dtype in USUAL) == (what == "usual")
+    }
+    call = function.call(place, leaves)
+    call.check(call.run())

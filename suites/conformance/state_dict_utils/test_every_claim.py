@@ -1,0 +1,192 @@
+"""What leaves say of themselves, and the local data contradict: refused, on every rank alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from conformance.kit.agree import assert_raises_everywhere
+from conformance.kit.claims import FULL, OF_DTENSORS, OF_SHARDS, PLACEMENTS, sound, sound_shards
+from conformance.kit.compare import fingerprint
+from conformance.kit.data import numbers
+from conformance.kit.refusals import MISSING, refused
+
+EACH_RANK = (0, 1, None)
+"""Who tells the lie: the first, the last, all."""
+KEY = "layer.odd"
+
+
+def _dtensors(
+    mesh: Any, world: Any, at: int | None, value: float = 1.0
+) -> list[tuple[str, bool, Any]]:
+    """(name, whether this rank tells a lie, the leaf) for each lie about each placement."""
+    found = []
+    for where, placements in PLACEMENTS.items():
+        for name, lie in OF_DTENSORS.items():
+            leaf = sound(mesh, placements, value)
+            lies = at in (None, world.rank)
+            if lies:
+                lie(leaf)
+            found.append((f"{where}: {name}, {at}", lies, leaf))
+    return found
+
+
+def _each_rank(mesh: Any, world: Any) -> list[tuple[str, bool, Any]]:
+    return [case for at in EACH_RANK for case in _dtensors(mesh, world, at)]
+
+
+@pytest.mark.judges("_state_dict_utils._gather_state_dict")
+class TestGatherClaims:
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2, collective=8, limit=40)
+    def test_of_dtensors(self, judged: Any, mesh: Any, world: Any) -> None:
+        """A DTensor around something else than it says must be refused by name everywhere."""
+        for name, _, leaf in _each_rank(mesh(2), world):
+            value = {"fine": sound(mesh(2), PLACEMENTS["rows"]), KEY: leaf}
+            assert_raises_everywhere(
+                world,
+                partial(judged, value),
+                KEY,
+                kinds=MISSING,
+                name=name,
+            )
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2, collective=8, limit=40)
+    def test_of_shards(self, judged: Any, world: Any) -> None:
+        """A ShardedTensor that says something else than its shards must be refused everywhere."""
+        _assert_shards_refused(world, lambda tensor: judged({KEY: tensor}), KEY)
+
+
+@pytest.mark.judges("_state_dict_utils._all_gather_sharded_tensor")
+class TestAllGatherClaims:
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2, collective=8, limit=40)
+    def test_of_shards(self, judged: Any, world: Any) -> None:
+        """A ShardedTensor that says something else than its shards must be refused everywhere."""
+        _assert_shards_refused(world, judged)
+
+
+def _assert_shards_refused(world: Any, call: Callable[[Any], Any], *mentions: str) -> None:
+    for at in EACH_RANK:
+        for name, lie in OF_SHARDS.items():
+            tensor = sound_shards()
+            if at in (None, world.rank):
+                lie(tensor)
+            assert_raises_everywhere(
+                world, partial(call, tensor), *mentions, kinds=MISSING, name=f"{name}, {at}"
+            )
+
+
+class _IntoTargets:
+    """Targets that are not what they say; its class says whose."""
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2, collective=8, limit=40)
+    def test_of_targets(
+        self, judged: Any, mesh: Any, world: Any, subject: Any, device: torch.device
+    ) -> None:
+        """Such a target must be refused by name, where ranks talk on all, and nothing written."""
+        for name, lies, leaf in _each_rank(mesh(2), world):
+            fine = sound(mesh(2), PLACEMENTS["rows"])
+            into: dict[str, Any] = {"fine": fine, KEY: leaf}
+            call = self.call(judged, subject, world, into, device)
+            before = fingerprint(into)
+            if self.talks:
+                assert_raises_everywhere(world, call, KEY, name=name)
+            elif lies:
+                refused(call, KEY, what=name)
+            if self.talks or lies:
+                assert fingerprint(into) == before, f"{name}: something was written"
+
+    talks = True
+
+    def call(
+        self, judged: Any, subject: Any, world: Any, into: dict[str, Any], device: torch.device
+    ) -> Callable[[], Any]:
+        """The call on this rank."""
+        raise NotImplementedError
+
+
+def _source() -> dict[str, Any]:
+    return {KEY: numbers(*FULL), "fine": numbers(*FULL, salt=1)}
+
+
+@pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
+class TestBroadcastClaims(_IntoTargets):
+    def call(
+        self, judged: Any, subject: Any, world: Any, into: dict[str, Any], device: torch.device
+    ) -> Callable[[], Any]:
+        source = _source() if world.rank == 0 else {}
+        return lambda: judged(source, into, device)
+
+
+@pytest.mark.judges("_state_dict_utils._broadcast_tensors")
+class TestBroadcastTensorsClaims(_IntoTargets):
+    def call(
+        self, judged: Any, subject: Any, world: Any, into: dict[str, Any], device: torch.device
+    ) -> Callable[[], Any]:
+        info = subject.function("_state_dict_utils._TensorInfo")
+        source = _source()
+        if world.rank:
+            source = {key: info(full.shape, full.dtype) for key, full in source.items()}
+        return lambda: judged(source, into, list(into), device)
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2, collective=8, limit=30)
+    @pytest.mark.parametrize("what", ["size", "dtype"])
+    def test_of_the_source(
+        self, judged: Any, mesh: Any, world: Any, subject: Any, device: torch.device, what: str
+    ) -> None:
+        """Another size or dtype than the source's, told on one rank, must be refused on all."""
+        info = subject.function("_state_dict_utils._TensorInfo")
+        full = numbers(*FULL)
+        into = {KEY: sound(mesh(2), PLACEMENTS["rows"])}
+        told = info(torch.Size((6, 8)), full.dtype)
+        if what == "dtype":
+            told = info(full.shape, torch.int32)
+        source = {KEY: full if world.rank == 0 else told}
+        assert_raises_everywhere(world, lambda: judged(source, into, [KEY], device), KEY)
+
+
+@pytest.mark.judges("_state_dict_utils._distribute_state_dict")
+class TestDistributeClaims(_IntoTargets):
+    talks = False
+
+    def call(
+        self, judged: Any, subject: Any, world: Any, into: dict[str, Any], device: torch.device
+    ) -> Callable[[], Any]:
+        return lambda: judged(_source(), into, device)
+
+
+@pytest.mark.judges("_state_dict_utils._distribute_tensors")
+class TestDistributeTensorsClaims(_IntoTargets):
+    talks = False
+
+    def call(
+        self, judged: Any, subject: Any, world: Any, into: dict[str, Any], device: torch.device
+    ) -> Callable[[], Any]:
+        full = _source()
+        pairs = {key: (into[key], full[key]) for key in into}
+        return lambda: judged(pairs, list(pairs), device)
+
+
+@pytest.mark.judges("_state_dict_utils._copy_state_dict")
+class TestCopyClaims:
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("side", ["source", "target"])
+    def test_of_dtensors(self, judged: Any, mesh: Any, world: Any, side: str) -> None:
+        """A DTensor around something else than the other says must be refused by path."""
+        for name, _, leaf in _dtensors(mesh(2), world, None):
+            placements = PLACEMENTS[name.partition(":")[0]]
+            other = sound(mesh(2), placements, 2.0)
+            one, two = (leaf, other) if side == "source" else (other, leaf)
+            source, into = {"fine": numbers(3), KEY: one}, {"fine": numbers(3, salt=1), KEY: two}
+            before = fingerprint(into)
+            refused(partial(judged, source, into), KEY, what=name)
+            assert fingerprint(into) == before, f"{name}: something was written"

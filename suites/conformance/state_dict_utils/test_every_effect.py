@@ -1,0 +1,145 @@
+"""What a call leaves behind in the process, on what it was given, and in memory."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from conformance.kit.data import numbers
+from conformance.kit.effects import (
+    Watched,
+    differing,
+    finish,
+    mark,
+    of_the_process,
+    on_what_was_given,
+)
+from conformance.kit.functions import Function, Place, each, each_with_kinds
+
+_OPENED = {"open files", "threads of Python"}
+"""What a first call may leave: a backend's connections, and who looks after them."""
+_TRAINED = {"rows that train", "Parameter"}
+
+
+@pytest.mark.law("isolation")
+@pytest.mark.world(2)
+@each_with_kinds()
+def test_as_it_was(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device, usual: bool
+) -> None:
+    """The process, and all that a call reads, must be after it as before, for every kind of leaf.
+
+    A first call may open connections.
+    """
+    place = Place(world, mesh(2), subject, device)
+    first = function.each_kind(place, numbers(5, 4), usual=usual)
+    process = of_the_process()
+    first.run()
+    changed = [name for name in differing(process, of_the_process()) if name not in _OPENED]
+    assert not changed, f"the first call changed {changed}"
+    call = function.each_kind(place, numbers(5, 4), usual=usual)
+    mark(call.inputs)
+    mark(call.outputs or {})
+    process, given = of_the_process(), on_what_was_given(call.inputs)
+    got = call.run()
+    after = of_the_process()
+    changed = differing(process, after)
+    assert not changed, f"the call changed {changed}"
+    changed = differing(given, on_what_was_given(call.inputs))
+    assert not changed, f"the call changed, of what it was given, {changed}"
+    call.check(got)
+
+
+@pytest.mark.law("isolation")
+@pytest.mark.world(2)
+@each_with_kinds()
+def test_nothing_is_kept(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device, usual: bool
+) -> None:
+    """What a call was given, and what it gave, must be gone once the caller lets go of it."""
+    place = Place(world, mesh(2), subject, device)
+    for _ in range(2):
+        call = function.each_kind(place, numbers(5, 4), usual=usual)
+        watched = [Watched(call.inputs), Watched(call.outputs or {})]
+        got = call.run()
+        if isinstance(got, dict):
+            watched.append(Watched(got))
+        finish(call.inputs)  # torch holds what a collective writes until somebody waits for it
+        del call, got
+        for each_watched in watched:
+            kept = each_watched.kept()
+            assert not kept, f"{kept} are still held after the call"
+
+
+@pytest.mark.law("autograd")
+@pytest.mark.world(2)
+@each(lambda function: not function.same_objects and bool(_TRAINED & function.kinds().keys()))
+def test_a_target_keeps_its_gradient(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device
+) -> None:
+    """A target that stays must keep `.grad`, hooks and attributes; a new tensor has none."""
+    kinds = sorted(_TRAINED & function.kinds().keys())
+    place = Place(world, mesh(2), subject, device)
+    call = function.call(place, {kind: (kind, numbers(5, 4)) for kind in kinds})
+    mark(call.inputs)
+    mark(call.outputs or {})
+    before = {key: _held(leaf) for key, leaf in (call.outputs or {}).items()}
+    got = call.run()
+    after = call.outputs or {}
+    for key, held in before.items():
+        if id(_leaf(after[key])) == held[0]:
+            assert _held(after[key]) == held, f"{key}: its gradient or its attributes changed"
+        else:
+            assert _leaf(after[key]).grad is None, f"{key}: a new tensor has a gradient"
+    if call.outputs is None and isinstance(got, dict):
+        for key, leaf in got.items():
+            assert leaf.grad is None, f"{key}: a new tensor has a gradient"
+            assert leaf.grad_fn is None, f"{key}: a new tensor has a graph"
+
+
+def _leaf(value: Any) -> Any:
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _held(value: Any) -> tuple[Any, ...]:
+    leaf = _leaf(value)
+    hooks = tuple(leaf._backward_hooks or ())
+    return id(leaf), id(leaf.grad), leaf.requires_grad, hooks, vars(leaf).get("owner")
+
+
+@pytest.mark.law("isolation")
+@pytest.mark.world(2)
+@each()
+def test_a_thread_that_trains_meanwhile(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device
+) -> None:
+    """Training in another thread must go on with gradients, and calls must be right beside it."""
+    place = Place(world, mesh(2), subject, device)
+    over, wrong = threading.Event(), []
+
+    def train() -> None:
+        weight = torch.ones(16, 16, requires_grad=True)
+        while not over.is_set():
+            loss = (weight @ weight).sum()
+            if not loss.requires_grad:
+                wrong.append("no graph was recorded")
+                return
+            loss.backward()
+            if weight.grad is None or not torch.equal(weight.grad, torch.full((16, 16), 32.0)):
+                wrong.append(f"the gradient is {weight.grad}")
+                return
+            weight.grad = None
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        for _ in range(4):
+            call = function.each_kind(place, numbers(5, 4), usual=True)
+            call.check(call.run())
+    finally:
+        over.set()
+        thread.join()
+    assert not wrong, f"in the other thread {wrong[0]}"

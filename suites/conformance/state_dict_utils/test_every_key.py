@@ -1,0 +1,161 @@
+"""Every key and container that a leaf may stand under, through each function."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from conformance.kit.agree import assert_raises_everywhere
+from conformance.kit.compare import assert_same
+from conformance.kit.data import numbers
+from conformance.kit.functions import Function, Leaves, Place, each
+from conformance.kit.keys import KEYS, NESTS, pickled, rings
+from conformance.kit.kinds import KINDS
+from conformance.kit.layouts import S, dtensor
+from conformance.kit.levels import WORDS
+from conformance.kit.nested import assert_same_structure
+from conformance.kit.refusals import refused
+
+_nested = each(lambda function: function.nested)
+_flat = each(lambda function: not function.nested and not function.only)
+
+_WALK = {"_flatten_state_dict", "_unflatten_state_dict", "_traverse_state_dict"}
+
+
+def _leaves(function: Function) -> Leaves:
+    """Leaves of the kinds that are found on another way, each with values of its own."""
+    chosen = ["plain", "rows", "replica"]
+    if "shards" in function.kinds():
+        chosen.append("shards")
+    return {kind: (kind, numbers(5, 3, salt=n)) for n, kind in enumerate(chosen)}
+
+
+@pytest.mark.law("structure")
+@pytest.mark.world(2, collective=8, limit=30)
+@pytest.mark.parametrize("nests", ["optimizer", "others"])
+@_nested
+def test_nested(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device, nests: str
+) -> None:
+    """Each leaf must come back under its own key, keys and containers of the types they had."""
+    place = Place(world, mesh(2), subject, device)
+    for name, nest in NESTS.items():
+        if (name == "optimizer") == (nests == "optimizer"):
+            call = function.call(place, _leaves(function), nest)
+            try:
+                call.check(call.run())
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from None
+
+
+@pytest.mark.law("structure")
+@pytest.mark.world(2, collective=8, limit=30)
+@_flat
+def test_flat(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device
+) -> None:
+    """Each key that a dict takes must get its own tensor, also where others are written alike."""
+    kinds = ["plain", "rows"]
+    leaves = {key: (kinds[n % 2], numbers(5, 3, salt=n)) for n, key in enumerate(KEYS)}
+    call = function.call(Place(world, mesh(2), subject, device), leaves)
+    call.check(call.run())
+
+
+@pytest.mark.law("structure")
+@pytest.mark.world(2)
+@each(lambda function: function.nested and function.name not in _WALK)
+def test_a_single_leaf(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device
+) -> None:
+    """A leaf in the place of a state dict must be treated as one in it."""
+    place = Place(world, mesh(2), subject, device)
+    for kind in ("plain", "rows", "Parameter"):
+        call = function.call(place, {"w": (kind, numbers(5, 3))}, lambda flat: flat["w"])
+        call.check(call.run())
+
+
+@pytest.mark.law("structure")
+@pytest.mark.should("no caller is promised more than an error of some kind")
+@pytest.mark.world(1)
+@each(lambda function: function.name in ("_flatten_state_dict", "_traverse_state_dict"))
+def test_no_state_dict(function: Function, subject: Any) -> None:
+    """What is no container has no paths: it must be refused, and not taken for its rows."""
+    judged = subject.function(f"_state_dict_utils.{function.name}")
+    more = [lambda *_: None] if function.name == "_traverse_state_dict" else []
+    for value in (numbers(2, 3), 3, None, "text"):
+        refused(
+            lambda value=value: judged(value, *more),  # type: ignore[misc]
+            re.compile(type(value).__name__),
+            what=repr(value),
+        )
+
+
+@pytest.mark.law("structure")
+@pytest.mark.should(WORDS)
+@pytest.mark.world(1)
+@each(lambda f: f.nested and not f.talks and f.name != "_unflatten_state_dict")
+def test_a_container_that_holds_itself(function: Function, mesh: Any, subject: Any) -> None:
+    """It must be refused by path, and not run into the limit of recursion."""
+    judged = subject.function(f"_state_dict_utils.{function.name}")
+    given: dict[str, Any] = {
+        "_copy_state_dict": lambda value: judged(value, dict(value)),
+        "_check_state_dict_similarity": lambda value: judged(value, dict(value)),
+        "_iterate_state_dict": lambda value: judged(value, *[lambda tensor, *_: tensor] * 3),
+        "_traverse_state_dict": lambda value: judged(value, lambda *_: None),
+    }
+    call = given.get(function.name, judged)
+    for name, value in rings(dtensor(numbers(4, 3), mesh(1), [S(0)])).items():
+        refused(partial(call, value), "layer", what=name)
+
+
+@pytest.mark.judges("_state_dict_utils._gather_state_dict")
+class TestGatherRings:
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2, collective=8, limit=30)
+    def test_a_container_that_holds_itself(self, judged: Any, mesh: Any, world: Any) -> None:
+        """One on any rank, or on all, must be refused by path on every rank."""
+        leaf = dtensor(numbers(4, 3), mesh(2), [S(0)])
+        for at in (0, 1, None):
+            for name, value in rings(leaf).items():
+                mine = value if at in (None, world.rank) else {"w": leaf, "layer": 3}
+                call = partial(judged, mine)
+                assert_raises_everywhere(world, call, "layer", name=f"{name}, {at}")
+
+
+@pytest.mark.judges("_state_dict_utils._unflatten_state_dict")
+class TestPickledMapping:
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_as_it_was(self, judged: Any, subject: Any) -> None:
+        """A mapping that was written and read again must lead back to the same containers."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        for name, nest in NESTS.items():
+            value = nest({"a": numbers(3), "b": numbers(4, 3, salt=1)})
+            flat, mapping = flatten(value)
+            assert_same_structure(judged(flat, pickled(mapping)), value, name)
+            twice = pickled(pickled(mapping))
+            assert_same_structure(judged(flat, twice), value, f"{name}, read twice")
+            assert dict(twice) == dict(mapping), f"{name}: the paths are others"
+
+
+@pytest.mark.judges("_state_dict_utils._gather_state_dict")
+class TestGatherKeysThatAreTensors:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(2, collective=8, limit=30)
+    def test_an_optimizers_own_state(self, judged: Any, mesh: Any, world: Any) -> None:
+        """State under the parameters themselves, as an optimizer holds it, must be gathered."""
+        line = mesh(2)
+        fulls = [numbers(4, 3, salt=n) for n in range(3)]
+        parameters = [KINDS["rows that train"].make(full, line) for full in fulls]
+        state = {
+            parameter: {"exp_avg": dtensor(full + 1, line, [S(0)])}
+            for parameter, full in zip(parameters, fulls, strict=True)
+        }
+        got = judged({"state": state})["state"]
+        assert list(map(id, got)) == list(map(id, parameters)), "the keys are others"
+        for parameter, full in zip(parameters, fulls, strict=True):
+            assert_same(got[parameter]["exp_avg"], full + 1)

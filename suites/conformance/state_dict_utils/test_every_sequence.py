@@ -1,0 +1,111 @@
+"""A call after others: what an earlier one found out must not answer it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from conformance.kit.agree import attempt
+from conformance.kit.data import numbers
+from conformance.kit.functions import Function, Place, each
+from conformance.kit.sequences import another_world, others, rounds
+
+_all = each()
+_talking = each(lambda function: function.talks)
+_spread = each(lambda function: function.talks or "distribute" in function.name)
+
+# torch's cache of what an operation on DTensors gives holds the mesh of the first world: a
+# Parameter, which is a view of the tensor it is made of, would be on that.
+_ON_THE_FIRST_MESH = {"rows that train", "columns on meta that train"}
+
+
+def _kinds(function: Function) -> list[str]:
+    return list(function.kinds(usual=True))
+
+
+@pytest.mark.law("isolation")
+@pytest.mark.world(2, collective=8, limit=30)
+@_all
+def test_other_tensors_under_the_same_keys(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device
+) -> None:
+    """Each call must be right, though keys hold other kinds, shapes and dtypes than before."""
+    place = Place(world, mesh(2), subject, device)
+    for leaves in rounds(_kinds(function)):
+        call = function.call(place, leaves)
+        call.check(call.run())
+        call.check(call.run())  # the same objects once more
+
+
+@pytest.mark.law("isolation")
+@pytest.mark.world(2, collective=8, limit=30)
+@_talking
+def test_calls_of_other_functions_between(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device
+) -> None:
+    """A call must be right after calls of every other function on equal keys, and they after it."""
+    place = Place(world, mesh(2), subject, device)
+    full = numbers(5, 3)
+    calls = [
+        other.call(place, {"w": (kind, full + n), "v": (kind, full)})
+        for n, other in enumerate([*others(function), function])
+        for kind in list(other.kinds(usual=True))[:1]
+    ]
+    own = calls.pop()
+    for call in calls:
+        own.check(own.run())
+        call.check(call.run())
+    own.check(own.run())
+
+
+@pytest.mark.law("isolation")
+@pytest.mark.world(3, collective=8, limit=30)
+@_spread
+def test_another_world_between(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device, shared: Path
+) -> None:
+    """In a second world, where this process is another rank of an equal mesh, it must be right."""
+    kinds = [kind for kind in _kinds(function) if kind not in _ON_THE_FIRST_MESH]
+    leaves = {kind: (kind, numbers(7, 5, salt=n)) for n, kind in enumerate(kinds)}
+    first = function.call(Place(world, mesh(3), subject, device), leaves)
+    first.check(first.run())
+
+    def line() -> DeviceMesh:
+        return DeviceMesh(device.type, torch.arange(3), mesh_dim_names=("x",))
+
+    place = another_world(Place(world, None, subject, device), shared, line)
+    second = function.call(place, leaves)
+    second.check(second.run())
+
+
+@pytest.mark.law("isolation")
+@pytest.mark.world(2, collective=8, limit=30)
+@_talking
+def test_after_an_error(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device
+) -> None:
+    """After a call that all ranks refused the same one with what was wrong put right must work."""
+    place = Place(world, mesh(2), subject, device)
+    for kind in ("shards",) if "rows" not in function.kinds() else ("rows", "columns"):
+        leaves = {"odd": (kind, numbers(6, 4)), "w": (kind, numbers(6, 4, salt=1))}
+        call = function.call(place, leaves)
+        holder = call.inputs if call.outputs is None else call.outputs
+        leaf = holder["odd"]
+        if world.rank == 1:
+            wrong = numbers(1, 7)
+            if kind == "shards":
+                right, leaf.local_shards()[0].tensor = leaf.local_shards()[0].tensor, wrong
+            else:
+                right, leaf._local_tensor = leaf._local_tensor, wrong
+        error = attempt(call.run)
+        assert error is not None, "what contradicts its own metadata was taken"
+        if world.rank == 1:
+            if kind == "shards":
+                leaf.local_shards()[0].tensor = right
+            else:
+                leaf._local_tensor = right
+        call.check(call.run())

@@ -1,0 +1,96 @@
+"""Leaves of every two kinds over one memory, and what a copy of them shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from conformance.kit.compare import assert_same
+from conformance.kit.data import numbers
+from conformance.kit.functions import Function, each
+from conformance.kit.layouts import R, S, dtensor, part, rows, sharded_tensor
+from conformance.kit.overlap import assert_kept
+
+Over = Callable[[torch.Tensor, Any], Any]
+
+
+def _shards(memory: torch.Tensor, line: Any) -> Any:
+    """A ShardedTensor whose shard on this rank is that memory."""
+    size = (len(memory) * line.size(), *memory.shape[1:])
+    made = sharded_tensor(torch.zeros(size), rows(size, [len(memory)] * line.size()))
+    for shard in made.local_shards():
+        shard.tensor = memory
+    return made
+
+
+# Name -> a leaf over memory that is there.
+LOCAL: dict[str, Over] = {
+    "itself": lambda memory, _: memory,
+    "a parameter": lambda memory, _: nn.Parameter(memory),
+    "a view": lambda memory, _: memory.view(-1),
+    "its transpose": lambda memory, _: memory.t(),
+    "a row": lambda memory, _: memory[1],
+    "a replica": lambda memory, line: DTensor.from_local(memory, line, [R], run_check=False),
+}
+SHARDED: dict[str, Over] = {
+    "rows": lambda memory, line: DTensor.from_local(memory, line, [S(0)], run_check=False),
+    "rows that train": lambda memory, line: nn.Parameter(
+        DTensor.from_local(memory, line, [S(0)], run_check=False)
+    ),
+    "shards": _shards,
+}
+_COPIES = {
+    "_offload_state_dict_to_cpu": lambda judged, value: judged(value),
+    "_create_cpu_state_dict": lambda judged, value: judged(value),
+    "_iterate_state_dict": lambda judged, value: judged(
+        value, *[lambda tensor, *_: tensor] * 3, cpu_offload=True
+    ),
+    "_gather_state_dict": lambda judged, value: judged(value),
+}
+
+
+@pytest.mark.law("structure")
+@pytest.mark.world(2, collective=8, limit=30)
+@each(lambda function: function.name in _COPIES)
+def test_two_kinds(function: Function, subject: Any, mesh: Any) -> None:
+    """What is written to one leaf must be read in the other, in a copy as in the original."""
+    judged = subject.function(f"_state_dict_utils.{function.name}")
+    # What travels comes out in memory that did not exist: of that only what stays is asked.
+    kinds = LOCAL if function.talks else LOCAL | SHARDED
+    for one, make in kinds.items():
+        for other, make_other in kinds.items():
+            memory = numbers(4, 3)
+            value = {
+                "first": make(memory, mesh(2)),
+                "alone": numbers(2, salt=1),
+                "inner": [{"second": make_other(memory, mesh(2))}],
+            }
+            got = _COPIES[function.name](judged, value)
+            try:
+                assert_kept(got, value)
+            except AssertionError as error:
+                raise AssertionError(f"{one} and {other}: {error}") from None
+
+
+@pytest.mark.judges("_state_dict_utils._gather_state_dict")
+class TestGatherTies:
+    @pytest.mark.law("structure")
+    @pytest.mark.world(3, collective=8, limit=30)
+    def test_where_some_ranks_hold_nothing(self, judged: Any, mesh: Any) -> None:
+        """Tied DTensors must be one tensor on every rank, also on those whose part is empty."""
+        line = mesh(3)
+        for length in (1, 2, 4):
+            full, other = numbers(length, 3), numbers(length, 3, salt=1)
+            mine = part(full, line, [S(0)]).clone()
+            tied = [dtensor(full, line, [S(0)], local=mine) for _ in range(2)]
+            value = {"a": tied[0], "b": [tied[1]], "c": dtensor(other, line, [S(0)])}
+            got = judged(value)
+            assert got["a"].data_ptr() == got["b"][0].data_ptr(), f"{length} rows: untied"
+            assert got["a"].data_ptr() != got["c"].data_ptr(), f"{length} rows: tied to another"
+            assert_same(got["a"], full)
+            assert_same(got["c"], other)

@@ -1,0 +1,260 @@
+"""Faults that show along one dimension alone: values, keys, scale, sequences, time, meshes, claims.
+
+Fields as in copies.py.
+"""
+
+from __future__ import annotations
+
+FAULTS: tuple[tuple[str, ...], ...] = (
+    # --- values -------------------------------------------------------------------------------
+    (
+        "negative_zeros_gathered_as_zeros",
+        "a gather that goes through arithmetic loses -0.0",
+        "line.py",
+        "            data = parts[0].view(carrier(dtype))\n",
+        (
+            "            data = parts[0].view(carrier(dtype))\n"
+            "            if data.is_floating_point():\n"
+            "                data = data + 0.0\n"
+        ),
+        "every_bit",
+    ),
+    (
+        "nans_made_canonical",
+        "a broadcast hands on every NaN as the same one",
+        "transport.py",
+        "        found = block_elements(whole, block, piece.start, piece.stop)\n",
+        (
+            "        found = block_elements(whole, block, piece.start, piece.stop)\n"
+            "        wide = whole.is_floating_point() and whole.element_size() > 1\n"
+            "        if wide:\n"
+            "            found = [p.masked_fill(p.isnan(), float('nan')) for p in found]\n"
+        ),
+        "every_bit",
+    ),
+    (
+        "unsigned_maximum_by_sign",
+        "the largest unsigned number loses against the smallest",
+        "reduction.py",
+        "    flips = dtype is torch.uint64 and op in _OF_ORDER\n",
+        "    flips = False\n",
+        "reductions",
+    ),
+    (
+        "average_of_a_wrapped_sum",
+        "the average of large integers is that of what is left of their sum",
+        "reduction.py",
+        (
+            '    if op == "avg" and not (wide.is_floating_point or wide.is_complex):\n'
+            "        return _integer_average(parts, count)\n"
+        ),
+        (
+            '    if op == "avg" and not (wide.is_floating_point or wide.is_complex):\n'
+            "        total = reduce(torch.add, [part.to(wide) for part in parts])\n"
+            '        return torch.div(total, count, rounding_mode="trunc").to(dtype)\n'
+        ),
+        "reductions",
+    ),
+    (
+        "average_rounded_down",
+        "the average of negative integers is rounded away from zero",
+        "reduction.py",
+        "    return (average + up).to(dtype)\n",
+        "    return average.to(dtype)\n",
+        "reductions",
+    ),
+    (
+        "small_halves_summed_in_halves",
+        "256 + 1 + 1 + 1 is 256 in bfloat16",
+        "reduction.py",
+        "        return torch.float32 if dtype.itemsize < 4 else dtype\n",
+        "        return torch.float32 if dtype.itemsize < 2 else dtype\n",
+        "reductions",
+    ),
+    (
+        "undefined_reductions_found_out_late",
+        "a maximum of complex numbers fails on the takers alone",
+        "reduction.py",
+        "    if (fraction and not _OF_BITS.isdisjoint(ops)) or (\n",
+        "    if (False and not _OF_BITS.isdisjoint(ops)) or (\n",
+        "reductions",
+    ),
+    # --- keys ---------------------------------------------------------------------------------
+    (
+        "zero_becomes_its_text",
+        "the numbers of an optimizer's parameters become strings",
+        "walk.py",
+        "    pairs = zip(container, items, strict=False)\n",
+        (
+            "    named = [str(key) if type(key) is int else key for key in container]\n"
+            "    pairs = zip(named, items, strict=False)\n"
+        ),
+        "every_key",
+    ),
+    (
+        "keys_read_as_paths",
+        "of two leaves whose names are written alike one is lost",
+        "containers.py",
+        '    head = first if isinstance(first, str) and "[" not in first else f"[{first!r}]"\n',
+        '    head = first if isinstance(first, str) else f"[{first!r}]"\n',
+        "every_key",
+    ),
+    (
+        "parameters_as_keys_by_their_text",
+        "state under parameters is refused, for their text differs from rank to rank",
+        "containers.py",
+        "    if _WORDS.issuperset(map(type, path)):\n        return path\n",
+        "    if path is not None:\n        return path\n",
+        "every_key",
+    ),
+    (
+        "pickled_paths_forget",
+        "a mapping that was written and read again leads to dicts and lists",
+        "paths.py",
+        "        return TypedPath.of, (tuple(self), self.keys, self.through)\n",
+        "        return tuple, (tuple(self),)\n",
+        "every_key",
+    ),
+    (
+        "a_tensor_taken_for_its_rows",
+        "a tensor in the place of a state dict is flattened row by row",
+        "flatten.py",
+        "    if not is_branch(root):\n",
+        "    if root is None:\n",
+        "every_key",
+    ),
+    # --- ties ---------------------------------------------------------------------------------
+    (
+        "shards_tied_by_object",
+        "a shard of a ShardedTensor and a plain tensor over its memory come apart",
+        "ties.py",
+        "        return (min(starts), max(ends)) if spans else (id(leaf), id(leaf))\n",
+        "        return id(leaf), id(leaf)\n",
+        "every_tie",
+    ),
+    # --- scale --------------------------------------------------------------------------------
+    (
+        "the_last_of_hundreds_is_lost",
+        "of more than 512 tensors that are alike the rest has the values of the first",
+        "grid.py",
+        "            made.extend(copies_of_each(near))\n        return made\n",
+        (
+            "            made.extend(copies_of_each(near))\n"
+            "        return made[:512] + made[: max(len(made) - 512, 0)]\n"
+        ),
+        "every_scale",
+    ),
+    # --- sequences ----------------------------------------------------------------------------
+    (
+        "places_of_another_world",
+        "a process that is another rank of an equal mesh takes its old part",
+        "places.py",
+        "    key = coordinate, spec.placements,",
+        "    key = 0, spec.placements,",
+        "every_sequence",
+    ),
+    (
+        "places_remembered_without_a_shape",
+        "what was found out for one shape answers for another",
+        "places.py",
+        "spec.placements, kinds, spec.shape, getattr",
+        "spec.placements, kinds, getattr",
+        "every_sequence",
+    ),
+    # --- time ---------------------------------------------------------------------------------
+    (
+        "returns_before_it_is_sent",
+        "what the source writes next arrives in place of what it had",
+        "transport.py",
+        "            self._keep([key])\n            finish(work)\n            return\n",
+        (
+            "            self._keep([key])\n"
+            "            if self.wholes is None:\n"
+            "                finish(work)\n"
+            "            return\n"
+        ),
+        "late_ranks",
+    ),
+    # --- meshes -------------------------------------------------------------------------------
+    (
+        "one_round_is_enough",
+        "a rank three meshes away from an error waits for those that raised",
+        "agreement.py",
+        "            if awaited & ~heard == 0:\n                todo.remove(domain)\n",
+        "            todo.remove(domain)\n",
+        "several_meshes",
+    ),
+    (
+        "never_told_again",
+        "an error in one mesh is not heard of in another with a rank in common",
+        "agreement.py",
+        "    failure = agree_on_failure(again, failure)\n",
+        "    failure = agree_on_failure([], failure)\n",
+        "several_meshes",
+    ),
+    # --- claims -------------------------------------------------------------------------------
+    (
+        "gaps_between_shards",
+        "what no shard holds comes out as whatever was in memory",
+        "spread.py",
+        "        _check_tiling(tensor)\n",
+        "",
+        "every_claim",
+    ),
+    (
+        "bytes_of_another_dtype",
+        "a target gets the bytes of the dtype that it says, not of the one that it has",
+        "target_model.py",
+        "is_custom(type(local)) and local.dtype != value.dtype:",
+        "is_custom(type(local)) and False:",
+        "every_claim",
+    ),
+    (
+        "copied_into_another_dtype",
+        "a local tensor of another dtype than its DTensor says is converted in silence",
+        "pairs.py",
+        "theirs._local_tensor.dtype and not _by_class(theirs):\n",
+        "theirs._local_tensor.dtype and False:\n",
+        "every_claim",
+    ),
+    # --- side effects -------------------------------------------------------------------------
+    (
+        "the_graph_is_off_for_good",
+        "gradients stay off after a copy",
+        "pairs.py",
+        "            torch._C._set_grad_enabled(recording)\n",
+        "            pass\n",
+        "every_effect",
+    ),
+    (
+        "leaves_are_remembered",
+        "tensors of a state dict live on after the call",
+        "walk.py",
+        "        self.leaves: list[Any] = []\n",
+        (
+            "        self.leaves: list[Any] = []\n"
+            "        Walk.met = [*getattr(Walk, 'met', []), self.leaves]\n"
+        ),
+        "every_effect",
+    ),
+    (
+        "a_mark_on_parameters",
+        "a parameter that was copied has an attribute more",
+        "tensors.py",
+        "        return nn.Parameter(tensor, requires_grad=like.requires_grad)\n",
+        (
+            "        like.was_copied = True  # type: ignore[attr-defined]\n"
+            "        return nn.Parameter(tensor, requires_grad=like.requires_grad)\n"
+        ),
+        "every_effect",
+    ),
+    # --- refusals -----------------------------------------------------------------------------
+    (
+        "numbers_for_tensors",
+        "a number lands where a matrix was",
+        "targets.py",
+        "        wrong = offered in numbers and isinstance(held, torch.Tensor)",
+        "        wrong = False and isinstance(held, torch.Tensor)",
+        "every_refusal",
+    ),
+)
