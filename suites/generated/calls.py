@@ -1,0 +1,107 @@
+"""How each function of the set is called in a case: its arguments as Python, its inputs by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Step = dict[str, Any]
+Case = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One function of the set."""
+
+    function: str
+    """Module and name, below the subject's root."""
+    arguments: Callable[[Case, Step], list[str]]
+    given: Callable[[Step], list[str]]
+    """The variables whose state after the call is told."""
+
+
+def _pg(case: Case, step: Step) -> list[str]:
+    from generated.emit import group_name
+
+    return [f"pg={group_name(case, step['pg'])}"] if step.get("pg") else []
+
+
+def _flags(step: Step, **defaults: Any) -> list[str]:
+    """Options that differ from the function's defaults."""
+    return [f"{n}={step[n]!r}" for n, d in defaults.items() if step.get(n, d) != d]
+
+
+_DEVICE = "torch.device('cpu')"
+_SDU = "_state_dict_utils."
+
+
+def _tree(step: Step) -> list[str]:
+    return [step.get("tree", "state")]
+
+
+def _two(step: Step) -> list[str]:
+    return ["full", "local"]
+
+
+CALLS: dict[str, Call] = {
+    "gather": Call(
+        _SDU + "_gather_state_dict",
+        lambda case, step: [
+            *_tree(step),
+            *_pg(case, step),
+            *_flags(step, cpu_offload=False, ranks_only=(), type_check=True),
+        ],
+        _tree,
+    ),
+    "all_gather": Call(
+        _SDU + "_all_gather_sharded_tensor",
+        lambda case, step: [f"t{step['tensor']}", *_pg(case, step)],
+        lambda step: [f"t{step['tensor']}"],
+    ),
+    "broadcast": Call(
+        _SDU + "_broadcast_state_dict",
+        lambda case, step: [
+            f"full if rank == {step['source']} else {{}}",
+            *("local", _DEVICE),
+            *_pg(case, step),
+            *_flags(step, strict=False, cpu_offload=False),
+        ],
+        _two,
+    ),
+    "distribute": Call(
+        _SDU + "_distribute_state_dict",
+        lambda case, step: ["full", "local", _DEVICE, *_pg(case, step)],
+        _two,
+    ),
+    "copy": Call(
+        _SDU + "_copy_state_dict",
+        lambda case, step: ["state", "other", *_flags(step, non_blocking=False, type_check=True)],
+        lambda step: ["state", "other"],
+    ),
+    "similar": Call(
+        _SDU + "_check_state_dict_similarity",
+        lambda case, step: ["state", "other"],
+        lambda step: ["state", "other"],
+    ),
+    "create": Call(
+        _SDU + "_create_cpu_state_dict",
+        lambda case, step: [*_tree(step), *_flags(step, share_memory=False)],
+        _tree,
+    ),
+    "offload": Call(
+        _SDU + "_offload_state_dict_to_cpu",
+        lambda case, step: [*_tree(step), *_flags(step, ranks_only=(), type_check=True)],
+        _tree,
+    ),
+    "iterate": Call(
+        _SDU + "_iterate_state_dict",
+        lambda case, step: [
+            *_tree(step),
+            *[step.get("by", "identity")] * 3,
+            *_flags(step, cpu_offload=False, ranks_only=(), type_check=True),
+            *(["companion_obj=other"] if step.get("companion") else []),
+        ],
+        lambda step: [*_tree(step), *(["other"] if step.get("companion") else [])],
+    ),
+}

@@ -1,0 +1,186 @@
+"""A case as the Python that every rank of its world runs, and that a script repeats.
+
+A case is plain data, so that Hypothesis can shrink it, a frame can carry it, and a person can read
+it. Its parts:
+
+- ``world``: the number of ranks;
+- ``pool``: tensors, each a dict: ``kind`` (plain, parameter, dtensor, sharded, view), ``dtype``,
+  ``shape`` (global), ``fill`` (of `rig.pattern`), and where it differs from the default ``layout``,
+  ``mesh`` (shape, ranks, line), ``placements``, ``meta``, ``trains``, ``group``, ``boxes``,
+  ``per_rank``, ``of`` and ``how`` (of a view);
+- ``trees``: name -> node, where a node is ("t", number in the pool), ("v", value),
+  (kind of container, [(key, node), ...]) or (kind of sequence, [node, ...]), and a tree ("same",
+  other) is another one's object;
+- ``many``: (tree, count, number in the pool): that many more keys, each with a tensor like that;
+- ``lacks``: (tree, rank, key): what a rank does not have at the top;
+- ``turned``: trees whose keys stand in another order on each rank;
+- ``wrong``: (number in the pool, rank, "shape" or "dtype"): a local part that is not as it claims;
+- ``steps``: calls, dicts with ``call`` and its options, or ``rewrite`` and ``put`` between them.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from generated.calls import CALLS
+
+Case = dict[str, Any]
+
+LITERAL = 64
+"""Bytes of a tensor up to which a script writes them out."""
+
+
+def source(case: Case) -> str:
+    """The function `run(rank, subject, tell, watch)` of a case."""
+    lines = [*_shared(case), *_tensors(case), *_trees(case)]
+    lines += [f"watch('t{number}', t{number})" for number in _used(case)]
+    lines += [line for step in case["steps"] for line in _step(case, step)]
+    body = textwrap.indent("\n".join(lines), "    ")
+    return f"def run(rank, subject, tell, watch):\n{body}\n"
+
+
+def meshes(case: Case) -> list[tuple[Any, ...]]:
+    """Its meshes, each once, in the order in which all ranks make them."""
+    return list(dict.fromkeys(e["mesh"] for e in case["pool"] if "mesh" in e))
+
+
+def groups(case: Case) -> list[tuple[int, ...]]:
+    """Its groups."""
+    named = [e.get("group") for e in case["pool"]] + [s.get("pg") for s in case["steps"]]
+    return list(dict.fromkeys(g for g in named if g))
+
+
+def _shared(case: Case) -> Iterator[str]:
+    for number, (shape, ranks, line) in enumerate(meshes(case)):
+        more = "" if line is None else f", {line}"
+        yield f"m{number} = mesh({shape}, {ranks}{more})"
+    for number, ranks in enumerate(groups(case)):
+        yield f"g{number} = group({ranks})"
+
+
+def group_name(case: Case, ranks: tuple[int, ...] | None) -> str:
+    """The variable of a group."""
+    return "None" if not ranks else f"g{groups(case).index(ranks)}"
+
+
+def _tensors(case: Case) -> Iterator[str]:
+    used = set(_used(case))
+    for number, entry in enumerate(case["pool"]):
+        if number not in used:
+            continue
+        fill = f"{entry['fill']} + rank" if entry.get("per_rank") else str(entry.get("fill", 0))
+        lies = {r: w for p, r, w in case.get("wrong", ()) if p == number}
+        wrong = f"{lies!r}.get(rank, '')" if lies else ""
+        yield f"t{number} = {_tensor(case, entry, fill, wrong)}"
+
+
+def _used(case: Case) -> Iterator[int]:
+    def below(node: Any) -> Iterator[int]:
+        if node[0] == "t":
+            yield node[1]
+        elif node[0] not in ("v", "same"):
+            for item in node[1]:
+                yield from below(item[1] if node[0] in MAPPINGS else item)
+
+    found = {n for tree in case["trees"].values() for n in below(tree)}
+    for step in case["steps"]:
+        found |= {step[w] for w in ("tensor", "value") if isinstance(step.get(w), int)}
+        found |= {step["put"][2]} if "put" in step else set()
+    while more := {case["pool"][n]["of"] for n in found if "of" in case["pool"][n]} - found:
+        found |= more
+    yield from sorted(found)
+
+
+MAPPINGS = ("dict", "OrderedDict", "with_metadata", "counted")
+
+
+def _values(entry: dict[str, Any], fill: str) -> str:
+    if entry.get("meta"):
+        return f"torch.empty({entry['shape']}, dtype=torch.{entry['dtype']}, device='meta')"
+    return f"pattern({entry['dtype']!r}, {entry['shape']}, {fill})"
+
+
+def _tensor(case: Case, entry: dict[str, Any], fill: str, wrong: str = "") -> str:
+    kind = entry["kind"]
+    how = entry.get("layout", "contiguous")
+    if kind == "view":
+        return f"view_of(t{entry['of']}, {entry['how']!r})"
+    text = _values(entry, fill)
+    if kind == "dtensor":
+        more = [f"how={how!r}"] if how != "contiguous" and not entry.get("meta") else []
+        more += [f"wrong={wrong}"] if wrong else []
+        over = f"m{meshes(case).index(entry['mesh'])}"
+        text = f"dtensor({', '.join([text, over, repr(entry['placements']), *more])})"
+    elif kind == "sharded":
+        more = [f"wrong={wrong}"] if wrong else []
+        seat = group_name(case, entry.get("group"))
+        text = f"sharded({', '.join([text, repr(entry['boxes']), seat, *more])})"
+    elif how != "contiguous" and not entry.get("meta"):
+        text = f"laid_out({text}, {how!r})"
+    if "trains" in entry:
+        text = f"parameter({text}, {entry['trains']})"
+    return text
+
+
+def _trees(case: Case) -> Iterator[str]:
+    for name, node in case["trees"].items():
+        yield f"{name} = {node[1] if node[0] == 'same' else _node(node)}"
+    for tree, count, number in case.get("many", ()):
+        entry = case["pool"][number]
+        each = _tensor(case, entry, f"{entry.get('fill', 0)} + n")
+        yield f"{tree}.update({{f'm{{n}}': {each} for n in range({count})}})"
+    for tree, rank, key in case.get("lacks", ()):
+        yield f"{tree}.pop({key!r}, None) if rank == {rank} else None"
+    for tree in case.get("turned", ()):
+        yield f"{tree} = turned({tree}, rank)"
+
+
+def _node(node: Any) -> str:
+    kind = node[0]
+    if kind == "t":
+        return f"t{node[1]}"
+    if kind == "v":
+        return repr(node[1])
+    if kind in MAPPINGS:
+        items = [(repr(key), _node(item)) for key, item in node[1]]
+        if kind == "dict":
+            return "{" + ", ".join(f"{key}: {item}" for key, item in items) + "}"
+        return f"{kind}([" + ", ".join(f"({key}, {item})" for key, item in items) + "])"
+    items = [_node(item) for item in node[1]]
+    if kind == "list":
+        return f"[{', '.join(items)}]"
+    if kind == "Pair":
+        return f"Pair({', '.join(items)})"
+    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
+
+
+def _step(case: Case, step: dict[str, Any]) -> Iterator[str]:
+    if "rewrite" in step:
+        number = step["rewrite"]
+        entry = case["pool"][number]
+        values = f"pattern({entry['dtype']!r}, {entry['shape']}, {step['fill']})"
+        if entry["kind"] == "dtensor":
+            over = f"m{meshes(case).index(entry['mesh'])}"
+            values = f"part({values}, {over}, {entry['placements']})"
+        yield f"rewrite(t{number}, {values})"
+        return
+    if "put" in step:
+        tree, key, number = step["put"]
+        yield f"{tree}[{key!r}] = t{number}"
+        return
+    call = CALLS[step["call"]]
+    given = ", ".join(f"{name}={name}" for name in call.given(step))
+    words = ", ".join([f"subject({call.function!r})", *call.arguments(case, step)])
+    yield f"tell(*attempt({words}), {given})"
+
+
+def volume(case: Case) -> int:
+    """Bytes of all tensors of a case, about."""
+    total = 0
+    for entry in case["pool"]:
+        if "shape" in entry:
+            total += math.prod(entry["shape"]) * 8
+    return total

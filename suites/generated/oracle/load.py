@@ -1,0 +1,143 @@
+"""Whole to sharded, simulated: broadcast from one rank, or cut by each rank for itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from generated import rig
+from generated.oracle import sims
+from generated.oracle.sims import ANY, OPEN_RESULT, Sim
+from generated.oracle.steps import Scene, rule
+from generated.oracle.tell import Outcome
+
+_NUMBERS = (bool, int, float, complex)
+
+
+@rule("broadcast")
+def broadcast(scene: Scene) -> list[Outcome]:
+    """The first rank's full dict lands in every rank's local one."""
+    step, group = scene.step, scene.pg
+    full = scene.tree(group[0], "full")
+    flaws = [
+        key for rank in group for key in _flaws(full, scene.tree(rank, "local"), rank)
+    ]
+    outcomes = []
+    for rank in scene.ranks:
+        if rank not in group:
+            outcomes.append(Outcome(None))
+        elif flaws:
+            outcomes.append(Outcome(raises=tuple(map(str, flaws))))
+        else:
+            local = scene.tree(rank, "local")
+            _land(full, local, rank, in_place=True)
+            for key in [k for k in local if step.get("strict") and k not in full]:
+                del local[key]
+            outcomes.append(Outcome(None))
+    return outcomes
+
+
+@rule("distribute")
+def distribute(scene: Scene) -> list[Outcome]:
+    """Each rank cuts its own part out of its own full dict."""
+    outcomes = []
+    for rank in scene.ranks:
+        full, local = scene.tree(rank, "full"), scene.tree(rank, "local")
+        flaws = list(_flaws(full, local, rank))
+        if flaws:
+            outcomes.append(Outcome(raises=tuple(map(str, flaws))))
+        else:
+            _land(full, local, rank, in_place=False)
+            outcomes.append(Outcome(None))
+    return outcomes
+
+
+def _flaws(full: dict[Any, Any], local: dict[Any, Any], rank: int) -> list[Any]:
+    """The keys whose targets cannot take what the full dict has."""
+    found = []
+    for key, value in full.items():
+        if key not in local:
+            continue
+        target = local[key]
+        if not isinstance(value, Sim):
+            dims = len(target.size) if isinstance(target, Sim) else 0
+            if isinstance(value, _NUMBERS) and dims:
+                found.append(key)
+        elif value.distributed:
+            found.append(key)
+        elif not isinstance(target, Sim):
+            if isinstance(target, _NUMBERS) and value.size:
+                found.append(key)
+        elif target.kind == "ShardedTensor" or (
+            target.mesh is not None and not _fits(value, target, rank)
+        ):
+            found.append(key)
+    return found
+
+
+def _fits(value: Sim, target: Sim, rank: int) -> bool:
+    sizes = value.size == target.size or (not target.size and value.size == (1,))
+    theirs, mine = getattr(torch, value.dtype), getattr(torch, target.dtype)
+    pending = any(name.startswith("P") for name in target.placements)
+    wrong = bool(target.wrong) and target.mesh is not None and rank in target.mesh[1]
+    return sizes and not pending and not wrong and not (theirs.is_complex and not mine.is_complex)
+
+
+def _land(full: dict[Any, Any], local: dict[Any, Any], rank: int, *, in_place: bool) -> None:
+    assigned = any(isinstance(target, Sim) and target.meta for target in local.values())
+    made: dict[int, Sim] = {}
+    kept: list[Sim] = []
+    new: dict[Any, Any] = {}
+    for key in reversed(full):  # of tied targets the last key's values are in all of them
+        value = full[key]
+        if key not in local:
+            continue
+        target = local[key]
+        if not isinstance(value, Sim):
+            new[key] = value
+        elif target is None and value.size:
+            continue
+        elif not isinstance(target, Sim):
+            new[key] = _plain(value, "")
+        else:
+            if id(target) not in made:
+                kept.append(target)
+                made[id(target)] = _filled(value, target, rank, in_place, assigned)
+            new[key] = made[id(target)]
+    local.update(new)
+
+
+def _plain(value: Sim, dtype: str) -> Sim:
+    assert value.local is not None
+    whole = _converted(value.local, dtype or value.dtype)
+    return Sim("Tensor", whole.clone(), size=value.size, dtype=dtype or value.dtype,
+               open=OPEN_RESULT)
+
+
+def _filled(value: Sim, target: Sim, rank: int, in_place: bool, assigned: bool) -> Sim:
+    assert value.local is not None
+    if target.mesh is None:
+        same = assigned and _floats(value.dtype) and _floats(value.dtype) == _floats(target.dtype)
+        return _plain(value, target.dtype if same else "")
+    assert target.local is not None
+    if rank not in target.mesh[1]:
+        return target if in_place and not target.meta else ANY
+    whole = _converted(value.local, target.dtype).reshape(target.size)
+    mine = sims.cut(whole, target.mesh, target.placements, rank)
+    if in_place and not target.meta:
+        if mine.numel():
+            rig._written(target.local, mine)
+        return target
+    return replace(target, kind="DTensor", grad=False, local=mine, open=OPEN_RESULT)
+
+
+def _floats(name: str) -> str:
+    kind = getattr(torch, name)
+    return "complex" if kind.is_complex else "float" if kind.is_floating_point else ""
+
+
+def _converted(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    plain = tensor.detach()
+    return plain if rig._name(plain.dtype) == dtype else plain.to(getattr(torch, dtype))
