@@ -15,10 +15,17 @@ class Call:
     """One function of the set."""
 
     function: str
-    """Module and name, below the subject's root."""
+    """Module and name, below the subject's root; of several, of a helper's arguments, by spaces."""
     arguments: Callable[[Case, Step], list[str]]
     given: Callable[[Step], list[str]]
     """The variables whose state after the call is told."""
+    through: str = ""
+    """The helper of `rig` that is called with the function."""
+
+    def called(self) -> list[str]:
+        """The words of what is called, and of its first arguments."""
+        subjects = [f"subject({name!r})" for name in self.function.split()]
+        return [self.through, *subjects] if self.through else subjects
 
 
 def _pg(case: Case, step: Step) -> list[str]:
@@ -34,10 +41,22 @@ def _flags(step: Step, **defaults: Any) -> list[str]:
 
 _DEVICE = "torch.device('cpu')"
 _SDU = "_state_dict_utils."
+_UTILS = "tensor.parallel._data_parallel_utils."
+_FSDP = "tensor.parallel.fsdp."
 
 
 def _tree(step: Step) -> list[str]:
     return [step.get("tree", "state")]
+
+
+def _tensor(step: Step) -> list[str]:
+    return [f"t{step['tensor']}"]
+
+
+def _mesh(case: Case, step: Step) -> str:
+    from generated.emit import meshes
+
+    return f"m{meshes(case).index(step['mesh'])}"
 
 
 def _two(step: Step) -> list[str]:
@@ -103,5 +122,57 @@ CALLS: dict[str, Call] = {
             *(["companion_obj=other"] if step.get("companion") else []),
         ],
         lambda step: [*_tree(step), *(["other"] if step.get("companion") else [])],
+    ),
+    "flatten": Call(
+        _SDU + "_flatten_state_dict " + _SDU + "_unflatten_state_dict",
+        lambda case, step: _tree(step),
+        _tree,
+        "flat_and_back",
+    ),
+    "traverse": Call(
+        _SDU + "_traverse_state_dict", lambda case, step: _tree(step), _tree, "visits"
+    ),
+    "set_element": Call(
+        _SDU + "_set_element",
+        lambda case, step: [*_tree(step), repr(step["path"]), f"t{step['value']}"],
+        _tree,
+    ),
+    "flatten_tensor": Call(
+        _UTILS + "_flatten_tensor", lambda case, step: _tensor(step), _tensor, "flat_tensor"
+    ),
+    "unflatten_tensor": Call(
+        _UTILS + "_flatten_tensor " + _UTILS + "_unflatten_tensor",
+        lambda case, step: _tensor(step),
+        _tensor,
+        "flat_tensor_and_back",
+    ),
+    "sync_grad": Call(
+        _UTILS + "sync_grad_hook",
+        lambda case, step: [f"pending(t{step['tensor']})" if step.get("pending") else
+                            f"t{step['tensor']}"],
+        _tensor,
+    ),
+    "all_gather_dtensor": Call(
+        _FSDP + "_all_gather_dtensor",
+        lambda case, step: [*_tensor(step), _mesh(case, step)],
+        _tensor,
+    ),
+    "chunk_dtensor": Call(
+        _FSDP + "_chunk_dtensor",
+        lambda case, step: [*_tensor(step), f"{_mesh(case, step)}.get_local_rank()",
+                            _mesh(case, step)],
+        _tensor,
+    ),
+    "box_for": Call(
+        _FSDP + "_get_box_for",
+        lambda case, step: [*_tensor(step), str(step["count"])],
+        _tensor,
+        "boxes_of",
+    ),
+    "metadata": Call(
+        _FSDP + "_create_sharded_tensor_md_from_dt " + _FSDP + "_get_dt_pg",
+        lambda case, step: _tensor(step),
+        _tensor,
+        "described",
     ),
 }

@@ -44,7 +44,8 @@ def source(case: Case) -> str:
 
 def meshes(case: Case) -> list[tuple[Any, ...]]:
     """Its meshes, each once, in the order in which all ranks make them."""
-    return list(dict.fromkeys(e["mesh"] for e in case["pool"] if "mesh" in e))
+    named = [e.get("mesh") for e in case["pool"]] + [s.get("mesh") for s in case["steps"]]
+    return list(dict.fromkeys(mesh for mesh in named if mesh))
 
 
 def groups(case: Case) -> list[tuple[int, ...]]:
@@ -81,7 +82,7 @@ def _used(case: Case) -> Iterator[int]:
     def below(node: Any) -> Iterator[int]:
         if node[0] == "t":
             yield node[1]
-        elif node[0] not in ("v", "same"):
+        elif node[0] not in ("v", "same", "odd"):
             for item in node[1]:
                 yield from below(item[1] if node[0] in MAPPINGS else item)
 
@@ -142,6 +143,8 @@ def _node(node: Any) -> str:
     kind = node[0]
     if kind == "t":
         return f"t{node[1]}"
+    if kind == "odd":
+        return str(node[1])
     if kind == "v":
         return repr(node[1])
     if kind in MAPPINGS:
@@ -173,8 +176,13 @@ def _step(case: Case, step: dict[str, Any]) -> Iterator[str]:
         return
     call = CALLS[step["call"]]
     given = ", ".join(f"{name}={name}" for name in call.given(step))
-    words = ", ".join([f"subject({call.function!r})", *call.arguments(case, step)])
-    yield f"tell(*attempt({words}), {given})"
+    words = ", ".join([*call.called(), *call.arguments(case, step)])
+    if "into" in step:
+        yield f"outcome = attempt({words})"
+        yield f"tell(*outcome, {given})"
+        yield f"{step['into']} = outcome[1] if outcome[0] == 'returned' else {step['into']}"
+    else:
+        yield f"tell(*attempt({words}), {given})"
 
 
 def volume(case: Case) -> int:

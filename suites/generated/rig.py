@@ -9,6 +9,7 @@ import gc
 import hashlib
 import inspect
 import os
+import pickle
 import random
 import threading
 import warnings
@@ -212,12 +213,10 @@ def dtensor(
     elif wrong == "dtype":
         local = torch.ones(local.shape, dtype=torch.int32 if full.dtype != torch.int32 else
                            torch.float64)
-    strides = torch.empty(full.shape, device="meta").stride()
-    made = DTensor.from_local(
-        local, over, placements(names), run_check=False, shape=full.shape, stride=strides
+    steps = torch.empty(full.shape, device="meta").stride()
+    made: DTensor = DTensor.from_local(
+        local, over, placements(names), run_check=False, shape=full.shape, stride=steps
     )
-    if wrong == "dtype":
-        made._spec.tensor_meta = made._spec.tensor_meta._replace(dtype=full.dtype)
     return made
 
 
@@ -299,6 +298,71 @@ def doubled(tensor: Any, *_: Any) -> Any:
         return tensor.detach().clone()
 
 
+def flat_and_back(flatten: Any, unflatten: Any, state: Any) -> dict[str, Any]:
+    """A state dict flat, its paths, and what comes back of it, also by a mapping once pickled."""
+    flat, mapping = flatten(state)
+    paths = [tuple(path) for path in mapping.values()]
+    later = pickle.loads(pickle.dumps(mapping))
+    return {
+        "flat": flat,
+        "paths": paths,
+        "back": unflatten(flat, mapping),
+        "back by a pickled mapping": unflatten(flat, later),
+    }
+
+
+def visits(traverse: Any, state: Any) -> list[Any]:
+    """What a visitor is called with."""
+    found: list[Any] = []
+    traverse(state, lambda path, value: found.append((tuple(path), value)))
+    return found
+
+
+def flat_tensor(flatten: Any, tensor: Any) -> dict[str, Any]:
+    """What `_flatten_tensor` gives, its spec in words."""
+    local, spec = flatten(tensor)
+    return {"local": local, "spec": spec_in_words(spec)}
+
+
+def flat_tensor_and_back(flatten: Any, unflatten: Any, tensor: Any) -> Any:
+    """A tensor through `_flatten_tensor` and `_unflatten_tensor`."""
+    local, spec = flatten(tensor)
+    return local if spec is None else unflatten(local, spec)
+
+
+def spec_in_words(spec: Any) -> Any:
+    """A DTensorSpec: (mesh, placements, shape)."""
+    if spec is None:
+        return None
+    ranks = tuple(spec.mesh.mesh.flatten().tolist())
+    return (tuple(spec.mesh.shape), ranks), tuple(map(_placed, spec.placements)), tuple(spec.shape)
+
+
+def pending(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks, not waited for."""
+    from torch.distributed import _functional_collectives as functional
+
+    return functional.all_reduce(tensor.detach().clone(), "sum", dist.group.WORLD)
+
+
+def box(found: Any) -> Any:
+    """A box as plain tuples."""
+    return tuple(tuple(map(int, part)) for part in found)
+
+
+def boxes_of(get: Any, tensor: Any, count: int) -> list[Any]:
+    """The boxes of all shards, by number."""
+    return [box(get(tensor, number)) for number in range(count)]
+
+
+def described(create: Any, group_of: Any, tensor: Any) -> Any:
+    """Metadata of a ShardedTensor: (size, dtype, boxes with their ranks)."""
+    meta = create(tensor, group_of(tensor))
+    shards = [(tuple(s.shard_offsets), tuple(s.shard_sizes), s.placement.rank())
+              for s in meta.shards_metadata]
+    return tuple(meta.size), _name(meta.tensor_properties.dtype), shards
+
+
 def process_state() -> dict[str, Any]:
     """What a call may leave changed in the process."""
     return {
@@ -330,7 +394,6 @@ class Teller:
         self._objects: dict[int, int] = {}
         self._memories: dict[int, int] = {}
         self._kept: list[Any] = []
-        self._state = process_state()
 
     def tell(self, value: Any) -> Any:
         """A tree of literals: containers as (type, items, more), leaves as dicts."""
@@ -342,11 +405,6 @@ class Teller:
         if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
             return (type(value).__name__, [(str(n), self.tell(v)) for n, v in enumerate(value)], "")
         return {"kind": type(value).__name__, "value": _said(value)}
-
-    def changed(self) -> list[str]:
-        """What of the process has changed since the last question."""
-        before, self._state = self._state, process_state()
-        return [name for name in before if before[name] != self._state[name]]
 
     def _tensor(self, value: torch.Tensor) -> dict[str, Any]:
         self._kept.append(value)
@@ -390,7 +448,7 @@ class Teller:
             "dtype": _name(tensor.dtype),
             "size": tuple(tensor.shape),
             "device": tensor.device.type,
-            "stride": tuple(tensor.stride()) if tensor.numel() > 1 else (),
+            "stride": strides(tensor),
             "memory": None,
             "bits": "",
         }
@@ -401,6 +459,14 @@ class Teller:
             told["bits"] = digest(tensor)
             told["shared"] = tensor.is_shared()
         return told
+
+
+def strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides that mean something: those of dimensions that have several elements."""
+    if tensor.numel() < 2:
+        return ()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return tuple(step if size > 1 else 0 for size, step in steps)
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -429,20 +495,22 @@ def _placed(placement: Placement) -> str:
     return "R" if isinstance(placement, Replicate) else repr(placement)
 
 
-def attempt(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, Any]:
-    """("returned", value) or ("raised", exception)."""
+def attempt(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, Any, list[str]]:
+    """("returned", value) or ("raised", exception), and what of the process was left changed."""
+    before = process_state()
     try:
-        return "returned", call(*args, **kwargs)
+        word, value = "returned", call(*args, **kwargs)
     except Exception as error:
-        return "raised", error
+        word, value = "raised", error
+    after = process_state()
+    return word, value, [name for name in before if before[name] != after[name]]
 
 
 def outcome(
-    teller: Teller, word: str, value: Any, given: Mapping[str, Any]
+    teller: Teller, word: str, value: Any, changed: list[str], given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What a call on this rank came to, in plain data: its result, and the inputs after it."""
     told: dict[str, Any] = {"word": word}
-    changed = teller.changed()
     told["given"] = {name: teller.tell(item) for name, item in given.items()}
     if word == "raised":
         told["error"] = (_public_type(value), f"{value}")

@@ -107,8 +107,8 @@ class Player(rank.Rank):
         exec(compile(source, "<case>", "exec"), space)  # what it runs the parent has made
         teller = rig.Teller()
 
-        def tell(word: str, value: Any, **given: Any) -> None:
-            told = rig.outcome(teller, word, value, given)
+        def tell(word: str, value: Any, changed: list[str], **given: Any) -> None:
+            told = rig.outcome(teller, word, value, changed, given)
             self._channel.send("told", outcome=repr(told))
 
         space["run"](self.rank, self._subject.function, tell, watch.on)

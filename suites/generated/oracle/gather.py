@@ -19,16 +19,16 @@ def gather(scene: Scene) -> list[Outcome]:
     """Every sharded leaf whole, on the ranks that want it."""
     step, ranks = scene.step, scene.ranks
     leaves = [dict(walk(scene.tree(rank))) for rank in ranks]
-    bad = dict(_bad(leaves, bool(step.get("type_check", True))))
+    bad = _bad(leaves, bool(step.get("type_check", True)))
     groups = [leaf.members for some in leaves for leaf in some.values()
               if isinstance(leaf, Sim) and leaf.distributed]
     met = connected([*groups, *([scene.pg] if step.get("pg") else [])], len(ranks))
     takers = {scene.pg[n] for n in step.get("ranks_only", ()) if 0 <= n < len(scene.pg)}
     outcomes = []
     for rank in ranks:
-        wrong = sorted(bad[other] for other in met[rank] if other in bad)
+        wrong = [path for other, path in bad if other in met[rank]]
         if wrong:
-            outcomes.append(Outcome(raises=tuple(w for path in wrong for w in words_of(path[1]))))
+            outcomes.append(Outcome(raises=tuple(w for path in wrong for w in words_of(path))))
         elif step.get("ranks_only") and rank not in takers:
             outcomes.append(Outcome({}))
         else:
@@ -38,20 +38,20 @@ def gather(scene: Scene) -> list[Outcome]:
 
 def _bad(
     leaves: list[dict[Path, Any]], type_check: bool
-) -> list[tuple[int, tuple[str, Path]]]:
+) -> list[tuple[int, Path]]:
     """(rank, path) of what is wrong on a rank."""
     found = []
     for rank, mine in enumerate(leaves):
         for path, leaf in mine.items():
             if isinstance(leaf, slice) and type_check:
-                found.append((rank, (str(path), path)))
+                found.append((rank, path))
             if not isinstance(leaf, Sim) or not leaf.distributed:
                 continue
             if leaf.wrong and rank in leaf.members:
-                found.append((rank, (str(path), path)))
+                found.append((rank, path))
             for other in leaf.members:
                 if leaf.travels and not _alike(leaf, leaves[other].get(path)):
-                    found.append((rank, (str(path), path)))
+                    found.append((rank, path))
     return found
 
 
@@ -75,7 +75,9 @@ def _whole_tree(tree: Any, leaves: list[dict[Path, Any]], rank: int) -> Any:
             return ANY
         if id(value) not in made:
             peers = {r: leaves[r].get(path, value) for r in value.members}
-            made[id(value)] = Sim("Tensor", whole(peers), open=OPEN_RESULT)
+            # Where no rank has an element nobody can tell what is tied.
+            more = {"object"} if 0 in value.size else set()
+            made[id(value)] = Sim("Tensor", whole(peers), open=OPEN_RESULT | more)
         return made[id(value)]
 
     return rebuilt(tree, leaf)

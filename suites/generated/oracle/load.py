@@ -9,11 +9,11 @@ import torch
 
 from generated import rig
 from generated.oracle import sims
-from generated.oracle.sims import ANY, OPEN_RESULT, Sim
+from generated.oracle.sims import OPEN_RESULT, Sim
 from generated.oracle.steps import Scene, rule
 from generated.oracle.tell import Outcome
 
-_NUMBERS = (bool, int, float, complex)
+_NUMBERS = (bool, int, float, complex, str)
 
 
 @rule("broadcast")
@@ -123,7 +123,10 @@ def _filled(value: Sim, target: Sim, rank: int, in_place: bool, assigned: bool) 
         return _plain(value, target.dtype if same else "")
     assert target.local is not None
     if rank not in target.mesh[1]:
-        return target if in_place and not target.meta else ANY
+        if in_place and not target.meta:
+            return target
+        outside = torch.empty(0, dtype=getattr(torch, target.dtype))
+        return replace(target, kind="DTensor", grad=False, local=outside, open=OPEN_RESULT)
     whole = _converted(value.local, target.dtype).reshape(target.size)
     mine = sims.cut(whole, target.mesh, target.placements, rank)
     if in_place and not target.meta:

@@ -208,6 +208,8 @@ def _build_node(node: Any, env: dict[str, Any]) -> Any:
     kind = node[0]
     if kind == "t":
         return env[f"t{node[1]}"]
+    if kind == "odd":
+        return slice(1, 2)
     if kind == "v":
         return node[1]
     if kind in ("list", "tuple", "Pair"):

@@ -73,6 +73,10 @@ def simulate(case: Case) -> Iterator[list[Outcome]]:
                 names = CALLS[step["call"]].given(step)
                 outcome.given = {name: envs[rank][name] for name in names}
             yield outcomes
+            if "into" in step:
+                for env, outcome in zip(envs, outcomes, strict=True):
+                    if outcome.raises is None:
+                        env[step["into"]] = outcome.result
 
 
 def _rewrite(case: Case, envs: list[Env], step: Step) -> None:
