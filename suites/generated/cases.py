@@ -160,7 +160,7 @@ def _add_many(draw: st.DrawFn, case: Case, tree: str) -> None:
 def _add_lie(draw: st.DrawFn, case: Case, used: list[int]) -> None:
     """One rank's local part is not what it claims."""
     can = [n for n in used if case["pool"][n]["kind"] == "dtensor"
-           and "layout" not in case["pool"][n]]
+           and "layout" not in case["pool"][n] and case["pool"][n]["shape"]]
     if can:
         number = draw(st.sampled_from(can))
         entry = case["pool"][number]

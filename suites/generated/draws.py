@@ -37,7 +37,7 @@ MESHES: dict[int, tuple[Mesh, ...]] = {
 """Meshes by the size of the world, simple ones first; all are kept by a world that ran them."""
 KEYS: tuple[Any, ...] = (
     *("a", "b", 0, 1, "0", "1", None, True, "a.b", "", "a.b.0", ".", "ü", ("a", 1), 2.5, -1),
-    *("\\", "\\int:1", "None", "weight", b"a", (), "a\\.b"),
+    *("a[0]", "['a']", "\\", "\\int:1", "None", "weight", b"a", (), "a\\.b"),
 )
 VALUES: tuple[Any, ...] = (
     *(None, 0, True, 2.5, "text", b"bytes", 1 << 60, -1, 1 + 2j, {1, 2}, "", 0.0),

@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from generated.compare import Comparison
 from generated.emit import Case, source
 from generated.oracle.steps import simulate
-from generated.oracle.tell import Comparison
+from generated.oracle.tell import Expecting
 from generated.world import Stage, Told
 
 LIMIT, LAG = 20.0, 6.0
@@ -49,34 +50,41 @@ def judge(
     """The first difference of a case; `quick` shortens the wait for ranks that hang."""
     limit, lag = (QUICK, QUICK_LAG) if quick else (LIMIT, LAG)
     told = stage.play(case["world"], source(case), limit=limit, lag=lag, fresh=fresh)
-    return compare(case, told)
+    return compare(case, expected(case), told)
 
 
-def compare(case: Case, told: list[Told]) -> Difference | None:
+def expected(case: Case) -> list[list[dict[str, Any]]]:
+    """What each rank must tell of each call: `[call][rank]`."""
+    tellers = [Expecting() for _ in range(case["world"])]
+    return [
+        [teller.call(outcome) for teller, outcome in zip(tellers, outcomes, strict=True)]
+        for outcomes in simulate(case)
+    ]
+
+
+def compare(
+    case: Case, wanted: list[list[dict[str, Any]]], told: list[Told]
+) -> Difference | None:
     """The first difference, call by call and in each rank by rank."""
     calls = [step["call"] for step in case["steps"] if "call" in step]
     comparisons = [Comparison() for _ in told]
-    for number, outcomes in enumerate(simulate(case)):
-        silent: list[tuple[int, Told]] = []
-        for rank, (expected, one) in enumerate(zip(outcomes, told, strict=True)):
-            if number >= len(one.calls):
-                silent.append((rank, one))
-                continue
-            if text := comparisons[rank].differences(expected, one.calls[number]):
+    for number, outcomes in enumerate(wanted):
+        ended = [rank for rank, one in enumerate(told) if number < len(one.calls)]
+        for rank in ended:
+            text = comparisons[rank].difference(outcomes[rank], told[rank].calls[number])
+            if text:
                 return Difference(calls[number], number, rank, text)
-        for rank, one in silent:
-            text = f"it {one.end}" if one.end else "it told nothing"
-            others = [r for r, other in enumerate(told) if number < len(other.calls)]
-            if others:
-                text += f"; ranks {others} have ended the call"
-            return Difference(calls[number], number, rank, text, one.end.startswith("hangs"))
+        for rank, one in enumerate(told):
+            if rank not in ended:
+                text = f"it {one.end or 'told nothing'}"
+                text += f"; ranks {ended} have ended the call" if ended else ""
+                return Difference(calls[number], number, rank, text, one.end.startswith("hangs"))
     for rank, one in enumerate(told):
+        last = calls[-1], len(calls) - 1, rank
         if one.end:
-            return Difference(calls[-1], len(calls), rank, f"after all calls it {one.end}")
+            return Difference(*last, f"after all calls it {one.end}")
         if one.living:
-            return Difference(
-                calls[-1], len(calls), rank, f"{', '.join(one.living)} outlive the case"
-            )
+            return Difference(*last, f"{', '.join(one.living)} outlive the case")
     return None
 
 

@@ -15,8 +15,10 @@ from typing import Any, Final, NamedTuple
 from shardproof._state_dict_utils.containers import (
     LEAF_TYPES,
     Path,
+    are_leaf_names,
     filled_like,
     is_container,
+    leaf_name,
     path_name,
     sequence_of,
 )
@@ -26,7 +28,6 @@ ABSENT: Final = object()
 
 _NAMED = frozenset({dict, OrderedDict})
 _SEQUENCES = frozenset({list, tuple})
-_STRINGS = frozenset({str})
 
 
 class CompanionMismatch(Exception):  # noqa: N818  (upstream's name)
@@ -139,14 +140,14 @@ class Walk:
             else:
                 stack.pop()
 
-    def names(self, name: Callable[[Path], str]) -> list[str]:
-        """``name(path)`` of each leaf, where a path of one string is its own name."""
+    def names(self) -> list[str]:
+        """The :func:`leaf_name` of each leaf."""
         held = self._root
         if held is not None and held.named and held.below is None:
             keys = list(held.container)
-            if _STRINGS.issuperset(map(type, keys)):
+            if are_leaf_names(keys):
                 return keys
-        return list(map(name, self.paths()))
+        return list(map(leaf_name, self.paths()))
 
     def path(self, index: int) -> Path:
         """The path of one leaf; for messages, since it walks again."""

@@ -138,8 +138,9 @@ def copied(scene: Scene, state: Any, other: Any) -> Outcome:
     try:
         found = list(pairs(state, other))
     except Unlike as error:
-        return refused or Outcome(raises=("",) if not error.args[0] else words_of(error.args[0]),
-                                  kinds=(*MISMATCH, *(refused.kinds if refused else ())))
+        if refused:
+            return Outcome(raises=(), kinds=(*MISMATCH, *refused.kinds))
+        return Outcome(raises=words_of(error.args[0]) if error.args[0] else (), kinds=MISMATCH)
     if refused:
         return refused
     for path, ours, theirs in found:
@@ -180,7 +181,7 @@ def iterate(scene: Scene) -> list[Outcome]:
         if step.get("companion"):
             found = copied(scene, tree, scene.tree(rank, "other"))
         else:
-            found = _refused(scene, tree) or Outcome(rebuilt(tree, _made_by(step)))
+            found = _refused(scene, tree) or Outcome(rebuilt(tree, _made_by(step, tree)))
         if not here and found.raises is None:
             found.result = {}
         return found
@@ -188,7 +189,18 @@ def iterate(scene: Scene) -> list[Outcome]:
     return _each(scene, one)
 
 
-def _made_by(step: dict[str, Any]) -> Callable[[Path, Any], Any]:
+def _twice(tree: Any) -> set[int]:
+    """Those of which the tree has another object over the very same memory: they may become one."""
+    seen: dict[Any, set[int]] = {}
+    for _, sim in walk(tree):
+        if isinstance(sim, Sim) and sim.local is not None:
+            local = sim.local
+            place = local.untyped_storage().data_ptr(), local.storage_offset()
+            seen.setdefault((*place, local.shape, local.stride()), set()).add(id(sim))
+    return set().union(*(ids for ids in seen.values() if len(ids) > 1), set())
+
+
+def _made_by(step: dict[str, Any], tree: Any) -> Callable[[Path, Any], Any]:
     offloads, doubles = step.get("cpu_offload"), step.get("by") == "doubled"
     copies = Copies()
     doubled: dict[int, Sim] = {}
@@ -203,6 +215,9 @@ def _made_by(step: dict[str, Any]) -> Callable[[Path, Any], Any]:
                     value, kind=kind, grad=False, open=OPEN_RESULT | {"object"}
                 )
             return doubled[id(value)]
-        return copies.of(value) if offloads else value
+        if offloads:
+            return copies.of(value)
+        return replace(value, open=frozenset({"object"})) if id(value) in twice else value
 
+    twice = _twice(tree)
     return leaf
