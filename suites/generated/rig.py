@@ -50,6 +50,16 @@ _SPECIAL: dict[torch.dtype, tuple[int, ...]] = {
 }
 
 
+def _hear_of_complex32() -> None:
+    """Let torch warn, once in a process, that complex32 is experimental: here, and unheard."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.ones(1, dtype=torch.complex32)
+
+
+_hear_of_complex32()
+
+
 def pattern(dtype: str, shape: Sequence[int], fill: int) -> torch.Tensor:
     """A tensor of values that tell: 1, 2, 3 ... for fill 0, special bits for 1 to 10, then all bits.
 
@@ -62,11 +72,9 @@ def pattern(dtype: str, shape: Sequence[int], fill: int) -> torch.Tensor:
     index = torch.arange(count, dtype=torch.int64)
     if fill == 0 and dtype != "float8_e8m0fnu":
         whole = index % 100 + 1
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # complex32 is experimental, torch says
-            made = whole % 2 == 1 if dtype == "bool" else whole.to(torch.float32).to(kind)
-            if dtype.endswith(("int64", "int32", "int16", "int8")):
-                made = whole.to(kind)
+        made = whole % 2 == 1 if dtype == "bool" else whole.to(torch.float32).to(kind)
+        if dtype.endswith(("int64", "int32", "int16", "int8")):
+            made = whole.to(kind)
         return made.reshape(tuple(shape))
     width = kind.itemsize
     words = max(width // 8, 1)

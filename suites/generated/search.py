@@ -43,28 +43,34 @@ class Search:
     shrinking: float = 60.0
     """Seconds for making a failure smaller."""
     told: Callable[[str], None] = lambda _: None
+    first: bool = False
+    """Whether to end with the first failure."""
     cases: int = 0
+    found: list[Failure] = field(default_factory=list)
     known: set[str] = field(default_factory=set)
     """Kinds of differences that are not looked for any more."""
     slow: list[str] = field(default_factory=list)
     """Ranks that seemed to hang, and did not when the case was run again by itself."""
 
     def run(self) -> list[Failure]:
-        """The failures of each kind, the first one of each."""
+        """The failures, one of each kind."""
         begin = time.monotonic()
-        found: list[Failure] = []
         number = 0
-        while time.monotonic() - begin < self.seconds:
+        while time.monotonic() - begin < self.seconds and not (self.first and self.found):
             function = self.functions[number % len(self.functions)]
             number += 1
             left = self.seconds - (time.monotonic() - begin)
             failure = self._batch(function, self.seed * 1_000_003 + number, left)
-            self.told(f"{time.monotonic() - begin:4.0f} s, {self.cases} cases, {len(found)} found")
             if failure is not None:
                 failure.seconds = time.monotonic() - begin - failure.seconds
-                found.append(failure)
+                self.found.append(failure)
                 self.known.add(failure.difference.kind)
-        return found
+            gone = time.monotonic() - begin
+            self.told(
+                f"{gone:4.0f} of {self.seconds:.0f} s, {self.cases} cases, "
+                f"{len(self.found)} differences; last {function}"
+            )
+        return self.found
 
     def _batch(self, function: str, seed: int, left: float) -> Failure | None:
         best: list[tuple[Any, Case, Difference]] = []
