@@ -95,27 +95,27 @@ CALLS: dict[str, Call] = {
     ),
     "copy": Call(
         _SDU + "_copy_state_dict",
-        lambda case, step: ["state", "other", *_flags(step, non_blocking=False, type_check=True)],
-        lambda step: ["state", "other"],
+        lambda _, step: ["state", "other", *_flags(step, non_blocking=False, type_check=True)],
+        lambda _: ["state", "other"],
     ),
     "similar": Call(
         _SDU + "_check_state_dict_similarity",
-        lambda case, step: ["state", "other"],
-        lambda step: ["state", "other"],
+        lambda *_: ["state", "other"],
+        lambda _: ["state", "other"],
     ),
     "create": Call(
         _SDU + "_create_cpu_state_dict",
-        lambda case, step: [*_tree(step), *_flags(step, share_memory=False)],
+        lambda _, step: [*_tree(step), *_flags(step, share_memory=False)],
         _tree,
     ),
     "offload": Call(
         _SDU + "_offload_state_dict_to_cpu",
-        lambda case, step: [*_tree(step), *_flags(step, ranks_only=(), type_check=True)],
+        lambda _, step: [*_tree(step), *_flags(step, ranks_only=(), type_check=True)],
         _tree,
     ),
     "iterate": Call(
         _SDU + "_iterate_state_dict",
-        lambda case, step: [
+        lambda _, step: [
             *_tree(step),
             *[step.get("by", "identity")] * 3,
             *_flags(step, cpu_offload=False, ranks_only=(), type_check=True),
@@ -125,31 +125,30 @@ CALLS: dict[str, Call] = {
     ),
     "flatten": Call(
         _SDU + "_flatten_state_dict " + _SDU + "_unflatten_state_dict",
-        lambda case, step: _tree(step),
+        lambda _, step: _tree(step),
         _tree,
         "flat_and_back",
     ),
-    "traverse": Call(
-        _SDU + "_traverse_state_dict", lambda case, step: _tree(step), _tree, "visits"
-    ),
+    "traverse": Call(_SDU + "_traverse_state_dict", lambda _, step: _tree(step), _tree, "visits"),
     "set_element": Call(
         _SDU + "_set_element",
-        lambda case, step: [*_tree(step), repr(step["path"]), f"t{step['value']}"],
+        lambda _, step: [*_tree(step), repr(step["path"]), f"t{step['value']}"],
         _tree,
     ),
     "flatten_tensor": Call(
-        _UTILS + "_flatten_tensor", lambda case, step: _tensor(step), _tensor, "flat_tensor"
+        _UTILS + "_flatten_tensor", lambda _, step: _tensor(step), _tensor, "flat_tensor"
     ),
     "unflatten_tensor": Call(
         _UTILS + "_flatten_tensor " + _UTILS + "_unflatten_tensor",
-        lambda case, step: _tensor(step),
+        lambda _, step: _tensor(step),
         _tensor,
         "flat_tensor_and_back",
     ),
     "sync_grad": Call(
         _UTILS + "sync_grad_hook",
-        lambda case, step: [f"pending(t{step['tensor']})" if step.get("pending") else
-                            f"t{step['tensor']}"],
+        lambda _, step: [
+            f"pending(t{step['tensor']})" if step.get("pending") else f"t{step['tensor']}"
+        ],
         _tensor,
     ),
     "all_gather_dtensor": Call(
@@ -159,19 +158,22 @@ CALLS: dict[str, Call] = {
     ),
     "chunk_dtensor": Call(
         _FSDP + "_chunk_dtensor",
-        lambda case, step: [*_tensor(step), f"{_mesh(case, step)}.get_local_rank()",
-                            _mesh(case, step)],
+        lambda case, step: [
+            *_tensor(step),
+            f"{_mesh(case, step)}.get_local_rank()",
+            _mesh(case, step),
+        ],
         _tensor,
     ),
     "box_for": Call(
         _FSDP + "_get_box_for",
-        lambda case, step: [*_tensor(step), str(step["count"])],
+        lambda _, step: [*_tensor(step), str(step["count"])],
         _tensor,
         "boxes_of",
     ),
     "metadata": Call(
         _FSDP + "_create_sharded_tensor_md_from_dt " + _FSDP + "_get_dt_pg",
-        lambda case, step: _tensor(step),
+        lambda _, step: _tensor(step),
         _tensor,
         "described",
     ),

@@ -16,11 +16,12 @@ it. Its parts:
 - ``turned``: trees whose keys stand in another order on each rank;
 - ``wrong``: (number in the pool, rank, "shape" or "dtype"): a local part that is not as it claims;
 - ``steps``: calls, dicts with ``call`` and its options, or ``rewrite`` and ``put`` between them.
+  ``late`` is a rank that begins the call later than the others, ``then`` what is rewritten the
+  moment it returns, ``into`` the tree that its result becomes.
 """
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -95,6 +96,11 @@ def _used(case: Case) -> Iterator[int]:
     yield from sorted(found)
 
 
+def tensors_of(case: Case) -> int:
+    """How many tensors of the pool a case uses."""
+    return len(list(_used(case)))
+
+
 MAPPINGS = ("dict", "OrderedDict", "with_metadata", "counted")
 
 
@@ -131,7 +137,8 @@ def _trees(case: Case) -> Iterator[str]:
         yield f"{name} = {node[1] if node[0] == 'same' else _node(node)}"
     for tree, count, number in case.get("many", ()):
         entry = case["pool"][number]
-        each = _tensor(case, entry, f"{entry.get('fill', 0)} + n")
+        more = " + rank" if entry.get("per_rank") else ""
+        each = _tensor(case, entry, f"{entry.get('fill', 0)} + n{more}")
         yield f"{tree}.update({{f'm{{n}}': {each} for n in range({count})}})"
     for tree, rank, key in case.get("lacks", ()):
         yield f"{tree}.pop({key!r}, None) if rank == {rank} else None"
@@ -152,23 +159,17 @@ def _node(node: Any) -> str:
         if kind == "dict":
             return "{" + ", ".join(f"{key}: {item}" for key, item in items) + "}"
         return f"{kind}([" + ", ".join(f"({key}, {item})" for key, item in items) + "])"
-    items = [_node(item) for item in node[1]]
+    parts = [_node(item) for item in node[1]]
     if kind == "list":
-        return f"[{', '.join(items)}]"
+        return f"[{', '.join(parts)}]"
     if kind == "Pair":
-        return f"Pair({', '.join(items)})"
-    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
+        return f"Pair({', '.join(parts)})"
+    return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
 
 def _step(case: Case, step: dict[str, Any]) -> Iterator[str]:
     if "rewrite" in step:
-        number = step["rewrite"]
-        entry = case["pool"][number]
-        values = f"pattern({entry['dtype']!r}, {entry['shape']}, {step['fill']})"
-        if entry["kind"] == "dtensor":
-            over = f"m{meshes(case).index(entry['mesh'])}"
-            values = f"part({values}, {over}, {entry['placements']})"
-        yield f"rewrite(t{number}, {values})"
+        yield _rewriting(case, step["rewrite"], step["fill"])
         return
     if "put" in step:
         tree, key, number = step["put"]
@@ -177,18 +178,24 @@ def _step(case: Case, step: dict[str, Any]) -> Iterator[str]:
     call = CALLS[step["call"]]
     given = ", ".join(f"{name}={name}" for name in call.given(step))
     words = ", ".join([*call.called(), *call.arguments(case, step)])
-    if "into" in step:
-        yield f"outcome = attempt({words})"
-        yield f"tell(*outcome, {given})"
-        yield f"{step['into']} = outcome[1] if outcome[0] == 'returned' else {step['into']}"
-    else:
+    if "late" in step:
+        yield f"late(rank == {step['late']})"
+    if "into" not in step and "then" not in step:
         yield f"tell(*attempt({words}), {given})"
+        return
+    yield f"outcome = attempt({words})"
+    for number, fill in step.get("then", ()):
+        # At once: what the call has not sent by now, or holds no copy of, is lost.
+        yield _rewriting(case, number, fill)
+    yield f"tell(*outcome, {given})"
+    if "into" in step:
+        yield f"{step['into']} = outcome[1] if outcome[0] == 'returned' else {step['into']}"
 
 
-def volume(case: Case) -> int:
-    """Bytes of all tensors of a case, about."""
-    total = 0
-    for entry in case["pool"]:
-        if "shape" in entry:
-            total += math.prod(entry["shape"]) * 8
-    return total
+def _rewriting(case: Case, number: int, fill: int) -> str:
+    entry = case["pool"][number]
+    values = f"pattern({entry['dtype']!r}, {entry['shape']}, {fill})"
+    if entry["kind"] == "dtensor":
+        over = f"m{meshes(case).index(entry['mesh'])}"
+        values = f"part({values}, {over}, {entry['placements']})"
+    return f"rewrite(t{number}, {values})"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from generated.compare import Comparison
-from generated.emit import Case, source
+from generated.emit import Case, source, tensors_of
 from generated.oracle.steps import simulate
 from generated.oracle.tell import Expecting
 from generated.world import Stage, Told
@@ -62,9 +62,7 @@ def expected(case: Case) -> list[list[dict[str, Any]]]:
     ]
 
 
-def compare(
-    case: Case, wanted: list[list[dict[str, Any]]], told: list[Told]
-) -> Difference | None:
+def compare(case: Case, wanted: list[list[dict[str, Any]]], told: list[Told]) -> Difference | None:
     """The first difference, call by call and in each rank by rank."""
     calls = [step["call"] for step in case["steps"] if "call" in step]
     comparisons = [Comparison() for _ in told]
@@ -90,4 +88,4 @@ def compare(
 
 def size_of(case: Case) -> tuple[Any, ...]:
     """How large a case is, for a person: ranks, calls, tensors, text."""
-    return case["world"], len(case["steps"]), len(case["pool"]), len(repr(case))
+    return case["world"], len(case["steps"]), tensors_of(case), len(repr(case))

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from generated import draws
-from generated.cases import _add_many, _alone, _more_steps, generates
+from generated.cases import add_many, alone, generates, more_steps
 from generated.draws import one_in, tensors_in
 
 Case = dict[str, Any]
@@ -18,7 +18,7 @@ Case = dict[str, Any]
 def flattens(draw: st.DrawFn) -> Case:
     """Flat and back, with keys that look alike, by a mapping that was pickled."""
     case = _nested(draw)
-    case["steps"] = _more_steps(draw, case, {"call": "flatten"})
+    case["steps"] = more_steps(draw, case, {"call": "flatten"})
     return case
 
 
@@ -102,8 +102,13 @@ def boxes(draw: st.DrawFn) -> Case:
     world = draw(st.sampled_from([2, 1, 3, 4]))
     entry = draws.dtensor(draw, world)
     entry["mesh"] = draw(
-        st.sampled_from([m for m in draws.MESHES[world]
-                         if len(m[0]) == 1 and len(m[1]) == world and m[2] is None])
+        st.sampled_from(
+            [
+                m
+                for m in draws.MESHES[world]
+                if len(m[0]) == 1 and len(m[1]) == world and m[2] is None
+            ]
+        )
     )
     entry["placements"] = draws.placements(draw, entry["mesh"], len(entry["shape"]))
     call = draw(st.sampled_from(["box_for", "metadata"]))
@@ -114,18 +119,31 @@ def boxes(draw: st.DrawFn) -> Case:
 @generates("sequence")
 @st.composite
 def sequences(draw: st.DrawFn) -> Case:
-    """Save, load, gather, copy, flatten, freeze, tie and train in any order over the same objects."""
-    case = _alone(draw)
+    """Gather, stage, copy, flatten, tie and train in any order over the same objects."""
+    case = alone(draw)
     case["steps"] = [{"call": "gather", "into": "full"}]
-    _add_many(draw, case, "state")
+    add_many(draw, case, "state")
     items = case["trees"]["state"][1]
     keys = [key for key, _ in items]
     used = sorted(tensors_in(case["trees"]["state"]))
     pool = case["pool"]
     can = [n for n in used if pool[n]["kind"] in ("plain", "dtensor")]
     for _ in range(draw(st.integers(1, 6))):
-        what = draw(st.sampled_from(["gather", "offload", "create", "flatten", "iterate", "copy",
-                                     "train", "tie", "similar"]))
+        what = draw(
+            st.sampled_from(
+                [
+                    "gather",
+                    "offload",
+                    "create",
+                    "flatten",
+                    "iterate",
+                    "copy",
+                    "train",
+                    "tie",
+                    "similar",
+                ]
+            )
+        )
         if what == "train" and can:
             fill = draw(st.integers(0, 12))
             case["steps"].append({"rewrite": draw(st.sampled_from(can)), "fill": fill})

@@ -1,4 +1,4 @@
-"""The script that repeats a failure: it needs torch and the subject, and nothing of this project."""
+"""The script that repeats a failure: it needs torch and the subject, nothing of this project."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Needs torch alone, and the subject. Made by ci/fuzz{more}.
 '''
 _MAIN = '''
 
-# --- the ranks --------------------------------------------------------------------------------
+# --- the ranks ---
 
 
 def rank_main(rank: int, world: int, root: str, store: Any) -> None:
@@ -90,6 +90,7 @@ if __name__ == "__main__":
     sys.exit(main())
 '''
 LIMIT = 20
+_RULE = "\n\n# --- {} ---\n"
 
 
 def script(case: Case, difference: Difference, subject: str, name: str, more: str = "") -> str:
@@ -98,7 +99,7 @@ def script(case: Case, difference: Difference, subject: str, name: str, more: st
     head = _HEAD.format(
         title=title, name=name, world=case["world"], subject=subject, limit=LIMIT, more=more
     )
-    own = {"rig": _own(HERE / "rig.py"), "compare": _own(HERE / "compare.py")}
+    own = {name: _own(HERE / f"{name}.py") for name in ("data", "telling", "rig", "compare")}
     imports = sorted({line for text in own.values() for line in text[0]} | _IMPORTS)
     parts = [
         head,
@@ -109,12 +110,7 @@ def script(case: Case, difference: Difference, subject: str, name: str, more: st
         source(case),
         f"\nEXPECTED = {pprint.pformat(expected(case), width=96, sort_dicts=False)}",
         '"""[call][rank]: what must come; a field that is missing may be anything."""\n',
-        "\n# --- what tensors are made of, and told in "
-        "-----------------------------------------------\n",
-        own["rig"][1],
-        "\n\n# --- the comparison "
-        "-----------------------------------------------------------------------\n",
-        own["compare"][1],
+        *(_RULE.format(name) + text for name, (_, text) in own.items()),
         _MAIN,
     ]
     return "\n".join(parts)
@@ -135,9 +131,14 @@ def _own(path: Path) -> tuple[list[str], str]:
     text = path.read_text()
     tree = ast.parse(text)
     found = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
-    imports = [ast.unparse(n) for n in found if getattr(n, "module", "") != "__future__"]
+    foreign = [n for n in found if not re.match("__future__|generated", _module_of(n))]
+    imports = [ast.unparse(n) for n in foreign]
     last = max(n.end_lineno or 0 for n in found)
     return imports, "\n".join(text.splitlines()[last:]).strip("\n")
+
+
+def _module_of(node: ast.Import | ast.ImportFrom) -> str:
+    return "" if isinstance(node, ast.Import) else node.module or ""
 
 
 def case_in(path: Path) -> Case:

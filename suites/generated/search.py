@@ -11,8 +11,8 @@ import hypothesis
 from hypothesis import strategies as st
 from hypothesis.internal.conjecture import engine
 
+from generated import load_cases, more_cases  # noqa: F401  (they register strategies)
 from generated.cases import STRATEGIES, Case
-from generated import more_cases  # noqa: F401  (registers its strategies)
 from generated.judge import Difference, judge, size_of
 from generated.world import Stage
 
@@ -43,6 +43,10 @@ class Search:
     shrinking: float = 60.0
     """Seconds for making a failure smaller."""
     told: Callable[[str], None] = lambda _: None
+    failed: Callable[[Failure], None] = lambda _: None
+    """Hears of each failure, once it is small."""
+    most: int = 0
+    """Cases of each function, instead of a time; 0: as many as there is time for."""
     first: bool = False
     """Whether to end with the first failure."""
     cases: int = 0
@@ -56,7 +60,10 @@ class Search:
         """The failures, one of each kind."""
         begin = time.monotonic()
         number = 0
+        turns = len(self.functions) if self.most else None
         while time.monotonic() - begin < self.seconds and not (self.first and self.found):
+            if number == turns:
+                break
             function = self.functions[number % len(self.functions)]
             number += 1
             left = self.seconds - (time.monotonic() - begin)
@@ -65,6 +72,7 @@ class Search:
                 failure.seconds = time.monotonic() - begin - failure.seconds
                 self.found.append(failure)
                 self.known.add(failure.difference.kind)
+                self.failed(failure)
             gone = time.monotonic() - begin
             self.told(
                 f"{gone:4.0f} of {self.seconds:.0f} s, {self.cases} cases, "
@@ -80,7 +88,7 @@ class Search:
 
         @hypothesis.seed(seed)
         @hypothesis.settings(
-            max_examples=BATCH,
+            max_examples=self.most or BATCH,
             phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
             database=None,
             deadline=None,
@@ -109,7 +117,7 @@ class Search:
             best.append((size_of(case), case, difference))
             raise kinds[difference.kind](str(difference))
 
-        engine.MAX_SHRINKING_SECONDS = self.shrinking
+        engine.MAX_SHRINKING_SECONDS = int(self.shrinking)
         try:
             one()
         except AssertionError:

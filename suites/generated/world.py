@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Never
 
-from generated import rig
+from generated import data, rig, telling
 from harness import place, rank, warm
 from harness.blame import not_started
 from harness.channel import Frame, RankEnd
@@ -94,21 +94,21 @@ class Player(rank.Rank):
     def _played(self, source: str) -> dict[str, Any]:
         begin = time.monotonic()
         try:
-            watch = rig.Watch()
+            watch = telling.Watch()
             self._play(source, watch)
             living = watch.living()
         except BaseException as error:
             return raised(error, time.monotonic() - begin)
         return {"outcome": "passed", "seconds": time.monotonic() - begin, "living": living}
 
-    def _play(self, source: str, watch: rig.Watch) -> None:
+    def _play(self, source: str, watch: telling.Watch) -> None:
         self._seed()
-        space: dict[str, Any] = dict(vars(rig))
+        space: dict[str, Any] = {**vars(data), **vars(telling), **vars(rig)}
         exec(compile(source, "<case>", "exec"), space)  # what it runs the parent has made
-        teller = rig.Teller()
+        teller = telling.Teller()
 
         def tell(word: str, value: Any, changed: list[str], **given: Any) -> None:
-            told = rig.outcome(teller, word, value, changed, given)
+            told = telling.outcome(teller, word, value, changed, given)
             self._channel.send("told", outcome=repr(told))
 
         space["run"](self.rank, self._subject.function, tell, watch.on)
@@ -179,7 +179,9 @@ def _told(member: Telling) -> Told:
     if record.fate is Fate.RAISED:
         raise WorldError(f"rank {record.rank}: {record.message}\n{record.details}")
     if record.fate is Fate.SILENT:
-        return Told(member.calls, [], f"hangs{' in ' + record.waiting_in if record.waiting_in else ''}")
+        return Told(
+            member.calls, [], f"hangs{' in ' + record.waiting_in if record.waiting_in else ''}"
+        )
     return Told(member.calls, [], record.message)
 
 
@@ -191,7 +193,9 @@ class Stage:
         self.started = 0
         self._worlds: dict[int, CaseWorld] = {}
 
-    def play(self, size: int, source: str, *, limit: float, lag: float, fresh: bool = False) -> list[Told]:
+    def play(
+        self, size: int, source: str, *, limit: float, lag: float, fresh: bool = False
+    ) -> list[Told]:
         """What each rank told of the case."""
         world = self._worlds.get(size)
         if world is not None and (fresh or world.cases >= CASES_A_WORLD):

@@ -20,8 +20,12 @@ def gather(scene: Scene) -> list[Outcome]:
     step, ranks = scene.step, scene.ranks
     leaves = [dict(walk(scene.tree(rank))) for rank in ranks]
     bad = _bad(leaves, bool(step.get("type_check", True)))
-    groups = [leaf.members for some in leaves for leaf in some.values()
-              if isinstance(leaf, Sim) and leaf.distributed]
+    groups = [
+        leaf.members
+        for some in leaves
+        for leaf in some.values()
+        if isinstance(leaf, Sim) and leaf.distributed
+    ]
     met = connected([*groups, *([scene.pg] if step.get("pg") else [])], len(ranks))
     takers = {scene.pg[n] for n in step.get("ranks_only", ()) if 0 <= n < len(scene.pg)}
     outcomes = []
@@ -36,9 +40,7 @@ def gather(scene: Scene) -> list[Outcome]:
     return outcomes
 
 
-def _bad(
-    leaves: list[dict[Path, Any]], type_check: bool
-) -> list[tuple[int, Path]]:
+def _bad(leaves: list[dict[Path, Any]], type_check: bool) -> list[tuple[int, Path]]:
     """(rank, path) of what is wrong on a rank."""
     found = []
     for rank, mine in enumerate(leaves):
@@ -91,9 +93,7 @@ def whole(peers: Mapping[int, Sim]) -> torch.Tensor:
     if one.kind == "ShardedTensor":
         for sim in peers.values():
             for offsets, shard in sim.shards:
-                region = tuple(
-                    slice(o, o + n) for o, n in zip(offsets, shard.shape, strict=True)
-                )
+                region = tuple(slice(o, o + n) for o, n in zip(offsets, shard.shape, strict=True))
                 full[region] = sims.words(shard)
         return sims.tensor_of(full, one.dtype)
     assert one.mesh is not None

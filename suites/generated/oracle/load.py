@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from generated import rig
+from generated import data
 from generated.oracle import sims
 from generated.oracle.sims import OPEN_RESULT, Sim
 from generated.oracle.steps import Scene, rule
@@ -21,9 +21,7 @@ def broadcast(scene: Scene) -> list[Outcome]:
     """The first rank's full dict lands in every rank's local one."""
     step, group = scene.step, scene.pg
     full = scene.tree(group[0], "full")
-    flaws = [
-        key for rank in group for key in _flaws(full, scene.tree(rank, "local"), rank)
-    ]
+    flaws = [key for rank in group for key in _flaws(full, scene.tree(rank, "local"), rank)]
     outcomes = []
     for rank in scene.ranks:
         if rank not in group:
@@ -112,8 +110,9 @@ def _land(full: dict[Any, Any], local: dict[Any, Any], rank: int, *, in_place: b
 def _plain(value: Sim, dtype: str) -> Sim:
     assert value.local is not None
     whole = _converted(value.local, dtype or value.dtype)
-    return Sim("Tensor", whole.clone(), size=value.size, dtype=dtype or value.dtype,
-               open=OPEN_RESULT)
+    return Sim(
+        "Tensor", whole.clone(), size=value.size, dtype=dtype or value.dtype, open=OPEN_RESULT
+    )
 
 
 def _filled(value: Sim, target: Sim, rank: int, in_place: bool, assigned: bool) -> Sim:
@@ -131,7 +130,7 @@ def _filled(value: Sim, target: Sim, rank: int, in_place: bool, assigned: bool) 
     mine = sims.cut(whole, target.mesh, target.placements, rank)
     if in_place and not target.meta:
         if mine.numel():
-            rig._written(target.local, mine)
+            data.written(target.local, mine)
         return target
     return replace(target, kind="DTensor", grad=False, local=mine, open=OPEN_RESULT)
 
@@ -143,4 +142,4 @@ def _floats(name: str) -> str:
 
 def _converted(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     plain = tensor.detach()
-    return plain if rig._name(plain.dtype) == dtype else plain.to(getattr(torch, dtype))
+    return plain if data.name_of(plain.dtype) == dtype else plain.to(getattr(torch, dtype))

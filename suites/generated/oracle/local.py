@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from generated import rig
+from generated import data
 from generated.oracle.sims import OPEN_RESULT, Copies, Path, Sim, rebuilt, walk
 from generated.oracle.steps import Scene, rule, words_of
 from generated.oracle.tell import Outcome
@@ -164,10 +164,10 @@ def copied(scene: Scene, state: Any, other: Any) -> Outcome:
 
 def _write(target: Sim, source: Sim) -> None:
     if target.local is not None and target.local.numel() and source.local is not None:
-        rig._written(target.local, source.local)
+        data.written(target.local, source.local)
     for (_, mine), (_, theirs) in zip(target.shards, source.shards, strict=True):
         if mine.numel():
-            rig._written(mine, theirs)
+            data.written(mine, theirs)
 
 
 @rule("iterate")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from generated import rig
 from generated.oracle import sims
 from generated.oracle.gather import whole
 from generated.oracle.sims import OPEN_RESULT, Sim
@@ -52,7 +51,7 @@ def sync_grad(scene: Scene) -> list[Outcome]:
     tensors = _tensors(scene)
     if not scene.step.get("pending"):
         return [Outcome(sim) for sim in tensors]
-    total = sum(sim.local for sim in tensors)
+    total: Any = sum(sim.local for sim in tensors if sim.local is not None)
     return [Outcome(Sim("Tensor", total, open=OPEN_RESULT)) for _ in tensors]
 
 
@@ -116,8 +115,19 @@ def chunk_dtensor(scene: Scene) -> list[Outcome]:
             names = ("S0", held)
         full = sims.whole_of(scene.case["pool"][scene.step["tensor"]])
         local = sims.cut(full, root, names, rank)
-        outcomes.append(Outcome(Sim("DTensor", local, size=size, dtype=sim.dtype, mesh=root,
-                                    placements=names, open=OPEN_RESULT)))
+        outcomes.append(
+            Outcome(
+                Sim(
+                    "DTensor",
+                    local,
+                    size=size,
+                    dtype=sim.dtype,
+                    mesh=root,
+                    placements=names,
+                    open=OPEN_RESULT,
+                )
+            )
+        )
     return outcomes
 
 
@@ -135,8 +145,10 @@ def _boxes(sim: Sim) -> list[Any]:
     # A dimension without elements begins at 0, wherever it is not the one that is cut.
     cut = int(sim.placements[0][1:]) if sim.placements[0] != "R" else -1
     return [
-        (tuple(o if d == cut or n else 0 for d, (o, n) in enumerate(zip(*box, strict=True))),
-         box[1])
+        (
+            tuple(o if d == cut or n else 0 for d, (o, n) in enumerate(zip(*box, strict=True))),
+            box[1],
+        )
         for box in found
     ]
 
@@ -158,6 +170,3 @@ def metadata(scene: Scene) -> list[Outcome]:
             boxes = boxes[:1]
         outcomes.append(Outcome((sim.size, sim.dtype, boxes)))
     return outcomes
-
-
-__all__ = ["rig"]

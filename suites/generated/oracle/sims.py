@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from generated import rig
+from generated import data
 
 Case = dict[str, Any]
 Mesh = tuple[tuple[int, ...], tuple[int, ...]]
@@ -69,13 +70,13 @@ OPEN_RESULT = frozenset({"stride", "shared"})
 
 def words(tensor: torch.Tensor) -> Any:
     """The elements of a tensor as an array of bytes of their width."""
-    raw = rig.raw(tensor).numpy().tobytes()
+    raw = data.raw(tensor).numpy().tobytes()
     return np.frombuffer(raw, dtype=f"V{tensor.dtype.itemsize}").reshape(tuple(tensor.shape))
 
 
 def tensor_of(array: Any, dtype: str) -> torch.Tensor:
     """The tensor of an array of bytes."""
-    return rig.bits(dtype, array.shape, array.tobytes().hex())
+    return data.bits(dtype, array.shape, array.tobytes().hex())
 
 
 def _chunks(indices: list[int], parts: int) -> list[list[int]]:
@@ -112,7 +113,7 @@ def cut(whole: torch.Tensor, mesh: Mesh, placements: Sequence[str], rank: int) -
     held = indices_of(tuple(whole.shape), mesh, placements, rank)
     if not held:
         return whole.clone()
-    return tensor_of(words(whole)[np.ix_(*held)], rig._name(whole.dtype))
+    return tensor_of(words(whole)[np.ix_(*held)], data.name_of(whole.dtype))
 
 
 def mesh_of(entry: dict[str, Any], rank: int) -> Mesh:
@@ -156,14 +157,14 @@ def whole_of(entry: dict[str, Any], rank: int = 0) -> torch.Tensor:
         kind = getattr(torch, entry["dtype"])
         return torch.empty(entry["shape"], dtype=kind, device="meta")
     fill = entry.get("fill", 0) + (rank if entry.get("per_rank") else 0)
-    return rig.pattern(entry["dtype"], entry["shape"], fill)
+    return data.pattern(entry["dtype"], entry["shape"], fill)
 
 
 def make(case: Case, entry: dict[str, Any], rank: int, env: dict[str, Any], number: int) -> Sim:
     """An entry of the pool on a rank."""
     if entry["kind"] == "view":
         base = env[f"t{entry['of']}"]
-        local = rig.view_of(base.local, entry["how"])
+        local = data.view_of(base.local, entry["how"])
         return Sim("Tensor", local, size=tuple(local.shape), dtype=base.dtype)
     whole = whole_of(entry, rank)
     how = entry.get("layout", "contiguous")
@@ -173,13 +174,11 @@ def make(case: Case, entry: dict[str, Any], rank: int, env: dict[str, Any], numb
     if entry["kind"] == "dtensor":
         mesh = mesh_of(entry, rank)
         local = _cut_meta(whole, mesh, entry["placements"], rank)
-        local = local if entry.get("meta") else rig.laid_out(local, how)
+        local = local if entry.get("meta") else data.laid_out(local, how)
         kind = "DTensor Parameter" if kind == "Parameter" else "DTensor"
         if wrong:
             local = torch.ones(1)
-        return Sim(
-            kind, local, mesh=mesh, placements=entry["placements"], wrong=wrong, **common
-        )
+        return Sim(kind, local, mesh=mesh, placements=entry["placements"], wrong=wrong, **common)
     if entry["kind"] == "sharded":
         group = entry.get("group") or tuple(range(case["world"]))
         shards = []
@@ -188,9 +187,16 @@ def make(case: Case, entry: dict[str, Any], rank: int, env: dict[str, Any], numb
             if owner == rank:
                 region = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
                 shards.append((offsets, whole[region].clone()))
-        return Sim("ShardedTensor", None, boxes=boxes, group=group, shards=shards, wrong=wrong,
-                   **{**common, "grad": False})
-    return Sim(kind, whole if entry.get("meta") else rig.laid_out(whole, how), **common)
+        return Sim(
+            "ShardedTensor",
+            None,
+            boxes=boxes,
+            group=group,
+            shards=shards,
+            wrong=wrong,
+            **{**common, "grad": False},
+        )
+    return Sim(kind, whole if entry.get("meta") else data.laid_out(whole, how), **common)
 
 
 def _cut_meta(
@@ -214,13 +220,13 @@ def _build_node(node: Any, env: dict[str, Any]) -> Any:
         return node[1]
     if kind in ("list", "tuple", "Pair"):
         items = [_build_node(item, env) for item in node[1]]
-        return rig.Pair(*items) if kind == "Pair" else tuple(items) if kind == "tuple" else items
+        return data.Pair(*items) if kind == "Pair" else tuple(items) if kind == "tuple" else items
     pairs = [(key, _build_node(item, env)) for key, item in node[1]]
     makers: dict[str, Any] = {
         "dict": dict,
-        "OrderedDict": rig.OrderedDict,
-        "with_metadata": rig.with_metadata,
-        "counted": rig.counted,
+        "OrderedDict": OrderedDict,
+        "with_metadata": data.with_metadata,
+        "counted": data.counted,
     }
     return makers[kind](pairs)
 
@@ -244,16 +250,17 @@ def rebuilt(value: Any, leaf: Any, path: Path = ()) -> Any:
     """The same containers around `leaf(path, value)` of each leaf."""
     if isinstance(value, Mapping):
         pairs = [(key, rebuilt(item, leaf, (*path, key))) for key, item in value.items()]
-        if isinstance(value, rig.defaultdict):
-            return rig.defaultdict(value.default_factory, pairs)
-        made = type(value)(pairs)
+        if isinstance(value, defaultdict):
+            return defaultdict(value.default_factory, pairs)
+        kind: Any = type(value)
+        made = kind(pairs)
         if hasattr(value, "_metadata"):
             made._metadata = value._metadata
         return made
     if isinstance(value, (list, tuple)):
         items = [rebuilt(item, leaf, (*path, number)) for number, item in enumerate(value)]
-        if isinstance(value, rig.Pair):
-            return rig.Pair(*items)
+        if isinstance(value, data.Pair):
+            return data.Pair(*items)
         return tuple(items) if isinstance(value, tuple) else items
     return leaf(path, value)
 
@@ -285,6 +292,10 @@ class Copies:
             self._kept.append(local)
             self._storages[key] = flat.clone()
         made = torch.empty(0, dtype=local.dtype)
-        made.set_(self._storages[key].untyped_storage(), local.storage_offset(), local.shape,
-                  local.stride())
+        made.set_(
+            self._storages[key].untyped_storage(),
+            local.storage_offset(),
+            local.shape,
+            local.stride(),
+        )
         return made

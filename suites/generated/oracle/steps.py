@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from generated import rig
+from generated import data
 from generated.calls import CALLS
 from generated.oracle import sims
 from generated.oracle.sims import Case, Sim
@@ -69,6 +69,8 @@ def simulate(case: Case) -> Iterator[list[Outcome]]:
                 env[tree][key] = env[f"t{number}"]
         else:
             outcomes = _rules[step["call"]](Scene(case, envs, step))
+            for number, fill in step.get("then", ()):
+                _rewrite(case, envs, {"rewrite": number, "fill": fill})
             for rank, outcome in enumerate(outcomes):
                 names = CALLS[step["call"]].given(step)
                 outcome.given = {name: envs[rank][name] for name in names}
@@ -81,14 +83,14 @@ def simulate(case: Case) -> Iterator[list[Outcome]]:
 
 def _rewrite(case: Case, envs: list[Env], step: Step) -> None:
     entry = case["pool"][step["rewrite"]]
-    whole = rig.pattern(entry["dtype"], entry["shape"], step["fill"])
+    whole = data.pattern(entry["dtype"], entry["shape"], step["fill"])
     for rank, env in enumerate(envs):
         sim: Sim = env[f"t{step['rewrite']}"]
         values = whole
         if sim.mesh is not None:
             values = sims.cut(whole, sim.mesh, sim.placements, rank)
         if sim.local is not None and sim.local.numel():
-            rig._written(sim.local, values)
+            data.written(sim.local, values)
 
 
 def connected(members: list[tuple[int, ...]], size: int) -> list[set[int]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from generated import rig
+from generated import data
 from generated.oracle.sims import Sim
 
 
@@ -59,7 +59,7 @@ class Expecting:
             return (type(value).__name__, items, repr(getattr(value, "_metadata", None)))
         if isinstance(value, (list, tuple)):
             return (type(value).__name__, [(str(n), self.tell(v)) for n, v in enumerate(value)], "")
-        return {"kind": type(value).__name__, "value": rig._said(value)}
+        return {"kind": type(value).__name__, "value": data.said(value)}
 
     def _leaf(self, sim: Sim) -> Any:
         if sim.kind == "any":
@@ -84,15 +84,15 @@ class Expecting:
         if tensor is None:
             return {}
         told: dict[str, Any] = {
-            "dtype": rig._name(tensor.dtype),
+            "dtype": data.name_of(tensor.dtype),
             "size": tuple(tensor.shape),
             "device": tensor.device.type,
-            "stride": rig.strides(tensor),
+            "stride": data.strides(tensor),
         }
         if not tensor.is_meta and tensor.numel():
             storage = tensor.untyped_storage()
             self._kept.append(storage)
-            told["bits"] = rig.digest(tensor)
+            told["bits"] = data.digest(tensor)
             told["shared"] = tensor.is_shared()
             place = storage.data_ptr()
             told["memory"] = self._memories.setdefault(place, len(self._memories))
