@@ -173,7 +173,9 @@ def add_many(draw: st.DrawFn, case: Case, tree: str) -> None:
     can = [
         n
         for n, e in enumerate(case["pool"])
-        if e["kind"] in ("dtensor", "plain") and math.prod(e["shape"]) < 100
+        if e["kind"] in ("dtensor", "plain")
+        and math.prod(e["shape"]) < 100
+        and not any(name.startswith("P") for name in e.get("placements", ()))
     ]
     if can:
         count = draw(st.sampled_from([17, 40, 150, 300]))

@@ -184,6 +184,9 @@ def iterate(scene: Scene) -> list[Outcome]:
             found = _refused(scene, tree) or Outcome(rebuilt(tree, _made_by(step, tree)))
         if not here and found.raises is None:
             found.result = {}
+        elif not here and found.kinds == MISMATCH:
+            # Whether the companions of a rank that wants nothing fit is nobody's matter.
+            found = Outcome({}, may_raise=True)
         return found
 
     return _each(scene, one)
@@ -211,8 +214,9 @@ def _made_by(step: dict[str, Any], tree: Any) -> Callable[[Path, Any], Any]:
         if doubles:
             if id(value) not in doubled:
                 kind = value.kind.replace(" Parameter", "").replace("Parameter", "Tensor")
+                tied = {"memory"} if id(value) in twice else set()
                 doubled[id(value)] = Copies().of(
-                    value, kind=kind, grad=False, open=OPEN_RESULT | {"object"}
+                    value, kind=kind, grad=False, open=OPEN_RESULT | {"object"} | tied
                 )
             return doubled[id(value)]
         if offloads:

@@ -36,6 +36,8 @@ class Sim:
     shards: list[tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=list)
     open: frozenset[str] = frozenset()
     """What of it nothing is said of: object, memory, bits, stride, grad, shared."""
+    outside: bool = False
+    """Whether this rank is not in its mesh: what torch gives it for a local part is no matter."""
     wrong: str = ""
     """shape or dtype: what its local part claims and is not."""
 
@@ -178,7 +180,15 @@ def make(case: Case, entry: dict[str, Any], rank: int, env: dict[str, Any], numb
         kind = "DTensor Parameter" if kind == "Parameter" else "DTensor"
         if wrong:
             local = torch.ones(1)
-        return Sim(kind, local, mesh=mesh, placements=entry["placements"], wrong=wrong, **common)
+        return Sim(
+            kind,
+            local,
+            mesh=mesh,
+            placements=entry["placements"],
+            wrong=wrong,
+            outside=rank not in mesh[1],
+            **common,
+        )
     if entry["kind"] == "sharded":
         group = entry.get("group") or tuple(range(case["world"]))
         shards = []

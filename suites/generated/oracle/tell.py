@@ -77,6 +77,8 @@ class Expecting:
         if sim.mesh is not None:
             names = tuple("P-sum" if name == "P" else name for name in sim.placements)
             told |= {"size": sim.size, "dtype": sim.dtype, "placements": names, "mesh": sim.mesh}
+            if sim.outside:
+                return told
             return told | {"local": self._memory(sim, sim.local)}
         return told | self._memory(sim, sim.local)
 
