@@ -24,7 +24,7 @@ class Call:
 
     def called(self) -> list[str]:
         """The words of what is called, and of its first arguments."""
-        subjects = [f"subject({name!r})" for name in self.function.split()]
+        subjects = [f"subject({name!r})" for name in self.function.split() if name]
         return [self.through, *subjects] if self.through else subjects
 
 
@@ -57,6 +57,23 @@ def _mesh(case: Case, step: Step) -> str:
     from generated.emit import meshes
 
     return f"m{meshes(case).index(step['mesh'])}"
+
+
+def _module(_: Step) -> list[str]:
+    return ["parameters=parameters_of(module)", "state=state_of(module)"]
+
+
+def _loaded(case: Case, step: Step) -> str:
+    from generated.emit import tensor_text
+
+    items = []
+    for name, number in step["names"]:
+        entry = {**case["pool"][number]}
+        entry.pop("trains", None)
+        if step.get("whole"):
+            entry["kind"] = "plain"
+        items.append(f"{name!r}: {tensor_text(case, entry, str(step['fill']))}")
+    return "{" + ", ".join(items) + "}"
 
 
 def _two(step: Step) -> list[str]:
@@ -176,5 +193,40 @@ CALLS: dict[str, Call] = {
         lambda _, step: _tensor(step),
         _tensor,
         "described",
+    ),
+    "broadcast_tensors": Call(
+        _SDU + "_broadcast_tensors",
+        lambda case, step: [
+            f"full if rank == {step['source']} else infos(subject({_SDU + '_TensorInfo'!r}), full)",
+            "local",
+            f"{step['keys']!r}",
+            _DEVICE,
+            *_pg(case, step),
+        ],
+        _two,
+    ),
+    "distribute_tensors": Call(
+        _SDU + "_distribute_tensors",
+        lambda _, step: ["local", f"{step['keys']!r}", _DEVICE],
+        lambda _: ["local"],
+    ),
+    "chunk_tensor": Call(
+        _FSDP + "_chunk_tensor",
+        lambda case, step: [*_tensor(step), "rank", str(case["world"]), "0", "dist.group.WORLD"],
+        _tensor,
+    ),
+    "wrap": Call("tensor.parallel.ddp._pre_dp_module_transform", lambda *_: ["module"], _module),
+    "forward": Call(
+        "",
+        lambda _, step: [
+            *(["without_grad"] if step.get("no_grad") else []),
+            *("module", repr(bool(step.get("fail")))),
+        ],
+        _module,
+    ),
+    "load": Call(
+        "",
+        lambda case, step: ["module.load_state_dict", _loaded(case, step)],
+        _module,
     ),
 }

@@ -76,7 +76,7 @@ def _tensors(case: Case) -> Iterator[str]:
         fill = f"{entry['fill']} + rank" if entry.get("per_rank") else str(entry.get("fill", 0))
         lies = {r: w for p, r, w in case.get("wrong", ()) if p == number}
         wrong = f"{lies!r}.get(rank, '')" if lies else ""
-        yield f"t{number} = {_tensor(case, entry, fill, wrong)}"
+        yield f"t{number} = {tensor_text(case, entry, fill, wrong)}"
 
 
 def _used(case: Case) -> Iterator[int]:
@@ -101,7 +101,7 @@ def tensors_of(case: Case) -> int:
     return len(list(_used(case)))
 
 
-MAPPINGS = ("dict", "OrderedDict", "with_metadata", "counted")
+MAPPINGS = ("dict", "OrderedDict", "with_metadata", "counted", "module")
 
 
 def _values(entry: dict[str, Any], fill: str) -> str:
@@ -110,7 +110,7 @@ def _values(entry: dict[str, Any], fill: str) -> str:
     return f"pattern({entry['dtype']!r}, {entry['shape']}, {fill})"
 
 
-def _tensor(case: Case, entry: dict[str, Any], fill: str, wrong: str = "") -> str:
+def tensor_text(case: Case, entry: dict[str, Any], fill: str, wrong: str = "") -> str:
     kind = entry["kind"]
     how = entry.get("layout", "contiguous")
     if kind == "view":
@@ -138,7 +138,7 @@ def _trees(case: Case) -> Iterator[str]:
     for tree, count, number in case.get("many", ()):
         entry = case["pool"][number]
         more = " + rank" if entry.get("per_rank") else ""
-        each = _tensor(case, entry, f"{entry.get('fill', 0)} + n{more}")
+        each = tensor_text(case, entry, f"{entry.get('fill', 0)} + n{more}")
         yield f"{tree}.update({{f'm{{n}}': {each} for n in range({count})}})"
     for tree, rank, key in case.get("lacks", ()):
         yield f"{tree}.pop({key!r}, None) if rank == {rank} else None"
@@ -156,8 +156,9 @@ def _node(node: Any) -> str:
         return repr(node[1])
     if kind in MAPPINGS:
         items = [(repr(key), _node(item)) for key, item in node[1]]
-        if kind == "dict":
-            return "{" + ", ".join(f"{key}: {item}" for key, item in items) + "}"
+        if kind in ("dict", "module"):
+            made = "{" + ", ".join(f"{key}: {item}" for key, item in items) + "}"
+            return made if kind == "dict" else f"Net({made})"
         return f"{kind}([" + ", ".join(f"({key}, {item})" for key, item in items) + "])"
     parts = [_node(item) for item in node[1]]
     if kind == "list":
@@ -171,12 +172,21 @@ def _step(case: Case, step: dict[str, Any]) -> Iterator[str]:
     if "rewrite" in step:
         yield _rewriting(case, step["rewrite"], step["fill"])
         return
+    if "freeze" in step:
+        yield f"parameters_of(module)[{step['freeze']!r}].requires_grad_(False)"
+        return
+    if "train" in step:
+        name, number, fill = step["train"]
+        entry = case["pool"][number]
+        values = _values_text(case, entry, fill)
+        yield f"rewrite(parameters_of(module)[{name!r}], {values})"
+        return
     if "put" in step:
         tree, key, number = step["put"]
         yield f"{tree}[{key!r}] = t{number}"
         return
     call = CALLS[step["call"]]
-    given = ", ".join(f"{name}={name}" for name in call.given(step))
+    given = ", ".join(n if "=" in n else f"{n}={n}" for n in call.given(step))
     words = ", ".join([*call.called(), *call.arguments(case, step)])
     if "late" in step:
         yield f"late(rank == {step['late']})"
@@ -193,9 +203,12 @@ def _step(case: Case, step: dict[str, Any]) -> Iterator[str]:
 
 
 def _rewriting(case: Case, number: int, fill: int) -> str:
-    entry = case["pool"][number]
+    return f"rewrite(t{number}, {_values_text(case, case['pool'][number], fill)})"
+
+
+def _values_text(case: Case, entry: dict[str, Any], fill: int) -> str:
     values = f"pattern({entry['dtype']!r}, {entry['shape']}, {fill})"
     if entry["kind"] == "dtensor":
         over = f"m{meshes(case).index(entry['mesh'])}"
         values = f"part({values}, {over}, {entry['placements']})"
-    return f"rewrite(t{number}, {values})"
+    return values

@@ -38,7 +38,7 @@ def _exact(full: Entry, target: Entry) -> None:
         full["fill"] = 0
 
 
-def _loads(draw: st.DrawFn, world: int) -> Case:
+def loads(draw: st.DrawFn, world: int) -> Case:
     """A full dict, and local ones."""
     pool: list[Entry] = []
     full: list[tuple[Any, Any]] = []
@@ -119,7 +119,7 @@ def broadcasts(draw: st.DrawFn) -> Case:
     """Broadcast from the first rank of a group."""
     world = worlds(draw)
     pg = draws.group(draw, world)
-    case = _loads(draw, world)
+    case = loads(draw, world)
     step: dict[str, Any] = {"call": "broadcast", "source": pg[0] if pg else 0}
     if pg:
         step["pg"] = pg
@@ -136,11 +136,11 @@ def broadcasts(draw: st.DrawFn) -> Case:
             ]
     if one_in(draw, 8):
         add_lie(draw, case, sorted(tensors_in(case["trees"]["local"])))
-    case["steps"] = _again(draw, case, step)
+    case["steps"] = again(draw, case, step)
     return case
 
 
-def _again(draw: st.DrawFn, case: Case, step: dict[str, Any]) -> list[dict[str, Any]]:
+def again(draw: st.DrawFn, case: Case, step: dict[str, Any]) -> list[dict[str, Any]]:
     steps = [step]
     full, local = (tensors_in(case["trees"][name]) for name in ("full", "local"))
     can = [n for n in sorted(full - local) if _same_dtypes(case, [n], sorted(local))]
@@ -165,12 +165,49 @@ def _same_dtypes(case: Case, some: list[int], others: list[int]) -> bool:
 def distributes(draw: st.DrawFn) -> Case:
     """Each rank holds the full dict."""
     world = worlds(draw)
-    case = _loads(draw, world)
+    case = loads(draw, world)
     if one_in(draw, 4):
         local = sorted(tensors_in(case["trees"]["local"]))
         for number in tensors_in(case["trees"]["full"]):
             if _same_dtypes(case, [number], local):
                 case["pool"][number]["per_rank"] = True
     step: dict[str, Any] = {"call": "distribute"}
-    case["steps"] = _again(draw, case, step)
+    case["steps"] = again(draw, case, step)
     return case
+
+
+@generates("broadcast_tensors")
+@st.composite
+def broadcast_tensors(draw: st.DrawFn) -> Case:
+    """Some keys of a full dict, by the function that broadcasts tensors alone."""
+    world = worlds(draw)
+    pg = draws.group(draw, world)
+    case = loads(draw, world)
+    full = [(key, node) for key, node in case["trees"]["full"][1] if node[0] == "t"]
+    case["trees"]["full"] = ("dict", full)
+    keys = [key for key, _ in full if not one_in(draw, 4)] or [key for key, _ in full][:1]
+    step: dict[str, Any] = {"call": "broadcast_tensors", "source": pg[0] if pg else 0}
+    step |= {"keys": keys, **({"pg": pg} if pg else {})}
+    if not keys:
+        return {**case, "steps": [{"call": "distribute"}]}
+    if one_in(draw, 3):
+        case["turned"] = ["local"]
+    return {**case, "steps": again(draw, case, step)}
+
+
+@generates("distribute_tensors")
+@st.composite
+def distribute_tensors(draw: st.DrawFn) -> Case:
+    """Pairs of a DTensor and a full tensor, beside what is no pair."""
+    case = loads(draw, worlds(draw))
+    case.pop("many", None)
+    full, local = (dict(case["trees"][name][1]) for name in ("full", "local"))
+    items = []
+    for key, node in local.items():
+        pair = node[0] == "t" and case["pool"][node[1]]["kind"] == "dtensor" and key in full
+        paired = pair and full[key][0] == "t"
+        if paired or node[0] == "t" or node == ("v", None):
+            items.append((key, ("tuple", [node, full[key]]) if paired else node))
+    case["trees"] = {"local": ("dict", items)}
+    keys = [key for key, _ in items if not one_in(draw, 5)] + ["not there"]
+    return {**case, "steps": [{"call": "distribute_tensors", "keys": keys}]}

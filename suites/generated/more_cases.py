@@ -164,3 +164,23 @@ def sequences(draw: st.DrawFn) -> Case:
     case["trees"]["full"] = ("dict", [])
     case["trees"]["other"] = ("dict", [])
     return case
+
+
+@generates("chunks")
+@st.composite
+def chunks(draw: st.DrawFn) -> Case:
+    """FSDP's chunk of what every rank of its mesh holds: as a DTensor, or as a ShardedTensor."""
+    world = draw(st.sampled_from([2, 4]))
+    root = draw(st.sampled_from(ROOTS[world]))
+    entry = draws.plain(draw, large=one_in(draw, 15))
+    if draw(st.booleans()):
+        entry["shape"] = entry["shape"] or (2,)
+        entry["shape"] = (entry["shape"][0] or 1, *entry["shape"][1:])
+        step = {"call": "chunk_tensor", "tensor": 0}
+        return {"world": world, "pool": [entry], "trees": {}, "steps": [step]}
+    if draw(st.booleans()):
+        dims = len(entry["shape"])
+        held = draw(st.sampled_from(["R", *(f"S{dim}" for dim in range(dims))]))
+        entry |= {"kind": "dtensor", "mesh": (*root[:2], 1), "placements": (held,)}
+    step = {"call": "chunk_dtensor", "tensor": 0, "mesh": (*root[:2], 0)}
+    return {"world": world, "pool": [entry], "trees": {}, "steps": [step]}

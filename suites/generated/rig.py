@@ -207,6 +207,11 @@ def spec_in_words(spec: Any) -> Any:
     return (tuple(spec.mesh.shape), ranks), tuple(map(placed, spec.placements)), tuple(spec.shape)
 
 
+def infos(info: Any, full: Any) -> dict[Any, Any]:
+    """What ranks without the data know of full tensors."""
+    return {key: info(value.size(), value.dtype) for key, value in full.items()}
+
+
 def pending(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over all ranks, not waited for."""
     from torch.distributed import _functional_collectives as functional
@@ -232,3 +237,41 @@ def described(create: Any, group_of: Any, tensor: Any) -> Any:
         (tuple(s.shard_offsets), tuple(s.shard_sizes), rank_of(s)) for s in meta.shards_metadata
     ]
     return tuple(meta.size), name_of(meta.tensor_properties.dtype), shards
+
+
+class Net(nn.Module):
+    """A module around parameters; names with dots are those of submodules."""
+
+    def __init__(self, named: dict[str, Any]) -> None:
+        super().__init__()
+        for name, tensor in named.items():
+            *above, last = name.split(".")
+            owner: nn.Module = self
+            for step in above:
+                if not hasattr(owner, step):
+                    owner.add_module(step, nn.Module())
+                owner = getattr(owner, step)
+            owner.register_parameter(last, tensor)
+
+    def forward(self, fail: bool) -> dict[str, Any]:
+        """The parameters as a forward sees them; or an exception in its midst."""
+        found = parameters_of(self)
+        if fail:
+            raise RuntimeError("on purpose")
+        return found
+
+
+def parameters_of(module: nn.Module) -> dict[str, Any]:
+    """Its parameters by name, tied ones under each of theirs."""
+    return dict(module.named_parameters(remove_duplicate=False))
+
+
+def state_of(module: nn.Module) -> dict[str, Any]:
+    """Its state dict, without more."""
+    return dict(module.state_dict())
+
+
+def without_grad(call: Any, *args: Any) -> Any:
+    """What a call gives in evaluation."""
+    with torch.no_grad():
+        return call(*args)

@@ -11,7 +11,7 @@ import hypothesis
 from hypothesis import strategies as st
 from hypothesis.internal.conjecture import engine
 
-from generated import load_cases, more_cases  # noqa: F401  (they register strategies)
+from generated import load_cases, module_cases, more_cases  # noqa: F401  (they register strategies)
 from generated.cases import STRATEGIES, Case
 from generated.judge import Difference, judge, size_of
 from generated.world import Stage

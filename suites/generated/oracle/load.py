@@ -37,6 +37,40 @@ def broadcast(scene: Scene) -> list[Outcome]:
     return outcomes
 
 
+@rule("broadcast_tensors")
+def broadcast_tensors(scene: Scene) -> list[Outcome]:
+    """Some keys of the first rank's full dict; what is missing or None stays so."""
+    group, keys = scene.pg, set(scene.step["keys"])
+    chosen = {k: v for k, v in scene.tree(group[0], "full").items() if k in keys}
+    locals_ = [
+        {k: v for k, v in scene.tree(rank, "local").items() if v is not None and k in keys}
+        for rank in scene.ranks
+    ]
+    flaws = [key for rank in group for key in _flaws(chosen, locals_[rank], rank)]
+    for rank in scene.ranks:
+        if not flaws:
+            _land(chosen, locals_[rank], rank, in_place=True)
+            scene.tree(rank, "local").update(locals_[rank])
+    return [Outcome(raises=tuple(map(str, flaws)) if flaws else None) for _ in scene.ranks]
+
+
+@rule("distribute_tensors")
+def distribute_tensors(scene: Scene) -> list[Outcome]:
+    """(DTensor, full tensor) pairs become the DTensors with this rank's part; the rest stays."""
+    outcomes = []
+    for rank in scene.ranks:
+        local = scene.tree(rank, "local")
+        pairs = {key: local[key] for key in scene.step["keys"] if isinstance(local.get(key), tuple)}
+        held = {key: pair[0] for key, pair in pairs.items()}
+        full = {key: pair[1] for key, pair in pairs.items()}
+        flaws = list(_flaws(full, held, rank))
+        if not flaws:
+            _land(full, held, rank, in_place=True)
+            local.update(held)
+        outcomes.append(Outcome(raises=tuple(map(str, flaws)) if flaws else None))
+    return outcomes
+
+
 @rule("distribute")
 def distribute(scene: Scene) -> list[Outcome]:
     """Each rank cuts its own part out of its own full dict."""

@@ -107,7 +107,7 @@ def chunk_dtensor(scene: Scene) -> list[Outcome]:
         if not size:
             names = ("R", "R")
         elif held == "S0":
-            if size[0] % (shape[0] * shape[1]):
+            if size[0] % (shape[0] * shape[1]) or 1 in shape:
                 outcomes.append(Outcome(open=True))
                 continue
             names = (f"SS0x{shape[1]}", "S0")
@@ -128,6 +128,35 @@ def chunk_dtensor(scene: Scene) -> list[Outcome]:
                 )
             )
         )
+    return outcomes
+
+
+@rule("chunk_tensor")
+def chunk_tensor(scene: Scene) -> list[Outcome]:
+    """FSDP's chunk of a plain tensor: rows, as torch.chunk cuts them."""
+    size = len(scene.ranks)
+    outcomes = []
+    for rank, sim in enumerate(_tensors(scene)):
+        assert sim.local is not None
+        mesh = (size,), tuple(scene.ranks)
+        boxes, shards = [], []
+        for owner in scene.ranks:
+            rows = sims.indices_of(sim.size, mesh, ("S0",), owner)[0]
+            if not rows:
+                continue
+            offsets = (rows[0], *([0] * (len(sim.size) - 1)))
+            boxes.append((offsets, (len(rows), *sim.size[1:]), owner))
+            if owner == rank:
+                shards.append((offsets, sims.cut(sim.local, mesh, ("S0",), rank)))
+        made = Sim(
+            "ShardedTensor",
+            size=sim.size,
+            dtype=sim.dtype,
+            boxes=boxes,
+            shards=shards,
+            open=OPEN_RESULT,
+        )
+        outcomes.append(Outcome(made))
     return outcomes
 
 

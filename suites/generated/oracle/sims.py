@@ -233,6 +233,7 @@ def _build_node(node: Any, env: dict[str, Any]) -> Any:
         return data.Pair(*items) if kind == "Pair" else tuple(items) if kind == "tuple" else items
     pairs = [(key, _build_node(item, env)) for key, item in node[1]]
     makers: dict[str, Any] = {
+        "module": dict,
         "dict": dict,
         "OrderedDict": OrderedDict,
         "with_metadata": data.with_metadata,

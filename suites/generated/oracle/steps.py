@@ -57,12 +57,17 @@ def simulate(case: Case) -> Iterator[list[Outcome]]:
 
     An outcome holds the simulated values themselves, which the next call changes.
     """
-    from generated.oracle import flat, gather, load, local, seams  # noqa: F401
+    from generated.oracle import flat, gather, load, local, modules, seams  # noqa: F401
 
     envs = [sims.build(case, rank) for rank in range(case["world"])]
     for step in case["steps"]:
         if "rewrite" in step:
             _rewrite(case, envs, step)
+        elif "freeze" in step:
+            for env in envs:
+                env["module"][step["freeze"]].grad = False
+        elif "train" in step:
+            modules.train(case, envs, step)
         elif "put" in step:
             tree, key, number = step["put"]
             for env in envs:
@@ -72,6 +77,8 @@ def simulate(case: Case) -> Iterator[list[Outcome]]:
             for number, fill in step.get("then", ()):
                 _rewrite(case, envs, {"rewrite": number, "fill": fill})
             for rank, outcome in enumerate(outcomes):
+                if outcome.given:
+                    continue
                 names = CALLS[step["call"]].given(step)
                 outcome.given = {name: envs[rank][name] for name in names}
             yield outcomes
