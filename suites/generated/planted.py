@@ -84,7 +84,7 @@ def search(fault: Fault, minutes: float = MINUTES, seed: int = 0) -> Found:
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "generated", "--first", "--minutes", str(minutes)),
-                *("--seed", str(seed), "--shrink", "45", "--out", str(folder / "out")),
+                *("--seed", str(seed), "--shrink", "30", "--out", str(folder / "out")),
                 *("--journal", str(journal)),
             ],
             cwd=ROOT,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from generated import emit, judge, repeat
+from generated import command, emit, judge, repeat
 from generated.compare import Comparison
 from generated.oracle import sims
 from generated.oracle.steps import connected
@@ -66,11 +66,16 @@ def test_a_few_cases_of_every_function_agree() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_wrong_usage_is_named(words: tuple[str, ...], said: str) -> None:
+def test_wrong_usage_is_named(
+    words: tuple[str, ...],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Wrong usage ends with 2 and names what is wrong."""
-    done = fuzz(*words)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert said in done.stderr
+    monkeypatch.setenv("SHARDPROOF_BUCKET_MIB", "1")  # what the command sets, and leaves set
+    assert command.main(words) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_the_oracle_cuts_as_torch_chunks() -> None:

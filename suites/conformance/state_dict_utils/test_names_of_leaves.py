@@ -24,7 +24,7 @@ class TestGatherTellsLeavesApart:
         """Leaves whose paths can be written alike must each get their own values."""
         first, second = numbers(4, 3, salt=1), numbers(4, 3, salt=2)
 
-        def pair() -> tuple[Any, Any]:
+        def pair() -> Any:
             return tuple(dtensor(full, mesh(2), [S(0)]) for full in (first, second))
 
         x, y = pair()
