@@ -47,9 +47,9 @@ def _bad(leaves: list[dict[Path, Any]], type_check: bool) -> list[tuple[int, Pat
         for path, leaf in mine.items():
             if isinstance(leaf, slice) and type_check:
                 found.append((rank, path))
-            if not isinstance(leaf, Sim) or not leaf.distributed:
+            if not isinstance(leaf, Sim) or not leaf.distributed or rank not in leaf.members:
                 continue
-            if leaf.wrong and rank in leaf.members:
+            if leaf.wrong:
                 found.append((rank, path))
             for other in leaf.members:
                 if leaf.travels and not _alike(leaf, leaves[other].get(path)):
@@ -145,7 +145,9 @@ def _fold(parts: list[torch.Tensor], op: str) -> torch.Tensor:
         return stacked.max(0).values.to(dtype)
     if op == "min":
         return stacked.min(0).values.to(dtype)
-    total = stacked.sum(0)
+    total = parts[0].to(wide)
+    for part in parts[1:]:
+        total = total + part.to(wide)  # from nothing: the sum of negative zeros is one
     if op == "avg":
         exact = wide.is_floating_point
         total = total / len(parts) if exact else torch.div(total, len(parts), rounding_mode="trunc")

@@ -9,7 +9,7 @@ import torch
 
 from generated import data
 from generated.oracle import sims
-from generated.oracle.sims import OPEN_RESULT, Sim
+from generated.oracle.sims import ANY, OPEN_RESULT, Sim
 from generated.oracle.steps import Scene, rule
 from generated.oracle.tell import Outcome
 
@@ -156,7 +156,9 @@ def _filled(value: Sim, target: Sim, rank: int, in_place: bool, assigned: bool) 
         return _plain(value, target.dtype if same else "")
     assert target.local is not None
     if rank not in target.mesh[1]:
-        if in_place and not target.meta:
+        if target.meta:
+            return ANY  # torch itself gives a Parameter outside of its mesh memory
+        if in_place:
             return target
         outside = torch.empty(0, dtype=getattr(torch, target.dtype))
         return replace(target, kind="DTensor", grad=False, local=outside, open=OPEN_RESULT)

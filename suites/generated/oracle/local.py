@@ -178,15 +178,15 @@ def iterate(scene: Scene) -> list[Outcome]:
     def one(rank: int) -> Outcome:
         tree = scene.tree(rank)
         here = not step.get("ranks_only") or rank in step["ranks_only"]
-        if step.get("companion"):
-            found = copied(scene, tree, scene.tree(rank, "other"))
-        else:
-            found = _refused(scene, tree) or Outcome(rebuilt(tree, _made_by(step, tree)))
+        other = scene.tree(rank, "other") if step.get("companion") else None
+        if other is not None and not here:
+            # Whether the companions of a rank that wants nothing fit is nobody's matter.
+            return _refused(scene, tree) or Outcome({}, may_raise=True)
+        if other is not None:
+            return copied(scene, tree, other)
+        found = _refused(scene, tree) or Outcome(rebuilt(tree, _made_by(step, tree)))
         if not here and found.raises is None:
             found.result = {}
-        elif not here and found.kinds == MISMATCH:
-            # Whether the companions of a rank that wants nothing fit is nobody's matter.
-            found = Outcome({}, may_raise=True)
         return found
 
     return _each(scene, one)
