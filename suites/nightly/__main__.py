@@ -81,6 +81,7 @@ def _night(options: argparse.Namespace) -> int:
     results = night.judge()
     now, split = verdicts.merged([verdicts.of(r) for r in results])
     before = now if last is None or options.accept else last["verdicts"]
+    generated = night.generate() if options.torch is None else []
     fast: speed.Speed | None = None
     ratios: dict[str, float] = {}
     if not options.no_benchmarks:
@@ -96,7 +97,7 @@ def _night(options: argparse.Namespace) -> int:
         state.write("mutation", {"shard": shard})
     title = "Nightly: {}, torch {}, {} on {}".format(*what)
     compared = verdicts.compare(before, now)
-    found = Found(title, results, now, compared, split, fast, night.steps, weak)
+    found = Found(title, results, now, compared, split, fast, night.steps, weak, generated)
     findings = list(found.findings())
     body = found.markdown()
     (folder / "report.md").write_text(body + "\n")

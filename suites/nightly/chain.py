@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -22,6 +23,8 @@ MINUTES = 120
 """Most time for those of one night."""
 LIMIT = 4 * 3600.0
 """Seconds for one step; the steps' own limits are shorter."""
+GENERATED = 30.0
+"""Minutes of generated cases."""
 SECONDS = 56.0
 """Most time for one benchmark: all of them, twice, have to end before the next day."""
 
@@ -82,6 +85,18 @@ class Night:
                 )
             found.append(results)
         return found
+
+    def generate(self) -> list[str]:
+        """Generated cases of the reference, other ones each night; what differs from the oracle."""
+        journal = self.folder / "generated.jsonl"
+        minutes = 0.1 if self.quick else GENERATED
+        words = ["ci/fuzz", "--minutes", f"{minutes:g}", "--seed", time.strftime("%Y%m%d")]
+        words += ["--journal", str(journal), "--out", str(self.folder / "generated")]
+        status = self._run("generated", words)
+        if status not in {0, 1}:
+            raise EnvironmentFailedError(f"generated cases ended with {status}")
+        lines = journal.read_text().splitlines() if status else []
+        return [str(json.loads(line)["difference"]) for line in lines]
 
     def measure(self) -> list[Path]:
         """The benchmarks, twice: what each run left."""

@@ -31,6 +31,8 @@ class Found:
     steps: list[Step]
     weak: bool = False
     """Whether a mutant of the reference survives, and nothing says why."""
+    generated: list[str] = dataclasses.field(default_factory=list)
+    """What differed from the oracle in generated cases of the reference."""
 
     @property
     def bad(self) -> dict[str, str]:
@@ -41,7 +43,8 @@ class Found:
     def wrong(self) -> bool:
         """Whether something is to be mended; a verdict that changed for the better is not."""
         slow = self.speed is not None and bool(self.speed.slower or self.speed.gone)
-        return bool(self.bad or self.split or self.compared.lost or slow or self.weak)
+        found = self.compared.lost or slow or self.weak or self.generated
+        return bool(self.bad or self.split or found)
 
     @property
     def news(self) -> bool:
@@ -63,6 +66,8 @@ class Found:
             )
         if self.split:
             yield f"{len(self.split)} checks depend on the order"
+        if self.generated:
+            yield f"{len(self.generated)} generated cases of the reference differ from the oracle"
         if fast is not None and not fast.measured:
             yield "no benchmark gave a number in both runs"
         if fast is not None and fast.slower:
@@ -82,6 +87,7 @@ class Found:
             "compared": dataclasses.asdict(self.compared),
             "unexpected": self.bad,
             "order": self.split,
+            "generated": self.generated,
             "speed": dataclasses.asdict(self.speed) if self.speed else None,
             "steps": [dataclasses.asdict(step) for step in self.steps],
         }
@@ -111,6 +117,7 @@ class Found:
                 for check, said in self.split.items()
             ],
         )
+        yield from _list("Generated cases", self.generated)
         if fast := self.speed:
             yield from _list(
                 f"Slower (gate: {speed.SPREADS:g} x the {fast.spread:.0%} between two runs)",

@@ -315,7 +315,7 @@ def _digest(domain: Domain, columns: Columns) -> bytes:
         for text, members, peers in columns.kinds
     ]
     pairs = zip(columns.ties, columns.paths, strict=True)
-    ties = ["" if tie is None or tie == path else tie for tie, path in pairs]
+    ties = [None if tie == path else tie for tie, path in pairs]  # "" is the name of a leaf
     return json.dumps([told, columns.paths, columns.numbers, ties]).encode()
 
 

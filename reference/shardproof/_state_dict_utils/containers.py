@@ -77,11 +77,19 @@ def _is_word(key: Any) -> bool:
 
 
 def leaf_name(path: Path) -> str:
-    """A name for a leaf that no other leaf of the state dict has: ``key['inner'][0]``."""
+    """A name for a leaf that no other leaf of the state dict has: ``key['inner'][0]``.
+
+    A first key that could be taken for such a name is quoted: ``{"a[0]": x, "a": [y]}``.
+    """
     first, *rest = path or ("<root>",)
-    # A key with a bracket could be read as a path: {"a['b']": x, "a": {"b": y}}.
-    head = first if isinstance(first, str) and "[" not in first else f"[{first!r}]"
+    plain = type(first) is str and "[" not in first and (first or not rest)
+    head = first if plain else f"[{first!r}]"
     return head + "".join(f"[{item!r}]" for item in rest)
+
+
+def are_leaf_names(keys: list[Any]) -> bool:
+    """Whether these keys of a flat state dict are the names of their leaves."""
+    return all(type(key) is str for key in keys) and "[" not in "".join(keys)
 
 
 def empty_like_mapping(like: Mapping[Any, Any]) -> Any:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shardproof._state_dict_utils.agreement import Columns, Failure
-from shardproof._state_dict_utils.containers import LEAF_TYPES, leaf_name
+from shardproof._state_dict_utils.containers import LEAF_TYPES
 from shardproof._state_dict_utils.layout import my_coordinate
 from shardproof._state_dict_utils.spread import Layout, layout_of
 from shardproof._state_dict_utils.subclasses import (
@@ -127,7 +127,7 @@ def find(
     """Find the distributed leaves of a state dict. Raises nothing, communicates nothing."""
     found = Found()
     found.walk = Walk(state_dict, refuse=found.fail)
-    found.names = found.walk.names(leaf_name)
+    found.names = found.walk.names()
     if type_check:
         try:
             check_leaf_types(found.walk)

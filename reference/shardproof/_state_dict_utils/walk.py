@@ -16,8 +16,10 @@ from shardproof._state_dict_utils.containers import (
     LEAF_TYPES,
     Nameless,
     Path,
+    are_leaf_names,
     filled_like,
     is_container,
+    leaf_name,
     named_path,
     path_name,
     sequence_of,
@@ -28,7 +30,6 @@ ABSENT: Final = object()
 
 _NAMED = frozenset({dict, OrderedDict})
 _SEQUENCES = frozenset({list, tuple})
-_STRINGS = frozenset({str})
 
 
 class CompanionMismatch(Exception):  # noqa: N818  (upstream's name)
@@ -141,15 +142,15 @@ class Walk:
             else:
                 stack.pop()
 
-    def names(self, name: Callable[[Path], str]) -> list[str]:
-        """``name(path)`` of each leaf, where a path of one string without a bracket is its name."""
+    def names(self) -> list[str]:
+        """The :func:`leaf_name` of each leaf."""
         held = self._root
         if held is not None and held.named and held.below is None:
             keys = list(held.container)
-            if _STRINGS.issuperset(map(type, keys)) and "[" not in "".join(keys):
+            if are_leaf_names(keys):
                 return keys
         nameless: dict[int, Nameless] = {}
-        return [name(named_path(path, nameless)) for path in self.paths()]
+        return [leaf_name(named_path(path, nameless)) for path in self.paths()]
 
     def path(self, index: int) -> Path:
         """The path of one leaf; for messages, since it walks again."""

@@ -148,6 +148,18 @@ class TestAllGatherDTensor:
                     assert_gathered(judged(tensor, root), full, root, placements, what)
 
     @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("rows", [3, 2, 0], ids=lambda rows: f"{rows} rows")
+    def test_a_shard_of_one_element(self, judged: Any, mesh: Any, rows: int) -> None:
+        """A shard of one element or none must arrive whatever the stride it has."""
+        root = mesh(2, 1)
+        full = numbers(rows)
+        local = numbers(2 * rows).new_zeros(2 * rows)[::2][: part(full, root, [S(0), R]).numel()]
+        local.copy_(part(full, root, [S(0), R]))
+        got = judged(dtensor(full, root, [S(0), R], local=local), root)
+        assert_same(got, full)
+
+    @pytest.mark.law("values")
     @pytest.mark.world(4)
     def test_generated_layouts(self, judged: Any, mesh: Any, world: Any) -> None:
         """Generated shapes and placements are gathered exactly."""

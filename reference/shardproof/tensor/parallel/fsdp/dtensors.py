@@ -399,7 +399,9 @@ def _message(local: torch.Tensor, verdict: torch.Tensor, width: int) -> torch.Te
     """What a rank sends: its verdict, and behind it its bytes if they fit."""
     nbytes = local.numel() * local.dtype.itemsize
     values = carried(local)
-    if nbytes == width and values.device == verdict.device and values.is_contiguous():
+    # One element passes for contiguous whatever its stride, and is no row of bytes then.
+    row = values.is_contiguous() and values.numel() > 1
+    if nbytes == width and values.device == verdict.device and row:
         return torch.cat((verdict, values.view(-1).view(torch.uint8)))
     message = torch.empty(_HEADER_BYTES + width, dtype=torch.uint8, device=verdict.device)
     message[:_HEADER_BYTES].copy_(verdict)
