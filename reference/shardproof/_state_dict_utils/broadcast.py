@@ -297,7 +297,8 @@ def _merged(told: list[_Columns]) -> tuple[list[Need], list[list[tuple[int, ...]
 
 def _check_infos(full: dict[str, Any], keys: list[str], offers: Offers, source: bool) -> None:
     if set(keys) != set(offers.keys):
-        raise ValueError(f"keys {sorted(keys)}, expected the first rank's {sorted(offers.keys)}")
+        mine, first = (sorted(some, key=repr) for some in (keys, offers.keys))  # of any types
+        raise ValueError(f"keys {mine}, expected the first rank's {first}")
     offered = {} if source else dict(offers.items())
     for key in keys if not source else ():
         if key not in full:

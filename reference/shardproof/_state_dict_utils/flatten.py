@@ -168,9 +168,12 @@ def _set_element(root_dict: STATE_DICT_TYPE, path: OBJ_PATH, value: Any) -> None
     Raises:
         IndexError: a negative index that the list does not have.
         TypeError: the path leads through something that is no dict and no list.
-        After either nothing was changed.
+        ValueError: the path is empty.
+        After each of them nothing was changed.
 
     """
+    if not path:
+        raise ValueError("path (): expected at least one key")
     holder: Any = root_dict
     step, last = 0, len(path) - 1
     while step < last:

@@ -206,6 +206,21 @@ class TestBroadcastTensorsRefuses(_Landing):
             call = partial(judged, source, into, ["fine", KEY], device)
             assert_raises_everywhere(world, call, KEY, kinds=MISSING, name=str(at))
 
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2, collective=8, limit=30)
+    def test_keys_that_differ(
+        self, judged: Any, mesh: Any, world: Any, subject: Any, device: torch.device
+    ) -> None:
+        """Keys that only one rank names must be refused on every rank, whatever their types."""
+        info = subject.function("_state_dict_utils._TensorInfo")
+        full = numbers(*FULL)
+        for odd, at in product(["other", 7, ("a", 1), None], (0, 1)):
+            keys: list[Any] = ["fine", odd] if world.rank == at else ["fine"]
+            source = {k: full if world.rank == 0 else info(full.shape, full.dtype) for k in keys}
+            into = {key: _target(mesh(2)) for key in keys}
+            call = partial(judged, source, into, keys, device)
+            assert_raises_everywhere(world, call, repr(odd), kinds=MISSING, name=f"{odd!r} {at}")
+
 
 @pytest.mark.judges("_state_dict_utils._distribute_state_dict")
 class TestDistributeRefuses(_Landing):

@@ -149,6 +149,7 @@ REFUSED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "negative index on the way": ({"x": 1}, ("first", -1, "second")),
     "index of a list grown": ({"first": [1]}, ("first", 3, -1)),
     "str for a list": ({"first": [1]}, ("first", "second")),
+    "no path": ({"first": [1]}, ()),
 }
 """Name to (root, path) where nothing can be set."""
 
@@ -190,7 +191,8 @@ class TestSetElement:
             before = fingerprint(root)
             error = attempt(lambda: judged(root, path, 9))
             assert fingerprint(root) == before, f"{name}: after {error!r} the root is {root}"
-            step = re.compile("|".join(rf"\b{s}\b" if isinstance(s, str) else str(s) for s in path))
+            words = [rf"\b{s}\b" if isinstance(s, str) else str(s) for s in path] or ["path"]
+            step = re.compile("|".join(words))
             assert_refusal(error, step, kinds=MISSING, what=f"{name}: {path} of {root}")
 
         each(REFUSED, refuse)
