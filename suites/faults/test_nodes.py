@@ -14,7 +14,7 @@ from faults.nodes import NodeProcess
 from harness import processes
 
 SPANNING = """
-import os, pytest, torch
+import os, pytest, time, torch
 import torch.distributed as dist
 
 @pytest.mark.world(1, 2, 3, 4)
@@ -35,6 +35,22 @@ def test_the_other_nodes_rank_fails(rank):
     '''A rank of the second node is wrong.'''
     dist.barrier()
     assert rank != 3
+
+@pytest.mark.world(4, nodes=2, collective=3)
+def test_the_other_nodes_rank_sleeps(rank):
+    '''A rank of the second node never comes.'''
+    dist.barrier()
+    if rank == 3:
+        time.sleep(1000)
+    dist.all_reduce(torch.ones(4, 3))
+
+@pytest.mark.world(4, nodes=2, collective=3)
+def test_the_other_nodes_rank_is_late(rank):
+    '''A rank of the second node comes too late; the clocks of the nodes need not agree.'''
+    dist.barrier()
+    if rank == 3:
+        time.sleep(4.5)
+    dist.all_reduce(torch.ones(4, 3))
 
 @pytest.mark.world(2, nodes=3)
 def test_three_nodes():
@@ -76,6 +92,8 @@ def test_worlds_span_the_nodes(suite: Callable[..., Path]) -> None:
         "test_sum[w3]": "pass",
         "test_sum[w4]": "pass",
         "test_the_other_nodes_rank_fails[w4]": "fail",
+        "test_the_other_nodes_rank_sleeps[w4]": "timeout",
+        "test_the_other_nodes_rank_is_late[w4]": "timeout",
         "test_three_nodes[w2]": "precondition",
         "test_eight[w8]": "precondition",
     }
@@ -85,6 +103,13 @@ def test_worlds_span_the_nodes(suite: Callable[..., Path]) -> None:
     assert [n["node"] for n in results["run"]["nodes"]] == [0, 1]
     message = by_name["test_the_other_nodes_rank_fails[w4]"]["message"]
     assert message.startswith("rank 3 on node 1 ("), message
+    message = by_name["test_the_other_nodes_rank_sleeps[w4]"]["message"]
+    assert message.startswith("rank 3 on node 1 ("), message
+    call = "all_reduce #2 of group (0, 1, 2, 3), float32 (4, 3)"
+    assert f"; never issued {call}, which ranks 0, 1 and 2 wait in; it is in " in message
+    message = by_name["test_the_other_nodes_rank_is_late[w4]"]["message"]
+    assert message.startswith("rank 3 on node 1 ("), message
+    assert f": issued {call} only 4." in message
     assert "needs a world over 3 nodes" in by_name["test_three_nodes[w2]"]["message"]
     assert "--nproc-per-node is 2" in by_name["test_eight[w8]"]["message"]
 

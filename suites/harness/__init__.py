@@ -18,7 +18,9 @@ The parts, in the order in which a check meets them:
     world         the parent's side: start the ranks, watch them, end them
     rank          the rank's side: run the check, say what happened
     fixtures      what a check is given: world, rank, device, mesh, subject, judged
+    recording     the last collectives of a rank, noted where its parent reads them (ring)
     leaks         what must not outlive a check
+    hangs         what ranks that hang did: their collectives compared
     blame         from the ranks' records to one verdict that names the rank and the cause
     expectations  known failures of a subject, as data
     results       results.json

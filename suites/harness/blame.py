@@ -4,11 +4,12 @@ The root is the first failure that no other rank can have caused; what other ran
 (a lost peer, a collective that nobody joined, silence in a collective) is a victim's, whatever
 its time stamp. In order of evidence: what a rank did itself (raised, died, left something
 behind), then a rank that never answered though no collective holds it, then collectives that ran
-into their clock.
+into their clock. What the ranks issued (`hangs`) tells more of the last two: who is missed.
 """
 
 from __future__ import annotations
 
+from harness import hangs
 from harness.verdicts import Fate, Judgement, RankRecord, Verdict, cut
 
 _OWN_DOING = {Fate.RAISED, Fate.BROKEN, Fate.DIED, Fate.LEAKED}
@@ -21,6 +22,7 @@ _VERDICTS = {
     Fate.COLLECTIVE_TIMEOUT: Verdict.TIMEOUT,
     Fate.PEER_LOST: Verdict.FAIL,
 }
+_HUNG = {Fate.SILENT, Fate.COLLECTIVE_TIMEOUT, Fate.PEER_LOST}
 _TEXT_LIMIT = 12_000
 
 
@@ -35,17 +37,26 @@ def judge(records: list[RankRecord], size: int) -> Judgement:
     if not bad:
         return Judgement(Verdict.PASS, ranks=records, seconds=seconds)
     ordered = _by_blame(bad)
+    verdict = _VERDICTS[ordered[0].fate]
+    hung = ordered[0].fate in _HUNG
+    # What raised or left something behind tells its cause itself, unless a collective raised it.
+    asked = hung or ordered[0].fate is Fate.DIED or bool(ordered[0].waiting_in)
+    finding = hangs.explain(records) if asked else None
+    named = [r for r in records if finding is not None and r.rank in finding.ranks]
+    if hung:
+        ordered.sort(key=lambda r: r not in named)
     root = ordered[0]
-    alike = [r for r in ordered if _same_cause(r, root)]
-    victims = [r for r in ordered if r is not root and _is_victim(r, root)]
-    message = f"{_who(alike)}: {_cause(root, ordered, records)}"
-    return Judgement(
-        _VERDICTS[root.fate],
-        cut(message, 2000),
-        _explain(root, alike, victims, ordered, records),
-        records,
-        seconds,
-    )
+    alike = [r for r in ordered if _same_cause(r, root) and (r in named) == (root in named)]
+    victims = [r for r in ordered if r is not root and _is_victim(r, root, named)]
+    text = _explain(root, alike, victims, ordered, records)
+    if hung or finding is not None or root.fate is Fate.DIED:
+        text += "\n--- last collectives ---\n" + "\n".join(hangs.table(records))
+    else:
+        for record in records:
+            record.calls = None  # nothing for the results
+    subject = named if hung and named else alike
+    message = f"{_who(subject)}: {_said(root, finding)}"
+    return Judgement(verdict, cut(message, 2000), text, records, seconds)
 
 
 def not_started(records: list[RankRecord]) -> Judgement:
@@ -81,9 +92,13 @@ def _same_cause(record: RankRecord, root: RankRecord) -> bool:
     return record.fate == root.fate and first[0] == first[1]
 
 
-def _is_victim(record: RankRecord, root: RankRecord) -> bool:
+def _is_victim(record: RankRecord, root: RankRecord, named: list[RankRecord]) -> bool:
     if record.fate is Fate.PEER_LOST:
         return True
+    if record in named:
+        return False
+    if root in named and root.fate in _HUNG:
+        return record.fate in _HUNG and bool(record.waiting_in)
     if root.fate in _OWN_DOING or (root.fate is Fate.SILENT and not root.waiting_in):
         return record.fate in {Fate.COLLECTIVE_TIMEOUT, Fate.SILENT} and bool(record.waiting_in)
     return False
@@ -98,21 +113,28 @@ def _name(record: RankRecord) -> str:
     return f"{record.rank} on {record.where}" if record.where else str(record.rank)
 
 
-def _cause(root: RankRecord, bad: list[RankRecord], records: list[RankRecord]) -> str:
-    """One line on the root; where collectives ran into their clock, why they could not end."""
+def _said(root: RankRecord, finding: hangs.Finding | None) -> str:
+    """The cause in one line, with what the ranks' records tell of it."""
+    parts = [_cause(root)]
+    if root.fate not in _HUNG:
+        if finding is not None and finding.differ:
+            parts.append(f"{hangs.in_words(finding.ranks)} {finding.said}")
+        elif root.fate is Fate.DIED and (last := hangs.last_call(root.calls)) is not None:
+            parts.append(f"its last collective was {last}")
+    elif finding is not None:
+        # That a rank did not answer because it waits for others says nothing more.
+        if finding.ranks and (root.fate is not Fate.SILENT or root.waiting_in):
+            parts = []
+        parts.append(finding.said)
+    return "; ".join(parts)
+
+
+def _cause(root: RankRecord) -> str:
+    """One line on the root."""
     message = root.message.partition("\n")[0]
-    waiting = {r.rank: r.waiting_in for r in bad if r.waiting_in}
-    held = root.fate in {Fate.COLLECTIVE_TIMEOUT, Fate.SILENT} and root.waiting_in
-    if not held:
-        return message
-    if len(set(waiting.values())) > 1:
-        places = ", ".join(f"rank {r} is in {w}" for r, w in sorted(waiting.items()))
-        return f"the ranks disagree on which collective comes next: {places}"
-    finished = [r for r in records if r.fate is Fate.PASSED]
-    if finished:
-        verb = "has" if len(finished) == 1 else "have"
-        return f"waited in {root.waiting_in}, which {_who(finished)} {verb} passed by ({message})"
-    return f"waited in {root.waiting_in} ({message})"
+    if root.fate is Fate.COLLECTIVE_TIMEOUT and root.waiting_in:
+        return f"waited in {root.waiting_in} ({message})"
+    return message
 
 
 def _explain(

@@ -64,7 +64,8 @@ class Link:
         self.versions = hello.versions
         self.lost = ""
         self._end = ParentEnd(sock)
-        self._offset = offset
+        self.offset = offset
+        """What its monotonic clock is ahead of this one's."""
         self._heard = time.monotonic()
         self._looks: dict[int, list[Look]] = defaultdict(list)
         self._replies: dict[tuple[str, int], Frame] = {}
@@ -127,7 +128,7 @@ class Link:
         for frame in look.frames:
             for stamp in _STAMPS:
                 if stamp in frame:
-                    frame[stamp] -= self._offset
+                    frame[stamp] -= self.offset
         return look
 
 
@@ -161,12 +162,15 @@ class RemoteCrew:
         """The connection, while it stands."""
         return [] if self._link.lost else [self._link]
 
-    def evidence(self, silent: Iterable[int]) -> dict[int, Evidence]:
-        """Outputs and stacks, as far as the node still answers."""
-        reply = self._link.ask("evidence", self._orders.world, silent=sorted(silent))
+    def evidence(self, silent: Iterable[int], calls: bool) -> dict[int, Evidence]:
+        """Outputs, stacks and `calls`, as far as the node still answers."""
+        reply = self._link.ask("evidence", self._orders.world, silent=sorted(silent), calls=calls)
         if reply is None:
             return {}
-        return {int(r): Evidence(**data) for r, data in reply["ranks"].items()}
+        found = {int(r): Evidence(**data) for r, data in reply["ranks"].items()}
+        for evidence in found.values():
+            evidence.clock = self._link.offset
+        return found
 
     def end(self) -> list[str]:
         """Have the node end the ranks; a lost node's are out of reach."""

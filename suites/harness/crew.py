@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness import leaks, processes, rank, stacks
+from harness import leaks, processes, rank, ring, stacks
 from harness.channel import Frame, ParentEnd, pair
 from harness.requirements import WorldSpec
 
@@ -84,6 +84,10 @@ class Evidence:
     stack: str = ""
     """For a silent rank the dump that it was asked for; else what faulthandler wrote."""
     log: str = ""
+    calls: dict[str, Any] | None = None
+    """Its last collectives, as `ring.read` gives them."""
+    clock: float = 0.0
+    """What the clock of its machine is ahead of that of the judging one."""
 
 
 class Part(Protocol):
@@ -100,7 +104,7 @@ class Part(Protocol):
     def send(self, rank: int, kind: str, **payload: Any) -> None: ...
     def looks(self) -> list[Look]: ...
     def sources(self) -> list[Any]: ...
-    def evidence(self, silent: Iterable[int]) -> dict[int, Evidence]: ...
+    def evidence(self, silent: Iterable[int], calls: bool) -> dict[int, Evidence]: ...
     def end(self) -> list[str]: ...
 
 
@@ -136,6 +140,7 @@ class Crew:
         self._seats: dict[int, rank.Seat] = {}
         self._processes: dict[int, Any] = {}
         self._channels: dict[int, ParentEnd] = {}
+        self._calls: dict[int, int] = {}
         _live.append(self)
 
     def launch(self) -> None:
@@ -143,6 +148,7 @@ class Crew:
         for place, number in enumerate(self.ranks):
             ours, theirs = pair()
             self._channels[number] = ours
+            self._calls[number] = ring.create()
             seat = self._seat(number, place)
             seat.home.mkdir()
             self._seats[number] = seat
@@ -172,6 +178,8 @@ class Crew:
             seed=self.orders.seed,
             store=self.orders.store,
             shared=self.orders.shared,
+            # By this way a rank that is no fork gets at it, too.
+            calls=f"/proc/{os.getpid()}/fd/{self._calls[number]}",
         )
 
     @property
@@ -198,12 +206,14 @@ class Crew:
         waiting: list[Any] = [c for c in self._channels.values() if not c.closed]
         return waiting + [p.sentinel for p in self._processes.values() if p.exitcode is None]
 
-    def evidence(self, silent: Iterable[int]) -> dict[int, Evidence]:
-        """Outputs and stacks; ranks that never answered are made to show where they stand."""
+    def evidence(self, silent: Iterable[int], calls: bool) -> dict[int, Evidence]:
+        """Outputs, stacks and `calls`; ranks that never answered must show where they stand."""
+        # Before a rank that is stopped goes on, to show its stack.
+        called = {r: ring.read(descriptor) for r, descriptor in self._calls.items() if calls}
         asked = {int(self._processes[r].pid): r for r in silent}
         dumps = stacks.ask({pid: self._seats[r].stack for pid, r in asked.items()}) if asked else {}
         found = {
-            number: Evidence(stack=_read(seat.stack), log=_read(seat.log))
+            number: Evidence("", _read(seat.stack), _read(seat.log), called.get(number))
             for number, seat in self._seats.items()
         }
         for pid, (state, dump) in dumps.items():
@@ -218,6 +228,8 @@ class Crew:
             process.join()
         for channel in self._channels.values():
             channel.close()
+        for descriptor in self._calls.values():
+            os.close(descriptor)
         _live.remove(self)
         spared: frozenset[int] = frozenset().union(*(crew.pids for crew in _live))
         ranks = self.pids

@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.channel import Frame
 from harness.crew import Evidence, Look, Part
+from harness.ring import Calls
 from harness.stacks import cause_in, collective_of_dump, crash_of, last_words
 from harness.verdicts import Fate, RankRecord
 
@@ -75,6 +76,7 @@ class Member:
         """Complete the record from what the rank's machine can tell."""
         record = self.record
         self.evidence = evidence
+        record.calls = Calls.from_json(evidence.calls, evidence.clock)
         if record.fate is Fate.SILENT:
             record.details = evidence.stack
             record.waiting_in = collective_of_dump(evidence.stack)

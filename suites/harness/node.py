@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from harness import crew, place, processes, warm
+from harness import crew, place, processes, recording, warm
 from harness.channel import Frame, ParentEnd, RankEnd
 from harness.cluster import HEARTBEAT, JOIN_LIMIT, LEAD_KEY, Introduction, room_for
 from harness.crew import Crew, Look, Orders
@@ -51,6 +51,7 @@ class Follower:
         processes.adopt_orphans()
         signal.signal(signal.SIGTERM, _terminate)
         warm.warm_up(everything=not self._config.option.no_warm_up)
+        recording.watch()
         sock = self._connect(versions(session, self._settings))
         orders, self._out = ParentEnd(sock), RankEnd(sock)
         sock.setblocking(False)
@@ -116,7 +117,7 @@ class Follower:
         elif kind == "say":
             self._crews[world].send(frame["rank"], frame["what"], **frame["payload"])
         elif kind == "evidence":
-            found = self._crews[world].evidence(frame["silent"])
+            found = self._crews[world].evidence(frame["silent"], frame["calls"])
             texts = {r: asdict(e) for r, e in found.items()}
             for text in texts.values():
                 text["log"] = text["log"][-1_000_000:]

@@ -20,6 +20,7 @@ from harness import (
     node,
     options,
     processes,
+    recording,
     requirements,
     results,
     spawned,
@@ -176,6 +177,7 @@ class Run:
         signal.signal(signal.SIGTERM, _terminate)
         if any(map(requirements.is_check, session.items)) and self._settings.start_method == "fork":
             warm.warm_up(everything=not self._config.option.no_warm_up)
+            recording.watch()
         if self._settings.place is not None:
             self._machines = self._gather_nodes(session)
             self.worlds = Worlds(self._settings, self._machines)

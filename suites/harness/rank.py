@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from _pytest.capture import CaptureManager
 
-from harness import place, processes
+from harness import place, processes, recording
 from harness.channel import RankEnd
 from harness.leaks import Snapshot, watch_segments
 from harness.options import SETTINGS
@@ -65,6 +65,8 @@ class Seat:
     store: StoreAddress | None
     shared: str
     """A folder that all machines see; empty: the world's own."""
+    calls: str
+    """Where the parent looks for its collectives."""
 
     @property
     def home(self) -> Path:
@@ -276,9 +278,11 @@ class Rank:
         except BaseException as error:
             self._channel.send("broken", message=one_line(error), details=traceback.format_exc())
             return 1
+        recording.start(Path(self.seat.calls))
         self._channel.send("ready", pid=os.getpid())
         while (order := self._channel.receive()) is not None and order["kind"] == "run":
             item = self._find(order["id"])
+            recording.restart()
             snapshot = Snapshot(self.seat.tmp)
             self._seed()
             self._channel.send("answer", **self._run(item))

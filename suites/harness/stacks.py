@@ -17,6 +17,7 @@ _COLLECTIVE_FILES = (
     "distributed/nn/functional.py",
 )
 _NOT_COLLECTIVES = frozenset({"wrapper", "_maybe_wrap_tensor", "__call__", "_object_to_tensor"})
+_INNERMOST = re.compile(r'^  File "([^"]+)", line (\d+) in (\S+)', re.MULTILINE)
 _FAULTHANDLER_FRAME = re.compile(r'^  File "([^"]+)", line \d+ in (\S+)', re.MULTILINE)
 
 
@@ -46,6 +47,12 @@ def collective_of_dump(dump: str) -> str:
     """The collective that the main thread of a faulthandler dump is in."""
     main = dump.rpartition("Current thread")[2] if "Current thread" in dump else dump
     return collective_of(reversed(_FAULTHANDLER_FRAME.findall(main)))
+
+
+def place_of_dump(dump: str) -> str:
+    """Where the main thread of a faulthandler dump is: `run (check.py, line 3)`."""
+    found = _INNERMOST.search(dump.rpartition("Current thread")[2])
+    return f"{found[3]} ({found[1].rpartition('/')[2]}, line {found[2]})" if found else ""
 
 
 def without_harness(dump: str) -> str:

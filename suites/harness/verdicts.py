@@ -6,6 +6,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
+from harness.ring import Calls
+
 
 class Verdict(enum.StrEnum):
     """What a run says of one check."""
@@ -62,11 +64,14 @@ class RankRecord:
     log: str = ""
     """Path of the rank's output, relative to the run's folder; empty when it wrote nothing."""
     output_tail: str = ""
+    calls: Calls | None = None
+    """Its last collectives; None where there is no record, or nobody asked for it."""
     extra: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self, limit: int = 16_000) -> dict[str, Any]:
         """The record for results.json, long texts cut to `limit` characters."""
-        return {
+        told = {} if self.calls is None else {"collectives": self.calls.as_json()}
+        return told | {
             "rank": self.rank,
             "node": self.node,
             "host": self.host,

@@ -147,7 +147,8 @@ def kind_of_error(error: BaseException) -> str:
         text = text_of(seen)
         if isinstance(seen, dist.DistError) or (
             isinstance(seen, RuntimeError)
-            and any(s in text for s in ("gloo/", "ProcessGroup", "NCCL", "[c10d]"))
+            # "Wait timeout" alone is a FileStore's, where ranks of a group look for each other.
+            and any(s in text for s in ("gloo/", "ProcessGroup", "NCCL", "[c10d]", "Wait timeout"))
         ):
             if any(s in text for s in ("Timed out", "timed out", "Timeout", "timeout")):
                 return "collective timeout"

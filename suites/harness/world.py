@@ -24,6 +24,7 @@ from harness.verdicts import Fate, RankRecord
 END_LIMIT = 10.0
 """Seconds for ranks that have passed to close their process group and leave."""
 _POLL = 0.1
+_APART = {Fate.SILENT, Fate.COLLECTIVE_TIMEOUT, Fate.PEER_LOST, Fate.DIED}
 
 
 class World:
@@ -109,9 +110,11 @@ class World:
         for member in self.members:
             member.settle_without_report()
         silent = {m.record.rank for m in self.members if m.record.fate is Fate.SILENT}
+        # What each issued, where one may have missed the others.
+        calls = any(m.record.fate in _APART or m.record.waiting_in for m in self.members)
         found: dict[int, Evidence] = {}
         for part in self.parts:
-            found |= part.evidence(silent & set(part.ranks))
+            found |= part.evidence(silent & set(part.ranks), calls)
         for member in self.members:
             if member.part.lost:  # it may have shown only now that it does not answer
                 member.lose(member.part.lost)

@@ -20,6 +20,7 @@ _COLOURS = {
 }
 _COLUMN = 10
 _LINES = 30
+_CALLS = 3
 _NEARLY_ALL = 0.9
 
 
@@ -91,13 +92,16 @@ def _show_unexpected(checks: list[dict[str, Any]], folder: str, screen: Screen) 
             screen.line(f"  clause   {check['clause']}")
         if _is_should(check):
             screen.line(f"  level    SHOULD: {check['level_reason']}")
-        screen.line(f"  cause    {check['message'].partition(chr(10))[0][:400]}")
+        screen.line(f"  cause    {check['message'].partition(chr(10))[0][:800]}")
         for rank in _by_blame(check):
             where = f" in {rank['waiting_in']}" if rank["waiting_in"] else ""
             said = rank["message"].partition("\n")[0][:160]
             screen.line(f"  rank {rank['rank']:<4}{rank['fate']}{where}: {said}")
         for line in _details(check):
             screen.line(f"  | {line}")
+        for rank in check["ranks"]:
+            for call in rank.get("collectives", ())[-_CALLS:]:
+                screen.line(f"  rank {rank['rank']:<4}{_call(call)}")
         logs = [f"{folder}/{r['log']}" for r in _by_blame(check) if r["log"]]
         if logs:
             screen.line(f"  log      {logs[0]}")
@@ -117,6 +121,16 @@ def _details(check: dict[str, Any]) -> list[str]:
     lines = rank["details"].rstrip().splitlines()
     cut = [f"[{len(lines) - _LINES} lines more in the log]"] if len(lines) > _LINES else []
     return cut + [line[:200] for line in lines[-_LINES:]]
+
+
+def _call(call: dict[str, Any]) -> str:
+    """A collective that a rank issued, in one line."""
+    group = ", ".join(map(str, call["group"][:8])) + (", ..." if call["group"][8:] else "")
+    said = f", {call['arguments']}" if call["arguments"] else ""
+    return (
+        f"{call['state']} {call['op']} #{call['number']} of group ({group}){said}, "
+        f"{call['seconds_before_the_end']:.1f} s before the end"
+    )
 
 
 def _by_blame(check: dict[str, Any]) -> list[dict[str, Any]]:

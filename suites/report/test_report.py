@@ -152,6 +152,23 @@ def test_a_failure_is_shown_with_its_rank_cause_log_and_command() -> None:
         assert part in text
 
 
+def test_the_last_collectives_of_each_rank_are_shown(tmp_path: Path) -> None:
+    call = {
+        "op": "all_gather",
+        "group": [0, 1],
+        "arguments": "float32 (4, 3)",
+        "state": "issued",
+        "seconds_before_the_end": 2.04,
+    }
+    calls = [call | {"number": number} for number in range(1, 8)]
+    data = results(check() | {"ranks": [RANK | {"collectives": calls}]})
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    text = text_of(read(tmp_path))
+    line = "of group (0, 1), float32 (4, 3), 2.0 s before the end"
+    assert f"  rank 1   issued all_gather #7 {line}\n" in text
+    assert "all_gather #4" not in text, "the last three say enough"
+
+
 def test_checks_that_did_not_run_are_counted() -> None:
     assert "2 selected checks did not run" in text_of(results(check(), selected=3))
 
