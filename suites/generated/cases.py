@@ -85,7 +85,7 @@ def gathers(draw: st.DrawFn) -> Case:
     world = worlds(draw)
     pg = draws.group(draw, world)
     pool = pool_of(draw, world, group=pg, pending=True)
-    odd = one_in(draw, 8)
+    odd = one_in(draw, 5)
     case: Case = {
         "world": world,
         "pool": pool,
@@ -188,14 +188,17 @@ def add_lie(draw: st.DrawFn, case: Case, used: list[int]) -> None:
         n
         for n in used
         if case["pool"][n]["kind"] == "dtensor"
-        and "layout" not in case["pool"][n]
+        and not {"layout", "trains"} & case["pool"][n].keys()
         and case["pool"][n]["shape"]
     ]
     if can:
         number = draw(st.sampled_from(can))
         entry = case["pool"][number]
         rank = draw(st.sampled_from(entry["mesh"][1]))
-        lies = ["shape", "dtype"] if make(case, entry, rank, {}, number).travels else ["shape"]
+        lies = ["shape", "dtype"]
+        held = make(case, entry, rank, {}, number).local
+        turned = held is not None and (held.dim() < 2 or held.movedim(0, -1).shape != held.shape)
+        lies += ["turned"] if turned else []
         case["wrong"] = [(number, rank, draw(st.sampled_from(lies)))]
 
 
@@ -223,7 +226,7 @@ def alone(draw: st.DrawFn, **how: Any) -> Case:
     return {
         "world": world,
         "pool": pool,
-        "trees": {"state": draws.tree(draw, len(pool), odd=one_in(draw, 8))},
+        "trees": {"state": draws.tree(draw, len(pool), odd=one_in(draw, 4))},
     }
 
 
@@ -315,7 +318,7 @@ def _add_other(draw: st.DrawFn, case: Case) -> None:
                 twin.pop("layout", None)
         pool.append(twin)
     other = _shifted(case["trees"]["state"], count)
-    change = draw(st.sampled_from(["", "", "dtype", "shape", "key", "value"]))
+    change = draw(st.sampled_from(["", "", "dtype", "shape", "dtype", "shape", "key", "value"]))
     used = [
         n
         for n in tensors_in(other)

@@ -14,7 +14,8 @@ it. Its parts:
 - ``many``: (tree, count, number in the pool): that many more keys, each with a tensor like that;
 - ``lacks``: (tree, rank, key): what a rank does not have at the top;
 - ``turned``: trees whose keys stand in another order on each rank;
-- ``wrong``: (number in the pool, rank, "shape" or "dtype"): a local part that is not as it claims;
+- ``wrong``: (number in the pool, rank, "shape", "turned" or "dtype"): a local part that is not
+  as it claims;
 - ``steps``: calls, dicts with ``call`` and its options, or ``rewrite`` and ``put`` between them.
   ``late`` is a rank that begins the call later than the others, ``then`` what is rewritten the
   moment it returns, ``into`` the tree that its result becomes.
