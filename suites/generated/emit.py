@@ -7,7 +7,7 @@ it. Its parts:
 - ``pool``: tensors, each a dict: ``kind`` (plain, parameter, dtensor, sharded, view), ``dtype``,
   ``shape`` (global), ``fill`` (of `rig.pattern`), and where it differs from the default ``layout``,
   ``mesh`` (shape, ranks, line), ``placements``, ``meta``, ``trains``, ``group``, ``boxes``,
-  ``per_rank``, ``of`` and ``how`` (of a view);
+  ``per_rank``, ``pending`` (`data.contribution`), ``of`` and ``how`` (of a view);
 - ``trees``: name -> node, where a node is ("t", number in the pool), ("v", value),
   (kind of container, [(key, node), ...]) or (kind of sequence, [node, ...]), and a tree ("same",
   other) is another one's object;
@@ -108,6 +108,8 @@ MAPPINGS = ("dict", "OrderedDict", "with_metadata", "counted", "module")
 def _values(entry: dict[str, Any], fill: str) -> str:
     if entry.get("meta"):
         return f"torch.empty({entry['shape']}, dtype=torch.{entry['dtype']}, device='meta')"
+    if entry.get("pending"):
+        return f"contribution({entry['dtype']!r}, {entry['shape']}, rank)"
     return f"pattern({entry['dtype']!r}, {entry['shape']}, {fill})"
 
 

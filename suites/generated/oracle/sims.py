@@ -158,6 +158,8 @@ def whole_of(entry: dict[str, Any], rank: int = 0) -> torch.Tensor:
     if entry.get("meta"):
         kind = getattr(torch, entry["dtype"])
         return torch.empty(entry["shape"], dtype=kind, device="meta")
+    if entry.get("pending"):
+        return data.contribution(entry["dtype"], entry["shape"], rank)
     fill = entry.get("fill", 0) + (rank if entry.get("per_rank") else 0)
     return data.pattern(entry["dtype"], entry["shape"], fill)
 
