@@ -85,7 +85,7 @@ def loads(draw: st.DrawFn, world: int) -> Case:
         "pool": pool,
         "trees": {"full": ("dict", full), "local": ("dict", local)},
     }
-    if one_in(draw, 15):
+    if one_in(draw, 6):
         _add_many_loads(draw, case, dict(full), dict(local))
     return case
 
