@@ -130,7 +130,9 @@ def gathers(draw: st.DrawFn) -> Case:
 
 def hurry(draw: st.DrawFn, case: Case, step: dict[str, Any], can: list[int]) -> None:
     """At times tensors are overwritten the moment the call returns, or a rank comes late to it."""
-    if one_in(draw, 6):
+    # What is large is sent from where it lies: there it shows.
+    large = any(math.prod(case["pool"][n]["shape"]) > 999 for n in can)
+    if one_in(draw, 2 if large else 6):
         step["late"] = draw(st.integers(0, case["world"] - 1))
     if "late" in step or one_in(draw, 3):
         step["then"] = [(n, draw(st.integers(0, 12))) for n in can]
