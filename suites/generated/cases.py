@@ -85,7 +85,7 @@ def gathers(draw: st.DrawFn) -> Case:
     world = worlds(draw)
     pg = draws.group(draw, world)
     pool = pool_of(draw, world, group=pg, pending=True)
-    odd = one_in(draw, 8)
+    odd = one_in(draw, 5)
     case: Case = {
         "world": world,
         "pool": pool,
@@ -130,7 +130,9 @@ def gathers(draw: st.DrawFn) -> Case:
 
 def hurry(draw: st.DrawFn, case: Case, step: dict[str, Any], can: list[int]) -> None:
     """At times tensors are overwritten the moment the call returns, or a rank comes late to it."""
-    if one_in(draw, 6):
+    # What is large is sent from where it lies: there it shows.
+    large = any(math.prod(case["pool"][n]["shape"]) > 999 for n in can)
+    if one_in(draw, 2 if large else 6):
         step["late"] = draw(st.integers(0, case["world"] - 1))
     if "late" in step or one_in(draw, 3):
         step["then"] = [(n, draw(st.integers(0, 12))) for n in can]
@@ -188,14 +190,17 @@ def add_lie(draw: st.DrawFn, case: Case, used: list[int]) -> None:
         n
         for n in used
         if case["pool"][n]["kind"] == "dtensor"
-        and "layout" not in case["pool"][n]
+        and not {"layout", "trains"} & case["pool"][n].keys()
         and case["pool"][n]["shape"]
     ]
     if can:
         number = draw(st.sampled_from(can))
         entry = case["pool"][number]
         rank = draw(st.sampled_from(entry["mesh"][1]))
-        lies = ["shape", "dtype"] if make(case, entry, rank, {}, number).travels else ["shape"]
+        lies = ["shape", "dtype"]
+        held = make(case, entry, rank, {}, number).local
+        turned = held is not None and (held.dim() < 2 or held.movedim(0, -1).shape != held.shape)
+        lies += ["turned"] if turned else []
         case["wrong"] = [(number, rank, draw(st.sampled_from(lies)))]
 
 
@@ -223,7 +228,7 @@ def alone(draw: st.DrawFn, **how: Any) -> Case:
     return {
         "world": world,
         "pool": pool,
-        "trees": {"state": draws.tree(draw, len(pool), odd=one_in(draw, 8))},
+        "trees": {"state": draws.tree(draw, len(pool), odd=one_in(draw, 4))},
     }
 
 
@@ -315,7 +320,7 @@ def _add_other(draw: st.DrawFn, case: Case) -> None:
                 twin.pop("layout", None)
         pool.append(twin)
     other = _shifted(case["trees"]["state"], count)
-    change = draw(st.sampled_from(["", "", "dtype", "shape", "key", "value"]))
+    change = draw(st.sampled_from(["", "", "dtype", "shape", "dtype", "shape", "key", "value"]))
     used = [
         n
         for n in tensors_in(other)

@@ -83,6 +83,19 @@ def pattern(dtype: str, shape: Sequence[int], fill: int) -> torch.Tensor:
     return data.reshape(-1).view(kind).reshape(tuple(shape))
 
 
+def contribution(dtype: str, shape: Sequence[int], rank: int) -> torch.Tensor:
+    """A rank's part of a pending reduction that needs care: large and small, negative, NaN."""
+    made = pattern(dtype, shape, 0)
+    kind = made.dtype
+    if kind.is_floating_point:
+        made = torch.full_like(made, 256.0 if rank == 0 else 1.0)
+        # Not in half precision: what a NaN becomes that is rounded to it is nobody's promise.
+        if rank == 1 and made.numel() > 1 and kind.itemsize > 2:
+            made.view(-1)[-1] = torch.nan
+        return made
+    return made - 3 * rank - 2 if kind.is_signed else made + rank
+
+
 def bits(dtype: str, shape: Sequence[int], data: str) -> torch.Tensor:
     """The tensor of these bytes, in hexadecimal."""
     raw = bytearray.fromhex(data)

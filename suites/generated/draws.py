@@ -151,6 +151,12 @@ def dtensor(
         entry["fill"] = 0
         if not entry["dtype"].startswith(("float32", "float64", "int", "bfloat")):
             entry["dtype"] = "float32"
+        alike = any(
+            name == "R" and size > 1
+            for name, size in zip(entry["placements"], dims_of(mesh), strict=True)
+        )
+        if not alike and one_in(draw, 2):
+            entry["pending"] = True
     return entry
 
 

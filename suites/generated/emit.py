@@ -7,14 +7,15 @@ it. Its parts:
 - ``pool``: tensors, each a dict: ``kind`` (plain, parameter, dtensor, sharded, view), ``dtype``,
   ``shape`` (global), ``fill`` (of `rig.pattern`), and where it differs from the default ``layout``,
   ``mesh`` (shape, ranks, line), ``placements``, ``meta``, ``trains``, ``group``, ``boxes``,
-  ``per_rank``, ``of`` and ``how`` (of a view);
+  ``per_rank``, ``pending`` (`data.contribution`), ``of`` and ``how`` (of a view);
 - ``trees``: name -> node, where a node is ("t", number in the pool), ("v", value),
   (kind of container, [(key, node), ...]) or (kind of sequence, [node, ...]), and a tree ("same",
   other) is another one's object;
 - ``many``: (tree, count, number in the pool): that many more keys, each with a tensor like that;
 - ``lacks``: (tree, rank, key): what a rank does not have at the top;
 - ``turned``: trees whose keys stand in another order on each rank;
-- ``wrong``: (number in the pool, rank, "shape" or "dtype"): a local part that is not as it claims;
+- ``wrong``: (number in the pool, rank, "shape", "turned" or "dtype"): a local part that is not
+  as it claims;
 - ``steps``: calls, dicts with ``call`` and its options, or ``rewrite`` and ``put`` between them.
   ``late`` is a rank that begins the call later than the others, ``then`` what is rewritten the
   moment it returns, ``into`` the tree that its result becomes.
@@ -107,6 +108,8 @@ MAPPINGS = ("dict", "OrderedDict", "with_metadata", "counted", "module")
 def _values(entry: dict[str, Any], fill: str) -> str:
     if entry.get("meta"):
         return f"torch.empty({entry['shape']}, dtype=torch.{entry['dtype']}, device='meta')"
+    if entry.get("pending"):
+        return f"contribution({entry['dtype']!r}, {entry['shape']}, rank)"
     return f"pattern({entry['dtype']!r}, {entry['shape']}, {fill})"
 
 

@@ -47,7 +47,7 @@ def loads(draw: st.DrawFn, world: int) -> Case:
         st.lists(st.sampled_from(draws.KEYS), min_size=1, max_size=4, unique_by=lambda key: key)
     )
     targets: list[int] = []
-    large = one_in(draw, 15)
+    large = one_in(draw, 6)
     for key in keys:
         what = draw(st.sampled_from(["t", "t", "t", "t", "v", "extra", "missing", "mixed"]))
         if what == "v":
@@ -85,7 +85,7 @@ def loads(draw: st.DrawFn, world: int) -> Case:
         "pool": pool,
         "trees": {"full": ("dict", full), "local": ("dict", local)},
     }
-    if one_in(draw, 15):
+    if one_in(draw, 6):
         _add_many_loads(draw, case, dict(full), dict(local))
     return case
 

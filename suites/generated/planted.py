@@ -99,7 +99,24 @@ def search(fault: Fault, minutes: float = MINUTES, seed: int = 0) -> Found:
             raise RuntimeError(f"{fault.name}: {(done.stdout + done.stderr)[-2000:]}")
         if not journal.exists():
             return Found(seconds=seconds)
+        _must_be_the_faults(fault, next((folder / "out").glob("*.py")))
         return Found(**json.loads(journal.read_text().splitlines()[0]))
+
+
+def _must_be_the_faults(fault: Fault, script: Path) -> None:
+    """Raise RuntimeError where the reference itself differs in the case, too."""
+    done = subprocess.run(
+        [sys.executable, "-m", "generated", "--replay", str(script)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'reference'}:{ROOT / 'suites'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip()[-500:]
+        raise RuntimeError(f"{fault.name}: the reference differs without the fault, too: {said}")
 
 
 def main(names: list[str], minutes: float, seed: int) -> int:

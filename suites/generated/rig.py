@@ -96,19 +96,25 @@ def dtensor(
     how: str = "contiguous",
     wrong: str = "",
 ) -> DTensor:
-    """A DTensor that holds `full`, made without a collective; `wrong`: shape or dtype is a lie."""
+    """A DTensor that holds `full`, made without a collective; `wrong`: how its local part lies."""
     local = laid_out(part(full, over, names), how)
-    if wrong == "shape":
-        local = local.new_ones((*local.shape[:-1], local.shape[-1] + 1) if local.dim() else (2,))
-    elif wrong == "dtype":
-        local = torch.ones(
-            local.shape, dtype=torch.int32 if full.dtype != torch.int32 else torch.float64
-        )
     steps = torch.empty(full.shape, device="meta").stride()
     made: DTensor = DTensor.from_local(
         local, over, placements(names), run_check=False, shape=full.shape, stride=steps
     )
+    if wrong:
+        made._local_tensor = _lie(local, wrong)
     return made
+
+
+def _lie(local: torch.Tensor, wrong: str) -> torch.Tensor:
+    """Another local tensor than the placements give: of another shape, size or dtype."""
+    if wrong == "dtype":
+        other = torch.int32 if local.dtype != torch.int32 else torch.float32
+        return torch.ones(local.shape, dtype=other)
+    if wrong == "turned":  # as many elements
+        return local.unsqueeze(0).clone() if local.dim() < 2 else local.movedim(0, -1).clone()
+    return local.new_ones((*local.shape[:-1], local.shape[-1] + 1))
 
 
 def sharded(

@@ -16,7 +16,7 @@ from generated.cases import STRATEGIES, Case
 from generated.judge import Difference, judge, size_of
 from generated.world import Stage
 
-BATCH = 40
+BATCH = 25
 """Cases that Hypothesis draws before it starts anew, with another seed."""
 
 

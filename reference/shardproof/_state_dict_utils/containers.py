@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 
 Path = tuple[Any, ...]
 
+_STRING = frozenset({str})
+
 LEAF_TYPES = frozenset(
     {torch.Tensor, nn.Parameter, DTensor, ShardedTensor, int, float, bool, str, bytes, type(None)}
 )
@@ -89,7 +91,7 @@ def leaf_name(path: Path) -> str:
 
 def are_leaf_names(keys: list[Any]) -> bool:
     """Whether these keys of a flat state dict are the names of their leaves."""
-    return all(type(key) is str for key in keys) and "[" not in "".join(keys)
+    return _STRING.issuperset(map(type, keys)) and "[" not in "".join(keys)
 
 
 def empty_like_mapping(like: Mapping[Any, Any]) -> Any:

@@ -181,7 +181,9 @@ def iterate(scene: Scene) -> list[Outcome]:
         other = scene.tree(rank, "other") if step.get("companion") else None
         if other is not None and not here:
             # Whether the companions of a rank that wants nothing fit is nobody's matter.
-            return _refused(scene, tree) or Outcome({}, may_raise=True)
+            if _refused(scene, tree):
+                return Outcome(raises=(), kinds=("ValueError", *MISMATCH))
+            return Outcome({}, may_raise=True)
         if other is not None:
             return copied(scene, tree, other)
         found = _refused(scene, tree) or Outcome(rebuilt(tree, _made_by(step, tree)))

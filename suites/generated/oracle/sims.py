@@ -39,7 +39,7 @@ class Sim:
     outside: bool = False
     """Whether this rank is not in its mesh: what torch gives it for a local part is no matter."""
     wrong: str = ""
-    """shape or dtype: what its local part claims and is not."""
+    """shape, dtype or turned: how its local part is not what it claims."""
 
     @property
     def distributed(self) -> bool:
@@ -158,6 +158,8 @@ def whole_of(entry: dict[str, Any], rank: int = 0) -> torch.Tensor:
     if entry.get("meta"):
         kind = getattr(torch, entry["dtype"])
         return torch.empty(entry["shape"], dtype=kind, device="meta")
+    if entry.get("pending"):
+        return data.contribution(entry["dtype"], entry["shape"], rank)
     fill = entry.get("fill", 0) + (rank if entry.get("per_rank") else 0)
     return data.pattern(entry["dtype"], entry["shape"], fill)
 
@@ -178,8 +180,6 @@ def make(case: Case, entry: dict[str, Any], rank: int, env: dict[str, Any], numb
         local = _cut_meta(whole, mesh, entry["placements"], rank)
         local = local if entry.get("meta") else data.laid_out(local, how)
         kind = "DTensor Parameter" if kind == "Parameter" else "DTensor"
-        if wrong:
-            local = torch.ones(1)
         return Sim(
             kind,
             local,
