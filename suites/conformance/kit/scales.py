@@ -57,7 +57,7 @@ def _one_large(at: int) -> Callable[[], Leaves]:
         large = ((torch.arange(1023 * count) * 3) % 251).to(dtype).view(1023, count)
         found: dict[str, tuple[str, torch.Tensor]] = {
             f"{letter}{n}": ("rows", (torch.arange(15) + n).to(kind).view(5, 3))
-            for n, kind in enumerate((torch.float64, torch.float32, torch.int16, torch.uint8))
+            for n, kind in enumerate((torch.float64, torch.float32, torch.bfloat16, torch.uint8))
             for letter in "bdf"
         }
         return dict(sorted({**found, f"{'ace'[at]}": ("rows", large)}.items()))

@@ -70,7 +70,7 @@ def test_another_world_between(
 ) -> None:
     """In a second world, where this process is another rank of an equal mesh, it must be right."""
     kinds = [kind for kind in _kinds(function) if kind not in _ON_THE_FIRST_MESH]
-    leaves = {kind: (kind, numbers(7, 5, salt=n)) for n, kind in enumerate(kinds)}
+    leaves = {kind: (kind, numbers(9, 6, salt=n)) for n, kind in enumerate(kinds)}
     first = function.call(Place(world, mesh(3), subject, device), leaves)
     first.check(first.run())
 
