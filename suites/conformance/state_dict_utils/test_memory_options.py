@@ -77,7 +77,22 @@ LEAVES: dict[str, Callable[[Model, Any], Model]] = {
         lambda held: {"one": held, "two": {n: t.detach() for n, t in held.items()}}
     )(sharded(model, mesh(4), S(0))),
 }
-KINDS = [pytest.param(make, id=name.replace(" ", "-")) for name, make in LEAVES.items()]
+
+
+def _also(value: Any) -> Any:
+    """One more variant: each takes seconds."""
+    return pytest.param(value, marks=pytest.mark.thorough)
+
+
+_EACH_RUN = {"rows", "pending", "plain", "tied"}
+KINDS = [
+    pytest.param(
+        make,
+        id=name.replace(" ", "-"),
+        marks=() if name in _EACH_RUN else pytest.mark.thorough,
+    )
+    for name, make in LEAVES.items()
+]
 
 
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")
@@ -98,6 +113,7 @@ class TestGatherMemory:
 
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
+    @pytest.mark.thorough
     @pytest.mark.parametrize("leaves", KINDS)
     def test_offloaded_on_some_ranks(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, grows: Any, leaves: Any
@@ -111,6 +127,7 @@ class TestGatherMemory:
         grows(result_on(device, WHOLE, cpu_offload=True) if rank == 1 else 0, make)
 
     @pytest.mark.law("cost")
+    @pytest.mark.thorough
     @pytest.mark.world(4)
     @pytest.mark.parametrize(
         "options",
@@ -134,7 +151,7 @@ class TestGatherMemory:
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("cpu_offload", [False, True], ids=["device", "cpu"])
-    @pytest.mark.parametrize("placement", [S(0), S(1), SS(0, 2)], ids=str)
+    @pytest.mark.parametrize("placement", [S(0), _also(S(1)), _also(SS(0, 2))], ids=str)
     def test_a_large_tensor(
         self,
         judged: Any,
@@ -171,7 +188,9 @@ class TestGatherMemory:
 class TestAllGatherShardedTensorMemory:
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("cut", ["columns", "uneven", "on one rank", "two shards a rank"])
+    @pytest.mark.parametrize(
+        "cut", [_also("columns"), "uneven", _also("on one rank"), _also("two shards a rank")]
+    )
     def test_in_any_shards(self, judged: Any, device: torch.device, grows: Any, cut: str) -> None:
         """However it is cut, a large tensor must take its result and a part of the model."""
 
@@ -194,9 +213,9 @@ class TestAllGatherShardedTensorMemory:
 class TestBroadcastMemory:
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("strict", [False, True], ids=["loose", "strict"])
+    @pytest.mark.parametrize("strict", [False, _also(True)], ids=["loose", "strict"])
     @pytest.mark.parametrize("cpu_offload", [False, True], ids=["device", "cpu"])
-    @pytest.mark.parametrize("placement", [S(0), R], ids=str)
+    @pytest.mark.parametrize("placement", [S(0), _also(R)], ids=str)
     def test_options(
         self,
         judged: Any,
@@ -220,7 +239,7 @@ class TestBroadcastMemory:
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("cpu_offload", [False, True], ids=["device", "cpu"])
-    @pytest.mark.parametrize("kind", ["sharded", "replicated", "plain", "tied"])
+    @pytest.mark.parametrize("kind", ["sharded", _also("replicated"), _also("plain"), "tied"])
     def test_targets_on_meta(
         self,
         judged: Any,
