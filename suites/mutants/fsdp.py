@@ -151,8 +151,8 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "boxes_in_group_order",
         "a rank's box follows its number in the group, not its place on the mesh",
         "boxes.py",
-        "    count, place = spec.mesh.size(0), coordinate[0]\n",
-        "    count, place = spec.mesh.size(0), spec.mesh.get_group().rank()\n",
+        "    count = spec.mesh.size(0)\n    if type(place)",
+        "    count, place = spec.mesh.size(0), spec.mesh.get_group().rank()\n    if type(place)",
         "sweep_meshes",
     ),
     (

@@ -115,14 +115,16 @@ def localized(whole: DTensor) -> tuple[torch.Tensor, DTensorSpec]:
 
     It trains where the DTensor does, carries its attributes, and a gradient that lies ready.
     """
+    if torch.is_inference_mode_enabled():
+        # The first forward may find us there, where a wrapper cannot be detached.
+        with torch.inference_mode(mode=False):
+            return localized(whole)
     plain, spec = _flatten_tensor(whole)
     assert spec is not None
-    # A wrapper cannot be detached in inference mode, where the first forward may find us.
-    with torch.inference_mode(mode=False):
-        if not isinstance(whole, nn.Parameter):
-            return alias(plain), spec
-        # A Parameter is over what it is given, but detached from it.
-        local = nn.Parameter(plain, requires_grad=whole.requires_grad)
+    if not isinstance(whole, nn.Parameter):
+        return alias(plain), spec
+    # A Parameter is over what it is given, but detached from it.
+    local = nn.Parameter(plain, requires_grad=whole.requires_grad)
     local.__dict__.update(whole.__dict__)
     grad = whole.grad
     if grad is not None and isinstance(grad, DTensor) and grad.placements == spec.placements:

@@ -43,8 +43,10 @@ def _get_submodule_n_params(module: nn.Module, path: str) -> tuple[nn.Module, st
     *steps, name = path.split(".")
     owner = module
     for step in steps:
-        # Not the table alone: a compiled module, and adapters like it, answer for what they wrap.
-        child = getattr(owner, step, None) if step else None
+        child = owner._modules.get(step)
+        if child is None and step:
+            # A compiled module, and adapters like it, answer for what they wrap.
+            child = getattr(owner, step, None)
         if not isinstance(child, nn.Module):
             raise AttributeError(
                 f"{path!r}: {type(owner).__name__} has no submodule {step!r}; it has "

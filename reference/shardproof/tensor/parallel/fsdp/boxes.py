@@ -115,10 +115,10 @@ def _get_box(tensor: DTensor) -> Box:
 
     """
     dim = sharded_dim(tensor)
-    spec = tensor._spec
-    sizes = tensor._local_tensor.size()
-    if spec.mesh.get_coordinate() is not None:
-        _, sizes = _get_local_box(tensor)
+    spec, sizes = tensor._spec, tensor._local_tensor.size()
+    coordinate = spec.mesh.get_coordinate()
+    if coordinate is not None:
+        _, sizes = _local_box(tensor, dim, coordinate[0])
     return _spacing(spec.shape, dim, spec.mesh.size(0)), sizes
 
 
@@ -163,13 +163,19 @@ def _get_local_box(tensor: DTensor) -> Box:
 
     """
     dim = sharded_dim(tensor)
-    spec = tensor._spec
-    coordinate = spec.mesh.get_coordinate()
+    mesh = tensor._spec.mesh
+    coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise ValueError(
-            f"rank {dist.get_rank()} has no shard: the mesh has ranks {mesh_ranks(spec.mesh)}"
+            f"rank {dist.get_rank()} has no shard: the mesh has ranks {mesh_ranks(mesh)}"
         )
-    count, place = spec.mesh.size(0), coordinate[0]
+    return _local_box(tensor, dim, coordinate[0])
+
+
+def _local_box(tensor: DTensor, dim: int | None, place: int) -> Box:
+    """The box at this rank's place, once the local tensor was found to be of its size."""
+    spec = tensor._spec
+    count = spec.mesh.size(0)
     if type(place) is not int:
         # Where one process plays all ranks it stands for all of them, and has no hash.
         return torch.Size(_offsets(spec.shape, dim, count, place)), tensor._local_tensor.size()
