@@ -14,9 +14,10 @@ from conformance.kit.functions import Leaves
 _KINDS = ["rows", "replica", "plain", "columns"]
 
 
-def _bytes(count: int, salt: int = 0) -> torch.Tensor:
-    """That many bytes, neighbours different, the same pattern never twice in a row of 251."""
-    return ((torch.arange(count) * 7 + salt) % 251).to(torch.uint8)
+def _cycle(count: int, dtype: torch.dtype, salt: int = 0) -> torch.Tensor:
+    """That many numbers, neighbours different, in a cycle of 251."""
+    once = ((torch.arange(251) * 7 + salt) % 251).to(dtype)
+    return once.repeat(count // 251 + 1)[:count]
 
 
 def _alike() -> Leaves:
@@ -38,7 +39,7 @@ def _distinct() -> Leaves:
 def _thresholds() -> Leaves:
     """Each power of two from 1 KiB to 4 MiB, a byte less and a byte more."""
     return {
-        f"{_KINDS[place]} {size}": (_KINDS[place], _bytes(size, place))
+        f"{_KINDS[place]} {size}": (_KINDS[place], _cycle(size, torch.uint8, place))
         for exponent in range(10, 22)
         for place, size in enumerate(((1 << exponent) - 1, 1 << exponent, (1 << exponent) + 1))
     }
@@ -54,7 +55,7 @@ def _one_large(at: int) -> Callable[[], Leaves]:
     def make() -> Leaves:
         dtype = [torch.float64, torch.float32, torch.uint8][at]
         count = (18 << 20) // dtype.itemsize // 1023
-        large = ((torch.arange(1023 * count) * 3) % 251).to(dtype).view(1023, count)
+        large = _cycle(1023 * count, dtype).view(1023, count)
         found: dict[str, tuple[str, torch.Tensor]] = {
             f"{letter}{n}": ("rows", (torch.arange(15) + n).to(kind).view(5, 3))
             for n, kind in enumerate((torch.float64, torch.float32, torch.bfloat16, torch.uint8))

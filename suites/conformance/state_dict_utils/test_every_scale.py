@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 
-from conformance.kit.functions import Function, Place, each
+from conformance.kit.functions import Function, Leaves, Place, each
 from conformance.kit.scales import LARGE, MANY
-
-_copies = each(lambda function: function.values and not function.same_objects)
 
 
 @pytest.mark.law("values")
 @pytest.mark.world(2)
-@pytest.mark.parametrize("scales", ["many", "large"])
-@_copies
-def test_each_tensor(
-    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device, scales: str
+@each(lambda function: function.values and not function.same_objects)
+def test_many(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device
 ) -> None:
     """Each tensor must arrive, however many there are, and of whatever size in bytes."""
-    place, known = Place(world, mesh(2), subject, device), function.kinds()
-    for name, make in (MANY if scales == "many" else LARGE).items():
+    _assert_arrive(function, Place(world, mesh(2), subject, device), MANY)
+
+
+@pytest.mark.law("values")
+@pytest.mark.world(2)
+@each(lambda function: function.talks)
+def test_a_large_one(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device
+) -> None:
+    """One that no buffer takes must arrive as the others do, before, between or behind them."""
+    _assert_arrive(function, Place(world, mesh(2), subject, device), LARGE)
+
+
+def _assert_arrive(
+    function: Function, place: Place, scales: Mapping[str, Callable[[], Leaves]]
+) -> None:
+    known = function.kinds()
+    for name, make in scales.items():
         leaves = {
-            key: (kind if kind in known else next(iter(known)), full.to(device))
+            key: (kind if kind in known else next(iter(known)), full.to(place.device))
             for key, (kind, full) in make().items()
         }
         if "rows" not in known:
