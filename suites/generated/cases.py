@@ -190,6 +190,7 @@ def add_lie(draw: st.DrawFn, case: Case, used: list[int]) -> None:
         n
         for n in used
         if case["pool"][n]["kind"] == "dtensor"
+        and not case["pool"][n].get("meta")
         and not {"layout", "trains"} & case["pool"][n].keys()
         and case["pool"][n]["shape"]
     ]

@@ -171,7 +171,9 @@ class Model:
             self.by_class = self.keeps
             return
         self.dtype = value.dtype
-        self.ordinary = is_ordinary(local) and _as_it_is(local)
+        # A local part of another dtype than the target claims takes the values, not their bits.
+        alike = table or not self.keeps or local.dtype == value.dtype
+        self.ordinary = alike and is_ordinary(local) and _as_it_is(local)
 
     def _check(self, value: DTensor) -> None:
         # torch's modules take one element for a scalar.

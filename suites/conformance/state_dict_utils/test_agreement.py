@@ -349,6 +349,27 @@ class TestBroadcastAgrees:
         source = {KEY: full} if world.rank == 0 else {}
         assert_raises_everywhere(world, lambda: judged(source, local, device), KEY)
 
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2, collective=6, limit=25)
+    @pytest.mark.parametrize("size", [FULL, (1024, 1024)], ids=["small", "large"])
+    def test_a_local_part_of_another_dtype_on_one_rank(
+        self, judged: Any, mesh: Any, world: Any, device: torch.device, size: Any
+    ) -> None:
+        """A local part that is not of its target's dtype must take the values, or be refused."""
+        full = numbers(*size)
+        mine = target(full, mesh(2), [S(0)])
+        if world.rank == 1:
+            mine._local_tensor = torch.zeros_like(mine._local_tensor, dtype=torch.int32)
+        source = {KEY: full} if world.rank == 0 else {}
+        error = attempt(lambda: judged(source, {KEY: mine}, device))
+        told = exchange(world, None if error is None else [type(error).__name__, str(error)])
+        if any(told):
+            assert len({said and said[0] for said in told}) == 1, f"the ranks end otherwise: {told}"
+            assert all(KEY in said[1] for said in told), f"not named: {told}"
+        else:
+            held = mine._local_tensor.to(full.dtype)
+            assert_same(held, part(full, mesh(2), [S(0)]), "the local part")
+
 
 @pytest.mark.judges("_state_dict_utils._broadcast_tensors")
 class TestBroadcastTensorsAgree:

@@ -9,7 +9,7 @@ import torch
 
 from generated import data
 from generated.oracle import sims
-from generated.oracle.sims import ANY, OPEN_RESULT, Sim
+from generated.oracle.sims import OPEN_RESULT, Sim
 from generated.oracle.steps import Scene, rule
 from generated.oracle.tell import Outcome
 
@@ -21,7 +21,7 @@ def broadcast(scene: Scene) -> list[Outcome]:
     """The first rank's full dict lands in every rank's local one."""
     step, group = scene.step, scene.pg
     full = scene.tree(group[0], "full")
-    flaws = [key for rank in group for key in _flaws(full, scene.tree(rank, "local"), rank)]
+    flaws = [key for rank in group for key in _flaws(full, scene.tree(rank, "local"))]
     outcomes = []
     for rank in scene.ranks:
         if rank not in group:
@@ -46,7 +46,7 @@ def broadcast_tensors(scene: Scene) -> list[Outcome]:
         {k: v for k, v in scene.tree(rank, "local").items() if v is not None and k in keys}
         for rank in scene.ranks
     ]
-    flaws = [key for rank in group for key in _flaws(chosen, locals_[rank], rank)]
+    flaws = [key for rank in group for key in _flaws(chosen, locals_[rank])]
     for rank in scene.ranks:
         if not flaws:
             _land(chosen, locals_[rank], rank, in_place=True)
@@ -63,7 +63,7 @@ def distribute_tensors(scene: Scene) -> list[Outcome]:
         pairs = {key: local[key] for key in scene.step["keys"] if isinstance(local.get(key), tuple)}
         held = {key: pair[0] for key, pair in pairs.items()}
         full = {key: pair[1] for key, pair in pairs.items()}
-        flaws = list(_flaws(full, held, rank))
+        flaws = list(_flaws(full, held))
         if not flaws:
             _land(full, held, rank, in_place=True)
             local.update(held)
@@ -77,7 +77,7 @@ def distribute(scene: Scene) -> list[Outcome]:
     outcomes = []
     for rank in scene.ranks:
         full, local = scene.tree(rank, "full"), scene.tree(rank, "local")
-        flaws = list(_flaws(full, local, rank))
+        flaws = list(_flaws(full, local))
         if flaws:
             outcomes.append(Outcome(raises=tuple(map(str, flaws))))
         else:
@@ -86,7 +86,7 @@ def distribute(scene: Scene) -> list[Outcome]:
     return outcomes
 
 
-def _flaws(full: dict[Any, Any], local: dict[Any, Any], rank: int) -> list[Any]:
+def _flaws(full: dict[Any, Any], local: dict[Any, Any]) -> list[Any]:
     """The keys whose targets cannot take what the full dict has."""
     found = []
     for key, value in full.items():
@@ -103,17 +103,19 @@ def _flaws(full: dict[Any, Any], local: dict[Any, Any], rank: int) -> list[Any]:
             if isinstance(target, _NUMBERS) and value.size:
                 found.append(key)
         elif target.kind == "ShardedTensor" or (
-            target.mesh is not None and not _fits(value, target, rank)
+            target.mesh is not None and not _fits(value, target)
         ):
             found.append(key)
     return found
 
 
-def _fits(value: Sim, target: Sim, rank: int) -> bool:
+def _fits(value: Sim, target: Sim) -> bool:
     sizes = value.size == target.size or (not target.size and value.size == (1,))
     theirs, mine = getattr(torch, value.dtype), getattr(torch, target.dtype)
     pending = any(name.startswith("P") for name in target.placements)
-    wrong = bool(target.wrong) and target.mesh is not None and rank in target.mesh[1]
+    # A local part of another dtype takes the values, converted.
+    lies = {"shape", "turned"}
+    wrong = target.wrong in lies and not target.outside
     return sizes and not pending and not wrong and not (theirs.is_complex and not mine.is_complex)
 
 
@@ -156,19 +158,19 @@ def _filled(value: Sim, target: Sim, rank: int, in_place: bool, assigned: bool) 
         return _plain(value, target.dtype if same else "")
     assert target.local is not None
     if rank not in target.mesh[1]:
-        if target.meta:
-            return ANY  # torch itself gives a Parameter outside of its mesh memory
-        if in_place:
+        if in_place and not target.meta:
             return target
         outside = torch.empty(0, dtype=getattr(torch, target.dtype))
-        return replace(target, kind="DTensor", grad=False, local=outside, open=OPEN_RESULT)
+        # torch itself gives a Parameter on meta memory outside of its mesh.
+        loose = OPEN_RESULT | ({"kind", "object", "grad"} if target.meta else set())
+        return replace(target, kind="DTensor", grad=False, local=outside, open=loose)
     whole = _converted(value.local, target.dtype).reshape(target.size)
     mine = sims.cut(whole, target.mesh, target.placements, rank)
     if in_place and not target.meta:
-        if mine.numel():
+        if mine.numel() and not target.wrong:
             data.written(target.local, mine)
         return target
-    return replace(target, kind="DTensor", grad=False, local=mine, open=OPEN_RESULT)
+    return replace(target, kind="DTensor", grad=False, local=mine, open=OPEN_RESULT, wrong="")
 
 
 def _floats(name: str) -> str:
