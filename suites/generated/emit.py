@@ -196,10 +196,13 @@ def _step(case: Case, step: dict[str, Any]) -> Iterator[str]:
     if "into" not in step and "then" not in step:
         yield f"tell(*attempt({words}), {given})"
         return
+    # At once, so from values that are ready: what the call has not sent by then, or has no copy
+    # of, is lost.
+    then = step.get("then", ())
+    for number, fill in then:
+        yield f"later{number} = {_values_text(case, case['pool'][number], fill)}"
     yield f"outcome = attempt({words})"
-    for number, fill in step.get("then", ()):
-        # At once: what the call has not sent by now, or holds no copy of, is lost.
-        yield _rewriting(case, number, fill)
+    yield from (f"rewrite(t{number}, later{number})" for number, _ in then)
     yield f"tell(*outcome, {given})"
     if "into" in step:
         yield f"{step['into']} = outcome[1] if outcome[0] == 'returned' else {step['into']}"
