@@ -50,8 +50,9 @@ class Statement:
     used: frozenset[str]
 
 
+@functools.cache
 def sources() -> dict[str, str]:
-    """The text of each module of the reference, by its path."""
+    """The text of each module of the reference, by its path, as it was when first asked for."""
     found = sorted(REFERENCE.rglob("*.py"))
     return {str(path.relative_to(REFERENCE)): path.read_text() for path in found}
 

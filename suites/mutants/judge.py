@@ -69,9 +69,9 @@ Plant = Callable[[Path], None]
 """Changes the copy of the package `shardproof` that stands in the folder."""
 
 
-def copy_reference(folder: Path) -> None:
+def copy_reference(folder: Path, source: Path = REFERENCE) -> None:
     """Put a copy of the package, with what Python has compiled of it, into the folder."""
-    shutil.copytree(REFERENCE, folder / SUBJECT)
+    shutil.copytree(source, folder / SUBJECT)
 
 
 class Judge:
@@ -79,6 +79,7 @@ class Judge:
 
     def __init__(self, work: Callable[[Judge], None]) -> None:
         self._work = work
+        self._snapshot = REFERENCE
         self._say: Any = None
         self.items: dict[str, pytest.Item] = {}
         """The conformance checks by id."""
@@ -97,7 +98,11 @@ class Judge:
             if item.get_closest_marker("warns_of_nothing") is None
         }
         warned.of_this_repository(SUBJECT)  # remembered: a copy's warnings are errors as well
-        self._work(self)
+        # As it is now: somebody may write at it while hours of mutants are judged.
+        with tempfile.TemporaryDirectory(prefix="shardproof-snapshot-") as name:
+            copy_reference(Path(name))
+            self._snapshot = Path(name) / SUBJECT
+            self._work(self)
         rank.leave_the_parent(session.config)
         return True
 
@@ -161,7 +166,7 @@ class Judge:
         """What a session on a copy with this change says of each check, as it says it."""
         with tempfile.TemporaryDirectory(prefix="shardproof-mutant-") as name:
             folder = Path(name)
-            copy_reference(folder)
+            copy_reference(folder, self._snapshot)
             plant(folder)
             reader, writer = os.pipe()
             parent = os.getpid()

@@ -191,7 +191,7 @@ def _agree(
         domains = sorted([*domains, whole], key=lambda domain: domain.key)
     layouts = dict.fromkeys(map(attrgetter("layout"), found.leaves.values()))
     large = {layout for layout in layouts if layout.large and layout.travels}
-    own_way = any(layout.wrapper is not None and layout.travels for layout in layouts)
+    own_way = any(layout.own_way is not None and layout.travels for layout in layouts)
     limited = bool(large) and any(
         leaf.layout in large and needs_bucket(leaf, cpu_offload) for leaf in found.leaves.values()
     )
@@ -265,7 +265,7 @@ def _gather(
     for kind in kinds:
         layout = kind[0].layout
         if layout.travels:
-            if layout.wrapper is not None:
+            if layout.own_way is not None:
                 wrapped += kind
             else:
                 streams[layout.stream].append(kind)
@@ -293,9 +293,9 @@ def _gather(
 
 
 def _by_its_own_operations(leaf: Leaf, cpu_offload: bool) -> torch.Tensor:
-    """The whole tensor of a DTensor around a wrapper, gathered as the wrapper's class does it.
+    """The whole tensor of a DTensor, gathered as the class of what it holds or of its partial does.
 
-    What it holds differs in shape and number from its elements, and only the class knows how.
+    What a wrapper holds differs in shape and number from its elements, and a norm is no sum.
     """
     assert isinstance(leaf.tensor, DTensor)
     device = leaf.tensor._local_tensor.device

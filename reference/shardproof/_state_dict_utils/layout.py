@@ -210,12 +210,11 @@ def root_of(mesh: DeviceMesh) -> DeviceMesh:
     return root
 
 
-def partial_dims(placements: Sequence[Placement]) -> dict[int, str]:
-    """Mesh dimension -> reduction, for the dimensions with a pending reduction.
+def partial_dims(placements: Sequence[Placement]) -> dict[int, str | type[Partial]]:
+    """Mesh dimension -> pending reduction, for the dimensions with one.
 
-    Raises:
-        ValueError: a partial placement whose reduction needs more than the values.
-
+    A kind of partial of its own, as norms have, stands for its reduction: it needs more than an
+    operation on the values.
     """
     return dict(_partial_dims(tuple(placements), tuple(map(type, placements))))
 
@@ -225,14 +224,12 @@ def partial_dims(placements: Sequence[Placement]) -> dict[int, str]:
 @lru_cache(maxsize=4096)
 def _partial_dims(
     placements: tuple[Placement, ...], types: tuple[type, ...]
-) -> tuple[tuple[int, str], ...]:
-    found: list[tuple[int, str]] = []
-    for mesh_dim, placement in enumerate(placements):
-        if isinstance(placement, Partial):
-            if types[mesh_dim] is not Partial:
-                raise ValueError(f"placement {placement} cannot be reduced from its values alone")
-            found.append((mesh_dim, str(placement.reduce_op)))
-    return tuple(found)
+) -> tuple[tuple[int, str | type[Partial]], ...]:
+    return tuple(
+        (mesh_dim, str(placement.reduce_op) if kind is Partial else kind)
+        for mesh_dim, (placement, kind) in enumerate(zip(placements, types, strict=True))
+        if isinstance(placement, Partial)
+    )
 
 
 def rectangles(

@@ -179,7 +179,7 @@ class Line:
             if rows is not None and self.me in self.takers:
                 # One copy of the bucket instead of one per tensor.
                 if devices == {CPU} and is_far(rows):
-                    rows = landed(rows)
+                    rows = landed(rows)  # Not reached on a CPU: no rows lie elsewhere.
                 elif len(devices) == 1:
                     rows = rows.to(next(iter(devices)))
                 self._unpack(rows, pieces, parcels, grids, results)

@@ -53,7 +53,7 @@ class LocalCopies:
         tensor, layout = leaf.tensor, leaf.layout
         if isinstance(tensor, DTensor) and (layout.domain is None or not layout.meta):
             if made is not None:
-                return made
+                return made  # Not reached on a CPU: only a GPU's tensors are copied together.
             memory = tensor._local_tensor
             if is_table(type(memory)) and leaf.local:
                 return fresh_copy(leaf.local[0], result_device(layout, self.cpu_offload))

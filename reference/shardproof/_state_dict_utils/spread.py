@@ -59,7 +59,8 @@ class Layout:
         here: what this rank holds.
         nbytes: of a whole tensor.
         held: whether this rank holds any element.
-        wrapper: the tensor subclass around what this rank holds.
+        own_way: the class that alone knows how it is gathered: the tensor subclass around what this
+            rank holds, or a kind of partial of its own.
 
     """
 
@@ -77,7 +78,7 @@ class Layout:
     shards: list[tuple[int, Block]] = field(default_factory=list)
     here: list[Block] = field(default_factory=list)
     held: bool = False
-    wrapper: type | None = None
+    own_way: type | None = None
 
     def line(
         self, coordinates: tuple[tuple[int, ...], ...]
@@ -193,6 +194,7 @@ class _Spread(NamedTuple):
         cuts: how it is sharded.
         reductions: mesh dimension -> pending reduction.
         dims: the mesh dimensions over which the data differs.
+        partial: a kind of partial of its own among the placements.
 
     """
 
@@ -202,6 +204,7 @@ class _Spread(NamedTuple):
     cuts: tuple[Cut, ...]
     reductions: dict[int, str]
     dims: tuple[int, ...]
+    partial: type | None
 
 
 # Weak: a mesh holds process groups.
@@ -225,12 +228,15 @@ def _spread_of(tensor: DTensor) -> _Spread:
     stride: tuple[int, ...] | None = tuple(spec.stride)
     if is_row_major(shape, spec.stride):
         stride = None
-    reductions = {d: op for d, op in partial_dims(spec.placements).items() if sizes[d] > 1}
-    check_reductions(list(reductions.values()), dtype)
+    pending = {d: op for d, op in partial_dims(spec.placements).items() if sizes[d] > 1}
+    reductions = {d: op for d, op in pending.items() if isinstance(op, str)}
+    partial = next((op for op in pending.values() if isinstance(op, type)), None)
+    if partial is None:
+        check_reductions(list(reductions.values()), dtype)
     cuts = cuts_of(spec)
-    split = {cut.mesh_dim for cut in cuts if sizes[cut.mesh_dim] > 1} | set(reductions)
-    nbytes = math.prod(shape) * dtype.itemsize
-    found = _Spread(stride, summary(tensor), nbytes, cuts, reductions, tuple(sorted(split)))
+    split = {cut.mesh_dim for cut in cuts if sizes[cut.mesh_dim] > 1} | set(pending)
+    nbytes, dims = math.prod(shape) * dtype.itemsize, tuple(sorted(split))
+    found = _Spread(stride, summary(tensor), nbytes, cuts, reductions, dims, partial)
     known[key] = found
     return found
 
@@ -248,15 +254,15 @@ def layout_of(tensor: DTensor | ShardedTensor, domain: Domain | None) -> Layout:
             # This rank takes no part, and a placement that it does not know is not its matter.
             ranks = mesh_ranks(tensor.device_mesh)
             return Layout(None, ranks, shape, dtype, None, device, summary(tensor), 0)
-        stride, words, nbytes, cuts, reductions, dims = _spread_of(tensor)
+        stride, words, nbytes, cuts, reductions, dims, partial = _spread_of(tensor)
         layout = Layout(domain, domain.members, shape, dtype, stride, device, words, nbytes)
         layout.dims, layout.reductions, layout.cuts = dims, reductions, cuts
         layout.here = [block_at(shape, domain.shape, cuts, domain.here)]
-        layout.wrapper = wrapper_of(settled(tensor._local_tensor))
-        if layout.wrapper is not None and is_table(layout.wrapper):
-            layout.wrapper = None
-        if layout.wrapper is not None:
-            layout.summary += f", over {layout.wrapper.__name__}"
+        wrapper = wrapper_of(settled(tensor._local_tensor))
+        if wrapper is not None and not is_table(wrapper):
+            layout.summary += f", over {wrapper.__name__}"
+            layout.own_way = wrapper
+        layout.own_way = layout.own_way or partial
     else:
         members = () if domain is None else domain.members
         nbytes = math.prod(shape) * dtype.itemsize

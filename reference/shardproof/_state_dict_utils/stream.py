@@ -260,6 +260,7 @@ def stack_into(room: torch.Tensor, parts: list[torch.Tensor]) -> None:
     if parts[0].dtype is not room.dtype:
         parts = [bits(part) for part in parts]
     if set(map(_device, parts)) != {room.device}:
+        # Not reached on a CPU: all lies there.
         parts = [part.to(room.device) for part in parts]
     torch.stack(parts, out=room.view(len(parts), *parts[0].shape))
 

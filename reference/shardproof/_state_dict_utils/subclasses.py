@@ -152,6 +152,9 @@ def _finished(value: Any) -> Any:
         found = [_finished(item) for item in value]
         same = all(new is old for new, old in zip(found, value, strict=True))
         return value if same else type(value)(found)
+    if type(value) is dict:
+        finished = {key: _finished(item) for key, item in value.items()}
+        return value if all(finished[key] is value[key] for key in value) else finished
     return value
 
 

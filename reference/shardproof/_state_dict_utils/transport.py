@@ -186,7 +186,7 @@ class Transport:
             rows = buffers.next(todo.participants * width).view(todo.participants, width)
             if outgoing is None:
                 self._fill(rows, pieces, todo.parcels)
-            else:
+            else:  # Not reached on a CPU: nothing is sent to a device.
                 packed = outgoing.next(rows.numel()).view(rows.shape)
                 self._fill(packed, pieces, todo.parcels)
                 outgoing.send(packed, rows)
@@ -207,6 +207,7 @@ class Transport:
         assert self.wholes is not None
         if not sends(self.domain.device):
             return None
+        # Not reached on a CPU: nothing is sent to a device.
         wholes = [self.wholes[key] for parcel in parcels for key in parcel.items]
         return None if any(map(is_far, wholes)) else Outgoing(self.domain.device)
 
@@ -238,7 +239,7 @@ class Transport:
     ) -> None:
         """Write what has arrived into the targets."""
         if self._lands:
-            mine = landed(mine)
+            mine = landed(mine)  # Not reached on a CPU: there is no page-locked memory.
         memories: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
         for piece, room in rooms(mine, pieces, parcels):

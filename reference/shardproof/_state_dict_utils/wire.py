@@ -143,6 +143,7 @@ def transport_device(
         kind = "cpu" if "cpu" in kinds or not kinds else kinds[0]
     if kind == "cpu":
         return CPU
+    # Not reached on a CPU: there is no other device to choose.
     if preferred is not None and preferred.type == kind and preferred.index is not None:
         return preferred
     return torch.device(str(kind), torch.get_device_module(kind).current_device())
