@@ -47,7 +47,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "wrapper_gathered_in_part",
         "of what a wrapper holds the elements are gathered, and the rest is lost",
         "gather.py",
-        "            if layout.wrapper is not None:\n",
+        "            if layout.own_way is not None:\n",
         "            if False:\n",
         "opaque_tensors",
     ),
