@@ -103,7 +103,13 @@ def said(options: StateDictOptions) -> str:
 @pytest.mark.law("compatibility")
 class TestDistributedStateDict:
     @pytest.mark.world(4, collective=20, limit=60)
-    @pytest.mark.parametrize("options", MODES, ids=said)
+    @pytest.mark.parametrize(
+        "options",
+        [
+            pytest.param(mode, id=said(mode), marks=[pytest.mark.thorough] if mode.strict else [])
+            for mode in MODES
+        ],
+    )
     def test_a_round_trip(
         self, note: Digests, mesh: Any, rank: int, options: StateDictOptions
     ) -> None:

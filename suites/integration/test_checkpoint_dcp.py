@@ -85,12 +85,13 @@ def _odd() -> nn.Module:
 AT_ONCE = [name for name in FLAT if not RECIPES[name].late]
 """Recipes without a forward in them: that of tensor parallelism needs even shards."""
 
-ROADS = [
-    ("ddp", "fully_shard"),
-    ("fully_shard", "replicate"),
-    ("fsdp1", "fully_shard"),
+THOROUGH = pytest.mark.thorough
+ROADS: list[Any] = [
+    pytest.param("ddp", "fully_shard", marks=THOROUGH),
+    pytest.param("fully_shard", "replicate", marks=THOROUGH),
+    pytest.param("fsdp1", "fully_shard", marks=THOROUGH),
     ("fully_shard", "fsdp1"),
-    ("replicate", "fsdp1"),
+    pytest.param("replicate", "fsdp1", marks=THOROUGH),
     ("fsdp1", "ddp"),
 ]
 
@@ -216,9 +217,9 @@ class TestModelOntoNoMesh:
 
 OPTIMIZER_ROADS: list[Any] = [
     ("fully_shard", "fully_shard", (4, 1)),
-    ("fully_shard", "fully_shard", (1, 4)),
-    pytest.param("fsdp1", "fully_shard", (1, 4), marks=GATHERS),
-    pytest.param("fsdp1", "fully_shard", (2, 2), marks=GATHERS),
+    pytest.param("fully_shard", "fully_shard", (1, 4), marks=THOROUGH),
+    pytest.param("fsdp1", "fully_shard", (1, 4), marks=[GATHERS, THOROUGH]),
+    pytest.param("fsdp1", "fully_shard", (2, 2), marks=[GATHERS, THOROUGH]),
     pytest.param("fsdp1", "fsdp1", (4, 1), marks=GATHERS),
     ("fully_shard", "fsdp1", (4, 1)),
 ]

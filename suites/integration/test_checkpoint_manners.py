@@ -100,7 +100,9 @@ def assert_named(
 class TestWhatDoesNotFit:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(4, collective=8, limit=25)
-    @pytest.mark.parametrize("recipe", ["ddp", "fully_shard"])
+    @pytest.mark.parametrize(
+        "recipe", [pytest.param("ddp", marks=pytest.mark.thorough), "fully_shard"]
+    )
     @pytest.mark.parametrize("way", list(WAYS))
     @pytest.mark.parametrize("kind", list(BROKEN))
     def test_strict(self, device: Any, world: Any, recipe: str, way: str, kind: str) -> None:

@@ -33,11 +33,11 @@ from integration.kit.optimizers import (
 from integration.kit.recipes import GATHERS, RECIPES
 from integration.test_checkpoint_dcp import _zeroed, fresh, grid, load_model, save
 
-TARGETS = [
-    ("fsdp1", (2, 2)),
+TARGETS: list[Any] = [
+    pytest.param("fsdp1", (2, 2), marks=pytest.mark.thorough),
     ("fsdp1", (4, 1)),
-    ("fully_shard", (2, 2)),
-    ("fully_shard", (4, 1)),
+    pytest.param("fully_shard", (2, 2), marks=pytest.mark.thorough),
+    pytest.param("fully_shard", (4, 1), marks=pytest.mark.thorough),
     ("fully_shard", (1, 4)),
 ]
 

@@ -80,6 +80,11 @@ WRONG: dict[str, tuple[Recipe, Wrap]] = {
     "replicate-transformed": (REPLICATE, transformed(replicate_by_neither)),
 }
 OPTIMIZER = ("before the wrap", "after the wrap", "after a forward")
+MOMENTS = [
+    OPTIMIZER[0],
+    pytest.param(OPTIMIZER[1], marks=pytest.mark.thorough),
+    OPTIMIZER[2],
+]
 
 
 def recipe_of(recipe: Recipe, wrap: Wrap) -> Recipe:
@@ -100,7 +105,7 @@ def ways(some: dict[str, tuple[Recipe, Wrap]]) -> list[Any]:
 class TestWrapping:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("moment", OPTIMIZER)
+    @pytest.mark.parametrize("moment", MOMENTS)
     @pytest.mark.parametrize("recipe", ways(WAYS))
     def test_steps(self, device: Any, recipe: Recipe, moment: str) -> None:
         """However it is wrapped, and whenever its optimizer was made, the model must train."""

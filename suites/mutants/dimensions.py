@@ -95,8 +95,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "keys_read_as_paths",
         "of two leaves whose names are written alike one is lost",
         "containers.py",
-        '    head = first if isinstance(first, str) and "[" not in first else f"[{first!r}]"\n',
-        '    head = first if isinstance(first, str) else f"[{first!r}]"\n',
+        '    plain = type(first) is str and "[" not in first and (first or not rest)\n',
+        "    plain = type(first) is str\n",
         "every_key",
     ),
     (

@@ -31,7 +31,8 @@ def test_a_patch_applies_and_compiles(path: Path, tmp_path: Path) -> None:
         planted = (tmp_path / SUBJECT / file).read_text()
         assert planted != (REFERENCE / file).read_text(), f"{file} is as it was"
         compile(planted, file, "exec")
-    names = {n for m in MODULES for n in vars(importlib.import_module(f"{SUBJECT}.{m}"))}
+    modules = [SUBJECT, *(f"{SUBJECT}.{module}" for module in MODULES)]
+    names = {n for module in modules for n in vars(importlib.import_module(module))}
     classes = {f.partition(".")[0] for f in patch.functions if f.partition(".")[0] in names}
     assert all(f.rpartition(".")[2] in names or classes for f in patch.functions)
 

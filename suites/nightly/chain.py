@@ -70,7 +70,7 @@ class Night:
         """Every suite in both orders; the results of each."""
         found = []
         for order in ORDERS:
-            words = ["ci/conformance", "--subject", self.subject, *self._machine()]
+            words = ["ci/conformance", "--thorough", "--subject", self.subject, *self._machine()]
             words += ["--torch", self.torch] if self.torch else []
             run = self.folder / order
             words += ["--order", order, "--run-dir", str(run), *self.selection]

@@ -124,7 +124,16 @@ class TestGatherCost:
 
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("options", ["ranks_only", "two ranks", "cpu_offload", "pg"])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            "ranks_only",
+            *(
+                pytest.param(o, marks=pytest.mark.thorough)
+                for o in ("two ranks", "cpu_offload", "pg")
+            ),
+        ],
+    )
     @pytest.mark.parametrize(
         "kind", ["pending sum", "uneven", "grid", "ShardedTensor in uneven shards", "kinds in turn"]
     )
