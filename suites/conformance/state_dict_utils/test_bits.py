@@ -15,6 +15,9 @@ import torch
 
 from conformance.kit.roads import ROADS, Make
 
+# test_every_bit sweeps the same over every function and kind, many dtypes in one world.
+pytestmark = pytest.mark.thorough
+
 
 def _viewed(integer: torch.dtype, dtype: torch.dtype, *bits: int) -> torch.Tensor:
     return torch.tensor(bits, dtype=integer).view(dtype)

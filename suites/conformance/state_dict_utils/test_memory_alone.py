@@ -25,7 +25,7 @@ from torch import nn
 from conformance.kit.growth import WHOLE, Call, Model, assert_grows, result_on, sharded
 from conformance.kit.layouts import S
 
-pytestmark = pytest.mark.needs("resident memory")
+pytestmark = [pytest.mark.needs("resident memory"), pytest.mark.thorough]
 
 
 @pytest.fixture

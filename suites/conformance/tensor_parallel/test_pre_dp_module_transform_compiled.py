@@ -119,7 +119,9 @@ class TestPreDpModuleTransformCompiled:
 
     @pytest.mark.law("compatibility")
     @pytest.mark.world(1)
-    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    @pytest.mark.parametrize(
+        "backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.thorough)]
+    )
     @pytest.mark.parametrize("when", ["before", "after"])
     @pytest.mark.parametrize("way", WAYS)
     def test_one_graph(self, judged: Any, mesh: Any, way: str, when: str, backend: str) -> None:

@@ -213,8 +213,18 @@ def gathering(names: Sequence[str], *some: str) -> list[Any]:
 
 
 def over(*names: str) -> list[Any]:
-    """These recipes as parameters of a check, each with the area that it exercises."""
+    """These recipes as parameters of a check, each with the area that it exercises.
+
+    `replicate` takes DDP's road: beside it, it is thorough.
+    """
     return [
-        pytest.param(RECIPES[name], id=name, marks=pytest.mark.exercises(RECIPES[name].area))
+        pytest.param(
+            RECIPES[name],
+            id=name,
+            marks=[
+                pytest.mark.exercises(RECIPES[name].area),
+                *([pytest.mark.thorough] if name == "replicate" and "ddp" in names else []),
+            ],
+        )
         for name in names
     ]
