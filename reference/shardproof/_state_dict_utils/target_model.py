@@ -152,7 +152,9 @@ class Model:
             raise ValueError(
                 f"the target's local shape is {tuple(local.shape)}, expected {self.block.shape}"
             )
-        if self.block is not None and not is_custom(type(local)) and local.dtype != value.dtype:
+        # One of the same kind takes the values, as from torch's own copy.
+        ordinary = self.block is not None and not is_custom(type(local))
+        if ordinary and not _same_kind(local.dtype, value.dtype):
             raise ValueError(
                 f"the target's local dtype is {local.dtype}, expected {value.dtype} as it says"
             )

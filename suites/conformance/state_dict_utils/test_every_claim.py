@@ -11,8 +11,9 @@ import torch
 
 from conformance.kit.agree import assert_raises_everywhere
 from conformance.kit.claims import FULL, OF_DTENSORS, OF_SHARDS, PLACEMENTS, sound, sound_shards
-from conformance.kit.compare import fingerprint
+from conformance.kit.compare import assert_same, fingerprint, local
 from conformance.kit.data import numbers
+from conformance.kit.layouts import dtensor, part
 from conformance.kit.refusals import MISSING, refused
 
 EACH_RANK = (0, 1, None)
@@ -92,6 +93,8 @@ class _IntoTargets:
     ) -> None:
         """Such a target must be refused by name, where ranks talk on all, and nothing written."""
         for name, lies, leaf in _each_rank(mesh(2), world):
+            if "the width" in name:  # values of the same kind: see below
+                continue
             fine = sound(mesh(2), PLACEMENTS["rows"])
             into: dict[str, Any] = {"fine": fine, KEY: leaf}
             call = self.call(judged, subject, world, into, device)
@@ -103,13 +106,47 @@ class _IntoTargets:
             if self.talks or lies:
                 assert fingerprint(into) == before, f"{name}: something was written"
 
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(2, collective=8, limit=40)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+    @pytest.mark.parametrize("rows", [8, 1 << 18], ids=["small", "large"])
+    def test_a_local_part_of_another_width(
+        self,
+        judged: Any,
+        mesh: Any,
+        world: Any,
+        subject: Any,
+        device: torch.device,
+        rows: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """A local part of another floating dtype than its target says must get the values."""
+        full = numbers(rows, 8)
+        for name, placements in PLACEMENTS.items():
+            leaf = dtensor(torch.zeros(rows, 8), mesh(2), placements)
+            leaf._local_tensor = leaf._local_tensor.to(dtype)
+            into: dict[str, Any] = {"fine": sound(mesh(2), PLACEMENTS["rows"]), KEY: leaf}
+            self.call(judged, subject, world, into, device, {**_source(), KEY: full})()
+            got = local(self.landed(into)[KEY])
+            assert_same(got.float(), part(full, mesh(2), placements), f"{name}: the local part")
+
     talks = True
 
     def call(
-        self, judged: Any, subject: Any, world: Any, into: dict[str, Any], device: torch.device
+        self,
+        judged: Any,
+        subject: Any,
+        world: Any,
+        into: dict[str, Any],
+        device: torch.device,
+        source: dict[str, Any] | None = None,
     ) -> Callable[[], Any]:
-        """The call on this rank."""
+        """The call on this rank, of the first rank's state dict."""
         raise NotImplementedError
+
+    def landed(self, into: dict[str, Any]) -> dict[str, Any]:
+        """Where the results are after the call."""
+        return into
 
 
 def _source() -> dict[str, Any]:
@@ -119,22 +156,34 @@ def _source() -> dict[str, Any]:
 @pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
 class TestBroadcastClaims(_IntoTargets):
     def call(
-        self, judged: Any, subject: Any, world: Any, into: dict[str, Any], device: torch.device
+        self,
+        judged: Any,
+        subject: Any,
+        world: Any,
+        into: dict[str, Any],
+        device: torch.device,
+        source: dict[str, Any] | None = None,
     ) -> Callable[[], Any]:
-        source = _source() if world.rank == 0 else {}
-        return lambda: judged(source, into, device)
+        given = (source or _source()) if world.rank == 0 else {}
+        return lambda: judged(given, into, device)
 
 
 @pytest.mark.judges("_state_dict_utils._broadcast_tensors")
 class TestBroadcastTensorsClaims(_IntoTargets):
     def call(
-        self, judged: Any, subject: Any, world: Any, into: dict[str, Any], device: torch.device
+        self,
+        judged: Any,
+        subject: Any,
+        world: Any,
+        into: dict[str, Any],
+        device: torch.device,
+        source: dict[str, Any] | None = None,
     ) -> Callable[[], Any]:
         info = subject.function("_state_dict_utils._TensorInfo")
-        source = _source()
+        given = source or _source()
         if world.rank:
-            source = {key: info(full.shape, full.dtype) for key, full in source.items()}
-        return lambda: judged(source, into, list(into), device)
+            given = {key: info(full.shape, full.dtype) for key, full in given.items()}
+        return lambda: judged(given, into, list(into), device)
 
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=8, limit=30)
@@ -158,9 +207,15 @@ class TestDistributeClaims(_IntoTargets):
     talks = False
 
     def call(
-        self, judged: Any, subject: Any, world: Any, into: dict[str, Any], device: torch.device
+        self,
+        judged: Any,
+        subject: Any,
+        world: Any,
+        into: dict[str, Any],
+        device: torch.device,
+        source: dict[str, Any] | None = None,
     ) -> Callable[[], Any]:
-        return lambda: judged(_source(), into, device)
+        return lambda: judged(source or _source(), into, device)
 
 
 @pytest.mark.judges("_state_dict_utils._distribute_tensors")
@@ -168,11 +223,20 @@ class TestDistributeTensorsClaims(_IntoTargets):
     talks = False
 
     def call(
-        self, judged: Any, subject: Any, world: Any, into: dict[str, Any], device: torch.device
+        self,
+        judged: Any,
+        subject: Any,
+        world: Any,
+        into: dict[str, Any],
+        device: torch.device,
+        source: dict[str, Any] | None = None,
     ) -> Callable[[], Any]:
-        full = _source()
-        pairs = {key: (into[key], full[key]) for key in into}
-        return lambda: judged(pairs, list(pairs), device)
+        full = source or _source()
+        self.pairs: dict[str, Any] = {key: (into[key], full[key]) for key in into}
+        return lambda: judged(self.pairs, list(self.pairs), device)
+
+    def landed(self, into: dict[str, Any]) -> dict[str, Any]:
+        return self.pairs
 
 
 @pytest.mark.judges("_state_dict_utils._copy_state_dict")
