@@ -52,7 +52,8 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="draw cases of this function alone; may be given several times (--list names all)",
+        help="draw cases of this function alone, by a name of --list, upstream's too; may be given "
+        "several times",
     )
     add(
         "--subject",
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warm.limit_threads()
     # Thresholds within reach of small tensors; read when the subject is imported.
     os.environ.setdefault("SHARDPROOF_BUCKET_MIB", "1")
-    from generated.search import Search, functions
+    from generated.search import Search, functions, upstream_names
 
     try:
         names = functions(options.function)
@@ -103,7 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ci/fuzz: {error.args[0]}", file=sys.stderr)
         return 2
     if options.list:
-        print("\n".join(names))
+        for name in names:
+            print(f"{name:<20}{', '.join(upstream_names()[name])}".rstrip())
         return 0
     seed = random.SystemRandom().randrange(10**6) if options.seed == "random" else int(options.seed)
     if options.planted is not None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.internal.conjecture import engine
 
 from generated import load_cases, module_cases, more_cases  # noqa: F401  (they register strategies)
+from generated.calls import CALLS
 from generated.cases import STRATEGIES, Case
 from generated.judge import Difference, judge, size_of
 from generated.world import Stage
@@ -139,12 +140,38 @@ class Search:
         return difference
 
 
+_TOGETHER = {
+    "seams": ("unflatten_tensor", "sync_grad"),
+    "chunks": ("chunk_dtensor", "chunk_tensor"),
+    "boxes": ("box_for", "metadata"),
+    "module": ("wrap",),
+    "sequence": (),
+}
+"""Strategies that draw several calls."""
+
+
+def upstream_names() -> dict[str, list[str]]:
+    """Name of a strategy -> upstream's names of the functions that its cases call."""
+    return {
+        name: [
+            function.rpartition(".")[2]
+            for call in _TOGETHER.get(name, (name,))
+            for function in CALLS[call].function.split()
+        ]
+        for name in STRATEGIES
+    }
+
+
 def functions(names: Iterable[str]) -> tuple[str, ...]:
-    """The functions of these names, or all; LookupError for one that there is not."""
-    chosen = tuple(names) or tuple(STRATEGIES)
-    if unknown := sorted(set(chosen) - STRATEGIES.keys()):
-        raise LookupError(f"no function {', '.join(unknown)}; there are {', '.join(STRATEGIES)}")
-    return chosen
+    """The strategies of these names, or of upstream's names, or all; LookupError for others."""
+    known = upstream_names()
+    chosen: list[str] = []
+    for name in names:
+        found = [name] if name in known else [k for k, theirs in known.items() if name in theirs]
+        if not found:
+            raise LookupError(f"no function {name}; --list names those that there are")
+        chosen += found
+    return tuple(dict.fromkeys(chosen)) or tuple(STRATEGIES)
 
 
 __all__ = ["STRATEGIES", "Failure", "Search", "functions", "st"]

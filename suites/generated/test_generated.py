@@ -18,6 +18,7 @@ from generated import command, emit, judge, repeat
 from generated.compare import Comparison
 from generated.oracle import sims
 from generated.oracle.steps import connected
+from generated.search import functions
 
 ROOT = Path(__file__).parents[2]
 MESH = ((2,), (0, 1), None)
@@ -125,3 +126,9 @@ def test_a_case_is_found_in_its_script(tmp_path: Path) -> None:
     compile(script.read_text(), str(script), "exec")
     with pytest.raises(ValueError, match=r"test_generated\.py"):
         repeat.case_in(Path(__file__))
+
+
+def test_functions_go_by_upstreams_names_too() -> None:
+    assert functions(["_gather_state_dict", "gather", "sync_grad_hook"]) == ("gather", "seams")
+    with pytest.raises(LookupError, match="no function _gather; --list names"):
+        functions(["_gather"])

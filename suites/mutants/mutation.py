@@ -209,7 +209,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 3
     chosen = chosen_of(mutants, options)
     if not chosen:
-        print("ci/mutation: no mutant is meant: see --list", file=sys.stderr)
+        print(
+            "ci/mutation: no mutant matches --module, --sample and --shard; --list names all",
+            file=sys.stderr,
+        )
         return 2
     ledger = Ledger.read(options.state)
     if options.list:

@@ -153,8 +153,8 @@ class Model:
                 f"the target's local shape is {tuple(local.shape)}, expected {self.block.shape}"
             )
         # One of the same kind takes the values, as from torch's own copy.
-        ordinary = self.block is not None and not is_custom(type(local))
-        if ordinary and not _same_kind(local.dtype, value.dtype):
+        alike = local.dtype == value.dtype or _same_kind(local.dtype, value.dtype)
+        if self.block is not None and not is_custom(type(local)) and not alike:
             raise ValueError(
                 f"the target's local dtype is {local.dtype}, expected {value.dtype} as it says"
             )
@@ -174,8 +174,8 @@ class Model:
             return
         self.dtype = value.dtype
         # A local part of another dtype than the target claims takes the values, not their bits.
-        alike = table or not self.keeps or local.dtype == value.dtype
-        self.ordinary = alike and is_ordinary(local) and _as_it_is(local)
+        as_bits = table or not self.keeps or local.dtype == value.dtype
+        self.ordinary = as_bits and is_ordinary(local) and _as_it_is(local)
 
     def _check(self, value: DTensor) -> None:
         # torch's modules take one element for a scalar.
