@@ -184,3 +184,6 @@ def test_thorough_checks_run_when_they_are_asked_for(suite: Suite) -> None:
         outcome = Session(folder, *arguments).finish()
         assert outcome.check("test_more")["verdict"] == "pass"
         assert outcome.results["run"]["left_out"] == 0
+    asked = Session(folder, "--thorough", "-k", "not more").finish()
+    assert asked.results["run"]["left_out"] == 0
+    assert "left out" not in asked.output

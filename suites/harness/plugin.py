@@ -40,6 +40,7 @@ from harness.worlds import Worlds
 
 __all__ = ["device", "judged", "mesh", "rank", "shared", "subject", "world"]
 
+_LEFT_OUT: pytest.StashKey[int] = pytest.StashKey()
 _STATUS = {
     Verdict.FAIL: ("failed", "F", "FAIL"),
     Verdict.ERROR: ("failed", "E", "ERROR"),
@@ -93,7 +94,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     settings = config.stash[SETTINGS]
-    requirements.leave_out_thorough(config, items)
+    config.stash[_LEFT_OUT] = requirements.leave_out_thorough(config, items)
     for item in items:
         requirements.level_of(item)
         if requirements.is_check(item):
@@ -120,7 +121,6 @@ class Run:
         self._stopped = ""
         self._warned = Warned()
         self._notes: list[str] = []
-        self._left_out = 0
         self._nodes: list[dict[str, Any]] = []
         self._environment = results.environment(settings, config.rootpath)
         self._write_at = time.monotonic()
@@ -147,9 +147,6 @@ class Run:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> Iterator[None]:
         self._collected = [item.nodeid for item in items]
         return (yield)
-
-    def pytest_deselected(self, items: list[pytest.Item]) -> None:
-        self._left_out += sum(item.get_closest_marker("thorough") is not None for item in items)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self._items = {item.nodeid: item for item in session.items}
@@ -353,7 +350,7 @@ class Run:
         run = self._environment | {
             "nodes": self._nodes,
             "selected": len(self._items),
-            "left_out": self._left_out,
+            "left_out": self._config.stash[_LEFT_OUT],
             "exit": exit_code,
         }
         path = results.write(self._settings, run, self._checks, self._started, time.time())
@@ -364,10 +361,8 @@ class Run:
     def _leave_results(self, session: pytest.Session) -> None:
         if told := self._warned.told():
             self._notes.append(told)
-        if self._left_out:
-            self._notes.append(
-                f"left out, marked thorough: {self._left_out} (--thorough runs them)"
-            )
+        if left := self._config.stash[_LEFT_OUT]:
+            self._notes.append(f"left out, marked thorough: {left} (--thorough runs them)")
         path = self._write_results(int(session.exitstatus))
         results.point_latest_at(self._settings.run_dir)
         self._notes.append(f"results: {os.path.relpath(path, self._config.invocation_params.dir)}")

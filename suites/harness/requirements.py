@@ -152,14 +152,15 @@ def _package(name: str) -> str:
     return ""
 
 
-def leave_out_thorough(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the checks marked thorough, in place, unless they were asked for."""
+def leave_out_thorough(config: pytest.Config, items: list[pytest.Item]) -> int:
+    """Deselect the checks marked thorough, in place, unless they were asked for; how many."""
     if config.option.thorough or any("::" in argument for argument in config.args):
-        return
+        return 0
     left = [item for item in items if item.get_closest_marker("thorough")]
     if left:
         config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in set(left)]
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+    return len(left)
 
 
 def is_check(item: pytest.Item) -> bool:
