@@ -1,12 +1,12 @@
-"""Notes every collective that a rank issues, by whatever road.
+"""Records every collective that a rank issues, whatever issues it.
 
 torch.distributed's functions, functional collectives and DTensors, C++ such as DDP's reducer, and
 methods of a ProcessGroup all end in an operator of the namespace c10d, which the ProcessGroup calls
 through torch's dispatcher (torch/csrc/distributed/c10d/ProcessGroup.hpp). A kernel under
 BackendSelect, the last key before the device's own kernel, sees each once: below autograd and
 TorchDispatchModes, so that what counts collectives counts the same. It hands the same arguments on.
-Only methods of a backend itself go past it; a rank that calls one says so in its record. That ranks
-make a group is no collective of any group, and noted, too: groups made in another order are others.
+Only methods of a backend itself go past it; a rank that calls one says so in its record. new_group
+is recorded as well: ranks that make groups in another order get other groups.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def watch() -> None:
 
     _c10d = distributed_c10d
     for function in (_note, _end):
-        _skipped(function, with_calls=True)
+        _hide_from_dynamo(function, with_calls=True)
     _library = torch.library.Library("c10d", "IMPL")
     key: Any = torch._C.DispatchKey.BackendSelect
     below = torch._C._dispatch_keyset_full_after(key)
@@ -104,8 +104,8 @@ def watch() -> None:
         _library.impl(name, kernel, "BackendSelect", with_keyset=True)
     backend: Any = torch._C._distributed_c10d.Backend
     for name in filter(partial(hasattr, backend), _BACKEND_METHODS):
-        setattr(backend, name, _told(name, getattr(backend, name)))
-    distributed_c10d._new_group_with_tag = _noted_groups(distributed_c10d._new_group_with_tag)
+        setattr(backend, name, _report_backend_call(name, getattr(backend, name)))
+    distributed_c10d._new_group_with_tag = _record_new_groups(distributed_c10d._new_group_with_tag)
 
 
 def start(path: Path) -> None:
@@ -129,8 +129,8 @@ def _stop() -> None:
     _ring = None
 
 
-def _skipped(function: Callable[..., Any], *, with_calls: bool = False) -> Any:
-    """The function, whose frame torch.compile leaves alone; it looks at all below a compiled one.
+def _hide_from_dynamo(function: Callable[..., Any], *, with_calls: bool = False) -> Any:
+    """Keep torch.compile out of the frames of `function`; it enters all below a compiled frame.
 
     As torch._dynamo.eval_frame.skip_code does, which takes seconds to import.
     """
@@ -156,10 +156,10 @@ def _kernel(operator: _Operator, redispatch: Callable[..., Any], below: Any) -> 
         _end(ring, token, None)
         return result
 
-    return _skipped(kernel)
+    return _hide_from_dynamo(kernel)
 
 
-def _noted_groups(make: Callable[..., Any]) -> Callable[..., Any]:
+def _record_new_groups(make: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(make)
     def new_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
         ring = _ring
@@ -175,16 +175,16 @@ def _noted_groups(make: Callable[..., Any]) -> Callable[..., Any]:
         _end(ring, token, None)
         return group
 
-    return _skipped(new_group)
+    return _hide_from_dynamo(new_group)
 
 
-def _told(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+def _report_backend_call(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _ring is not None:
             _ring.miss(f"it called {name} of a backend itself, which no record sees")
         return method(self, *args, **kwargs)
 
-    return _skipped(call)
+    return _hide_from_dynamo(call)
 
 
 def _note(ring: Ring, name: str, begin: Callable[..., Any], *args: Any) -> Any:

@@ -208,15 +208,15 @@ def agree_on_entries(
 
 
 def agree_on_failure(domains: Sequence[Domain], failure: Failure | None) -> Failure | None:
-    """Tell the members of each domain this rank's error; the one that this rank has to raise.
+    """Exchange errors over each domain, and return the error that this rank has to raise.
 
-    Where a rank is in several domains, what goes wrong in one concerns the ranks of the others, and
-    through them those of further ones: a rank that raises leaves all of these waiting. So ranks go
-    on telling what they have heard until nobody can be left whom they have not heard.
+    A rank that raises leaves the other members of its domains waiting, and these leave the members
+    of their other domains waiting. So ranks repeat the exchange until each has heard from every
+    rank that it is connected to through domains.
 
     Args:
-        domains: those of this rank that take part, in the order of their keys. Each takes part
-            for all of its members, or for none.
+        domains: the domains of this rank that take part, in the order of their keys. Either all
+            members of a domain take part in it, or none.
         failure: this rank's own error.
 
     Collectives: one per dimension and round, two where there is an error; one round where no rank
@@ -239,13 +239,13 @@ def agree_on_failure(domains: Sequence[Domain], failure: Failure | None) -> Fail
 def _tell_what_was_heard(
     domain: Domain, heard: int, awaited: int, failure: Failure | None
 ) -> tuple[int, int, Failure | None]:
-    """What the members of a domain know together.
+    """Join what the members of a domain know: (heard, awaited, failure), the same on all members.
 
     Args:
-        domain: this rank is a member.
+        domain: a domain of this rank.
         heard: a bit for each global rank of which this rank knows whether it failed.
-        awaited: a bit for each that shares a domain with one of them.
-        failure: the first error of these.
+        awaited: a bit for each rank that shares a domain with one of those.
+        failure: the first error of the ranks heard.
 
     """
     stages = domain.stages()

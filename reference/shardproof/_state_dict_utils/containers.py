@@ -48,7 +48,7 @@ _WORDS = frozenset({str, int, float, complex, bool, bytes, type(None)})
 
 
 class Nameless:
-    """Stands for a key whose text says nothing to other ranks, by its place among such keys."""
+    """Stands for a key whose text differs from rank to rank: its type, and its number."""
 
     def __init__(self, key: Any, number: int) -> None:
         self._name = f"<{type(key).__name__} {number}>"
@@ -58,9 +58,10 @@ class Nameless:
 
 
 def named_path(path: Path, nameless: dict[int, Nameless]) -> Path:
-    """``path`` with a :class:`Nameless` for each key that is one; an optimizer's are parameters.
+    """``path`` with a :class:`Nameless` for each key whose text differs from rank to rank.
 
-    ``nameless`` holds those that were met, by the id of the key.
+    The state of an optimizer has such keys: its parameters. ``nameless`` keeps, by the id of the
+    key, those that were met before.
     """
     if _WORDS.issuperset(map(type, path)):
         return path

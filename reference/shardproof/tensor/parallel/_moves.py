@@ -1,7 +1,7 @@
-"""DTensor's own collectives for tensors of any dtype: what is only moved travels as its bits.
+"""DTensor's own collectives for tensors of any dtype, which may travel as the bits that they are.
 
-A backend may refuse a dtype (Gloo: unsigned and 16-bit integers, 8-bit floats), and torch may have
-no kernel that cuts or joins it, but never its bits.
+A backend may refuse a dtype (Gloo: unsigned and 16-bit integers, 8-bit floats), and torch may lack
+a kernel that splits or concatenates it. Neither happens to a common dtype of the same width.
 """
 
 from __future__ import annotations
