@@ -47,7 +47,8 @@ class Session:
     """A running session of the harness on a small suite.
 
     `fresh`: in an interpreter of its own, with all that it imports, as a user starts it; else in a
-    fork of one that has imported torch.
+    fork of one that has imported torch. One check at a time, but for SHARDPROOF_FAULTS_JOBS or
+    --jobs among the arguments.
     """
 
     launcher: ClassVar[Launcher]
@@ -73,6 +74,7 @@ class Session:
                 "-q",
                 *("-W", "error"),
                 *("--expectations", str(folder / "expectations")),
+                *("--jobs", os.environ.get("SHARDPROOF_FAULTS_JOBS", "1")),
                 *arguments,
                 # Imports that take seconds, and are no part of what most sessions are to show.
                 *([] if fresh else ["--no-warm-up", "-p", "no:hypothesispytest"]),

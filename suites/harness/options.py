@@ -59,6 +59,8 @@ class Settings:
     """When the subject is put under torch, see `harness.subjects.MOMENTS`."""
     share_gpus: bool = False
     """Whether ranks of NCCL share the GPUs where these are fewer."""
+    jobs: int = 1
+    """How many checks are judged at a time."""
 
     @property
     def room(self) -> int | None:
@@ -116,6 +118,12 @@ def add_options(parser: pytest.Parser) -> None:
         default="fork",
         help="how ranks start: forked from this process, or as new interpreters "
         "(default: %(default)s)",
+    )
+    add(
+        "--jobs",
+        metavar="N",
+        help="checks to judge side by side, each in its own world; 1: one at a time (default: "
+        "what the machine carries: a judge a core, and 2 GiB of memory for each)",
     )
     add(
         "--no-warm-up",
@@ -229,6 +237,7 @@ def read_settings(config: pytest.Config) -> Settings:
         shared_dir=_shared_dir(option.shared_dir, here),
         install_at=option.install_at,
         share_gpus=option.share_gpus,
+        jobs=_jobs(option.jobs, backend, here),
     )
 
 
@@ -331,6 +340,27 @@ def _order(text: str) -> str:
     if text not in {"normal", "reverse"} and not re.fullmatch(r"random:\d+", text):
         raise pytest.UsageError(f"--order {text!r}: expected normal, reverse or random:SEED")
     return text
+
+
+def _jobs(text: str | None, backend: str, here: Place | None) -> int:
+    one = ""
+    if here is not None:
+        one = "a run over several machines judges one check at a time"
+    elif backend == "nccl":
+        one = "worlds over NCCL take the GPUs for themselves"
+    if text is None:
+        return 1 if one else max(1, min(len(os.sched_getaffinity(0)), _memory() >> 31))
+    if not text.isdecimal() or int(text) < 1:
+        raise pytest.UsageError(f"--jobs {text!r}: expected a number from 1 up")
+    if one and int(text) > 1:
+        raise pytest.UsageError(f"--jobs {text}: expected 1, for {one}")
+    return int(text)
+
+
+def _memory() -> int:
+    """Bytes that new processes can have."""
+    text = Path("/proc/meminfo").read_text()
+    return int(text.partition("MemAvailable:")[2].split()[0]) << 10
 
 
 def _seed(text: str) -> int:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 
 from harness import (
-    blame,
     devices,
     ending,
     node,
@@ -31,12 +28,12 @@ from harness.cluster import Cluster, NodesError
 from harness.echo import check_report, phase_report
 from harness.expectations import Entry, Expectations, Facts, append
 from harness.fixtures import device, judged, mesh, rank, shared, subject, world
+from harness.jobs import Loop
+from harness.judging import Judge
 from harness.machines import Machines, OneMachine, starter
 from harness.options import SETTINGS, Settings
-from harness.requirements import WorldSpec
 from harness.verdicts import UNEXPECTED, Judgement, Verdict
 from harness.warned import Warned
-from harness.worlds import Worlds
 
 __all__ = ["device", "judged", "mesh", "rank", "shared", "subject", "world"]
 
@@ -71,7 +68,10 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     config.option.xmlpath = config.option.xmlpath or str(settings.run_dir / "junit.xml")
-    config.pluginmanager.register(Run(config, settings), "shardproof-run")
+    run = Run(config, settings)
+    config.pluginmanager.register(run, "shardproof-run")
+    if settings.jobs > 1:
+        config.pluginmanager.register(Loop(run, settings), "shardproof-loop")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -87,7 +87,8 @@ def pytest_report_header(config: pytest.Config) -> str:
     return (
         f"subject: {settings.subject} {settings.subject_version}; torch {torch.__version__}, "
         f"{settings.backend} on {settings.device}, start method {settings.start_method}, "
-        f"order {settings.order}, seed {settings.seed}"
+        f"order {settings.order}, seed {settings.seed}, "
+        f"{settings.jobs} at a time"
     )
 
 
@@ -116,8 +117,9 @@ class Run:
         self._decided: set[str] = set()
         self._items: dict[str, pytest.Item] = {}
         self._collected: list[str] = []
-        self._machines: Machines = OneMachine(settings, starter(config, settings, self._find))
-        self.worlds = Worlds(settings, self._machines)
+        self._machines: Machines = self.this_machine()
+        self.judge = Judge(settings, self._machines)
+        self._timed_out: dict[str, Judgement] = {}
         self._stopped = ""
         self._warned = Warned()
         self._notes: list[str] = []
@@ -140,6 +142,9 @@ class Run:
 
     def _find(self, nodeid: str) -> pytest.Item:
         return self._items[nodeid]
+
+    def this_machine(self) -> OneMachine:
+        return OneMachine(self._settings, starter(self._config, self._settings, self._find))
 
     # --- collection ---------------------------------------------------------------------------
 
@@ -171,13 +176,13 @@ class Run:
                     + ", ".join(e.check for e in lost)
                 )
         processes.adopt_orphans()
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, ending.terminate)
         if any(map(requirements.is_check, session.items)) and self._settings.start_method == "fork":
             warm.warm_up(everything=not self._config.option.no_warm_up)
             recording.watch()
         if self._settings.place is not None:
             self._machines = self._gather_nodes(session)
-            self.worlds = Worlds(self._settings, self._machines)
+            self.judge = Judge(self._settings, self._machines)
 
     def _gather_nodes(self, session: pytest.Session) -> Machines:
         reporter = self._config.pluginmanager.get_plugin("terminalreporter")
@@ -198,77 +203,48 @@ class Run:
     def pytest_runtest_protocol(
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> bool | None:
-        if _signals:
-            raise KeyboardInterrupt(f"signal {_signals[0]}")
-        spec = requirements.spec_of(item, self._settings) if requirements.is_check(item) else None
-        reason = self.worlds.unmet(item, spec)
-        verdict_of_run = item.get_closest_marker("warns_of_nothing") is not None
-        if not reason and spec is None and not verdict_of_run:
-            return None
-        if time.monotonic() > self._deadline:
-            limit = self._settings.session_limit
-            self._stop(item.session, f"the session's limit of {limit:g} s is over")
+        if self.must_stop(item.session):
             return True
-        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        if self.needs_no_world(item):
+            return True
+        if not requirements.is_check(item):
+            return None
         began = time.time()
-        if reason:
-            judgement = Judgement(Verdict.PRECONDITION, reason)
-        elif spec is None:
-            judgement = self._warned.judge(item)
-        else:
-            judgement = self._judge(item, nextitem, spec)
-            self._warned.add(item, judgement)
-        self._report(item, judgement, began)
+        spec = requirements.spec_of(item, self._settings)
+        self.report(item, self.judge.judge(item, nextitem, spec), began)
         if self._machines.lost:
-            self._stop(item.session, self._machines.lost)
-        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+            self.stop(item.session, self._machines.lost)
         return True
 
-    def _stop(self, session: pytest.Session, why: str) -> None:
+    def must_stop(self, session: pytest.Session) -> bool:
+        ending.heed_signals()
+        if time.monotonic() > self._deadline:
+            limit = self._settings.session_limit
+            self.stop(session, f"the session's limit of {limit:g} s is over")
+        return bool(session.shouldstop or session.shouldfail)
+
+    def needs_no_world(self, item: pytest.Item) -> bool:
+        """Whether the item's verdict is known without running it; it is reported then."""
+        spec = requirements.spec_of(item, self._settings) if requirements.is_check(item) else None
+        if reason := self.judge.worlds.unmet(item, spec):
+            judgement = Judgement(Verdict.PRECONDITION, reason)
+        elif item.get_closest_marker("warns_of_nothing") is not None:
+            judgement = self._warned.judge(item)
+        else:
+            return False
+        self.report(item, judgement, time.time())
+        return True
+
+    def stop(self, session: pytest.Session, why: str) -> None:
         self._stopped = session.shouldstop = why
-
-    def _judge(self, item: pytest.Item, nextitem: pytest.Item | None, spec: WorldSpec) -> Judgement:
-        began = time.monotonic()
-        world = self.worlds.get(item, spec)
-        if isinstance(world, Judgement):
-            return world
-        keep = self.worlds.keeps(item, nextitem, spec)
-        ended = False
-        try:
-            if world.usable:
-                following = None if keep else nextitem
-                records = world.run(item, keep, lambda: self.worlds.launch_ahead(following))
-                world.save_logs(self._log_folder(item), self._settings.run_dir)
-                judgement = blame.judge(records, spec.size)
-            else:
-                world.save_logs(self._log_folder(item), self._settings.run_dir)
-                judgement = blame.not_started([m.record for m in world.members])
-            ended = True
-            if keep and world.usable:
-                self.worlds.keep(item, world)
-            else:
-                strays = world.end()
-                if strays and judgement.verdict is Verdict.PASS:
-                    judgement.verdict = Verdict.FAIL
-                    judgement.message = "left behind by the world: " + "; ".join(strays)
-                    judgement.text = judgement.message
-            judgement.seconds = time.monotonic() - began
-            return judgement
-        finally:
-            if not ended:
-                world.end()
-
-    def _log_folder(self, item: pytest.Item) -> Path:
-        # The file's name and what follows, and a mark, for two folders may hold files of one name.
-        name = item.nodeid.rpartition(".py::")[0].rpartition("/")[2] + "." + item.name
-        plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-        mark = hashlib.sha256(item.nodeid.encode()).hexdigest()[:8]
-        return self._settings.run_dir / "logs" / f"{plain[:120]}.{mark}"
 
     # --- reporting ----------------------------------------------------------------------------
 
-    def _report(self, item: pytest.Item, judgement: Judgement, began: float) -> None:
+    def report(self, item: pytest.Item, judgement: Judgement, began: float) -> None:
         self._decided.add(item.nodeid)
+        if requirements.is_check(item):
+            self._warned.add(item, judgement)
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         entry = self._settle(item, judgement)
         self._note(item, judgement, entry)
         for phase in (
@@ -277,12 +253,11 @@ class Run:
             phase_report(item, "teardown", time.time()),
         ):
             item.ihook.pytest_runtest_logreport(report=phase)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
 
     def _settle(self, item: pytest.Item, judgement: Judgement) -> Entry | None:
         """Hold the verdict against the subject's expectation, where there is one."""
-        params = getattr(getattr(item, "callspec", None), "params", {})
-        spec_size = params.get(requirements.SIZE_PARAMETER, self._settings.flexible_size)
-        entry = self._expectations.match(item.nodeid, spec_size)
+        entry = self._expected(item)
         if entry is None or judgement.verdict is Verdict.PRECONDITION:
             return None
         if judgement.verdict in entry.verdicts:
@@ -298,6 +273,15 @@ class Run:
             expected = ", ".join(sorted(entry.verdicts))
             judgement.text += f"\nexpected to {expected}: {entry.reason}"
         return entry
+
+    def _expected(self, item: pytest.Item) -> Entry | None:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        size = params.get(requirements.SIZE_PARAMETER, self._settings.flexible_size)
+        return self._expectations.match(item.nodeid, size)
+
+    def is_expected(self, item: pytest.Item, judgement: Judgement) -> bool:
+        entry = self._expected(item)
+        return entry is not None and judgement.verdict in entry.verdicts
 
     def _note(self, item: pytest.Item, judgement: Judgement, entry: Entry | None) -> None:
         self._checks.append(
@@ -334,7 +318,7 @@ class Run:
     ) -> Iterator[None]:
         # A node that goes takes others' supervisors with it, who end this run before the check is.
         self._stopped = self._stopped or self._machines.lost
-        self.worlds.close()
+        self.judge.close()
         verdicts = [check["verdict"] for check in self._checks]
         code, why = ending.exit_code(session, int(exitstatus), verdicts, self._stopped)
         session.exitstatus = code
@@ -347,12 +331,15 @@ class Run:
 
     def _write_results(self, exit_code: int) -> Path:
         began = time.monotonic()
+        places = {name: place for place, name in enumerate(self._items)}
         run = self._environment | {
             "nodes": self._nodes,
             "selected": len(self._items),
             "left_out": self._config.stash[_LEFT_OUT],
             "exit": exit_code,
         }
+        if self._settings.jobs > 1:  # as they were selected, not as they ended
+            self._checks.sort(key=lambda check: places[check["id"]])
         path = results.write(self._settings, run, self._checks, self._started, time.time())
         now = time.monotonic()
         self._write_at = now + max(1.0, (now - began) / _WRITING_SHARE)
@@ -387,10 +374,3 @@ class Run:
 
 _WRITING_SHARE = 0.02
 """Of a run's time. A run that is killed leaves what it had judged, as one that is incomplete."""
-_signals: list[int] = []
-"""That told this process to end. The exception may be lost, in a test or a finalizer."""
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    _signals.append(number)
-    raise KeyboardInterrupt(f"signal {number}")

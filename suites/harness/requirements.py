@@ -50,6 +50,7 @@ MARKS = (
         "thorough: one more variant of a clause; runs with --thorough, or when it is asked for "
         "by its id"
     ),
+    "alone: needs the machine for itself: nothing is judged beside it, whatever --jobs says",
     (
         "warns_of_nothing: judged by the warnings that the subject issued in this run's checks of "
         "the function that `judges` names, or of torch's public API (`exercises`); with neither, "
@@ -161,6 +162,11 @@ def leave_out_thorough(config: pytest.Config, items: list[pytest.Item]) -> int:
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if not item.get_closest_marker("thorough")]
     return len(left)
+
+
+def needs_the_machine(item: pytest.Item) -> bool:
+    """Whether nothing may be judged beside the item."""
+    return item.get_closest_marker("alone") is not None
 
 
 def is_check(item: pytest.Item) -> bool:

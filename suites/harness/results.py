@@ -43,6 +43,7 @@ def environment(settings: Settings, root: Path) -> dict[str, Any]:
         "world": settings.world_size,
         "start_method": settings.start_method,
         "order": settings.order,
+        "jobs": settings.jobs,
         "seed": settings.seed,
         "limits": {
             "collective": settings.collective_limit,

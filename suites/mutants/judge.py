@@ -217,7 +217,7 @@ class Judge:
                 item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
                 if item.session.testsfailed > failed and not to_the_end:
                     break
-            run.worlds.close()
+            run.judge.close()
         except BaseException as error:
             with contextlib.suppress(OSError):
                 say(broken=f"{type(error).__name__}: {error}")
