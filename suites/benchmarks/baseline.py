@@ -15,12 +15,27 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+
 from benchmarks.listing import benchmarks, label
 from benchmarks.measured import CONSTANT, COUNTED, Measured
 from benchmarks.session.parent import Parent
 from benchmarks.settings import REFERENCE, Settings
 
 FILE = Path(__file__).parent / "baseline.json"
+_COUNTS = {
+    "type": "object",
+    "additionalProperties": {"type": "integer", "minimum": 0},
+}
+SCHEMA = {
+    "type": "object",
+    "required": ["about", "counts"],
+    "additionalProperties": False,
+    "properties": {
+        "about": {"type": "object", "additionalProperties": {"type": "string"}},
+        "counts": {"type": "object", "additionalProperties": _COUNTS},
+    },
+}
 CALLS_MAY_RISE = 1.1
 GROWTH_MAY_BE = {CONSTANT: 1.02}
 """Largest ratio of a count from the smallest to the largest world, where it must be constant."""
@@ -108,11 +123,30 @@ def about() -> dict[str, str]:
     return {"torch": torch.__version__.partition("+")[0], "python": version}
 
 
+class BadBaselineError(Exception):
+    """A baseline that is not JSON, or not of its schema; the text says where."""
+
+
+def read(file: Path) -> dict[str, Any]:
+    """What is saved: `about`, and the counts of each measurement."""
+    try:
+        saved: dict[str, Any] = json.loads(file.read_text())
+        jsonschema.validate(saved, SCHEMA)
+    except ValueError as error:
+        raise BadBaselineError(f"{file}: not JSON ({error})") from None
+    except jsonschema.ValidationError as error:
+        raise BadBaselineError(f"{file}: at {error.json_path}: {error.message[:300]}") from None
+    return saved
+
+
 def check(settings: Settings, file: Path = FILE) -> int:
     """Compare; 0: nothing rose, 1: something did, 3: it cannot be compared. Prints why."""
     wanted = benchmarks()
     try:
-        saved: dict[str, Any] = json.loads(file.read_text())
+        saved = read(file)
+    except BadBaselineError as error:
+        print(f"{error}; restore it, or write one with ci/bench --update-baseline", file=sys.stderr)
+        return 3
     except FileNotFoundError:
         print(f"{file}: there is none; write one with ci/bench --update-baseline", file=sys.stderr)
         return 3

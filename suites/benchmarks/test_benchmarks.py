@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,22 @@ def test_a_rise_of_each_count_is_seen() -> None:
 def test_a_measurement_that_appears_or_vanishes_is_seen() -> None:
     assert "not in the baseline" in baseline.rises(counts(), {})[0]
     assert "was not measured" in baseline.rises({}, counts())[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"about": {}', "not JSON"),
+        ('{"about": {}}', "'counts' is a required property"),
+        ('{"about": {}, "counts": {"one": {"calls": -1}}}', "counts.one.calls"),
+    ],
+)
+def test_a_baseline_that_is_none_is_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "baseline.json"
+    file.write_text(text)
+    with pytest.raises(baseline.BadBaselineError, match=re.escape(said)) as caught:
+        baseline.read(file)
+    assert str(file) in str(caught.value)
 
 
 def test_growth_beyond_the_stated_is_seen() -> None:

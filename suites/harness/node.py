@@ -174,12 +174,12 @@ def versions(session: pytest.Session, settings: Settings) -> dict[str, str]:
 
     suites = Path(__file__).parents[1]
     ids = "\n".join(sorted(item.nodeid for item in session.items))
-    subject = Path(settings.subject_file)
+    subject = Path(settings.known.file)
     own = settings.subject.partition(".")[0] != "torch" and subject.exists()
     return {
         "torch": str(torch.__version__),
         "Python": platform.python_version(),
-        "subject": f"{settings.subject} {settings.subject_version}"
+        "subject": f"{settings.subject} {settings.known.version}"
         + (f" ({place.digest([subject.parent])})" if own else ""),
         "suites": place.digest([suites]),
         "checks": hashlib.sha256(ids.encode()).hexdigest()[:12],

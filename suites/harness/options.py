@@ -5,7 +5,6 @@ A wrong value is a `pytest.UsageError`: one line that names the value and what w
 
 from __future__ import annotations
 
-import importlib
 import os
 import random
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import devices, place, subjects, warned
+from harness import devices, place, probe, subjects
 from harness.place import Place
 
 DEFAULT_SUBJECT = "torch.distributed"
@@ -37,8 +36,8 @@ class Settings:
     """What every part of the harness may ask of the run."""
 
     subject: str
-    subject_file: str
-    subject_version: str
+    known: probe.Known
+    """What the subject's import has shown."""
     backend: str
     device: str
     world_size: int | None
@@ -194,7 +193,7 @@ def read_settings(config: pytest.Config) -> Settings:
     # Ask the driver's management library, not the runtime: the parent must hold no CUDA context.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     option = config.option
-    file, version = _subject(option.subject)
+    known = _subject(option.subject)
     device = _device(option.device)
     backend = _backend(option.backend, device)
     here = place.of(os.environ)
@@ -205,7 +204,7 @@ def read_settings(config: pytest.Config) -> Settings:
     if here is None:
         _world_size(option.world_size, backend, device, option.share_gpus)
     if option.install_at != "after":
-        _install_at(option.install_at, option.subject, option.start_method)
+        _install_at(option.install_at, known, option.start_method)
     order, seed = _order(option.order), _seed(option.seed)
     clocks = (option.collective_limit, option.check_limit, option.session_limit)
     if not 0 < clocks[0] < clocks[1] < clocks[2]:
@@ -219,8 +218,7 @@ def read_settings(config: pytest.Config) -> Settings:
     expectations = option.expectations or config.rootpath / "suites" / "expectations"
     return Settings(
         subject=option.subject,
-        subject_file=file,
-        subject_version=version,
+        known=known,
         backend=backend,
         device=device,
         world_size=option.world_size,
@@ -241,7 +239,7 @@ def read_settings(config: pytest.Config) -> Settings:
     )
 
 
-def _subject(root: str) -> tuple[str, str]:
+def _subject(root: str) -> probe.Known:
     if os.sep in root or root.startswith((".", "~")) or root.endswith(".py"):
         raise pytest.UsageError(
             f"--subject {root}: expected an import root, not a path: a dotted name such as "
@@ -251,23 +249,17 @@ def _subject(root: str) -> tuple[str, str]:
         raise pytest.UsageError(
             f"--subject {root!r} is not an import root: expected a dotted name such as my.fork"
         )
-    try:
-        with warned.collecting(root, warned.at_import):
-            module = importlib.import_module(root)
-    except Exception as error:
+    known = probe.look(root)
+    if known.error:
         raise pytest.UsageError(
-            f"--subject {root}: cannot be imported ({type(error).__name__}: {error}). "
+            f"--subject {root}: cannot be imported ({known.error}). "
             "Install it into .venv, or put its folder on PYTHONPATH"
-        ) from error
-    version = getattr(module, "__version__", None)
-    if version is None:
-        top = importlib.import_module(root.partition(".")[0])
-        version = getattr(top, "__version__", "unknown")
-    return str(getattr(module, "__file__", None) or "namespace"), str(version)
+        )
+    return known
 
 
-def _install_at(moment: str, subject: str, start_method: str) -> None:
-    if why := subjects.not_installable(subject) or subjects.needs_no_install(subject):
+def _install_at(moment: str, known: probe.Known, start_method: str) -> None:
+    if why := known.not_installable or subjects.needs_no_install(known.root):
         raise pytest.UsageError(f"--install-at {moment}: {why}")
     if start_method != "fork":
         raise pytest.UsageError(

@@ -85,7 +85,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     import torch
 
     return (
-        f"subject: {settings.subject} {settings.subject_version}; torch {torch.__version__}, "
+        f"subject: {settings.subject} {settings.known.version}; torch {torch.__version__}, "
         f"{settings.backend} on {settings.device}, start method {settings.start_method}, "
         f"order {settings.order}, seed {settings.seed}, "
         f"{settings.jobs} at a time"
@@ -121,7 +121,7 @@ class Run:
         self.judge = Judge(settings, self._machines)
         self._timed_out: dict[str, Judgement] = {}
         self._stopped = ""
-        self._warned = Warned()
+        self._warned = Warned(settings.known.warnings)
         self._notes: list[str] = []
         self._nodes: list[dict[str, Any]] = []
         self._environment = results.environment(settings, config.rootpath)

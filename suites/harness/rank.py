@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from _pytest.capture import CaptureManager
 
-from harness import place, processes, recording
+from harness import place, probe, processes, recording
 from harness.channel import RankEnd
 from harness.leaks import Snapshot, watch_segments
 from harness.options import SETTINGS
@@ -133,6 +133,8 @@ def settle(seat: Seat) -> None:
         LOCAL_WORLD_SIZE=str(seat.local_size),
         TMPDIR=str(seat.tmp),
     )
+    if seat.store is None:  # all ranks are here: no other machine needs to reach them
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     tempfile.tempdir = None
     watch_segments()
 
@@ -282,6 +284,13 @@ class Rank:
         self._channel.send("ready", pid=os.getpid())
         while (order := self._channel.receive()) is not None and order["kind"] == "run":
             item = self._find(order["id"])
+            try:
+                probe.arrive(item.config.stash[SETTINGS].subject)
+            except ImportError as error:
+                self._channel.send(
+                    "broken", message=one_line(error), details=traceback.format_exc()
+                )
+                return 1
             recording.restart()
             snapshot = Snapshot(self.seat.tmp)
             self._seed()

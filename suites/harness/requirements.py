@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from harness import devices, subjects, warned
+from harness import devices
 from harness.options import Settings
 
 SIZE_PARAMETER = "_world_size"
@@ -260,11 +260,8 @@ def unmet(item: pytest.Item, spec: WorldSpec | None, settings: Settings) -> str:
                 )
             if missing:
                 return f"needs {missing}"
-    if judged := item.get_closest_marker("judges"):
-        with warned.collecting(settings.subject, warned.at_import):
-            missing = subjects.missing(settings.subject, judged.args[0])
-        if missing:
-            return missing
-    return (
-        subjects.not_installable(settings.subject) if item.get_closest_marker("exercises") else ""
-    )
+    if (judged := item.get_closest_marker("judges")) and (
+        missing := settings.known.missing(judged.args[0])
+    ):
+        return missing
+    return settings.known.not_installable if item.get_closest_marker("exercises") else ""

@@ -28,8 +28,8 @@ def environment(settings: Settings, root: Path) -> dict[str, Any]:
     return {
         "schema": SCHEMA_VERSION,
         "subject": settings.subject,
-        "subject_version": settings.subject_version,
-        "subject_file": _relative(settings.subject_file, root),
+        "subject_version": settings.known.version,
+        "subject_file": _relative(settings.known.file, root),
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
         "nccl": _nccl(),

@@ -76,23 +76,5 @@ def needs_no_install(root: str) -> str:
     return f"{root} is in place already" if root == INSTALLED_TORCH else ""
 
 
-def missing(root: str, path: str) -> str:
-    """Why the subject has no such function, or an empty text."""
-    module, _, name = path.rpartition(".")
-    whole = _module(root, module)
-    try:
-        found = importlib.import_module(whole)
-    except ModuleNotFoundError as error:
-        if error.name and whole.startswith(error.name):
-            return f"{root} has no module {module}"
-        raise
-    return "" if hasattr(found, name) else f"{whole} has no {name}"
-
-
-def not_installable(root: str) -> str:
-    """Why torch's public API cannot be run on the subject, or an empty text."""
-    return "" if root == INSTALLED_TORCH else missing(root, "installed")
-
-
 def _module(root: str, name: str) -> str:
     return f"{root}.{name}" if name else root

@@ -21,7 +21,7 @@ import os
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -55,10 +55,6 @@ class Noted:
     @property
     def of_calls(self) -> list[str]:
         return [text for text, imported in self.texts.items() if not imported]
-
-
-at_import = Noted()
-"""What the subject warned of while this process imported it."""
 
 
 @functools.cache
@@ -178,7 +174,8 @@ def key_of(item: pytest.Item) -> str:
 class Warned:
     """What was noted in the checks of a run, by the function that they judge."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_import: Iterable[str]) -> None:
+        self._at_import = at_import
         self._ran: dict[str, int] = {}
         self._found: dict[str, dict[str, list[str]]] = {}
 
@@ -196,7 +193,7 @@ class Warned:
         """The verdict on a test marked `warns_of_nothing`."""
         key = key_of(item) or IMPORT
         if key == IMPORT:
-            texts = list(at_import.texts)
+            texts = list(self._at_import)
             said = f"the import warns: {texts[0]}" if texts else ""
             return Judgement(Verdict.FAIL if texts else Verdict.PASS, said, "\n".join(texts))
         if not self._ran.get(key):

@@ -9,8 +9,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from nightly.issue import Tracker, TrackerError
+from nightly.state import BadStateError, State
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,15 +29,30 @@ def main(arguments: list[str] | None = None) -> int:
     tracker = Tracker(options.repository, options.dry_run)
     try:
         for last in nights:
-            folder = last.parent / json.loads(last.read_text())["night"]
-            found = json.loads((folder / "night.json").read_text())
+            folder, found = _night(last)
             body = (folder / "report.md").read_text()
             done = tracker.settle(found["title"], body, wrong=found["wrong"], news=found["news"])
             print(f"{folder}: {done}")
-    except TrackerError as error:
+    except (TrackerError, BadStateError) as error:
         print(f"ci/nightly-issue: {error}", file=sys.stderr)
         return 3
     return 0
+
+
+def _night(last: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of the night that was judged last, and its night.json."""
+    name = (State(last.parent).read("last") or {}).get("night")
+    if not isinstance(name, str) or Path(name).name != name:
+        raise BadStateError(f"{last}: 'night' is {name!r}, expected the name of a folder beside it")
+    file = last.parent / name / "night.json"
+    try:
+        found = json.loads(file.read_text())
+        kinds = {k: type(found[k]) for k in ("title", "wrong", "news")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadStateError(f"{file} is not what a night leaves: {error!r}") from None
+    if kinds != {"title": str, "wrong": bool, "news": bool}:
+        raise BadStateError(f"{file}: expected a text and two truth values: {kinds}")
+    return file.parent, dict(found)
 
 
 if __name__ == "__main__":

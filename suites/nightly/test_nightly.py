@@ -172,6 +172,27 @@ def test_a_tracker_that_fails_is_no_success(
     assert settle.main(["owner/name", "--state", str(tmp_path / "none")]) == 3
 
 
+@pytest.mark.parametrize(
+    ("last", "of_night", "said"),
+    [
+        ({"schema": 1, "night": "../../elsewhere"}, {}, "expected the name of a folder"),
+        ({"schema": 1}, {}, "'night' is None"),
+        ({"schema": 1, "night": "n"}, {"title": "t", "wrong": 0, "news": True}, "two truth values"),
+        ({"schema": 1, "night": "n"}, {"title": "t"}, "is not what a night leaves"),
+    ],
+)
+def test_a_night_that_does_not_fit_is_no_news(
+    tmp_path: Path, last: Any, of_night: Any, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "it" / "n"
+    folder.mkdir(parents=True)
+    (folder.parent / "last.json").write_text(json.dumps(last))
+    (folder / "night.json").write_text(json.dumps(of_night))
+    (folder / "report.md").write_text("all is well\n")
+    assert settle.main(["owner/name", "--state", str(tmp_path), "--dry-run"]) == 3
+    assert said in capsys.readouterr().err
+
+
 def night(tmp_path: Path, *words: str, **variables: str) -> tuple[int, str, dict[str, Any]]:
     """One night of the fork: (exit code, output, night.json)."""
     done = subprocess.run(

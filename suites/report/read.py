@@ -1,4 +1,7 @@
-"""Reading results.json: the schema is checked, so that every reader may rely on it."""
+"""Reading results.json: the schema is checked, so that every reader may rely on it.
+
+A file may come from anybody: what a terminal would obey in its texts is shown, not sent.
+"""
 
 from __future__ import annotations
 
@@ -34,4 +37,15 @@ def read(path: Path) -> dict[str, Any]:
     found = {v: sum(c["verdict"] == v for c in data["checks"]) for v in data["run"]["counts"]}
     if found != data["run"]["counts"]:
         raise BadResultsError(f"{file}: counts {data['run']['counts']} do not add up: {found}")
-    return data
+    return _shown(data)
+
+
+_OBEYED = {c: f"\\x{c:02x}" for c in (*range(32), *range(0x7F, 0xA0)) if chr(c) not in "\t\n"}
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.translate(_OBEYED)
+    if isinstance(value, dict):
+        return {_shown(key): _shown(one) for key, one in value.items()}
+    return [_shown(one) for one in value] if isinstance(value, list) else value

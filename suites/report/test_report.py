@@ -101,6 +101,21 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, spoil: Any, messag
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize("log", ["../../secret", "/etc/passwd", "logs/../../x", "logs/.."])
+def test_a_log_outside_of_the_run_is_refused(tmp_path: Path, log: str) -> None:
+    data = results(check(ranks=[RANK | {"log": log}]))
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    with pytest.raises(BadResultsError, match=r"checks\[0\].ranks\[0\].log"):
+        read(tmp_path)
+
+
+def test_what_a_terminal_would_obey_is_shown(tmp_path: Path) -> None:
+    data = results(check(message="\x1b]0;title\x07\x1b[2Jgone\ttab\nline \x9b1m"))
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    message = read(tmp_path)["checks"][0]["message"]
+    assert message == "\\x1b]0;title\\x07\\x1b[2Jgone\ttab\nline \\x9b1m"
+
+
 def test_a_missing_or_torn_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadResultsError, match="no such file"):
         read(tmp_path)
