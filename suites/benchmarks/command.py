@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.agreement import FACTOR
 from benchmarks.environment import clean, interpreter
 from benchmarks.settings import PREFIX, Settings
-from harness import warm
+from harness import pipes, warm
 
 ROOT = Path(__file__).parents[2]
 MACHINE = Path.home() / ".asv-machine.json"
@@ -302,7 +302,7 @@ def _points(series: list[Any]) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(pipes.run(main))
     except KeyboardInterrupt:
         print("ci/bench: interrupted; the file of --journal has what was measured", file=sys.stderr)
         sys.exit(130)

@@ -18,6 +18,8 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
+from harness import pipes
+
 SUITES = Path(__file__).parents[1]
 
 BODY = """
@@ -157,4 +159,4 @@ def measure(source: str, *, fresh: bool) -> list[float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pipes.run(main))

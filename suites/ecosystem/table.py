@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ecosystem.digests import read as read_digests
+from harness import pipes
 from report.read import BadResultsError, read
 
 TORCH = "torch"
@@ -164,4 +165,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pipes.run(main))

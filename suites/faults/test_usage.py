@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from faults.launcher import SUITES
 from faults.sessions import Session
 from harness.__main__ import joined
+from report.read import read
 from report.terminal import Screen, show
 
 Suite = Callable[..., Path]
@@ -187,3 +191,46 @@ def test_thorough_checks_run_when_they_are_asked_for(suite: Suite) -> None:
     asked = Session(folder, "--thorough", "-k", "not more").finish()
     assert asked.results["run"]["left_out"] == 0
     assert "left out" not in asked.output
+
+
+def test_a_reader_that_goes_ends_the_run_without_a_traceback(suite: Suite) -> None:
+    folder = suite(
+        "import pytest, time\n"
+        "@pytest.mark.world(1)\n"
+        "@pytest.mark.parametrize('n', range(50))\n"
+        "def test_it(n): time.sleep(0.2)\n"
+    )
+    words = ["-p", "harness.plugin", "-v", "--no-warm-up", "--run-dir", str(folder / "out")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "harness", *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(SUITES)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        while "PASS" not in process.stdout.readline():
+            pass
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 3
+    ran = read(folder / "out")
+    assert 0 < len(ran["checks"]) < 50
+    assert ran["run"]["exit"] == 3
+
+
+def test_setup_removes_no_folder_that_it_did_not_make(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    done = subprocess.run(
+        [SUITES.parent / "ci" / "setup"],
+        env=os.environ | {"SHARDPROOF_VENV": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert f"SHARDPROOF_VENV={tmp_path} is a folder that ci/setup did not make" in done.stderr
+    assert (tmp_path / "precious").read_text() == "mine"

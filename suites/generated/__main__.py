@@ -3,5 +3,6 @@
 import sys
 
 from generated.command import main
+from harness import pipes
 
-sys.exit(main())
+sys.exit(pipes.run(main))

@@ -12,12 +12,16 @@ from collections.abc import Sequence
 
 import pytest
 
-from harness import place
+from harness import pipes, place
 
 # pytest looks for its configuration above whatever argument is a path that exists, before it knows
 # these options: their values must not stand alone.
 _WITH_PATHS = ("--subject", "--expectations", "--run-dir", "--shared-dir")
-_EXIT = {int(pytest.ExitCode.USAGE_ERROR): 2, int(pytest.ExitCode.NO_TESTS_COLLECTED): 2}
+_EXIT = {
+    int(pytest.ExitCode.USAGE_ERROR): 2,
+    int(pytest.ExitCode.NO_TESTS_COLLECTED): 2,
+    int(pytest.ExitCode.INTERRUPTED): 3,
+}
 
 
 def main() -> int:
@@ -41,4 +45,4 @@ def joined(arguments: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pipes.run(main))

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from harness import place
+from harness import pipes, place
 
 PORT = 29400
 JOIN_LIMIT = 300
@@ -103,4 +103,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pipes.run(main))

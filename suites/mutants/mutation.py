@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from harness import pipes
 from mutants import answers
 from mutants.answers import Answer, BadAnswerError
 from mutants.executed import FOLDER, Executed, Statement, sources, statements
@@ -240,4 +241,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pipes.run(main))

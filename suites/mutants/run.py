@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import devices
+from harness import devices, pipes
 from mutants import patches
 from mutants.catalog import MUTANTS, Mutant
 from mutants.executed import Executed, numbers_at
@@ -161,4 +161,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pipes.run(main))

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from harness import pipes
 from nightly import chain, speed, verdicts
 from nightly.issue import Tracker, TrackerError
 from nightly.report import Found
@@ -123,4 +124,4 @@ def _installed() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pipes.run(main))

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from harness import pipes
 from nightly.issue import Tracker, TrackerError
 from nightly.state import BadStateError, State
 
@@ -56,4 +57,4 @@ def _night(last: Path) -> tuple[Path, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pipes.run(main))

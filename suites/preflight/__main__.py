@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from harness import pipes
 from preflight import facts, gpus, machine, trial
 from preflight.findings import Finding, Grade, Need
 
@@ -119,4 +120,4 @@ def _show(finding: Finding) -> Finding:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(pipes.run(lambda: main(sys.argv[1:])))

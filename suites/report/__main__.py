@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 
+from harness import pipes
 from report.compare import NotComparableError, compare
 from report.read import BadResultsError, read
 from report.terminal import Screen, show, show_known
@@ -47,6 +47,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Whoever pipes the report into head has seen enough; that is no error.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    sys.exit(main())
+    sys.exit(pipes.run(main))

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness import pipes
+
 ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.md"
 _BOTH = "suites/conformance suites/integration"
@@ -159,4 +161,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pipes.run(main))

@@ -17,6 +17,7 @@ from typing import Any
 
 from packaging.version import Version
 
+from harness import pipes
 from report.compare import AREA
 from report.matrix import Cell
 from report.read import BadResultsError, read
@@ -249,4 +250,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pipes.run(main))
