@@ -62,7 +62,7 @@ class _Ended:
     interrupt: bool
 
 
-class _Seat:
+class _JudgeProcess:
     """One judge, as the reporting process sees it."""
 
     def __init__(self, process: Any, connection: Connection) -> None:
@@ -74,7 +74,7 @@ class _Seat:
         self.began = 0.0
 
 
-def parts(items: Sequence[pytest.Item], settings: Settings) -> list[list[int]]:
+def units_of(items: Sequence[pytest.Item], settings: Settings) -> list[list[int]]:
     """Indices of items in units that one judge takes whole.
 
     Checks that share a world follow each other; tests that share a fixture of their file, too.
@@ -125,16 +125,16 @@ class Judges:
         self._known = frozenset(processes.children(os.getpid()))
         self._units: deque[list[int]] = deque()
         self._alone: deque[list[int]] = deque()
-        for unit in parts(self._items, settings):
+        for unit in units_of(self._items, settings):
             alone = any(requirements.needs_the_machine(self._items[i]) for i in unit)
             (self._alone if alone else self._units).append(unit)
         self._temporary: Any = None
         if not all(map(requirements.is_check, self._items)):
             self._temporary = session.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
         self._count = 0
-        self._seats: list[_Seat] = []
+        self._judges: list[_JudgeProcess] = []
         for _ in range(min(settings.jobs, len(self._units)) or 1):
-            self._seats.append(self._start())
+            self._judges.append(self._start())
 
     def again(self, item: int) -> None:
         """Judge a check once more, when nothing runs beside it."""
@@ -151,73 +151,77 @@ class Judges:
         try:
             while not stop():
                 self._deal(skip)
-                working = [seat for seat in self._seats if seat.item is not None]
+                working = [judge for judge in self._judges if judge.item is not None]
                 if not working:
                     return
-                ready = wait([seat.connection for seat in working], timeout=_LOOK)
-                for place, seat in enumerate(self._seats):
-                    if seat.item is None:
+                ready = wait([judge.connection for judge in working], timeout=_LOOK)
+                for place, judge in enumerate(self._judges):
+                    if judge.item is None:
                         continue
-                    if seat.connection in ready or not seat.process.is_alive():
-                        outcome = self._take(seat)
-                        if not seat.process.is_alive() and seat.item is None:
-                            self._seats[place] = self._replace(seat)
+                    if judge.connection in ready or not judge.process.is_alive():
+                        outcome = self._take(judge)
+                        if not judge.process.is_alive() and judge.item is None:
+                            self._judges[place] = self._replace(judge)
                         yield outcome
         finally:
             self.close()
 
     def close(self) -> None:
         """End the judges, and whatever they leave; one that is at work ends its worlds first."""
-        for seat in self._seats:
-            if seat.item is not None:
-                processes.signal_quietly(seat.process.pid, signal.SIGTERM)
+        for judge in self._judges:
+            if judge.item is not None:
+                processes.signal_quietly(judge.process.pid, signal.SIGTERM)
             else:
                 with contextlib.suppress(OSError):  # it has died
-                    seat.connection.send(None)
+                    judge.connection.send(None)
         deadline = time.monotonic() + _END_LIMIT
-        for seat in self._seats:
-            seat.process.join(max(deadline - time.monotonic(), 0))
-            if seat.process.is_alive():
-                seat.process.kill()
-                seat.process.join()
-            seat.connection.close()
-        self._seats = []
+        for judge in self._judges:
+            judge.process.join(max(deadline - time.monotonic(), 0))
+            if judge.process.is_alive():
+                judge.process.kill()
+                judge.process.join()
+            judge.connection.close()
+        self._judges = []
         processes.reap(self._known)
 
     # --- dealing ------------------------------------------------------------------------------
 
     def _deal(self, skip: Callable[[int], bool]) -> None:
-        free = [s for s in self._seats if s.item is None and self._fill(s, self._units, skip)]
-        for seat in free:
-            self._send(seat, skip)
-        if not any(seat.item is not None for seat in self._seats):
-            first = self._seats[0]
+        free = [j for j in self._judges if j.item is None and self._fill(j, self._units, skip)]
+        for judge in free:
+            self._send(judge, skip)
+        if not any(judge.item is not None for judge in self._judges):
+            first = self._judges[0]
             if self._fill(first, self._alone, skip):
                 self._send(first, skip, alone=True)
 
-    def _fill(self, seat: _Seat, units: deque[list[int]], skip: Callable[[int], bool]) -> bool:
-        while not seat.unit and units:
-            seat.unit.extend(i for i in units.popleft() if not skip(i))
-        return bool(seat.unit)
+    def _fill(
+        self, judge: _JudgeProcess, units: deque[list[int]], skip: Callable[[int], bool]
+    ) -> bool:
+        while not judge.unit and units:
+            judge.unit.extend(i for i in units.popleft() if not skip(i))
+        return bool(judge.unit)
 
-    def _send(self, seat: _Seat, skip: Callable[[int], bool], *, alone: bool = False) -> None:
-        seat.item = seat.unit.popleft()
-        seat.began = time.time()
+    def _send(
+        self, judge: _JudgeProcess, skip: Callable[[int], bool], *, alone: bool = False
+    ) -> None:
+        judge.item = judge.unit.popleft()
+        judge.began = time.time()
         # A check's world starts while the one before is judged. Near the end others are free to
         # take it; and a test may take long, which what was dealt out behind it would wait for.
-        if not alone and not seat.unit and requirements.is_check(self._items[seat.item]):
-            while len(self._units) > len(self._seats) and not seat.unit:
+        if not alone and not judge.unit and requirements.is_check(self._items[judge.item]):
+            while len(self._units) > len(self._judges) and not judge.unit:
                 if not requirements.is_check(self._items[self._units[0][0]]):
                     break
-                seat.unit.extend(i for i in self._units.popleft() if not skip(i))
+                judge.unit.extend(i for i in self._units.popleft() if not skip(i))
         with contextlib.suppress(BrokenPipeError):  # it has died, which `_take` finds
-            seat.connection.send((seat.item, seat.unit[0] if seat.unit else None))
+            judge.connection.send((judge.item, judge.unit[0] if judge.unit else None))
 
-    def _take(self, seat: _Seat) -> Outcome:
-        item, seat.item = seat.item, None
+    def _take(self, judge: _JudgeProcess) -> Outcome:
+        item, judge.item = judge.item, None
         assert item is not None
         try:
-            said = seat.connection.recv() if seat.connection.poll() else None
+            said = judge.connection.recv() if judge.connection.poll() else None
         except (EOFError, ConnectionResetError):
             said = None
         if isinstance(said, Outcome):
@@ -226,23 +230,23 @@ class Judges:
             if said.interrupt:
                 raise KeyboardInterrupt(said.error)
             raise RuntimeError(f"a process that judges checks broke:\n{said.error}")
-        seat.process.join(_END_LIMIT)
-        code = seat.process.exitcode
+        judge.process.join(_END_LIMIT)
+        code = judge.process.exitcode
         why = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
         text = f"the process that judged it ended with {why}"
-        return Outcome(item, seat.began, Judgement(Verdict.ERROR, text, text))
+        return Outcome(item, judge.began, Judgement(Verdict.ERROR, text, text))
 
     # --- processes ----------------------------------------------------------------------------
 
-    def _replace(self, seat: _Seat) -> _Seat:
-        seat.connection.close()
-        living = frozenset(s.process.pid for s in self._seats if s is not seat)
+    def _replace(self, judge: _JudgeProcess) -> _JudgeProcess:
+        judge.connection.close()
+        living = frozenset(j.process.pid for j in self._judges if j is not judge)
         processes.reap(self._known | living)
         fresh = self._start()
-        fresh.unit = seat.unit
+        fresh.unit = judge.unit
         return fresh
 
-    def _start(self) -> _Seat:
+    def _start(self) -> _JudgeProcess:
         context = multiprocessing.get_context("fork")
         ours, theirs = context.Pipe()
         self._count += 1
@@ -252,7 +256,7 @@ class Judges:
             )
             process.start()
             theirs.close()
-        return _Seat(process, ours)
+        return _JudgeProcess(process, ours)
 
     def _serve(self, parent: int, number: int, ours: Connection, theirs: Connection) -> None:
         """Be a judge; does not return."""
@@ -260,7 +264,7 @@ class Judges:
             processes.die_with_parent(parent)
             os.setpgid(0, 0)  # Ctrl-C is the reporting process's
             processes.adopt_orphans()
-            for connection in (ours, *(seat.connection for seat in self._seats)):
+            for connection in (ours, *(judge.connection for judge in self._judges)):
                 connection.close()
             crew.connections.append(theirs)
             self._leave_the_reporting(number)
