@@ -41,6 +41,9 @@ class Loop:
             return None
         if reason := warm.unfit():
             pytest.exit(f"--jobs {count}: {reason}; --jobs 1 starts no judges", 3)
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            reporter.write_line(f"{count} checks at a time (--jobs)")
         last = {i for i, item in enumerate(items) if item.get_closest_marker("warns_of_nothing")}
         judges = Judges(
             session, self._settings, lambda: Judge(self._settings, self._run.this_machine())
