@@ -249,7 +249,6 @@ class Executed:
 
         These are the ones of which the functions around the statements are the greatest part, for
         their time.
-        Variants of one check mostly agree: one of each comes before the second of any.
         """
         every = statements()
         wanted = sum(1 << n for n in set(numbers))
@@ -261,14 +260,7 @@ class Executed:
             ran = self.checks[check]
             return (ran.bits & near).bit_count() / ran.bits.bit_count() / (0.1 + ran.seconds)
 
-        found.sort(key=worth, reverse=True)
-        seen: collections.Counter[str] = collections.Counter()
-        order: dict[str, int] = {}
-        for check in found:
-            family = check.partition("[")[0]
-            order[check] = seen[family]
-            seen[family] += 1
-        return sorted(found, key=lambda c: order[c])
+        return one_of_each_first(sorted(found, key=worth, reverse=True))
 
     def unexecuted(self) -> list[Statement]:
         """The statements that neither a check nor the import executes."""
@@ -307,6 +299,17 @@ class Executed:
                 if s.file == here.file and f"{s.function}.".startswith(f"{inside}.")
             }
         return {n for n in found if not every[n].imported}
+
+
+def one_of_each_first(checks: Iterable[str]) -> list[str]:
+    """One variant of each check before the second of any, for they mostly agree."""
+    seen: collections.Counter[str] = collections.Counter()
+    order: dict[str, int] = {}
+    for check in checks:
+        family = check.partition("[")[0]
+        order[check] = seen[family]
+        seen[family] += 1
+    return sorted(order, key=lambda c: order[c])
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 Exit 0: each fault was caught by a check of the functions that it breaks; 1: one survived; 2: wrong
 usage; 3: a fault could not be planted, or the judging itself broke. A fault that shows only on an
-accelerator is named as not judged where there is none.
+accelerator is named as not judged where there is none. What `ci/mutation` has measured of the checks
+saves those that do not run the lines that a patch changes.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from typing import Any
 from harness import devices, pipes
 from mutants import patches
 from mutants.catalog import MUTANTS, Mutant
-from mutants.executed import Executed, numbers_at
+from mutants.executed import Executed, numbers_at, one_of_each_first
 from mutants.judge import ROOT, CannotPlantError, Judge, Result, from_a_warm_parent
 from mutants.patches import Patch
 
 Fault = Mutant | Patch
-_WORST = {"caught": 0, "unjudged": 0, "survived": 1, "broken": 3}
+_WORST = {"caught": 0, "unjudged": 0, "survived": 1, "undecided": 1, "broken": 3}
+_TOLD = {"caught", "survived"}
 
 
 class Report:
@@ -66,22 +68,24 @@ class Report:
             of_it = {state: n for (d, state), n in counted.items() if d == dimension}
             name = f"{dimension}. {patches.DIMENSIONS[dimension]}" if dimension else "catalog"
             caught, survived = of_it.get("caught", 0), of_it.get("survived", 0)
-            others = ", ".join(f"{n} {s}" for s, n in of_it.items() if _WORST[s] not in {0, 1})
+            others = ", ".join(f"{n} {s}" for s, n in of_it.items() if s not in _TOLD)
             print(f"{name:<34}{caught:>4} of {caught + survived:<4} caught {others}".rstrip())
         print(f"results: {self._path}")
 
 
-def likely_first(fault: Patch, checks: list[str], judge: Judge, executed: Executed) -> list[str]:
-    """The checks of its functions, then others that run its lines, as far as that is known."""
+def that_can_tell(fault: Patch, checks: list[str], judge: Judge, executed: Executed) -> list[str]:
+    """The checks that run the lines it changes, those of its functions first.
+
+    A check of its functions that was not measured may run them, too.
+    """
     numbers = {n for at in numbers_at(fault.lines()) for n in executed.users_of(at)}
     running = [c for c in executed.checks_of(numbers) if c in judge.items]
+    unknown = one_of_each_first(c for c in checks if c not in executed.checks)
     named = set(checks)
-    first = [c for c in running if c in named]
-    others = [c for c in running if c not in named]
-    return list(dict.fromkeys([*first, *checks, *others]))
+    return [*sorted(running, key=lambda c: c not in named), *unknown]
 
 
-def judge_all(faults: list[Fault], report: Report) -> None:
+def judge_all(faults: list[Fault], report: Report, first: int | None) -> None:
     """Judge the faults, those that need the same device from one parent."""
     judged: dict[tuple[str, ...], list[Fault]] = {}
     for fault in faults:
@@ -97,8 +101,10 @@ def judge_all(faults: list[Fault], report: Report) -> None:
                 try:
                     checks = fault.choose(judge.items)
                     if isinstance(fault, Patch):
-                        checks = likely_first(fault, checks, judge, executed)
-                    result = judge.judge(fault.plant, checks)
+                        checks = that_can_tell(fault, checks, judge, executed)
+                    result = judge.judge(fault.plant, checks[:first])
+                    if result.state == "survived" and checks[:first] != checks:
+                        result.state = "undecided"
                 except CannotPlantError as error:
                     result = Result("broken", str(error))
                 report.add(fault, result)
@@ -120,6 +126,13 @@ def _parser() -> argparse.ArgumentParser:
         const=patches.FOLDER,
         metavar="DIR",
         help=f"only patches, of this folder (default: {patches.FOLDER.relative_to(ROOT)})",
+    )
+    add(
+        "--first",
+        type=int,
+        metavar="N",
+        help="at most N checks for each, those first that are likely to tell: a fault that passes "
+        "them, but not all, is undecided",
     )
     add(
         "--json",
@@ -155,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     chosen = [known[n] for n in options.names] or faults
     report = Report(options.json.absolute(), len(chosen))
-    judge_all(chosen, report)
+    judge_all(chosen, report, options.first)
     report.sum_up()
     return report.worst
 

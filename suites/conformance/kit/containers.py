@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, UserDict, defaultdict
+from collections import Counter, OrderedDict, UserDict, defaultdict
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
@@ -44,6 +44,7 @@ CONTAINERS: dict[str, Callable[[Any, Any], Any]] = {
     "dotted keys": lambda a, b: {"x.y": a, "x": {"y": b}},
     "dotted keys and a list": lambda a, b: {"x.0": a, "x": [b]},
     "defaultdict": lambda a, b: defaultdict(list, {"x": a, "y": b}),
+    "Counter": lambda a, b: {"x": [a, b], "seen": Counter(x=2, y=3)},
     "dict subclass": lambda a, b: Settings(x=a, y=b),
     "UserDict": lambda a, b: UserDict({"x": a, "y": b}),
     "list": lambda a, b: [a, b],

@@ -90,6 +90,22 @@ def _alike(flat: dict[Any, Any]) -> Any:
     }
 
 
+def _shared(flat: dict[Any, Any]) -> Any:
+    """Containers that stand in several places, and so do those in them: none holds itself."""
+    one, other, *_ = flat.values()
+    inner = {"w": one, "deeper": [{"v": other}]}
+    return {"a": inner, "b": inner, "c": [inner["deeper"], (inner,)], "d": {"a": inner}}
+
+
+def _chain(flat: dict[Any, Any]) -> Any:
+    """More levels than anybody nests, each with the keys of all others."""
+    one, other, *_ = flat.values()
+    chain: dict[Any, Any] = {"w": one, "next": [other]}
+    for level in range(150):
+        chain = {"w": level, "next": chain}
+    return chain
+
+
 def _pairs(flat: dict[Any, Any]) -> Any:
     made = {name: put(*list(flat.values())[:2]) for name, put in CONTAINERS.items()}
     return with_metadata(*made.items(), ("pair", Pair(made["dict"], made["tuple"])))
@@ -101,6 +117,8 @@ NESTS: dict[str, Nest] = {
     "deep": _deep,
     "alike": _alike,
     "containers": _pairs,
+    "shared": _shared,
+    "chain": _chain,
 }
 """Name -> a way to nest."""
 

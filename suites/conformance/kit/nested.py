@@ -157,10 +157,9 @@ def _compare(got: Any, expected: Any, what: str, values: bool, flags: bool) -> N
         keys = [(type(k).__name__, k) for k in got]
         wanted = [(type(k).__name__, k) for k in expected]
         assert keys == wanted, f"{what}: keys {list(got)}, expected {list(expected)}"
-        extra = getattr(expected, "_metadata", None)
-        if extra is not None:
-            have = getattr(got, "_metadata", None)
-            assert have == extra, f"{what}: _metadata {have}, expected {extra}"
+        for name in ("_metadata", "default_factory", "source"):
+            have, want = (getattr(mapping, name, None) for mapping in (got, expected))
+            assert have == want, f"{what}: {name} {have}, expected {want}"
         for key, item in expected.items():
             _compare(got[key], item, f"{what}.{key}", values, flags)
     elif isinstance(expected, (list, tuple)):

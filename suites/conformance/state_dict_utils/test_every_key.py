@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from conformance.kit.keys import KEYS, NESTS, pickled, rings
 from conformance.kit.kinds import KINDS
 from conformance.kit.layouts import S, dtensor
 from conformance.kit.levels import WORDS
-from conformance.kit.nested import assert_same_structure
+from conformance.kit.nested import assert_same_structure, leaves
 from conformance.kit.refusals import refused
 
 _nested = each(lambda function: function.nested)
@@ -140,6 +141,32 @@ class TestPickledMapping:
             twice = pickled(pickled(mapping))
             assert_same_structure(judged(flat, twice), value, f"{name}, read twice")
             assert dict(twice) == dict(mapping), f"{name}: the paths are others"
+
+
+def _at(value: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
+@pytest.mark.judges("_state_dict_utils._unflatten_state_dict")
+class TestPartOfAFlatDict:
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_each_entry_at_its_own_path(self, judged: Any, subject: Any) -> None:
+        """Whatever else of a flat dict is left out, each entry must land at its own path."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        for name, nest in NESTS.items():
+            value = nest({"a": numbers(3), "b": numbers(4, 3, salt=1)})
+            flat, mapping = flatten(value)
+            full = [k for k, leaf in flat.items() if not isinstance(leaf, (Mapping, list, tuple))]
+            paths = dict(zip(full, (path for path, _ in leaves(value)), strict=True))
+            parts = [[key for key in full if key != out] for out in full] if len(full) > 1 else []
+            for keys in (*parts, *([key] for key in full), sorted(full), full[::-1]):
+                got = judged({key: flat[key] for key in keys}, mapping)
+                for key in keys:
+                    found = _at(got, paths[key])
+                    assert found is flat[key], f"{name}: {paths[key]} of {len(keys)}: {found}"
 
 
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")
