@@ -98,7 +98,7 @@ def mark(value: Any) -> None:
 
 def on_what_was_given(value: Any) -> dict[str, Any]:
     """What a caller may notice of containers, and of tensors besides their values."""
-    found: dict[str, Any] = {"containers": _containers(value)}
+    found: dict[str, Any] = {"containers": outline(value)}
     for path, leaf in leaves(value):
         if not isinstance(leaf, torch.Tensor):
             continue
@@ -122,12 +122,24 @@ def on_what_was_given(value: Any) -> dict[str, Any]:
     return found
 
 
-def _containers(value: Any) -> Any:
+def outline(value: Any) -> Any:
+    """Which containers and leaves there are, and where."""
     if isinstance(value, Mapping):
-        return id(value), [(repr(key), _containers(item)) for key, item in value.items()]
+        metadata = repr(getattr(value, "_metadata", None))
+        return id(value), metadata, [(repr(key), outline(item)) for key, item in value.items()]
     if isinstance(value, (list, tuple)):
-        return id(value), [_containers(item) for item in value]
+        return id(value), [outline(item) for item in value]
     return id(value)
+
+
+def empty(value: Any) -> None:
+    """Take all out of the containers, as their owner may."""
+    if isinstance(value, (Mapping, list, tuple)):
+        items = list(value.values() if isinstance(value, Mapping) else value)
+        for item in (*items, getattr(value, "_metadata", None)):
+            empty(item)
+        if not isinstance(value, tuple):
+            value.clear()
 
 
 def finish(value: Any) -> None:

@@ -81,6 +81,29 @@ def _rows(full: torch.Tensor, mesh: Any) -> DTensor:
     return dtensor(full, mesh, [S(0)], local=again(part(full, mesh, [S(0)])))
 
 
+def _strided_on_one(full: torch.Tensor, mesh: Any) -> DTensor:
+    """Rows that lie as anybody expects, but for those of the last rank."""
+    mine, last = part(full, mesh, [S(0)]), mesh.get_coordinate()[0] == mesh.size() - 1
+    return dtensor(full, mesh, [S(0)], local=spread(mine) if last else again(mine))
+
+
+def _turned_rows(full: torch.Tensor, mesh: Any) -> DTensor:
+    """Rows whose memory goes down the columns."""
+    mine = part(full, mesh, [S(0)])
+    turned = mine.transpose(0, -1).clone(memory_format=torch.contiguous_format)
+    return dtensor(full, mesh, [S(0)], local=turned.transpose(0, -1))
+
+
+def _conjugated_rows(full: torch.Tensor, mesh: Any) -> DTensor:
+    """Rows whose memory holds what torch has to conjugate before it means the same."""
+    mine = again(part(full, mesh, [S(0)]))
+    if mine.dtype in (torch.complex64, torch.complex128):  # of narrower ones torch quiets NaNs
+        pairs = torch.view_as_real(mine)
+        pairs[..., 1].neg_()
+        mine = mine.conj()
+    return dtensor(full, mesh, [S(0)], local=mine)
+
+
 def _pending(full: torch.Tensor, mesh: Any) -> DTensor:
     """The first rank adds all of it, the others nothing: -0.0 is what changes no float."""
     mine = again(full)
@@ -168,6 +191,9 @@ KINDS: dict[str, Kind] = {
         lambda full, mesh: dtensor(full, mesh, [S(0)], local=spread(part(full, mesh, [S(0)]))),
         _ALL,
     ),
+    "rows strided on one rank": Kind(_strided_on_one, _ALL, usual=False),
+    "turned rows": Kind(_turned_rows, _ALL, usual=False),
+    "conjugated rows": Kind(_conjugated_rows, _NOT_LANDED, usual=False),
     "columns": Kind(lambda full, mesh: dtensor(full, mesh, [S(full.dim() - 1)]), _ALL),
     "replica": Kind(lambda full, mesh: dtensor(full, mesh, [R]), _ALL),
     "rows in turn": Kind(lambda full, mesh: dtensor(full, mesh, [SS(0, 2)]), _ALL, usual=False),

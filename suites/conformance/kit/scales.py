@@ -45,6 +45,37 @@ def _thresholds() -> Leaves:
     }
 
 
+def _counts() -> Leaves:
+    """As many of a layout as any round may take, one more and one less."""
+    counts = [*range(2, 36), 63, 64, 65]
+    return {
+        f"{count} alike, {n}": ("rows", torch.arange(2.0 * count).view(2, count) + n)
+        for count in counts
+        for n in range(count)
+    }
+
+
+def _narrow_between() -> Leaves:
+    """Odd numbers of narrow elements between wide ones, so that no dtype lies where others end."""
+    dtypes = [torch.bool, torch.bfloat16, torch.int32, torch.float64, torch.complex128, torch.uint8]
+    return {
+        f"{kind} {n} {dtype}": (kind, _cycle(rows * 3, dtype, n).view(rows, 3))
+        for kind in _KINDS
+        for n, rows in enumerate((1, 3, 7))
+        for dtype in dtypes
+    }
+
+
+def _large_of_each_kind() -> Leaves:
+    """Tensors that may travel as they lie, each of 4 MiB, in every way of lying."""
+    kinds = [*_KINDS, "strided rows", "rows strided on one rank", "turned rows", "strided"]
+    square = _cycle(1 << 20, torch.float32).view(1024, 1024)
+    found: dict[str, tuple[str, torch.Tensor]] = {kind: (kind, square) for kind in kinds}
+    found |= {f"{kind}, transposed": (kind, square.t()) for kind in ("rows", "plain")}
+    conjugated = _cycle(1 << 19, torch.complex64).view(512, 1024)
+    return found | {"conjugated": ("conjugated rows", conjugated * 1j)}
+
+
 def _one_large(at: int) -> Callable[[], Leaves]:
     """A tensor of 18 MiB before, between or behind small ones, by name as by place.
 
@@ -70,10 +101,13 @@ MANY: dict[str, Callable[[], Leaves]] = {
     "hundreds alike": _alike,
     "hundreds distinct": _distinct,
     "thresholds": _thresholds,
+    "of each number": _counts,
+    "narrow between": _narrow_between,
 }
 LARGE: dict[str, Callable[[], Leaves]] = {
     "a large one first": _one_large(0),
     "a large one between": _one_large(1),
     "a large one last": _one_large(2),
+    "large ones of each kind": _large_of_each_kind,
 }
 """Name -> the leaves of a state dict."""

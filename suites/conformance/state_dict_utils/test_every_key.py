@@ -13,6 +13,7 @@ import torch
 from conformance.kit.agree import assert_raises_everywhere
 from conformance.kit.compare import assert_same
 from conformance.kit.data import numbers
+from conformance.kit.effects import empty, outline
 from conformance.kit.functions import Function, Leaves, Place, each
 from conformance.kit.keys import KEYS, NESTS, pickled, rings
 from conformance.kit.kinds import KINDS
@@ -42,15 +43,37 @@ def _leaves(function: Function) -> Leaves:
 def test_nested(
     function: Function, mesh: Any, world: Any, subject: Any, device: torch.device, nests: str
 ) -> None:
-    """Each leaf must come back under its own key, keys and containers of the types they had."""
+    """Each leaf must come back under its own key, keys and containers of the types they had.
+
+    Containers of the result are its own: what their owner does with them changes nothing else.
+    """
     place = Place(world, mesh(2), subject, device)
     for name, nest in NESTS.items():
         if (name == "optimizer") == (nests == "optimizer"):
             call = function.call(place, _leaves(function), nest)
+            given = [call.inputs, call.outputs]
+            before = outline(given)
+            got = call.run()
+            assert outline(given) == before, f"{name}: the caller's own changed"
             try:
-                call.check(call.run())
+                call.check(got)
             except AssertionError as error:
                 raise AssertionError(f"{name}: {error}") from None
+            if function.name != "_traverse_state_dict":  # a visitor is handed the caller's own
+                empty(got)
+            assert outline(given) == before, f"{name}: a container of the result is the caller's"
+
+
+@pytest.mark.law("structure")
+@pytest.mark.world(2, collective=8, limit=30)
+@each(lambda f: f.name in ("_broadcast_state_dict", "_distribute_state_dict"))
+def test_numbers(function: Function, world: Any, subject: Any, device: torch.device) -> None:
+    """A number must land under its own key, whatever the key's type."""
+    judged = subject.function(f"_state_dict_utils.{function.name}")
+    full = {key: number + 0.5 for number, key in enumerate(KEYS)}
+    into = dict.fromkeys(KEYS, 0.0)
+    judged(full if world.rank == 0 or not function.talks else {}, into, device)
+    assert into == full, f"landed: {into}"
 
 
 @pytest.mark.law("structure")
