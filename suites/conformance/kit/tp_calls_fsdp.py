@@ -74,6 +74,8 @@ def _check_metadata(got: Any, full: torch.Tensor, kind: Kind, seat: Seat) -> Non
     for number, shard in enumerate(got.shards_metadata):
         box = (shard.shard_offsets, shard.shard_sizes)
         assert_box(box, _place(kind, full, number), full.shape, f"{kind.name} {number}")
+        owner = kind.mesh.mesh.tolist()[number]
+        assert shard.placement.rank() == owner, f"{kind.name} {number}: {shard.placement}"
 
 
 def _check_group(got: Any, full: torch.Tensor, kind: Kind, seat: Seat) -> None:

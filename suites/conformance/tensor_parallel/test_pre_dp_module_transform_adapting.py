@@ -254,3 +254,24 @@ class TestPreDpModuleTransformAdapting:
         held = [id(param) for param in module.parameters()]
         theirs_too = [id(param) for param in ours.param_groups[0]["params"]]
         assert theirs_too == held, "the optimizer holds other Parameters, or another order"
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1, 2)
+    def test_every_optimizer_from_before(self, judged: Any, mesh: Any, world: Any) -> None:
+        """Each of several, with state and without, must hold the module's Parameters alone."""
+        module = net(mesh(world.size))
+        optimizers = [torch.optim.SGD(module.parameters(), 0.5, momentum=0.5) for _ in range(3)]
+        backward(module)
+        for optimizer in optimizers[:2]:
+            optimizer.step()
+        judged(module)
+        held = list(map(id, module.parameters()))
+        backward(module)
+        for number, optimizer in enumerate(optimizers):
+            name = f"optimizer {number}"
+            params = list(map(id, optimizer.param_groups[0]["params"]))
+            assert params == held, f"{name} holds other Parameters"
+            assert set(map(id, optimizer.state)) <= set(held), f"{name} has state of others"
+            optimizer.step()
+            state = optimizer.state_dict()["state"]
+            assert sorted(state) == list(range(len(held))), f"{name}: state of {sorted(state)}"

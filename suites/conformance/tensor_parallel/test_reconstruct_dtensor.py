@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -299,6 +300,23 @@ class TestReconstructDtensor:
         mine.requires_grad_(True)
         look((full * 2).double(), "thawed")
 
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1, 2)
+    def test_another_parameter_in_its_place(
+        self, judged: Any, localize: Any, mesh: Any, world: Any
+    ) -> None:
+        """A Parameter that was assigned between forwards must stay, with its values inside."""
+        line, full = mesh(world.size), numbers(4, 3)
+        module: Any = bag(w=weight(full, line, [S(0)]))
+        localize(module)
+        for turn in range(3):
+            new = full + turn + 1
+            module.w = mine = nn.Parameter(part(new, line, [S(0)]).clone())
+            judged(module, ())
+            assert_whole(module.w, new, line, [S(0)], f"turn {turn}")
+            localize(module)
+            assert module.w is mine, f"turn {turn}: another Parameter came back"
+
     @pytest.mark.law("all-or-nothing")
     @pytest.mark.world(1, 2)
     def test_a_wrong_shape_changes_nothing(
@@ -306,9 +324,12 @@ class TestReconstructDtensor:
     ) -> None:
         """A local Parameter of another shape than its spec's is an error; all stay local."""
         line, full = mesh(world.size), numbers(4, 3)
-        for wrong in ("a", "b", "c"):
+        for wrong, forwards in product("abc", (0, 1)):
             module = bag(**{n: weight(full, line, [S(0)]) for n in "abc"})
             localize(module)
+            for _ in range(forwards):
+                judged(module, ())
+                localize(module)
             before = identities(module)
             module.get_parameter(wrong).data = numbers(7, 3)
             refused(partial(judged, module, ()), SHAPE, what=f"(7, 3) for parameter {wrong}")

@@ -199,6 +199,32 @@ class TestUnflattenTensor:
         assert_same(local.grad, expected.contiguous())
 
     @pytest.mark.law("autograd")
+    @pytest.mark.world(2)
+    def test_a_pending_sum(self, judged: Any, mesh: Any) -> None:
+        """The gradient of a pending sum must reach each contribution whole."""
+        line, full = mesh(2), numbers(4, 3)
+        local = full.clone().requires_grad_()
+        whole = judged(local, dtensor(full, line, [Partial()], local=full)._spec)
+        summed = whole.redistribute(placements=[R])
+        assert_same(summed.to_local().detach(), full * 2)
+        summed.backward(dtensor(numbers(4, 3, salt=1), line, [R]))
+        assert_type(local.grad, torch.Tensor, "the gradient")
+        assert_same(local.grad, numbers(4, 3, salt=1))
+
+    @pytest.mark.law("autograd")
+    @pytest.mark.needs("functional gathers")
+    @pytest.mark.world(2)
+    def test_a_pending_gradient_arrives_finished(self, judged: Any, mesh: Any) -> None:
+        """Hooks on the local tensor, as DDP has them, must see a gradient that is finished."""
+        line, full, seen = mesh(2), numbers(4, 3), []
+        local, spec = part(full, line, [S(0)]).clone(), dtensor(full, line, [S(0)])._spec
+        local.requires_grad_().register_hook(lambda grad: seen.append(type(grad)))
+        whole = judged(local, spec).redistribute(placements=[R], async_op=True)
+        whole.to_local(grad_placements=[Partial()]).sum().backward()
+        assert seen == [torch.Tensor], f"a hook saw {seen}"
+        assert_same(local.grad, torch.full((2, 3), 2.0))
+
+    @pytest.mark.law("autograd")
     @pytest.mark.needs("functional gathers")
     @pytest.mark.world(2)
     def test_waits_on_the_compute_stream(self, judged: Any, mesh: Any) -> None:

@@ -143,6 +143,17 @@ class TestUpdateModuleParam:
 
     @pytest.mark.law("structure")
     @pytest.mark.world(1)
+    def test_ties_between_the_owners_stay(self, judged: Any) -> None:
+        """A name that is not in the list is replaced with its twin, if its owner is in the list."""
+        for first in (0, 1):
+            tied, new = plain(1), plain(11)
+            module = bag(a=tied, b=bag(c=tied, d=plain(2)), e=bag(f=plain(3)))
+            entries = [(module, "a", new), (module.b, "d", plain(12))]
+            judged(entries[first:] + entries[:first])
+            assert module.a is module.b.c is new, f"entry {first} first: untied"
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
     def test_a_shared_module(self, judged: Any) -> None:
         """A module that stands in two places is changed in both by one entry."""
         shared = bag(w=plain(1), b=plain(2))
