@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
-from conformance.kit.compare import assert_same
+from conformance.kit.compare import assert_same, bits, local
 from conformance.kit.kinds import GATHERED, KEPT, KINDS, LANDED, Kind, kinds_for
 from conformance.kit.nested import assert_same_structure, tensors
 
@@ -165,8 +166,15 @@ def _broadcast_tensors(place: Place, function: Any, leaves: Leaves, nest: Nest) 
 def _distribute(place: Place, function: Any, leaves: Leaves, nest: Nest) -> Call:
     into = _made(leaves, place.mesh, other=True)
     source = {key: full.clone() for key, (_, full) in leaves.items()}
-    check = _check(_landed(leaves, place.mesh, new=True))
-    return Call(lambda: function(source, into, place.device), source, into, lambda _: check(into))
+    landed = _check(_landed(leaves, place.mesh, new=True))
+    held = {k: local(t) for k, t in into.items() if isinstance(t, DTensor) and not t.is_meta}
+
+    def check(_: Any) -> None:
+        landed(into)
+        written = [key for key, tensor in held.items() if bits(tensor).any()]
+        assert not written, f"the caller's own DTensors {written} were written to"
+
+    return Call(lambda: function(source, into, place.device), source, into, check)
 
 
 def _distribute_tensors(place: Place, function: Any, leaves: Leaves, nest: Nest) -> Call:

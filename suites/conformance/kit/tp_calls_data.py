@@ -67,6 +67,9 @@ def extensions(full: torch.Tensor, seat: Seat) -> Roads:
 
     def check(got: Any, whole: torch.Tensor, kind: Kind) -> None:
         assert_local(got[0], kind, whole, "flattened")
+        if kind.is_parameter:
+            assert isinstance(got[0], nn.Parameter), f"{kind.name}: a {type(got[0]).__name__}"
+            assert got[0].requires_grad is kind.leaf.requires_grad, f"{kind.name}: requires_grad"
         assert_local(got[1], kind, whole, "unflattened")
 
     return each((*plain(full, seat), *dtensors(full, seat)), call, check)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.sharding_spec import ChunkShardingSpec
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharding_spec import ChunkShardingSpec, EnumerableShardingSpec
 
 from conformance.kit import fsdp1
 from conformance.kit.boxes import assert_box, boxes
@@ -84,14 +85,23 @@ def _check_group(got: Any, full: torch.Tensor, kind: Kind, seat: Seat) -> None:
 
 def rewrite_spec(full: torch.Tensor, seat: Seat) -> Roads:
     places: Any = [f"rank:{rank}/cuda:0" for rank in range(seat.world.size)]
-    spec, rank = ChunkShardingSpec(0, places), seat.world.rank
+    rank = seat.world.rank
     wanted = ["cpu" if at == rank else "cuda:0" for at in range(seat.world.size)]
+    shards = [ShardMetadata([at, 0], [1, 2], place) for at, place in enumerate(places)]
+    for spec in (ChunkShardingSpec(0, places), EnumerableShardingSpec(shards)):
 
-    def check(got: Any, _: torch.Tensor, kind: Kind) -> None:
-        devices = [str(place.device()) for place in got.placements]
-        assert devices == wanted, f"{kind.name}: {devices}"
+        def check(got: Any, _: torch.Tensor, kind: Kind, spec: Any = spec) -> None:
+            assert _devices(got) == wanted, f"{kind.name}: {_devices(got)}"
+            assert set(_devices(spec)) == {"cuda:0"}, f"{kind.name}: the spec is changed"
 
-    return each(plain(full, seat), lambda judged, kind: judged(spec, kind.leaf, rank), check)
+        yield from each(
+            plain(full, seat), lambda judged, kind, spec=spec: judged(spec, kind.leaf, rank), check
+        )
+
+
+def _devices(spec: Any) -> list[str]:
+    shards = [shard.placement for shard in getattr(spec, "shards", ())]
+    return [str(place.device()) for place in shards or spec.placements]
 
 
 box = _described(lambda f, k, _: f(k.leaf), _check_box)

@@ -59,7 +59,9 @@ def assert_between(module: Any, kinds: dict[str, Kind], whole: torch.Tensor) -> 
             assert held.requires_grad is kind.leaf.requires_grad, f"{kind.name}: requires_grad"
 
 
-def assert_inside(held: Any, kinds: dict[str, Kind], whole: torch.Tensor) -> None:
+def assert_inside(
+    held: Any, kinds: dict[str, Kind], whole: torch.Tensor, *, tied: bool = True
+) -> None:
     """What a forward, or a state dict, finds: DTensors where they were, under both names."""
     for name, kind in kinds.items():
         for path in (name, f"child.{name}"):
@@ -68,6 +70,8 @@ def assert_inside(held: Any, kinds: dict[str, Kind], whole: torch.Tensor) -> Non
             assert_local(held[path], kind, whole, f"{path} inside")
             if sharded:
                 assert held[path].placements == kind.placements, f"{kind.name}: {path} placed"
+        if tied and kind.is_parameter:
+            assert held[name] is held[f"child.{name}"], f"{kind.name}: untied inside"
 
 
 def localize(full: torch.Tensor, seat: Seat) -> Roads:
@@ -120,7 +124,7 @@ def transform(full: torch.Tensor, seat: Seat) -> Roads:
             assert_between(module, kinds, whole)
             assert_inside(module(), kinds, whole)
         assert_between(module, kinds, whole)
-        assert_inside(module.state_dict(), kinds, whole)
+        assert_inside(module.state_dict(), kinds, whole, tied=False)
 
     yield "module", Road(lambda judged: judged(module), leaves(kinds), check)
 

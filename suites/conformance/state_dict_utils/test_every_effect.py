@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from conformance.kit.compare import assert_same
 from conformance.kit.data import numbers
 from conformance.kit.effects import (
     Watched,
@@ -72,6 +73,23 @@ def test_nothing_is_kept(
         for each_watched in watched:
             kept = each_watched.kept()
             assert not kept, f"{kept} are still held after the call"
+
+
+@pytest.mark.law("symmetry")
+@pytest.mark.world(2)
+@each(lambda function: not function.talks)
+def test_alone(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device
+) -> None:
+    """What needs no other rank must be done where one calls alone, whatever group it is given."""
+    call = function.each_kind(Place(world, mesh(2), subject, device), numbers(5, 4), usual=True)
+    if world.rank == 1:
+        call.check(call.run())
+    if world.rank == 0 and function.name == "_distribute_state_dict":
+        judged = subject.function("_state_dict_utils._distribute_state_dict")
+        into = {"w": numbers(5, 4)}
+        judged({"w": numbers(5, 4, salt=1)}, into, device, torch.distributed.group.WORLD)
+        assert_same(into["w"], numbers(5, 4, salt=1))
 
 
 @pytest.mark.law("autograd")

@@ -12,6 +12,7 @@ import torch
 
 from conformance.kit.agree import assert_raises_everywhere
 from conformance.kit.compare import assert_same
+from conformance.kit.containers import CONTAINERS
 from conformance.kit.data import numbers
 from conformance.kit.effects import empty, outline
 from conformance.kit.functions import Function, Leaves, Place, each
@@ -19,7 +20,7 @@ from conformance.kit.keys import KEYS, NESTS, pickled, rings
 from conformance.kit.kinds import KINDS
 from conformance.kit.layouts import S, dtensor
 from conformance.kit.levels import WORDS
-from conformance.kit.nested import assert_same_structure, leaves
+from conformance.kit.nested import assert_same_structure, leaves, tensors
 from conformance.kit.refusals import refused
 
 _nested = each(lambda function: function.nested)
@@ -164,6 +165,48 @@ class TestPickledMapping:
             twice = pickled(pickled(mapping))
             assert_same_structure(judged(flat, twice), value, f"{name}, read twice")
             assert dict(twice) == dict(mapping), f"{name}: the paths are others"
+
+
+@pytest.mark.judges("_state_dict_utils._unflatten_state_dict")
+class TestSeveralMappings:
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(1)
+    def test_each_leads_back(self, judged: Any, subject: Any) -> None:
+        """A mapping must lead back to its own state dict, whatever was flattened since."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        pair = {"a": numbers(3), "b": numbers(4, 3, salt=1)}
+        values = {name: nest(pair) for name, nest in NESTS.items()}
+        values |= {name: put(*pair.values()) for name, put in CONTAINERS.items()}
+        made = {name: flatten(value) for name, value in values.items()}
+        for name, flat in made.items():
+            for turn in range(2):
+                assert_same_structure(judged(*flat), values[name], f"{name}, turn {turn}")
+
+
+def _turned(value: Any) -> Any:
+    """The same with the keys of each dict in the other order."""
+    if type(value) is dict:
+        return {key: _turned(item) for key, item in reversed(value.items())}
+    return type(value)(map(_turned, value)) if type(value) in (list, tuple) else value
+
+
+@pytest.mark.law("structure")
+@pytest.mark.world(1)
+@each(lambda function: function.name in ("_copy_state_dict", "_iterate_state_dict"))
+def test_companions_in_another_order(function: Function, subject: Any) -> None:
+    """Each leaf must find the companion under its own key, in whatever order these stand."""
+    judged = subject.function(f"_state_dict_utils.{function.name}")
+    for name in ("optimizer", "deep", "alike", "shared"):
+        values = {key: torch.full((3,), float(n)) for n, key in enumerate("ab")}
+        value = NESTS[name](values)
+        into = _turned(NESTS[name]({key: torch.zeros(3) for key in values}))
+        if function.name == "_copy_state_dict":
+            judged(value, into)
+        else:
+            judged(value, *[lambda tensor, *_: tensor] * 3, companion_obj=into)
+        wanted = tensors(value)
+        for path, got in tensors(into).items():
+            assert_same(got, wanted[path], f"{name}: {path}")
 
 
 def _at(value: Any, path: tuple[Any, ...]) -> Any:

@@ -54,7 +54,17 @@ SOURCES: dict[str, Callable[[Any], Any]] = {
     "a number": lambda _: 3.0,
     "another shape": lambda _: numbers(4, 6),
 }
-_UNPICKLABLE: dict[str, Callable[[Any], Any]] = {"a lock": lambda _: threading.Lock()}
+class _Stays:
+    """Refuses to be pickled, with an error of its own."""
+
+    def __reduce__(self) -> Any:
+        raise LookupError("not this one")
+
+
+_UNPICKLABLE: dict[str, Callable[[Any], Any]] = {
+    "a lock": lambda _: threading.Lock(),
+    "an object": lambda _: _Stays(),
+}
 
 
 def _target(mesh: Any) -> Any:
@@ -81,6 +91,19 @@ class TestGatherRefuses:
             )
             value[KEY] = 3
             assert_same(judged(value)["fine"], numbers(*FULL), f"after {name}")
+
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2, collective=8, limit=30)
+    def test_on_meta_on_one_rank(self, judged: Any, mesh: Any, world: Any) -> None:
+        """A leaf without data on one rank must be refused on each, whatever is beside it."""
+        for at, before in product((0, 1), (False, True)):
+            fine = dtensor(numbers(*FULL), mesh(2), [S(0)])
+            if before:
+                judged({"fine": fine, KEY: fine})
+            odd = dtensor(numbers(*FULL, salt=1), mesh(2), [S(0)])
+            value = {"fine": fine, KEY: odd.to("meta") if world.rank == at else odd}
+            assert_raises_everywhere(world, partial(judged, value), KEY, kinds=MISSING, name=str(at))
 
 
 class _Landing:

@@ -35,6 +35,9 @@ LOCAL: dict[str, Over] = {
     "a view": lambda memory, _: memory.view(-1),
     "its transpose": lambda memory, _: memory.t(),
     "a row": lambda memory, _: memory[1],
+    "the first rows": lambda memory, _: memory[:2],
+    "its bits": lambda memory, _: memory.view(torch.int32),
+    "detached": lambda memory, _: nn.Parameter(memory).detach(),
     "a replica": lambda memory, line: DTensor.from_local(memory, line, [R], run_check=False),
 }
 SHARDED: dict[str, Over] = {
@@ -64,11 +67,12 @@ def test_two_kinds(function: Function, subject: Any, mesh: Any) -> None:
     kinds = LOCAL if function.talks else LOCAL | SHARDED
     for one, make in kinds.items():
         for other, make_other in kinds.items():
-            memory = numbers(4, 3)
+            memory = numbers(60, 3)[40:43]  # square, and not where its storage begins
             value = {
                 "first": make(memory, mesh(2)),
                 "alone": numbers(2, salt=1),
                 "inner": [{"second": make_other(memory, mesh(2))}],
+                "third": memory[2:],
             }
             got = _COPIES[function.name](judged, value)
             try:

@@ -7,13 +7,43 @@ from typing import Any
 import pytest
 
 from conformance.kit.agree import exchange
+from conformance.kit.compare import assert_same
 from conformance.kit.data import numbers
 from conformance.kit.layouts import R, S, dtensor
 from conformance.kit.refusals import attempt
 
 
+# Shape of the mesh, its ranks, and placements.
+_LINES: list[tuple[tuple[int, ...], list[int], list[Any]]] = [
+    ((4,), [2, 0, 3, 1], [S(0)]),
+    ((2, 2), [0, 1, 2, 3], [S(0), S(1)]),
+    ((2, 2), [3, 1, 0, 2], [S(1), S(0)]),
+    ((2, 2), [1, 0, 3, 2], [R, S(0)]),
+    ((2, 2), [2, 3, 0, 1], [S(0), R]),
+]
+_TAKERS = [(0,), (1,), (2,), (3,), (1, 2), (3, 0)]
+
+
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")
 class TestGatherOtherTakers:
+    @pytest.mark.law("group")
+    @pytest.mark.world(4, collective=8, limit=25)
+    def test_each_rank_of_each_mesh(self, judged: Any, mesh: Any, world: Any) -> None:
+        """Whoever takes, and however the mesh orders its ranks, each taker must get all."""
+        value, fulls = {}, {}
+        for number, (shape, ranks, placements) in enumerate(_LINES):
+            for name, size in (("w", (8, 4)), ("uneven", (5, 3))):
+                key = f"{name} {number}"
+                fulls[key] = numbers(*size, salt=number)
+                value[key] = dtensor(fulls[key], mesh(*shape, ranks=ranks), placements)
+        for takers in _TAKERS:
+            for key, leaf in [*value.items(), ("all", None)]:
+                got = judged(value if leaf is None else {key: leaf}, ranks_only=takers)
+                wanted = fulls if leaf is None else {key: fulls[key]}
+                assert list(got) == (list(wanted) if world.rank in takers else []), f"{takers}"
+                for name in got:
+                    assert_same(got[name], wanted[name], f"{name} for {takers}")
+
     @pytest.mark.law("cost")
     @pytest.mark.world(4, collective=8, limit=25)
     def test_no_more_than_one_rank_has_them(self, judged: Any, mesh: Any, world: Any) -> None:

@@ -148,6 +148,10 @@ REFUSED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "negative index below": ({"first": {"x": 1}}, ("first", "second", "third", -1)),
     "negative index on the way": ({"x": 1}, ("first", -1, "second")),
     "index of a list grown": ({"first": [1]}, ("first", 3, -1)),
+    "negative index of a list": ({"first": [1]}, ("first", -2)),
+    "negative index of a list on the way": ({"first": [1]}, ("first", -2, "second")),
+    "through a None": ({"first": None}, ("first", "second")),
+    "through a None below": ({"first": {"x": None}}, ("first", "x", 0)),
     "str for a list": ({"first": [1]}, ("first", "second")),
     "no path": ({"first": [1]}, ()),
 }
