@@ -144,9 +144,15 @@ def _broadcast(place: Place, function: Any, leaves: Leaves, nest: Nest) -> Call:
     into = _made(leaves, place.mesh, other=True)
     source = {}
     if place.world.rank == 0:
-        source = {key: full.clone() for key, (_, full) in leaves.items()}
+        source = {key: _of_a_model(full, n) for n, (key, (_, full)) in enumerate(leaves.items())}
     check = _check(_landed(leaves, place.mesh))
     return Call(lambda: function(source, into, place.device), source, into, lambda _: check(into))
+
+
+def _of_a_model(full: torch.Tensor, number: int) -> torch.Tensor:
+    """Every second one that can train is a Parameter, as models keep them."""
+    trains = number % 2 and full.dtype in (torch.float32, torch.bfloat16)
+    return torch.nn.Parameter(full.clone()) if trains else full.clone()
 
 
 def _broadcast_tensors(place: Place, function: Any, leaves: Leaves, nest: Nest) -> Call:

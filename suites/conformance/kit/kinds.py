@@ -196,6 +196,9 @@ KINDS: dict[str, Kind] = {
     "conjugated rows": Kind(_conjugated_rows, _NOT_LANDED, usual=False),
     "columns": Kind(lambda full, mesh: dtensor(full, mesh, [S(full.dim() - 1)]), _ALL),
     "replica": Kind(lambda full, mesh: dtensor(full, mesh, [R]), _ALL),
+    "replica that trains": Kind(
+        lambda full, mesh: _parameter(dtensor(full, mesh, [R])), _NOT_LANDED, usual=False
+    ),
     "rows in turn": Kind(lambda full, mesh: dtensor(full, mesh, [SS(0, 2)]), _ALL, usual=False),
     "pending": Kind(_pending, _NOT_LANDED, usual=False),
     "shards": Kind(_shards, _NOT_LANDED),

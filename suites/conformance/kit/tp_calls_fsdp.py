@@ -150,7 +150,18 @@ def chunk_tensor(full: torch.Tensor, seat: Seat) -> Roads:
     for kind in _tp_kinds(full, seat):
         yield road(kind.name, kind.leaf, kind.local)
     sharded = flat(full, tp.get_group(), chunked(len(full), tp.size()))
-    yield road("ShardedTensor", sharded, lambda whole: _rows_of(whole, tp.get_group()))
+    said = repr(sharded.metadata())
+
+    def check(got: Any, whole: torch.Tensor) -> None:
+        assert got.metadata() is not sharded.metadata(), "the metadata is the caller's"
+        assert repr(sharded.metadata()) == said, "the metadata of what is chunked changed"
+        mine = _rows_of(_rows_of(whole, tp.get_group()), group)
+        assert_same(innermost(got), mine, "ShardedTensor")
+
+    yield (
+        "ShardedTensor",
+        Road(lambda judged: judged(sharded, rank, size, 0, group), {"w": sharded}, check),
+    )
 
 
 def chunk_dtensor(full: torch.Tensor, seat: Seat) -> Roads:
@@ -202,3 +213,11 @@ def pre_load(full: torch.Tensor, seat: Seat) -> Roads:
         assert_same(got[1][0].tensor, _rows_of(cut(whole, tp, [S(0)]), _column(root)))
 
     yield "nested", Road(lambda judged: judged(outer), {"w": inner}, check_inner)
+    few = nested(full[: tp.size()], tp, _column(root))  # one row for several ranks of FSDP
+
+    def check_few(got: Any, whole: torch.Tensor) -> None:
+        assert got[0] is few[1], "not the inner one"
+        mine = _rows_of(cut(whole[: tp.size()], tp, [S(0)]), _column(root))
+        assert_same(got[1][0].tensor, mine)
+
+    yield "nested, few rows", Road(lambda judged: judged(few[0]), {"w": few[1]}, check_few)

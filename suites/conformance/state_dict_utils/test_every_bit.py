@@ -26,6 +26,15 @@ USUAL = [
 _COMPUTED = {"pending"}
 _WITH_TORCH = {"unfinished", "unfinished rows", "rows of wrappers"}
 
+
+
+def _some(values: torch.Tensor) -> list[torch.Tensor]:
+    """Twenty of all, and twenty NaNs."""
+    flat = values.reshape(-1)
+    odd = flat[flat.isnan()]
+    return [part for found in (flat, odd) for part in found[:: len(found) // 20 + 1].clone()]
+
+
 _copies = each(lambda function: function.values and not function.same_objects)
 
 
@@ -51,5 +60,12 @@ def test_every_bit(
         and (dtype in USUAL or name not in _WITH_TORCH)
         and (kind.usual and dtype in USUAL) == (what == "usual")
     }
+    if "rows" in function.kinds() and what == "usual":
+        leaves |= {
+            f"0-dim {kind} {number} of {dtype}": (kind, value.to(device))
+            for dtype in USUAL
+            for number, value in enumerate(_some(patterns(dtype)))
+            for kind in ("plain", "replica")
+        }
     call = function.call(place, leaves)
     call.check(call.run())

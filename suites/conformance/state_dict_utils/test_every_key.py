@@ -20,7 +20,7 @@ from conformance.kit.keys import KEYS, NESTS, pickled, rings
 from conformance.kit.kinds import KINDS
 from conformance.kit.layouts import S, dtensor
 from conformance.kit.levels import WORDS
-from conformance.kit.nested import assert_same_structure, leaves, tensors
+from conformance.kit.nested import Pair, assert_same_structure, leaves, tensors
 from conformance.kit.refusals import refused
 
 _nested = each(lambda function: function.nested)
@@ -177,6 +177,8 @@ class TestSeveralMappings:
         pair = {"a": numbers(3), "b": numbers(4, 3, salt=1)}
         values = {name: nest(pair) for name, nest in NESTS.items()}
         values |= {name: put(*pair.values()) for name, put in CONTAINERS.items()}
+        values["empty"] = []
+        values["the last"] = Pair(*pair.values())
         made = {name: flatten(value) for name, value in values.items()}
         for name, flat in made.items():
             for turn in range(2):

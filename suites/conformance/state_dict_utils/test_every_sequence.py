@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from conformance.kit.agree import attempt
+from conformance.kit.compare import assert_same
 from conformance.kit.data import numbers
 from conformance.kit.functions import Function, Place, each
+from conformance.kit.layouts import R, S, part
 from conformance.kit.sequences import another_world, others, rounds
 
 _all = each()
@@ -80,6 +83,34 @@ def test_another_world_between(
     place = another_world(Place(world, None, subject, device), shared, line)
     second = function.call(place, leaves)
     second.check(second.run())
+
+
+@pytest.mark.judges("_state_dict_utils._gather_state_dict")
+class TestGatherFormats:
+    @pytest.mark.law("structure")
+    @pytest.mark.world(2, collective=8, limit=30)
+    def test_each_has_its_own(self, judged: Any, mesh: Any) -> None:
+        """A tensor must keep its memory format beside and after others of its shape."""
+        line = mesh(2)
+        fulls = {"rows": numbers(4, 4), "columns": numbers(4, 4, salt=1).t()}
+        for names in (["rows", "columns"], ["columns", "rows"], ["columns"], ["rows"]):
+            for placement in (S(0), S(1), R):
+                value = {}
+                for name in names:
+                    full = fulls[name]
+                    value[name] = DTensor.from_local(
+                        part(full, line, [placement]),
+                        line,
+                        [placement],
+                        run_check=False,
+                        shape=full.shape,
+                        stride=full.stride(),
+                    )
+                got = judged(value)
+                for name in names:
+                    what = f"{name} of {names}, {placement}"
+                    assert_same(got[name], fulls[name], what)
+                    assert got[name].stride() == fulls[name].stride(), f"{what}: turned"
 
 
 @pytest.mark.law("isolation")

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from conformance.kit.compare import assert_same
+from conformance.kit.compare import assert_same, local
 from conformance.kit.data import numbers
 from conformance.kit.functions import Function, each
 from conformance.kit.layouts import R, S, dtensor, part, rows, sharded_tensor
+from conformance.kit.nested import tensors
 from conformance.kit.overlap import assert_kept
 
 Over = Callable[[torch.Tensor, Any], Any]
@@ -57,6 +58,13 @@ _COPIES = {
 }
 
 
+def _assert_same_kinds(got: Any, value: Any) -> None:
+    expected = tensors(value)
+    for path, tensor in tensors(got).items():
+        flags = [(isinstance(t, nn.Parameter), t.requires_grad) for t in (tensor, expected[path])]
+        assert flags[0] == flags[1], f"{path}: Parameter, requires_grad: {flags[0]}, {flags[1]}"
+
+
 @pytest.mark.law("structure")
 @pytest.mark.world(2, collective=8, limit=30)
 @each(lambda function: function.name in _COPIES)
@@ -77,8 +85,41 @@ def test_two_kinds(function: Function, subject: Any, mesh: Any) -> None:
             got = _COPIES[function.name](judged, value)
             try:
                 assert_kept(got, value)
+                if function.name != "_create_cpu_state_dict":
+                    _assert_same_kinds(got, value)
             except AssertionError as error:
                 raise AssertionError(f"{one} and {other}: {error}") from None
+
+
+@pytest.mark.law("structure")
+@pytest.mark.world(2, collective=8, limit=30)
+@each(lambda function: function.name in ("_broadcast_state_dict", "_distribute_state_dict"))
+def test_other_values_for_tied_targets(
+    function: Function, world: Any, mesh: Any, subject: Any, device: torch.device
+) -> None:
+    """Where a full state dict has two values for one tensor the last must be in both places."""
+    judged = subject.function(f"_state_dict_utils.{function.name}")
+    values = {"b": numbers(4, 3), "a": numbers(4, 3, salt=1), "c": numbers(4, 3, salt=2)}
+    for placement in (S(0), R):
+        leaf = dtensor(torch.zeros(4, 3), mesh(2), [placement])
+        into: dict[str, Any] = dict.fromkeys(values, leaf)
+        source = dict(values) if world.rank == 0 or not function.talks else {}
+        judged(source, into, device)
+        for key, got in into.items():
+            assert_same(local(got), part(values["c"], mesh(2), [placement]), f"{placement} {key}")
+
+
+@pytest.mark.judges("_state_dict_utils._iterate_state_dict")
+class TestIterateTies:
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_each_companion_is_asked(self, judged: Any) -> None:
+        """What a function makes for one companion must not go to the companion of a tied leaf."""
+        tied = numbers(3)
+        into = {"a": torch.zeros(3), "b": torch.full((3,), 8.0)}
+        judged({"a": tied, "b": tied}, *[lambda t, _pg, _d, other: t + other] * 3, companion_obj=into)
+        assert_same(into["a"], tied, "a")
+        assert_same(into["b"], tied + 8, "b")
 
 
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from conformance.kit.agree import exchange
 from conformance.kit.compare import assert_same
@@ -43,6 +44,24 @@ class TestGatherOtherTakers:
                 assert list(got) == (list(wanted) if world.rank in takers else []), f"{takers}"
                 for name in got:
                     assert_same(got[name], wanted[name], f"{name} for {takers}")
+
+    @pytest.mark.law("group")
+    @pytest.mark.world(4, collective=8, limit=25)
+    def test_each_rank_of_each_group(self, judged: Any, mesh: Any, world: Any) -> None:
+        """Takers count in the numbering of the group, whichever ranks it has."""
+        for ranks in ([0, 2], [1, 3], [0, 1], [0, 2, 3]):
+            group = torch.distributed.new_group(ranks)
+            line = mesh(len(ranks), ranks=ranks)
+            if world.rank not in ranks:
+                continue
+            for number, taker in enumerate(ranks):
+                full = numbers(5, 3, salt=number)
+                value = {"w": dtensor(full, line, [S(0)]), "v": numbers(3)}
+                got = judged(value, pg=group, ranks_only=(number,))
+                wanted = ["w", "v"] if world.rank == taker else []
+                assert list(got) == wanted, f"{number} of {ranks}: {list(got)}"
+                if got:
+                    assert_same(got["w"], full, f"{number} of {ranks}")
 
     @pytest.mark.law("cost")
     @pytest.mark.world(4, collective=8, limit=25)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from conformance.kit.fsdp1 import (
     tp_mesh,
 )
 from conformance.kit.layouts import ONE_D, R, S, dtensor, part, placement_id, rows, sharded_tensor
+from conformance.kit.refusals import MISSING, refused
 from conformance.kit.streams import STREAM, Handle, Waits
 
 CPU: Any = _FSDPDeviceHandle.from_device(torch.device("cpu"))
@@ -199,6 +201,16 @@ class TestPostUnflattenTransform:
         assert_same(local.grad, torch.full((2, 3), 2.0))
 
     @pytest.mark.law("autograd")
+    @pytest.mark.world(1)
+    def test_a_wrong_mesh(self, judged: Any, mesh: Any) -> None:
+        """A mesh that is not the DTensor's must be refused, and so must none."""
+        tensor = dtensor(numbers(4, 3), mesh(1, 1), [S(0), R])
+        for wrong in (None, mesh(1)):
+            refused(
+                partial(judged(CPU).all_gather_dtensor, tensor, wrong), kinds=MISSING, what="a mesh"
+            )
+
+    @pytest.mark.law("isolation")
     @pytest.mark.world(1)
     def test_no_compute_stream(self, judged: Any, mesh: Any) -> None:
         """Without one nothing but the current stream is used; instances share none."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -207,6 +209,17 @@ class TestLocalizeDtensor:
         assert_local(module.one, part(full, line, [S(0)]), "one")
         assert_local(module.child.third, part(full, line, [S(0)]), "third")
         assert [n for n, _ in module.named_parameters()] == ["one", "child.twin", "child.third"]
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(1)
+    def test_an_ignored_parameter_is_not_held(self, judged: Any, mesh: Any) -> None:
+        """One that was to be ignored, and was replaced since, must be gone."""
+        module: Any = bag(a=weight(numbers(4), mesh(1), [S(0)]), b=nn.Parameter(numbers(2)))
+        gone = weakref.ref(module.a)
+        judged(module, ignored_params={module.a})
+        module.a = nn.Parameter(numbers(4))
+        gc.collect()
+        assert gone() is None, "it is held after it was replaced"
 
     @pytest.mark.law("structure")
     @pytest.mark.world(1)

@@ -44,6 +44,20 @@ def nested(full: torch.Tensor, root: Any) -> tuple[ShardedTensor, ShardedTensor]
 
 @pytest.mark.judges("tensor.parallel.fsdp._pre_load_state_dict")
 class TestPreLoadStateDict:
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(2)
+    def test_the_list_is_the_callers(self, judged: Any, rank: int) -> None:
+        """However many shards a rank has, what a caller does with the list changes no tensor."""
+        full = numbers(6, 2)
+        for owners in ([0, 0], [1, 1], [0, 1]):
+            tensor = sharded_tensor(full, rows(full.shape, [4, 2], owners))
+            held = list(tensor.local_shards())
+            assert len(held) == owners.count(rank)
+            _, shards = judged(tensor)
+            assert list(map(id, shards)) == list(map(id, held)), f"{owners}: other shards"
+            shards.clear()
+            assert tensor.local_shards() == held, f"{owners}: the tensor's own list is handed out"
+
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     def test_a_nested_tensor_is_unwrapped(self, judged: Any, mesh: Any) -> None:

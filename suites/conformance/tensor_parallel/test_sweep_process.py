@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from conformance.kit.compare import local
+from conformance.kit import fsdp1
+from conformance.kit.compare import assert_same, local
 from conformance.kit.data import numbers
-from conformance.kit.tp_kinds import Seat
+from conformance.kit.layouts import R
+from conformance.kit.tp_kinds import Seat, laid
 from conformance.kit.tp_process import CONTEXTS, changed, flags, process
 from conformance.kit.tp_roads import Function, functions
 
@@ -56,6 +58,23 @@ def _nothing_is_kept(function: Function, judged: Any, seat: Seat) -> None:
 def _tensors(got: Any) -> list[torch.Tensor]:
     found = got if isinstance(got, (tuple, list)) else [got]
     return [t for t in found if isinstance(t, torch.Tensor)]
+
+
+@pytest.mark.judges("tensor.parallel.fsdp._chunk_dtensor")
+class TestChunksApart:
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(4)
+    def test_what_is_left_whole(self, judged: Any, seat: Seat) -> None:
+        """Training must not change what was chunked, also where nothing could be cut."""
+        root = seat.root()
+        tp = fsdp1.tp_mesh(root)
+        for shape in ((), (1,), (1, 1), (2, 1), (3, 5)):
+            full = numbers(*shape)
+            for leaf in (full.clone(), laid(full, tp, [R])):
+                got = judged(leaf, fsdp1.fsdp_rank(root), fsdp1.fsdp_mesh(root))
+                kept = local(got).clone()
+                local(leaf).add_(1)
+                assert_same(local(got), kept, f"{shape} of a {type(leaf).__name__}")
 
 
 class TestProcess:

@@ -154,6 +154,20 @@ class TestUpdateModuleParam:
 
     @pytest.mark.law("structure")
     @pytest.mark.world(1)
+    def test_what_is_missing_stays_missing(self, judged: Any) -> None:
+        """Where several parameters are None, one that is given must not be given to the others."""
+        module = bag(a=plain(1), child=bag(b=plain(2)))
+        for owner in (module, module.child):
+            owner.register_parameter("bias", None)
+            owner.register_parameter("scale", None)
+        new = plain(11)
+        judged([(module, "bias", new), (module.child, "b", plain(12))])
+        assert module.bias is new
+        missing = (module.scale, module.child.bias, module.child.scale)
+        assert missing == (None, None, None), f"now {missing}"
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
     def test_a_shared_module(self, judged: Any) -> None:
         """A module that stands in two places is changed in both by one entry."""
         shared = bag(w=plain(1), b=plain(2))
