@@ -2,8 +2,8 @@
 
 Exit 0: each fault was caught by a check of the functions that it breaks; 1: one survived; 2: wrong
 usage; 3: a fault could not be planted, or the judging itself broke. A fault that shows only on an
-accelerator is named as not judged where there is none. What `ci/mutation` has measured of the checks
-saves those that do not run the lines that a patch changes.
+accelerator is named as not judged where there is none. What `ci/mutation` has measured of the
+checks saves those that do not run the lines that a patch changes.
 """
 
 from __future__ import annotations

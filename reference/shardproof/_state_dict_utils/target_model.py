@@ -172,7 +172,9 @@ class Model:
         if is_custom(type(local)):
             self.by_class = self.keeps
             return
-        self.dtype = value.dtype
+        # What is made anew need not be of an integer dtype that its values do not fit into.
+        if self.keeps or _same_kind(value.dtype, self.source_dtype):
+            self.dtype = value.dtype
         # A local part of another dtype than the target claims takes the values, not their bits.
         as_bits = table or not self.keeps or local.dtype == value.dtype
         self.ordinary = as_bits and is_ordinary(local) and _as_it_is(local)

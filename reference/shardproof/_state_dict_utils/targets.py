@@ -221,7 +221,8 @@ class Target:
                 shape = local.shape if block is None else block.shape
                 return allocate(shape, model.dtype, model.device)
             if not model.keeps:
-                memory = allocate_like(local, model.device)
+                dtype = local.dtype if model.dtype is value.dtype else model.dtype
+                memory = allocate_like(local, model.device, dtype)
             else:
                 memory = local.detach() if local.requires_grad else local
             return memory if block is None or memory.dim() else memory.view(block.shape)

@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -138,7 +138,7 @@ def empty(value: Any) -> None:
         items = list(value.values() if isinstance(value, Mapping) else value)
         for item in (*items, getattr(value, "_metadata", None)):
             empty(item)
-        if not isinstance(value, tuple):
+        if isinstance(value, (MutableMapping, list)):
             value.clear()
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed._shard.metadata import ShardMetadata
-from torch.distributed._shard.sharding_spec import ChunkShardingSpec, EnumerableShardingSpec
+from torch.distributed._shard.sharding_spec import ChunkShardingSpec
+from torch.distributed._shard.sharding_spec.api import EnumerableShardingSpec
 
 from conformance.kit import fsdp1
 from conformance.kit.boxes import assert_box, boxes
@@ -88,15 +89,17 @@ def rewrite_spec(full: torch.Tensor, seat: Seat) -> Roads:
     rank = seat.world.rank
     wanted = ["cpu" if at == rank else "cuda:0" for at in range(seat.world.size)]
     shards = [ShardMetadata([at, 0], [1, 2], place) for at, place in enumerate(places)]
-    for spec in (ChunkShardingSpec(0, places), EnumerableShardingSpec(shards)):
+    specs = ChunkShardingSpec(0, places), EnumerableShardingSpec(shards)
 
-        def check(got: Any, _: torch.Tensor, kind: Kind, spec: Any = spec) -> None:
-            assert _devices(got) == wanted, f"{kind.name}: {_devices(got)}"
+    def call(judged: Any, kind: Kind) -> Any:
+        return [judged(spec, kind.leaf, rank) for spec in specs]
+
+    def check(got: Any, _: torch.Tensor, kind: Kind) -> None:
+        for new, spec in zip(got, specs, strict=True):
+            assert _devices(new) == wanted, f"{kind.name}: {_devices(new)}"
             assert set(_devices(spec)) == {"cuda:0"}, f"{kind.name}: the spec is changed"
 
-        yield from each(
-            plain(full, seat), lambda judged, kind, spec=spec: judged(spec, kind.leaf, rank), check
-        )
+    return each(plain(full, seat), call, check)
 
 
 def _devices(spec: Any) -> list[str]:
@@ -153,7 +156,8 @@ def chunk_tensor(full: torch.Tensor, seat: Seat) -> Roads:
     said = repr(sharded.metadata())
 
     def check(got: Any, whole: torch.Tensor) -> None:
-        assert got.metadata() is not sharded.metadata(), "the metadata is the caller's"
+        ours, theirs = got.metadata(), sharded.metadata()
+        assert ours.tensor_properties is not theirs.tensor_properties, "the metadata is shared"
         assert repr(sharded.metadata()) == said, "the metadata of what is chunked changed"
         mine = _rows_of(_rows_of(whole, tp.get_group()), group)
         assert_same(innermost(got), mine, "ShardedTensor")

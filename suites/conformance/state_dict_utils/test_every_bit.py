@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from conformance.kit.agree import attempt
+from conformance.kit.compare import assert_same, local
 from conformance.kit.data import DTYPES
 from conformance.kit.functions import Function, Place, each
+from conformance.kit.layouts import S, dtensor, part
 from conformance.kit.patterns import patterns, uneven
 
 # What Gloo moves, and torch computes with.
@@ -25,7 +28,6 @@ USUAL = [
 # A kind whose numbers are added to others, and kinds that take collectives of torch's own.
 _COMPUTED = {"pending"}
 _WITH_TORCH = {"unfinished", "unfinished rows", "rows of wrappers"}
-
 
 
 def _some(values: torch.Tensor) -> list[torch.Tensor]:
@@ -60,7 +62,7 @@ def test_every_bit(
         and (dtype in USUAL or name not in _WITH_TORCH)
         and (kind.usual and dtype in USUAL) == (what == "usual")
     }
-    if "rows" in function.kinds() and what == "usual":
+    if "rows" in function.kinds() and what == "rare":
         leaves |= {
             f"0-dim {kind} {number} of {dtype}": (kind, value.to(device))
             for dtype in USUAL
@@ -69,3 +71,19 @@ def test_every_bit(
         }
     call = function.call(place, leaves)
     call.check(call.run())
+
+
+@pytest.mark.law("values")
+@pytest.mark.world(2, collective=8, limit=30)
+@each(lambda function: function.name in ("_broadcast_state_dict", "_distribute_state_dict"))
+def test_integers_that_do_not_fit(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device
+) -> None:
+    """A target without data must be refused, or take all bits of wider integers."""
+    judged = subject.function(f"_state_dict_utils.{function.name}")
+    full = torch.tensor([2**40 + 1, -(2**33), 3, 2**62])
+    for dtype in (torch.int32, torch.int16, torch.uint8, torch.bool):
+        into = {"w": dtensor(full.to(dtype), mesh(2), [S(0)]).to("meta")}
+        given = {"w": full} if world.rank == 0 or not function.talks else {}
+        if attempt(lambda: judged(given, into, device)) is None:  # noqa: B023
+            assert_same(local(into["w"]), part(full, mesh(2), [S(0)]), str(dtype))

@@ -17,6 +17,7 @@ import torch
 from conformance.kit.agree import assert_raises_everywhere
 from conformance.kit.compare import assert_same, fingerprint, local
 from conformance.kit.data import numbers
+from conformance.kit.functions import Function, each
 from conformance.kit.layouts import S, dtensor, part, rows, sharded_tensor
 from conformance.kit.refusals import MISSING, refused
 
@@ -54,6 +55,8 @@ SOURCES: dict[str, Callable[[Any], Any]] = {
     "a number": lambda _: 3.0,
     "another shape": lambda _: numbers(4, 6),
 }
+
+
 class _Stays:
     """Refuses to be pickled, with an error of its own."""
 
@@ -92,7 +95,6 @@ class TestGatherRefuses:
             value[KEY] = 3
             assert_same(judged(value)["fine"], numbers(*FULL), f"after {name}")
 
-
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=8, limit=30)
     def test_on_meta_on_one_rank(self, judged: Any, mesh: Any, world: Any) -> None:
@@ -103,7 +105,9 @@ class TestGatherRefuses:
                 judged({"fine": fine, KEY: fine})
             odd = dtensor(numbers(*FULL, salt=1), mesh(2), [S(0)])
             value = {"fine": fine, KEY: odd.to("meta") if world.rank == at else odd}
-            assert_raises_everywhere(world, partial(judged, value), KEY, kinds=MISSING, name=str(at))
+            assert_raises_everywhere(
+                world, partial(judged, value), KEY, kinds=MISSING, name=str(at)
+            )
 
 
 class _Landing:
@@ -194,6 +198,20 @@ class TestBroadcastRefuses(_Landing):
     def sources(self) -> dict[str, Callable[[Any], Any]]:
         return SOURCES | _UNPICKLABLE
 
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(3, collective=8, limit=30)
+    def test_a_plain_target_of_another_shape(
+        self, judged: Any, world: Any, device: torch.device
+    ) -> None:
+        """One on any single rank must be refused by name on every rank."""
+        for at in range(3):
+            into = {"fine": torch.zeros(FULL), KEY: torch.zeros(FULL)}
+            if world.rank == at:
+                into[KEY] = torch.zeros(4, 6)
+            given = {key: numbers(*FULL) for key in into} if world.rank == 0 else {}
+            call = partial(judged, given, into, device)
+            assert_raises_everywhere(world, call, KEY, kinds=MISSING, name=f"rank {at}")
+
 
 @pytest.mark.judges("_state_dict_utils._broadcast_tensors")
 class TestBroadcastTensorsRefuses(_Landing):
@@ -275,3 +293,43 @@ class TestAllGatherRefuses:
             return
         error = refused(lambda: judged(tensor, some))
         assert "2" in str(error), f"rank 2 is not named: {error}"
+
+
+class _Closed(torch.Tensor):
+    """Takes no values, and says so when it is to take them."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if "copy_" in str(func):
+            raise LookupError("closed")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+COMPANIONS: dict[str, Callable[[], torch.Tensor]] = {
+    "memory that its elements share": lambda: torch.zeros(1).expand(3),
+    "a class that refuses": lambda: torch.zeros(3).as_subclass(_Closed),
+    "on meta": lambda: torch.zeros(3, device="meta"),
+    "another shape": lambda: torch.zeros(4),
+}
+"""Name -> what cannot take three numbers."""
+
+
+@pytest.mark.law("all-or-nothing")
+@pytest.mark.world(1)
+@each(lambda function: function.name in ("_copy_state_dict", "_iterate_state_dict"))
+def test_companions(function: Function, subject: Any) -> None:
+    """One that cannot take its tensor must be refused, nothing written, and all modes kept."""
+    judged = subject.function(f"_state_dict_utils.{function.name}")
+    value = {"fine": numbers(3), "odd": numbers(3, salt=1)}
+    for (name, make), grad in product(COMPANIONS.items(), (True, False)):
+        into = {"fine": torch.zeros(3), "odd": make()}
+        if function.name == "_copy_state_dict":
+            call = partial(judged, value, into)
+        else:
+            call = partial(judged, value, *[lambda t, *_: t] * 3, companion_obj=into)
+        with torch.set_grad_enabled(grad):
+            refused(call, "odd", what=name)
+            assert torch.is_grad_enabled() is grad, f"{name}: the grad mode is another"
+        assert_same(into["fine"], torch.zeros(3), f"{name}: a part was written")

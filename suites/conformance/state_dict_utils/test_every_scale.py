@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from conformance.kit.compare import assert_same, local
 from conformance.kit.functions import Function, Leaves, Place, each
+from conformance.kit.layouts import R, S, dtensor, part
 from conformance.kit.scales import LARGE, MANY
 
 
@@ -50,3 +52,38 @@ def _assert_arrive(
             call.check(call.run())
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
+
+
+@pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
+class TestBroadcastGrid:
+    @pytest.mark.law("values")
+    @pytest.mark.world(4)
+    def test_large_ones(self, judged: Any, mesh: Any, world: Any, device: torch.device) -> None:
+        """What is cut over two dimensions must arrive on every rank, whatever its size."""
+        square = mesh(2, 2)
+        full: dict[str, torch.Tensor] = {}
+        layouts: list[list[Any]] = [
+            [S(0), S(1)],
+            [R, R],
+            [S(1), S(0)],
+            [S(0), S(0)],
+            [R, S(1)],
+            [S(0), R],
+            [R, R],
+        ]
+        for size in (96, 160, 512, 1024):
+            whole = (torch.arange(size * size) % 251).float().view(size, size)
+            full |= {f"{size} {n}": whole + n for n in range(len(layouts))}
+        into = {
+            key: dtensor(torch.zeros_like(whole), square, layouts[n % len(layouts)])
+            for n, (key, whole) in enumerate(full.items())
+        }
+        given = {}
+        if world.rank == 0:  # every second one lies turned in the source's memory
+            given = {
+                key: whole.t().contiguous().t() if n % 2 else whole
+                for n, (key, whole) in enumerate(full.items())
+            }
+        judged(given, into, device)
+        for key, got in into.items():
+            assert_same(local(got), part(full[key], square, got.placements), key)

@@ -117,7 +117,9 @@ class TestIterateTies:
         """What a function makes for one companion must not go to the companion of a tied leaf."""
         tied = numbers(3)
         into = {"a": torch.zeros(3), "b": torch.full((3,), 8.0)}
-        judged({"a": tied, "b": tied}, *[lambda t, _pg, _d, other: t + other] * 3, companion_obj=into)
+        judged(
+            {"a": tied, "b": tied}, *[lambda t, _pg, _d, other: t + other] * 3, companion_obj=into
+        )
         assert_same(into["a"], tied, "a")
         assert_same(into["b"], tied + 8, "b")
 

@@ -13,7 +13,6 @@ from conformance.kit.data import numbers
 from conformance.kit.layouts import R, S, dtensor
 from conformance.kit.refusals import attempt
 
-
 # Shape of the mesh, its ranks, and placements.
 _LINES: list[tuple[tuple[int, ...], list[int], list[Any]]] = [
     ((4,), [2, 0, 3, 1], [S(0)]),

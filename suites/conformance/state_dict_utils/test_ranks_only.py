@@ -130,3 +130,16 @@ class TestIterateRanksOnly:
             assert_same(got["w"], numbers(3))
         else:
             assert got == {}, f"global rank {rank} got {got}"
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2)
+    def test_the_functions_run_everywhere(self, judged: Any, rank: int) -> None:
+        """A function may communicate: it must be called on every rank, whoever gets the result."""
+        seen: list[Any] = []
+
+        def note(tensor: Any, *_: Any) -> Any:
+            seen.append(tensor)
+            return tensor
+
+        judged({"w": numbers(3)}, note, note, note, ranks_only=(0,))
+        assert len(seen) == 1, f"rank {rank}: called {len(seen)} times"

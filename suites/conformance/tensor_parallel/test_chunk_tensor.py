@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch.distributed._shard.sharded_tensor.shard import Shard
 from torch.distributed.tensor import DTensor
 
 from conformance.kit import accelerator
-from conformance.kit.agree import exchange
+from conformance.kit.agree import assert_raises_everywhere, exchange
 from conformance.kit.boxes import assert_box, assert_tile, boxes
 from conformance.kit.collectives import Collectives
 from conformance.kit.compare import assert_same, fingerprint, shares_memory
@@ -27,6 +28,7 @@ from conformance.kit.fsdp1 import EVEN, UNEVEN, given, held_id, tp_local, tp_mes
 from conformance.kit.groups import UNSORTED, group
 from conformance.kit.layouts import R, S, dtensor, rows, sharded_tensor
 from conformance.kit.nested import spoil
+from conformance.kit.refusals import MISSING
 
 SIZES = [(8, 4), (7,), (5, 3), (3, 2), (1,), (1, 5), (9, 1, 2), (0, 3), (3, 0), (6, 6)]
 
@@ -284,3 +286,16 @@ class TestChunkTensor:
                 assert shard.grad_fn is None, f"{what}: part of a graph"
                 properties = got.metadata().tensor_properties
                 assert not properties.requires_grad, f"{what}: its metadata require grad"
+
+
+@pytest.mark.judges("tensor.parallel.fsdp._chunk_tensor")
+class TestOwners:
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2)
+    def test_both_shards_on_one_rank(self, judged: Any, world: Any) -> None:
+        """A ShardedTensor of which some rank has no shard must be refused on every rank."""
+        full = numbers(4, 2)
+        for owners in ([0, 0], [1, 1]):
+            tensor = sharded_tensor(full, rows(full.shape, [2, 2], owners))
+            call = partial(judged, tensor, world.rank, 2, 1, dist.group.WORLD)
+            assert_raises_everywhere(world, call, kinds=MISSING, name=str(owners))

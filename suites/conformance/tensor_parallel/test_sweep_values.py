@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from conformance.kit.compare import assert_same, assert_type
 from conformance.kit.data import DTYPES, numbers
+from conformance.kit.kinds import spread
 from conformance.kit.layouts import SS, R, S
 from conformance.kit.tensor_parallel import bag
 from conformance.kit.tp_kinds import Seat, cut, laid, trainable
@@ -63,6 +66,33 @@ class TestValues:
                 what = f"{kind.name}, {dtype}"
                 assert_type(piece.grad, torch.Tensor, what)
                 assert_same(piece.grad, kind.local(grads), what)
+
+
+# Name -> the same values, in memory that lies that way.
+_LAID: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "as anybody expects": torch.clone,
+    "down the columns": lambda t: t.t().contiguous().t(),
+    "in every second place": spread,
+}
+
+
+class TestScale:
+    @pytest.mark.law("values")
+    @functions(4, lambda function: function.copies)
+    def test_large_ones(self, function: Function, judged: Any, seat: Seat) -> None:
+        """A tensor of several MiB must arrive as a small one does, however its memory lies."""
+        for dtype in (torch.float32, torch.int32):
+            full = (torch.arange(1 << 20) % 251).to(dtype).view(1024, 1024)
+            for way, lay in _LAID.items():
+                for name, road in function.roads(full, seat):
+                    for leaf in road.inputs.values():
+                        if isinstance(leaf, DTensor):
+                            leaf._local_tensor = lay(leaf._local_tensor.detach())
+                    got = road.call(judged)
+                    try:
+                        road.check(got, full)
+                    except AssertionError as error:
+                        raise AssertionError(f"{name}, {way}, {dtype}: {error}") from None
 
 
 @pytest.mark.judges("tensor.parallel.ddp._pre_dp_module_transform")
