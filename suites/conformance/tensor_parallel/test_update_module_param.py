@@ -142,6 +142,7 @@ class TestUpdateModuleParam:
         assert [n for n, _ in identities(module)] == ["a", "b", "c", "child.d", "child.e"]
 
     @pytest.mark.law("structure")
+    @pytest.mark.should("a caller may name each place of a tie")
     @pytest.mark.world(1)
     def test_ties_between_the_owners_stay(self, judged: Any) -> None:
         """A name that is not in the list is replaced with its twin, if its owner is in the list."""
