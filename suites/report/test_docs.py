@@ -65,6 +65,16 @@ def test_the_readme_is_read_at_one_sitting() -> None:
     assert len(README.read_text().splitlines()) <= 180
 
 
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_every_file_that_is_named_exists(page: Path) -> None:
+    """Paths from the root, in code; placeholders such as <subject> and NAME stand for others."""
+    named = re.findall(
+        r"`((?:ci|docker|docs|reference|suites)/[\w./-]+)[`:]", _prose(page.read_text())
+    )
+    lost = [name for name in named if "NAME" not in name and not (ROOT / name).exists()]
+    assert not lost
+
+
 def _commands(page: Path) -> set[str]:
     """The commands of ci/ in a page: lines of its blocks, and code in its text.
 
