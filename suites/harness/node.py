@@ -49,6 +49,7 @@ class Follower:
         """Serve until the first node says bye, or is gone."""
         self._items = {item.nodeid: item for item in session.items}
         processes.adopt_orphans()
+        crew.remove_abandoned()
         signal.signal(signal.SIGTERM, _terminate)
         warm.warm_up(everything=not self._config.option.no_warm_up)
         recording.watch()
