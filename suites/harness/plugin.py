@@ -70,7 +70,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(node.Follower(config, settings), "shardproof-node")
         return
     settings.run_dir.mkdir(parents=True, exist_ok=True)
-    config.option.xmlpath = config.option.xmlpath or str(settings.run_dir / "junit.xml")
+    if not getattr(config.option, "xmlpath", None):  # not there with -p no:junitxml
+        config.option.xmlpath = str(settings.run_dir / "junit.xml")
     run = Run(config, settings)
     config.pluginmanager.register(run, "shardproof-run")
     if settings.jobs > 1:
