@@ -158,7 +158,19 @@ def _in_the_parent() -> Iterator[Cell]:
     yield Cell("raise", "report", "", where=PARENT, who=nobody, how=how)
 
 
-CELLS = [*_on_a_rank(), *_in_the_parent()]
+def _on_a_node() -> Iterator[Cell]:
+    how = "from the beginning: the nodes end with 3 and say who did not come"
+    yield Cell("network cut", "start", "", "", "join limit", where=NODE, who="nobody", how=how)
+    for phase in ("rendezvous", "body", "teardown", "report"):
+        said = "is lost: no sign of life for 1"
+        yield Cell("network cut", phase, "error", said, "10 s of silence", where=NODE, who=NODE)
+    for phase in PHASES:
+        yield Cell("network loss", phase, "pass", where=NODE, who="nobody")
+    how = "at the address of --rendezvous listens another program: both end with 3 and say so"
+    yield Cell("port taken", "rendezvous", "", "", "join limit", where=NODE, who="nobody", how=how)
+
+
+CELLS = [*_on_a_rank(), *_in_the_parent(), *_on_a_node()]
 BY_NAME = {cell.name: cell for cell in CELLS}
 
 SENSELESS = {

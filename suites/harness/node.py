@@ -160,7 +160,7 @@ class Follower:
         """Send one frame whole; the socket's own limit ends a wait for a node that is cut off."""
         self._said = time.monotonic()
         sock.setblocking(True)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        with contextlib.suppress(OSError):  # it is gone, or cut off: the next look finds out
             self._out.send(kind, **payload)
         sock.setblocking(False)
 
