@@ -297,13 +297,7 @@ class Rank:
         self._channel.send("ready", pid=os.getpid())
         while (order := self._channel.receive()) is not None and order["kind"] == "run":
             item = self._find(order["id"])
-            try:
-                probe.arrive(item.config.stash[SETTINGS].subject)
-            except ImportError as error:
-                self._channel.send(
-                    "broken", message=one_line(error), details=traceback.format_exc()
-                )
-                return 1
+            probe.arrive(item.config.stash[SETTINGS].subject)
             recording.restart()
             snapshot = Snapshot(self.seat.tmp)
             self._seed()
