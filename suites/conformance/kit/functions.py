@@ -172,11 +172,10 @@ def _broadcast_tensors(place: Place, function: Any, leaves: Leaves, nest: Nest) 
 def _distribute(place: Place, function: Any, leaves: Leaves, nest: Nest) -> Call:
     into = _made(leaves, place.mesh, other=True)
     source = {key: full.clone() for key, (_, full) in leaves.items()}
-    landed = _check(_landed(leaves, place.mesh, new=True))
     held = {k: local(t) for k, t in into.items() if isinstance(t, DTensor) and not t.is_meta}
 
     def check(_: Any) -> None:
-        landed(into)
+        _check(_landed(leaves, place.mesh, new=True))(into)
         written = [key for key, tensor in held.items() if bits(tensor).any()]
         assert not written, f"the caller's own DTensors {written} were written to"
 

@@ -85,6 +85,15 @@ MESHES: dict[str, Several] = {
         ],
         ((3, "grid"), (0, "turned")),
     ),
+    "grids of the same ranks": Several(
+        4,
+        lambda mesh: [
+            ("square", mesh(2, 2, ranks=range(4)), [S(0), S(1)]),
+            ("tall", mesh(4, 1, ranks=range(4)), [S(0), S(1)]),
+            ("wide", mesh(1, 4, ranks=range(4)), [S(1), S(0)]),
+        ],
+        ((3, "wide"), (0, "tall")),
+    ),
     "odd beside even": Several(
         4,
         lambda mesh: [

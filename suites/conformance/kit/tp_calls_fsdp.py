@@ -153,6 +153,7 @@ def chunk_tensor(full: torch.Tensor, seat: Seat) -> Roads:
     for kind in _tp_kinds(full, seat):
         yield road(kind.name, kind.leaf, kind.local)
     sharded = flat(full, tp.get_group(), chunked(len(full), tp.size()))
+    sharded.metadata().tensor_properties.requires_grad = True
     said = repr(sharded.metadata())
 
     def check(got: Any, whole: torch.Tensor) -> None:

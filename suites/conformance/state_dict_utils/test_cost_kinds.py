@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from conformance.kit.collectives import Collectives
 from conformance.kit.containers import dashed
-from conformance.kit.data import SOME_DTYPES, numbers
+from conformance.kit.data import DTYPES, SOME_DTYPES, numbers
 from conformance.kit.growth import Model
 from conformance.kit.landing import target
 from conformance.kit.layouts import SS, R, S, dtensor, part, rows, sharded_tensor
@@ -121,6 +121,25 @@ class TestGatherCost:
     def test_every_kind_of_leaf(self, judged: Any, mesh: Any, make: Any) -> None:
         """Forty leaves of any kind must take as many collectives as eight."""
         _assert_as_many(lambda number: judged(_leaves(make, number, mesh)))
+
+    @pytest.mark.law("cost")
+    @pytest.mark.should("how many collectives there are is no promise")
+    @pytest.mark.world(4)
+    def test_few_for_all(self, judged: Any, mesh: Any) -> None:
+        """Small leaves of any dtypes must take no more than one to agree and one to move them.
+
+        Uneven ones take one more, and a state dict of which nothing is spread takes none.
+        """
+        for name, at_most in {"rows": 2, "dtypes": 2, "shapes": 3, "none": 0}.items():
+            value = {}
+            for n in range(len(DTYPES)):
+                dtype = DTYPES[n] if name == "dtypes" else torch.float32
+                size = (n + 1, 3) if name == "shapes" else (8, 2)
+                full = numbers(*size, dtype=dtype, salt=n)
+                value[f"k{n}"] = full if name == "none" else dtensor(full, mesh(4), [S(0)])
+            with Collectives() as seen:
+                judged(value)
+            assert seen.count <= at_most, f"{name}: {dict(seen.names)}, expected {at_most}"
 
     @pytest.mark.law("cost")
     @pytest.mark.world(4)

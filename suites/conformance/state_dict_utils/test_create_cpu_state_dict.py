@@ -208,6 +208,7 @@ class TestCreateCpuStateDict:
         got = judged({"weight": weight, "result": weight * 2})
         for name, tensor in tensors(got).items():
             assert tensor.grad_fn is None, f"{name} is part of a graph"
+            assert not tensor.requires_grad, f"{name} requires grad: nobody may write into it"
 
     @quiet
     @pytest.mark.law("structure")

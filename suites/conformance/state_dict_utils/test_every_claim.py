@@ -13,7 +13,8 @@ from conformance.kit.agree import assert_raises_everywhere
 from conformance.kit.claims import FULL, OF_DTENSORS, OF_SHARDS, PLACEMENTS, sound, sound_shards
 from conformance.kit.compare import assert_same, fingerprint, local
 from conformance.kit.data import numbers
-from conformance.kit.layouts import dtensor, part
+from conformance.kit.functions import Function, each
+from conformance.kit.layouts import S, dtensor, part
 from conformance.kit.refusals import MISSING, refused
 
 EACH_RANK = (0, 1, None)
@@ -254,3 +255,28 @@ class TestCopyClaims:
             before = fingerprint(into)
             refused(partial(judged, source, into), KEY, what=name)
             assert fingerprint(into) == before, f"{name}: something was written"
+
+
+_PAIRS: dict[str, Callable[..., Any]] = {
+    "_copy_state_dict": lambda judged, given, into: judged(given, into),
+    "_check_state_dict_similarity": lambda judged, given, into: judged(given, into),
+    "_iterate_state_dict": lambda judged, given, into: judged(
+        given, *[lambda tensor, *_: tensor] * 3, companion_obj=into
+    ),
+}
+
+
+@pytest.mark.law("symmetry")
+@pytest.mark.world(2)
+@each(lambda function: function.name in _PAIRS)
+def test_global_shapes_that_differ(function: Function, subject: Any, mesh: Any, world: Any) -> None:
+    """DTensors of other shapes must not pass on ranks where the parts are of one shape."""
+    judged = subject.function(f"_state_dict_utils.{function.name}")
+    for sizes in ((5, 6), (6, 5), (1, 2), (2, 1), (3, 4)):
+        given, into = ({KEY: dtensor(numbers(size, 2), mesh(2), [S(0)])} for size in sizes)
+        before = fingerprint(into)
+        if function.name == "_check_state_dict_similarity":
+            assert judged(given, into) is False, f"{sizes}: similar on rank {world.rank}"
+        else:
+            refused(partial(_PAIRS[function.name], judged, given, into), KEY, what=str(sizes))
+        assert fingerprint(into) == before, f"{sizes}: something was written"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from conformance.kit.compare import assert_same
 from conformance.kit.data import numbers
@@ -19,6 +23,7 @@ from conformance.kit.effects import (
     on_what_was_given,
 )
 from conformance.kit.functions import Function, Place, each, each_with_kinds
+from conformance.kit.nested import leaves
 
 _OPENED = {"open files", "threads of Python"}
 """What a first call may leave: a backend's connections, and who looks after them."""
@@ -166,3 +171,47 @@ def test_a_thread_that_trains_meanwhile(
         over.set()
         thread.join()
     assert not wrong, f"in the other thread {wrong[0]}"
+
+
+@pytest.mark.law("isolation")
+@pytest.mark.world(2)
+@each()
+def test_meshes_are_given_back(
+    function: Function, world: Any, subject: Any, device: torch.device
+) -> None:
+    """A mesh must be gone once the caller lets go of it, and of what lies on it."""
+
+    def call_on_a_mesh_of_its_own() -> weakref.ref[DeviceMesh]:
+        # No other mesh is equal to it, so that caches of torch do not stand in for it.
+        line = DeviceMesh(device.type, torch.arange(2), mesh_dim_names=("given back",))
+        place = Place(world, line, subject, device)
+        function.each_kind(place, numbers(5, 4), usual=True).run()
+        return weakref.ref(line)
+
+    mesh = call_on_a_mesh_of_its_own()
+    gc.collect()
+    assert mesh() is None, "the mesh is held after the call"
+
+
+@pytest.mark.law("isolation")
+@pytest.mark.world(2)
+@each(lambda function: "shards" in function.kinds())
+def test_metadata_stay(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device
+) -> None:
+    """What a ShardedTensor says of itself must be after a call as before, flags included."""
+    call = function.call(Place(world, mesh(2), subject, device), {"w": ("shards", numbers(5, 4))})
+    given = [leaf for _, leaf in leaves(call.inputs) if isinstance(leaf, ShardedTensor)]
+    for tensor in given:
+        tensor.metadata().tensor_properties.requires_grad = True
+        for shard in tensor.local_shards():
+            shard.tensor.requires_grad_()
+    before = [repr(tensor.metadata()) for tensor in given]
+    got = call.run()
+    after = [repr(tensor.metadata()) for tensor in given]
+    assert given, "nothing was given"
+    assert after == before, f"{after}, was {before}"
+    if not function.same_objects:
+        copies = [leaf for _, leaf in leaves(got) if isinstance(leaf, ShardedTensor)]
+        for one, other in zip(copies, given, strict=False):
+            assert one.metadata().tensor_properties is not other.metadata().tensor_properties

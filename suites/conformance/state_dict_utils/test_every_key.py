@@ -254,3 +254,34 @@ class TestGatherKeysThatAreTensors:
         assert list(map(id, got)) == list(map(id, parameters)), "the keys are others"
         for parameter, full in zip(parameters, fulls, strict=True):
             assert_same(got[parameter]["exp_avg"], full + 1)
+
+
+@pytest.mark.law("structure")
+@pytest.mark.world(2, collective=8, limit=30)
+@_flat
+def test_the_order_is_the_targets(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device
+) -> None:
+    """Keys must stay where they stood, in whatever order the full state dict has them."""
+    judged = subject.function(f"_state_dict_utils.{function.name}")
+    into: dict[str, Any] = {"z": 1, "rows": dtensor(torch.zeros(4, 2), mesh(2), [S(0)])}
+    into |= {"not there": 2, "plain": torch.zeros(4, 2), "number": torch.tensor(0), "a": "text"}
+    full: dict[str, Any] = {
+        key: numbers(4, 2, salt=len(key)) if key in ("rows", "plain") else 3
+        for key in ("plain", "a", "rows", "number", "z")
+    }
+    if function.name == "_broadcast_tensors":
+        into = {key: value for key, value in into.items() if isinstance(value, torch.Tensor)}
+        full |= {"number": torch.tensor(3)}
+        full = {key: full[key] for key in full if key in into}
+    order = list(into)
+    if function.name == "_broadcast_tensors":
+        info = subject.function("_state_dict_utils._TensorInfo")
+        if world.rank:
+            full = {key: info(value.shape, value.dtype) for key, value in full.items()}
+        judged(full, into, list(full), device)
+    elif function.talks:
+        judged(full if world.rank == 0 else {}, into, device)
+    else:
+        judged(full, into, device)
+    assert list(into) == order, f"keys {list(into)}, were {order}"

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -48,6 +48,7 @@ TARGETS: dict[str, Callable[[Any], Any]] = {
 # What is wrong with the source's entry.
 SOURCES: dict[str, Callable[[Any], Any]] = {
     "a DTensor": lambda mesh: dtensor(numbers(*FULL), mesh, [S(0)]),
+    "a DTensor in columns": lambda mesh: dtensor(numbers(*FULL), mesh, [S(1)]),
     "a ShardedTensor": lambda _: sharded_tensor(numbers(*FULL), rows(FULL, [3, 3])),
     "a tensor on meta": lambda _: numbers(*FULL).to("meta"),
     "a complex tensor": lambda _: numbers(*FULL, dtype=torch.complex64),
@@ -114,6 +115,8 @@ class _Landing:
     """Calls by which full tensors land; the class says whose."""
 
     talks = True
+    beside: ClassVar[dict[str, Any]] = {}
+    """What no tensor is, and lands beside them."""
 
     def call(
         self, judged: Any, subject: Any, world: Any, given: Any, into: Any, device: Any
@@ -132,10 +135,11 @@ class _Landing:
     ) -> None:
         """A target that cannot take its tensor must be refused by name, and nothing written."""
         for (name, make), at in product(self.targets().items(), EACH_RANK):
-            into = {"fine": _target(mesh(2)), KEY: _target(mesh(2))}
+            into = {**self.beside, "fine": _target(mesh(2)), KEY: _target(mesh(2))}
             if _wrong(at, world):
                 into[KEY] = make(mesh(2))
-            given = {"fine": numbers(*FULL, salt=1), KEY: numbers(*FULL)}
+            new = dict.fromkeys(self.beside, 7)
+            given = {**new, "fine": numbers(*FULL, salt=1), KEY: numbers(*FULL)}
             self._assert_refused(
                 self.call(judged, subject, world, given, into, device),
                 world,
@@ -154,8 +158,9 @@ class _Landing:
     ) -> None:
         """What cannot land must be refused by name, and nothing written."""
         for name, make in self.sources().items():
-            into = {"fine": _target(mesh(2)), KEY: _target(mesh(2))}
-            given = {"fine": numbers(*FULL, salt=1), KEY: make(mesh(2))}
+            into = {**self.beside, "fine": _target(mesh(2)), KEY: _target(mesh(2))}
+            new = dict.fromkeys(self.beside, 7)
+            given = {**new, "fine": numbers(*FULL, salt=1), KEY: make(mesh(2))}
             call = self.call(judged, subject, world, given, into, device)
             self._assert_refused(call, world, into, name, wrong=True)
             given[KEY] = numbers(*FULL)
@@ -190,6 +195,8 @@ class _Landing:
 
 @pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
 class TestBroadcastRefuses(_Landing):
+    beside: ClassVar[dict[str, Any]] = {"step": 3}
+
     def call(
         self, judged: Any, subject: Any, world: Any, given: Any, into: Any, device: Any
     ) -> Callable[[], Any]:
@@ -266,6 +273,7 @@ class TestBroadcastTensorsRefuses(_Landing):
 @pytest.mark.judges("_state_dict_utils._distribute_state_dict")
 class TestDistributeRefuses(_Landing):
     talks = False
+    beside: ClassVar[dict[str, Any]] = {"step": 3}
 
     def call(
         self, judged: Any, subject: Any, world: Any, given: Any, into: Any, device: Any

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from conformance.kit.agree import assert_raises_everywhere
 from conformance.kit.compare import assert_same, local
+from conformance.kit.data import numbers
 from conformance.kit.functions import Function, Leaves, Place, each
 from conformance.kit.layouts import R, S, dtensor, part
 from conformance.kit.scales import LARGE, MANY
@@ -87,3 +91,46 @@ class TestBroadcastGrid:
         judged(given, into, device)
         for key, got in into.items():
             assert_same(local(got), part(full[key], square, got.placements), key)
+
+
+def _names() -> list[str]:
+    """Names of 256 KiB together, which no compression makes much shorter."""
+    return [hashlib.shake_256(bytes([n])).hexdigest(1024) for n in range(128)]
+
+
+@pytest.mark.judges("_state_dict_utils._gather_state_dict")
+class TestGatherNames:
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2, collective=8, limit=30)
+    def test_a_difference_beside_long_names(self, judged: Any, mesh: Any, world: Any) -> None:
+        """Ranks that hold many and long names must work, and hear of the one that differs."""
+        names, line = _names(), mesh(2)
+        value: dict[str, Any] = {
+            name: dtensor(numbers(4, 4, salt=n), line, [S(n % 2)]) for n, name in enumerate(names)
+        }
+        more = value | ({"zz plain": numbers(3)} if world.rank else {})
+        got = judged(more)
+        for n, name in enumerate(names):
+            assert_same(got[name], numbers(4, 4, salt=n), name[:9])
+        for key in ("zz last", "!! first"):
+            odd = dtensor(numbers(4, 4), line, [S(world.rank)])
+            at_its_place = dict(sorted({**value, key: odd}.items()))
+            assert_raises_everywhere(world, partial(judged, at_its_place), key, name=key)
+
+
+@pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
+class TestBroadcastNames:
+    @pytest.mark.law("values")
+    @pytest.mark.world(2, collective=8, limit=30)
+    def test_a_difference_beside_long_names(
+        self, judged: Any, mesh: Any, world: Any, device: torch.device
+    ) -> None:
+        """Where ranks place the last of many, long names otherwise each must get its part."""
+        names, line = [*_names(), "zz last"], mesh(2)
+        into: dict[str, Any] = {name: dtensor(torch.zeros(4, 4), line, [S(0)]) for name in names}
+        if world.rank:
+            into["zz last"] = dtensor(torch.zeros(4, 4), line, [S(1)])
+        full = {name: numbers(4, 4, salt=n) for n, name in enumerate(names)}
+        judged(full if world.rank == 0 else {}, into, device)
+        for name, got in into.items():
+            assert_same(local(got), part(full[name], line, got.placements), name[:9])

@@ -11,10 +11,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from conformance.kit.agree import attempt
-from conformance.kit.compare import assert_same
+from conformance.kit.compare import assert_same, local
 from conformance.kit.data import numbers
 from conformance.kit.functions import Function, Place, each
-from conformance.kit.layouts import R, S, part
+from conformance.kit.groups import group
+from conformance.kit.layouts import R, S, dtensor, part
 from conformance.kit.sequences import another_world, others, rounds
 
 _all = each()
@@ -140,3 +141,28 @@ def test_after_an_error(
             else:
                 leaf._local_tensor = right
         call.check(call.run())
+
+
+@pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
+class TestBroadcastGroups:
+    @pytest.mark.law("group")
+    @pytest.mark.world(3, collective=8, limit=30)
+    def test_another_group_of_as_many(
+        self, judged: Any, mesh: Any, rank: int, device: torch.device
+    ) -> None:
+        """Loads over groups of one size in turn must each be right, whichever ranks they are of."""
+        pairs = [(0, 1), (1, 2), (0, 2)]
+        groups = [(ranks, group(*ranks), mesh(2, ranks=ranks)) for ranks in pairs]
+        full = {key: numbers(8, 6, salt=n) for n, key in enumerate(("rows", "columns", "whole"))}
+        placements: dict[str, Any] = dict(zip(full, ([S(0)], [S(1)], [R]), strict=True))
+        over_all = [(ranks, pg, mesh(3)) for ranks, pg, _ in groups]
+        for turn, (ranks, pg, line) in enumerate([*groups, *over_all] * 2):
+            if rank not in ranks:
+                continue
+            into: dict[str, Any] = {
+                key: dtensor(torch.zeros(8, 6), line, placements[key]) for key in full
+            }
+            judged(full if rank == ranks[0] else {}, into, device, pg=pg)
+            for key, got in into.items():
+                expected = part(full[key], line, placements[key])
+                assert_same(local(got), expected, f"{turn}, {ranks} of {line.size()}: {key}")

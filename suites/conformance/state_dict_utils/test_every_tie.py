@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from conformance.kit.collectives import Collectives
 from conformance.kit.compare import assert_same, local
 from conformance.kit.data import numbers
 from conformance.kit.functions import Function, each
@@ -141,3 +142,39 @@ class TestGatherTies:
             assert got["a"].data_ptr() != got["c"].data_ptr(), f"{length} rows: tied to another"
             assert_same(got["a"], full)
             assert_same(got["c"], other)
+
+
+@pytest.mark.law("cost")
+@pytest.mark.world(2, collective=8, limit=30)
+@each(lambda function: function.name in ("_broadcast_state_dict", "_broadcast_tensors"))
+def test_a_tied_source_travels_once(
+    function: Function, world: Any, mesh: Any, subject: Any, device: torch.device
+) -> None:
+    """A tensor that the source has under two keys must not be sent twice."""
+    judged = subject.function(f"_state_dict_utils.{function.name}")
+    info = subject.function("_state_dict_utils._TensorInfo")
+    for placement in (S(0), R, None):
+        sent = []
+        for keys in (["a"], ["a", "b"]):
+            full = numbers(256, 256)
+            into: dict[str, Any] = {
+                key: torch.zeros(256, 256)
+                if placement is None
+                else dtensor(torch.zeros(256, 256), mesh(2), [placement])
+                for key in keys
+            }
+            source: dict[str, Any] = dict.fromkeys(keys, full)
+            with Collectives() as seen:
+                if function.name == "_broadcast_state_dict":
+                    judged(source if world.rank == 0 else {}, into, device)
+                else:
+                    if world.rank:
+                        source = dict.fromkeys(keys, info(full.shape, full.dtype))
+                    judged(source, into, keys, device)
+            sent.append(seen.bytes)
+            for key, got in into.items():
+                expected = part(full, mesh(2), [placement]) if placement else full
+                assert_same(local(got), expected, f"{placement} {key}")
+        said = f"{placement}: {sent[0]} bytes for one key, {sent[1]} for two"
+        assert sent[0] > 0, said
+        assert sent[1] < sent[0] * 1.5, said

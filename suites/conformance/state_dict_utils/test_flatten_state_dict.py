@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -283,3 +285,40 @@ class TestUnflattenStateDict:
         _, mapping = flatten({"a": {"b": 1}})
         flat = {"a.b": 1, "a.stranger": 2}
         refused(lambda: judged(flat, mapping), "a.stranger", kinds=MISSING)
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(1)
+    def test_a_path_through_a_leaf_is_refused(self, judged: Any, subject: Any) -> None:
+        """A place that paths make a leaf and a container is an error that names it, in any order.
+
+        Paths are plain, or those of two state dicts flattened one by one.
+        """
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        for leaf in (1, numbers(3), None, "text"):
+            for below in ({"b": 2}, {1: 2}, [2], {"b": {"c": 2}}):
+                flat, paths = flatten({"w": {"a": leaf}})
+                deep, deep_paths = flatten({"w": {"a": below}})
+                plain: dict[str, Any] = {"w.a": ("w", "a"), "w.a.b": ("w", "a", "b")}
+                cases = [(flat | deep, paths | deep_paths), ({"w.a": leaf, "w.a.b": 2}, plain)]
+                for whole, mapping in cases:
+                    for order in (list(whole), list(whole)[::-1]):
+                        refused(
+                            partial(
+                                judged,
+                                {key: whole[key] for key in order},
+                                {key: mapping[key] for key in order},
+                            ),
+                            re.compile(r"w\W+a"),
+                            what=f"{leaf} {below} {order}",
+                        )
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_containers_whose_keys_look_alike(self, judged: Any, subject: Any) -> None:
+        """Containers under keys of one spelling, at any depth, stay apart."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        groups: list[list[Any]] = [[0, "0", (0,), "(0,)"], [None, "None"], [1.5, "1.5"]]
+        for keys in groups:
+            distinct = {key: {"x": n, "y": {"z": n}} for n, key in enumerate(keys)}
+            for value in (distinct, {"a": distinct}, {"a": {"b": distinct, "c": {"x": 8}}}):
+                assert_same_structure(judged(*flatten(value)), value, str(keys))

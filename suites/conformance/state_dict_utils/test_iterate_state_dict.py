@@ -366,6 +366,7 @@ class TestIdentityFunc:
         """The tensor comes back as the same object, untouched, whatever its kind."""
         kinds: dict[str, Any] = three_kinds(mesh, world.size)
         kinds["parameter"] = nn.Parameter(numbers(2))
+        kinds["DTensor parameter"] = nn.Parameter(dtensor(numbers(4, 2), mesh(world.size), [S(0)]))
         companion = numbers(2, salt=1)
         all_of_them = [kinds, companion]
         before = fingerprint(all_of_them)

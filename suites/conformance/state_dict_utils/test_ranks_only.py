@@ -131,6 +131,19 @@ class TestIterateRanksOnly:
         else:
             assert got == {}, f"global rank {rank} got {got}"
 
+    @pytest.mark.law("structure")
+    @pytest.mark.world(2)
+    def test_what_the_others_get(self, judged: Any, rank: int) -> None:
+        """The others must get `{}` in the place of a dict, and None in that of anything else."""
+        functions = [lambda tensor, *_: tensor] * 3
+        for value in ([numbers(3)], (numbers(3), 1), numbers(3), 3, "text", {"w": numbers(3)}, {}):
+            got = judged(value, *functions, ranks_only=(0,))
+            if rank == 1:
+                expected: Any = {} if isinstance(value, dict) else None
+                assert got == expected, f"{got} in the place of a {type(value).__name__}"
+            else:
+                assert type(got) is type(value), f"rank 0 got {got}"
+
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2)
     def test_the_functions_run_everywhere(self, judged: Any, rank: int) -> None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial
 from conformance.kit.agree import assert_raises_everywhere
 from conformance.kit.compare import assert_same
 from conformance.kit.data import numbers
-from conformance.kit.layouts import S, dtensor
+from conformance.kit.layouts import R, S, dtensor, part
 
 NAN, INF = math.nan, math.inf
 
@@ -131,6 +132,33 @@ class TestGatherReduces:
                 assert_same(have, whole_again, key)
             else:
                 assert torch.equal(have.nan_to_num(), whole.nan_to_num()), f"{key}: {have}"
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(4)
+    def test_beside_other_placements(self, judged: Any, mesh: Any, rank: int) -> None:
+        """Only ranks along its own mesh dimension must be reduced, whatever the others hold."""
+        square = mesh(2, 2)
+        value, expected = {}, {}
+        for op in ("sum", "avg", "min", "max"):
+            for dim, other in product((0, 1), (S(0), S(1), R)):
+                key, full = f"{op} over {dim} beside {other}", numbers(4, 6)
+                placements: list[Any] = [other, other]
+                placements[dim] = Partial(op)
+                at = square.get_coordinate()[dim]
+                held: list[Any] = [other, other]
+                held[dim] = R
+                mine = part(full * 4 + 8 * at, square, held)
+                value[key] = DTensor.from_local(mine, square, placements, run_check=False)
+                given = torch.stack([full * 4, full * 4 + 8])
+                expected[key] = {
+                    "sum": given.sum(0),
+                    "avg": given.mean(0),
+                    "min": given[0],
+                    "max": given[1],
+                }[op]
+        got = judged(value)
+        for key, whole in expected.items():
+            assert torch.equal(got[key], whole), f"{key}: {got[key]}, expected {whole}"
 
     @pytest.mark.law("values")
     @pytest.mark.should("upstream adds in the dtype, in the order of the backend")

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
+from torch.distributed.device_mesh import DeviceMesh
 
 from conformance.kit.agree import exchange
 from conformance.kit.boxes import assert_box, assert_tile, boxes
@@ -200,7 +201,8 @@ class TestGetDtPg:
     def test_the_group_of_the_tensors_mesh(self, judged: Any, mesh: Any, rank: int) -> None:
         """A DTensor's group is that of its mesh: all ranks, some of them, a dimension of more."""
         root = mesh(2, 2)
-        lines = [mesh(4), mesh(2, ranks=[1, 3]), tp_mesh(root), root["dp"]]
+        own = DeviceMesh.from_group(dist.new_group(range(4)), root.device_type)
+        lines = [mesh(4), mesh(2, ranks=[1, 3]), tp_mesh(root), root["dp"], own]
         for line in lines:
             ranks = line.mesh.tolist()
             if rank in ranks:

@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.nn.parallel import DistributedDataParallel
 
 from conformance.kit import fsdp1
 from conformance.kit.compare import assert_same, local
 from conformance.kit.data import numbers
-from conformance.kit.layouts import R
+from conformance.kit.layouts import R, S
+from conformance.kit.tensor_parallel import backward, net
 from conformance.kit.tp_kinds import Seat, laid
 from conformance.kit.tp_process import CONTEXTS, changed, flags, process
-from conformance.kit.tp_roads import Function, functions
+from conformance.kit.tp_roads import FUNCTIONS, Function, functions
 
 
 def _state_stays(function: Function, judged: Any, seat: Seat) -> None:
@@ -95,3 +99,65 @@ class TestProcess:
         """In any of the caller's modes a call must be right, change no state and keep nothing."""
         _state_stays(function, judged, seat)
         _nothing_is_kept(function, judged, seat)
+
+
+def _root_of_its_own(device: torch.device) -> DeviceMesh:
+    """No other mesh is equal to it, so that caches of torch do not stand in for it."""
+    ranks = torch.arange(2, device="cpu").view(1, 2)
+    return DeviceMesh(device.type, ranks, mesh_dim_names=("given", "back"))
+
+
+def _unflatten(judged: Any, root: DeviceMesh) -> None:
+    meta = TensorMeta(torch.Size((8, 4)), (4, 1), torch.float32)
+    spec = DTensorSpec(root["back"], (S(0),), meta)
+    judged(numbers(4, 4), spec, device_handle=None, compute_stream=None)
+
+
+_ON_MESHES = {
+    "_unflatten_tensor": _unflatten,
+    "_chunk_dtensor": lambda judged, root: judged(numbers(8, 4), 0, root["given"]),
+}
+
+
+@pytest.mark.law("isolation")
+@pytest.mark.world(2)
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(function, id=function.name, marks=pytest.mark.judges(function.path))
+        for function in FUNCTIONS
+        if function.name in _ON_MESHES
+    ],
+)
+def test_meshes_are_given_back(function: Function, judged: Any, device: torch.device) -> None:
+    """A mesh must be gone once the caller lets go of it, and of what lies on it."""
+
+    def call_on_a_mesh_of_its_own() -> weakref.ref[DeviceMesh]:
+        root = _root_of_its_own(device)
+        _ON_MESHES[function.name](judged, root)
+        return weakref.ref(root)
+
+    mesh = call_on_a_mesh_of_its_own()
+    gc.collect()
+    assert mesh() is None, "the mesh is held after the call"
+
+
+@pytest.mark.judges("tensor.parallel.ddp._pre_dp_module_transform")
+class TestWrappers:
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(2)
+    def test_they_are_given_back(self, judged: Any, mesh: Any) -> None:
+        """A module and what DDP puts around it must be gone once the caller lets go of them."""
+
+        def train() -> list[weakref.ref[Any]]:
+            root = mesh(1, 2)
+            module = net(root["tp"])
+            judged(module)
+            wrapped = DistributedDataParallel(module, process_group=root["dp"].get_group())
+            backward(wrapped)
+            return [weakref.ref(wrapped), weakref.ref(module)]
+
+        held = train()
+        gc.collect()
+        kept = [type(found).__name__ for ref in held if (found := ref()) is not None]
+        assert not kept, f"{kept} are held after training"
