@@ -174,6 +174,7 @@ def test_a_thread_that_trains_meanwhile(
 
 
 @pytest.mark.law("isolation")
+@pytest.mark.should("torch remembers of its own operations on DTensors the meshes, too")
 @pytest.mark.world(2)
 @each()
 def test_meshes_are_given_back(
@@ -195,7 +196,7 @@ def test_meshes_are_given_back(
 
 @pytest.mark.law("isolation")
 @pytest.mark.world(2)
-@each(lambda function: "shards" in function.kinds())
+@each(lambda function: "shards" in function.kinds() and not function.talks)
 def test_metadata_stay(
     function: Function, mesh: Any, world: Any, subject: Any, device: torch.device
 ) -> None:

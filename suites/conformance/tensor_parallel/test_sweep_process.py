@@ -120,6 +120,7 @@ _ON_MESHES = {
 
 
 @pytest.mark.law("isolation")
+@pytest.mark.should("torch remembers of its own operations on DTensors the meshes, too")
 @pytest.mark.world(2)
 @pytest.mark.parametrize(
     "function",
