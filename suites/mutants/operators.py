@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mutants.executed import blocks_of, is_text, sources
 from mutants.judge import SUBJECT
+from mutants.statements import blocks_of, is_text, sources
 
 _COMPARISONS: Mapping[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -31,7 +31,7 @@ _COMPARISONS: Mapping[type[ast.cmpop], type[ast.cmpop]] = {
     ast.In: ast.NotIn,
     ast.NotIn: ast.In,
 }
-_ORDERS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+ORDERS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 _ARITHMETIC: Mapping[type[ast.operator], type[ast.operator]] = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -70,6 +70,8 @@ class Automatic:
     line: int = field(default=0, compare=False)
     """Of the statement that it stands in."""
     span: tuple[int, int] = field(default=(0, 0), compare=False)
+    place: tuple[int, int, int, int] = field(default=(0, 0, 0, 0), compare=False)
+    """Line and column of its begin and of its end."""
 
     @property
     def name(self) -> str:
@@ -87,7 +89,7 @@ class Automatic:
     def changed(self, source: str) -> str:
         """The text of its file with the change."""
         data = source.encode()
-        new = f"({self.new})" if self.operator not in _OF_STATEMENTS else self.new
+        new = f"({self.new})" if self.operator not in OF_STATEMENTS else self.new
         return (data[: self.span[0]] + new.encode() + data[self.span[1] :]).decode()
 
     def plant(self, folder: Path) -> None:
@@ -96,7 +98,7 @@ class Automatic:
         path.write_text(self.changed(path.read_text()))
 
 
-_OF_STATEMENTS = frozenset({"drop statement", "return", "jump", "handler", "assignment"})
+OF_STATEMENTS = frozenset({"drop statement", "return", "jump", "handler", "assignment"})
 
 
 def mutants_of(file: str, source: str) -> list[Automatic]:
@@ -119,7 +121,9 @@ def mutants_of(file: str, source: str) -> list[Automatic]:
                 if isinstance(node, ast.stmt | ast.expr) and node.end_lineno is not None:
                     begin = offset(node.lineno, node.col_offset)
                     end = offset(node.end_lineno, node.end_col_offset or 0)
-                    place = (statement.lineno, (begin, end))
+                    at = node.lineno if operator == "handler" else statement.lineno
+                    ends = (node.end_lineno, node.end_col_offset or 0)
+                    place = (at, (begin, end), (node.lineno, node.col_offset, *ends))
                     words = (file, function, operator, ast.unparse(node), new)
                     key = Automatic(*words).key
                     found.append(Automatic(*words, seen[key], *place))
@@ -213,7 +217,7 @@ def _of_condition(test: ast.expr, *, force_true: bool = True) -> Iterator[_Chang
     if isinstance(test, ast.Constant):
         return
     negated = isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)
-    flipped = isinstance(test, ast.Compare) and not isinstance(test.ops[0], _ORDERS)
+    flipped = isinstance(test, ast.Compare) and not isinstance(test.ops[0], ORDERS)
     if not negated and not flipped:  # those are mutants of the expression already
         yield "condition", test, f"not ({ast.unparse(test)})"
     if force_true:
