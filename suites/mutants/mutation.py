@@ -15,7 +15,7 @@ import itertools
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from harness import pipes
@@ -135,10 +135,12 @@ def judge_all(
         tried = checks[: options.first]
         if checks:
             result = judge.judge(mutant.plant, tried)
-        elif selection.runs(mutant):
-            result = Result("survived", message="in no check it computes anything else")
-        else:
+        elif not selection.runs(mutant):
             result = Result("unreached" if selection.place(mutant) in explained else "unexecuted")
+        elif mutant.operator == "condition" and _leads_to(selection.place(mutant), explained):
+            result = Result("unreached")
+        else:
+            result = Result("survived", message="in no check it computes anything else")
         if result.state == "survived" and len(tried) < len(checks):
             result.state = "undecided"
         selection.learn(mutant.file, mutant.function, result.state, result.said)
@@ -152,6 +154,11 @@ def judge_all(
         if result.state == "broken":
             print(f"    {result.said}", file=sys.stderr)
     return len(chosen)
+
+
+def _leads_to(test: Statement, explained: Collection[Statement]) -> bool:
+    """Whether a branch of the statement is among those that cannot be reached here."""
+    return any(s.file == test.file and test.line < s.line <= test.end for s in explained)
 
 
 def unexecuted_blocks(executed: Executed) -> Iterator[tuple[list[Statement], bool]]:
