@@ -34,9 +34,6 @@ from shardproof._state_dict_utils.line import (
 from shardproof._state_dict_utils.local_copies import LocalCopies
 from shardproof._state_dict_utils.simulation import gather_simulated, simulates_ranks
 from shardproof._state_dict_utils.subclasses import settled_result
-from shardproof._state_dict_utils.tensors import (
-    CPU,
-)
 from shardproof._state_dict_utils.wire import (
     Domain,
     backend_of,
@@ -129,9 +126,8 @@ def _all_gather_sharded_tensor(
     found = find({"sharded_tensor": sharded_tensor}, pg, device, type_check=False)
     agreed = _agree(found, pg, device, cpu_offload=False)
     leaf = found.leaves["sharded_tensor"]
-    target = device
-    if target is None:
-        target = leaf.layout.domain.device if leaf.layout.domain is not None else CPU
+    assert leaf.layout.domain is not None
+    target = leaf.layout.domain.device if device is None else device
     gathered = _gather(found, None, agreed, LocalCopies(found, cpu_offload=False))
     return gathered["sharded_tensor"].to(target)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -283,3 +284,18 @@ class TestUnflattenStateDict:
         _, mapping = flatten({"a": {"b": 1}})
         flat = {"a.b": 1, "a.stranger": 2}
         refused(lambda: judged(flat, mapping), "a.stranger", kinds=MISSING)
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("typed", [False, True], ids=["plain", "typed"])
+    def test_a_path_through_a_leaf_is_refused(self, judged: Any, subject: Any, typed: bool) -> None:
+        """A path that leads through the leaf of another must be refused by name, in any order."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        leaf, inner = {"a": {"b": 1}}, {"a": {"b": {"c": {"d": 2}}}}
+        if typed:  # what more than dicts with str keys and lists makes of a path
+            leaf, inner = ({"a": OrderedDict(v["a"])} for v in (leaf, inner))
+        flats, mappings = zip(*[flatten(value) for value in (leaf, inner)], strict=True)
+        for order in (1, -1):
+            flat = {key: value for some in flats[::order] for key, value in some.items()}
+            mapping = {key: path for some in mappings for key, path in some.items()}
+            refused(partial(judged, flat, mapping), "b", kinds=MISSING, what=f"{flat}")
