@@ -131,6 +131,8 @@ KINDS: dict[str, Callable[[DeviceMesh], tuple[Any, Any]]] = {
     "list for tensor": lambda _: ([numbers(4)], numbers(1, 4)),
     "dict for None": lambda _: ({"x": numbers(4)}, None),
     "list for None": lambda _: ([numbers(4)], None),
+    "number for dict": lambda _: (3, {"x": numbers(4)}),
+    "None for list": lambda _: (None, [numbers(4)]),
     "two for three": lambda _: ([numbers(4)] * 2, [numbers(4)] * 3),
     "three for two": lambda _: ([numbers(4)] * 3, [numbers(4)] * 2),
     "DTensor for tensor": lambda mesh: (_dt(mesh, 4), numbers(4)),
