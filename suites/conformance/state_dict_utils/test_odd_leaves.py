@@ -25,6 +25,14 @@ class Scattered(Placement):
     """A placement that no function of torch knows."""
 
 
+def recording(full: torch.Tensor, mesh: Any, placements: list[Placement]) -> DTensor:
+    """A DTensor around a local tensor that requires grad itself, which torch advises against."""
+    leaf = dtensor(full, mesh, placements)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return DTensor(local(leaf).requires_grad_(), leaf._spec, requires_grad=True)
+
+
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")
 class TestGatherOddLeaves:
     @pytest.mark.law("structure")
@@ -37,6 +45,16 @@ class TestGatherOddLeaves:
             assert got["w"].is_meta, f"{placement}: on {got['w'].device}"
             assert tuple(got["w"].shape) == (5, 3), f"{placement}: {tuple(got['w'].shape)}"
             assert_same(got["fine"], numbers(4))
+
+    @pytest.mark.law("autograd")
+    @pytest.mark.world(2)
+    def test_around_what_records(self, judged: Any, mesh: Any) -> None:
+        """A local tensor that requires grad must come out whole, and no graph with it."""
+        full = numbers(5, 3)
+        given = {str(p): recording(full, mesh(2), [p]) for p in (S(0), R)}
+        for key, got in judged(given).items():
+            assert got.grad_fn is None, f"{key}: {got.grad_fn}"
+            assert_same(got, full, key)
 
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=8, limit=30)
@@ -122,6 +140,21 @@ class TestGatherOddLeaves:
 
 @pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
 class TestBroadcastOddLeaves:
+    @pytest.mark.law("autograd")
+    @pytest.mark.world(2)
+    def test_into_what_records(
+        self, judged: Any, mesh: Any, rank: int, device: torch.device
+    ) -> None:
+        """A local tensor that requires grad must take its part, in its memory, and no graph."""
+        full = numbers(5, 3, device=device)
+        mine = {str(p): recording(blank(full), mesh(2), [p]) for p in (S(0), R)}
+        held = {key: local(value).detach() for key, value in mine.items()}
+        judged(dict.fromkeys(mine, full) if rank == 0 else {}, mine, device)
+        for placement in (S(0), R):
+            key = str(placement)
+            assert_same(held[key], part(full, mesh(2), [placement]), key)
+            assert local(mine[key]).grad_fn is None, key
+
     @pytest.mark.law("values")
     @pytest.mark.world(2)
     def test_dimensions_of_one(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -84,6 +85,17 @@ class TestGather:
             assert got["tied"] is got["odd"], "tied tensors came apart"
             value["lock"] = threading.Lock()
             refused(lambda: judged(value), "lock", kinds=MISSING)
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(2)
+    def test_tensors_without_values(self, judged: Any, mesh: Any) -> None:
+        """Under `FakeTensorMode` the result must have the whole shape, and be fake itself."""
+        line = mesh(2)
+        with FakeTensorMode():
+            leaf = DTensor.from_local(torch.empty(4, 3), line, [S(0)], run_check=False)
+            got = judged({"w": leaf, "n": 1})
+        assert isinstance(got["w"], FakeTensor)
+        assert tuple(got["w"].shape) == (8, 3)
 
 
 @pytest.mark.judges("_state_dict_utils._offload_state_dict_to_cpu")
