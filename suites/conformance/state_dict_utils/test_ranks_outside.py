@@ -12,10 +12,11 @@ from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.testing._internal.two_tensor import TwoTensor
 
+from conformance.kit.agree import assert_raises_everywhere
 from conformance.kit.compare import assert_same, fingerprint, local
 from conformance.kit.data import numbers
 from conformance.kit.landing import assert_landed, target
-from conformance.kit.layouts import R, S, part, rows, sharded_tensor
+from conformance.kit.layouts import R, S, dtensor, part, rows, sharded_tensor
 from conformance.kit.refusals import MISSING, refused
 
 FULL = (5, 4)
@@ -34,6 +35,18 @@ class TestGatherOutside:
             refused(lambda: judged({"layer.w": tensor}, pg=group), "layer.w", kinds=MISSING)
         else:
             assert_same(judged({"layer.w": tensor}, pg=group)["layer.w"], full)
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(4, collective=8, limit=30)
+    def test_a_mesh_wider_than_the_group(self, judged: Any, mesh: Any, world: Any) -> None:
+        """A leaf on more ranks than `pg` must come out whole, or be refused on all of these."""
+        halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        mine, full = halves[world.rank // 2], numbers(8, 3)
+        value = {"layer.w": dtensor(full, mesh(4), [S(0)])}
+        assert_same(judged(value, pg=mine)["layer.w"], full)
+        if world.rank == 3:
+            value["layer.w"]._local_tensor = numbers(1, 3)
+        assert_raises_everywhere(world, lambda: judged(value, pg=mine), "layer.w", kinds=MISSING)
 
 
 @pytest.mark.judges("_state_dict_utils._all_gather_sharded_tensor")
