@@ -297,7 +297,7 @@ def _by_its_own_operations(leaf: Leaf, cpu_offload: bool) -> torch.Tensor:
     device = leaf.tensor._local_tensor.device
     groups = leaf.tensor.device_mesh.get_all_groups()
     if device.type != "cpu" and any(backend_of(g, device) == "gloo" for g in groups):
-        # The process would end: https://github.com/pytorch/pytorch/issues/152645.
+        # Not reached on a CPU: elsewhere the process would end, pytorch#152645.
         raise NotImplementedError(f"Gloo cannot gather it on {device.type}")
     # What full_tensor() does besides asks for one operation more, a view.
     placements = [Replicate()] * leaf.tensor.device_mesh.ndim

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.tensor import DTensor, Partial, Placement
+from torch.testing._internal.two_tensor import TwoTensor
 
 from conformance.kit.agree import assert_raises_everywhere
 from conformance.kit.compare import assert_same, local
@@ -23,6 +24,16 @@ FULL = (6, 4)
 
 class Scattered(Placement):
     """A placement that no function of torch knows."""
+
+
+class Refusing(TwoTensor):
+    """A wrapper whose class knows no all-gather."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "all_gather" in str(func):
+            raise NotImplementedError(f"no {func}")
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def recording(full: torch.Tensor, mesh: Any, placements: list[Placement]) -> DTensor:
@@ -78,6 +89,25 @@ class TestGatherOddLeaves:
             leaf._spec.placements = (Scattered(),)
         value = {"fine": dtensor(numbers(4), mesh(2), [S(0)]), KEY: leaf}
         assert_raises_everywhere(world, partial(judged, value), KEY, kinds=MISSING)
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2, collective=8, limit=30)
+    def test_a_class_that_refuses(self, judged: Any, mesh: Any, world: Any) -> None:
+        """A wrapper that its class cannot gather must be refused by name on each rank."""
+        mine = part(numbers(*FULL), mesh(2), [S(0)]).clone()
+        leaf = dtensor(numbers(*FULL), mesh(2), [S(0)], local=Refusing(mine, mine.clone()))
+        value = {"fine": dtensor(numbers(4), mesh(2), [S(0)]), KEY: leaf}
+        assert_raises_everywhere(world, partial(judged, value), KEY, kinds=MISSING)
+        assert_same(judged({"fine": value["fine"]})["fine"], numbers(4), "after the error")
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(2)
+    def test_without_elements(self, judged: Any, mesh: Any) -> None:
+        """Tensors of which no rank has an element must not be taken for tied."""
+        shapes = {"one": (1, 3), "first": (0, 3), "second": (0, 3)}
+        got = judged({k: dtensor(numbers(*s), mesh(2), [S(0)]) for k, s in shapes.items()})
+        assert {key: tuple(whole.shape) for key, whole in got.items()} == shapes
+        assert got["first"] is not got["second"]
 
     @pytest.mark.law("symmetry")
     @pytest.mark.world(4, collective=8, limit=30)

@@ -74,6 +74,18 @@ LAYOUTS: dict[str, tuple[tuple[int, int], Placement, Any]] = {
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")
 class TestGather:
     @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("options", [{}, {"cpu_offload": True}], ids=str)
+    def test_a_table_of_one_rank(self, judged: Any, mesh: Any, options: Any) -> None:
+        """A table whose shards all lie on one rank must come back whole, in its own memory."""
+        full = numbers(8, 3)
+        held = table(full, mesh(1), [S(0)], rows(full, 1, 3, 4))
+        got = judged({"table": held}, **options)["table"]
+        assert_same(got, full)
+        held._local_tensor.local_shards()[0].zero_()
+        assert_same(got, full, "after the table was written")
+
+    @pytest.mark.law("compatibility")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_a_table_is_gathered(self, judged: Any, mesh: Any, rank: int, layout: str) -> None:
