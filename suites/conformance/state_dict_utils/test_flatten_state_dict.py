@@ -167,6 +167,19 @@ class TestUnflattenStateDict:
     @pytest.mark.law("structure")
     @pytest.mark.should(EXOTIC)
     @pytest.mark.world(1)
+    def test_every_container_comes_back_as_the_root(self, judged: Any, subject: Any) -> None:
+        """What is no dict comes back as well."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+
+        def round_trip(name: str) -> None:
+            value = CONTAINERS[name](1, [2])
+            assert_same_structure(judged(*flatten(value)), value)
+
+        each(CONTAINERS, round_trip)
+
+    @pytest.mark.law("structure")
+    @pytest.mark.should(EXOTIC)
+    @pytest.mark.world(1)
     def test_attributes_of_containers_come_back(self, judged: Any, subject: Any) -> None:
         """A defaultdict keeps its factory, a dict of somebody's own type its attributes."""
         flatten = subject.function("_state_dict_utils._flatten_state_dict")
