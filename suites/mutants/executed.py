@@ -148,13 +148,14 @@ class Executed:
     def users_of(self, number: int) -> set[int]:
         """The statements that checks run where they depend on this one.
 
-        Itself, or where it runs on import only: those that use a name that it binds, or one that is
+        Itself, and where it runs on import: those that use a name that it binds, or one that is
         bound with the help of such a name; and all that is inside of it, where it is a function or
         a class.
         """
         every = statements()
         here = every[number]
-        early = (int(self.on_import, 16) & ~self._executed()) >> number & 1
+        # In a check, too, perhaps: one that starts an interpreter imports the reference there.
+        early = int(self.on_import, 16) >> number & 1
         if not here.imported and not early:
             return {number}
         names: set[str] = set()
@@ -170,7 +171,7 @@ class Executed:
                 for n, s in enumerate(every)
                 if s.file == here.file and f"{s.function}.".startswith(f"{inside}.")
             }
-        return {n for n in found if not every[n].imported}
+        return {n for n in found | {number} if not every[n].imported}
 
 
 def one_of_each_first(checks: Iterable[str]) -> list[str]:

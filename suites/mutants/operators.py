@@ -3,7 +3,7 @@
 The operators are those of mutation testing's literature and tools (comparison, boolean and
 arithmetic operators, constants, conditions, statements, arguments, returned values, jumps), and
 two for this code: the context that a `with` enters, and the body of an `except`. Left out is what
-a contract is silent about: texts of messages, annotations, asserts, `zip(strict=True)`, caches.
+a contract is silent about: texts of messages, annotations, asserts, `zip(strict=True)`, what caches hold.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ _ARITHMETIC: Mapping[type[ast.operator], type[ast.operator]] = {
 }
 _KEPT_CALLS = {"min", "max", "isinstance", "issubclass", "hasattr", "getattr", "setattr", "zip"}
 """Calls whose arguments are not swapped: nothing would change, or nothing would run."""
+_CACHES = {"cache", "lru_cache"}
+"""Calls that are left alone: how much is remembered changes nothing but the time."""
 _KEPT_DECORATORS = {"cache", "lru_cache", "dataclass", "property", "overload", "setter"}
 _KEPT_DECORATORS |= {"classmethod", "staticmethod"}
 _ANNOTATIONS = ("annotation", "returns")
@@ -176,7 +178,7 @@ def _inside(node: ast.AST) -> Iterator[_Change]:
                 if name == "decorator_list":
                     yield from _of_decorator(child)
                     continue
-                if isinstance(child, ast.Call) and _called(child) == "warn":
+                if isinstance(child, ast.Call) and _called(child) in {"warn", *_CACHES}:
                     continue
                 yield from _of_expression(child)
                 yield from _inside(child)
@@ -195,7 +197,8 @@ def _of_statement(node: ast.stmt) -> Iterator[_Change]:
             own = any(isinstance(t, ast.Name) and t.id in used for t in targets)
             if own or any(isinstance(t, ast.Attribute | ast.Subscript) for t in targets):
                 yield "drop statement", node, "pass"
-        case ast.Return(value=value) if value and not _is_none(value):
+        # None for False is as false, and what returns True instead is another mutant.
+        case ast.Return(value=value) if value and not _is_none(value) and not _is_false(value):
             yield "return", node, "return None"
         case ast.Break():
             yield "jump", node, "continue"
@@ -282,6 +285,10 @@ def _with(node: ast.AST, **fields: object) -> str:
 
 def _is_none(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value is None
+
+
+def _is_false(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
 
 
 def _is_string(node: ast.expr) -> bool:

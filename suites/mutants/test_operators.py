@@ -59,6 +59,7 @@ def test_each_operator_changes_what_it_says(source: str, expected: set[str]) -> 
         'raise E(f"{a + 1}") from None\n',
         'x = f"{a + 1}"\n',
         "zip(a, b, strict=True)\n",
+        "x = lru_cache(maxsize=1)(f)\n",
     ],
 )
 def test_what_a_contract_is_silent_about_is_left_alone(source: str) -> None:

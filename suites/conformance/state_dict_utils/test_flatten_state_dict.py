@@ -312,3 +312,6 @@ class TestUnflattenStateDict:
             flat = {key: value for some in flats[::order] for key, value in some.items()}
             mapping = {key: path for some in mappings for key, path in some.items()}
             refused(partial(judged, flat, mapping), "b", kinds=MISSING, what=f"{flat}")
+            # A loaded leaf may be a dict itself.
+            flat["a.b"] = {"other": 1}
+            refused(partial(judged, flat, mapping), "b", kinds=MISSING, what=f"{flat}")

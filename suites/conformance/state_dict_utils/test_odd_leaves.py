@@ -36,6 +36,16 @@ class Refusing(TwoTensor):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
+class Failing(TwoTensor):
+    """A wrapper of uneven shards that fails where they are padded."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "pad" in str(func):
+            raise ZeroDivisionError(f"no {func}")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 def recording(full: torch.Tensor, mesh: Any, placements: list[Placement]) -> DTensor:
     """A DTensor around a local tensor that requires grad itself, which torch advises against."""
     leaf = dtensor(full, mesh, placements)
@@ -69,16 +79,6 @@ class TestGatherOddLeaves:
 
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=8, limit=30)
-    @pytest.mark.parametrize("at", [0, 1])
-    def test_on_meta_on_one_rank(self, judged: Any, mesh: Any, world: Any, at: int) -> None:
-        """A DTensor without data on one rank alone must be refused by name on each."""
-        whole = numbers(*FULL)
-        mine = part(whole, mesh(2), [S(0)]).clone()
-        leaf = dtensor(whole, mesh(2), [S(0)], local=mine.to("meta") if world.rank == at else mine)
-        assert_raises_everywhere(world, partial(judged, {KEY: leaf}), KEY, kinds=MISSING)
-
-    @pytest.mark.law("symmetry")
-    @pytest.mark.world(2, collective=8, limit=30)
     @pytest.mark.parametrize("at", [0, 1, None], ids=str)
     def test_a_placement_of_its_own(
         self, judged: Any, mesh: Any, world: Any, at: int | None
@@ -99,6 +99,18 @@ class TestGatherOddLeaves:
         value = {"fine": dtensor(numbers(4), mesh(2), [S(0)]), KEY: leaf}
         assert_raises_everywhere(world, partial(judged, value), KEY, kinds=MISSING)
         assert_same(judged({"fine": value["fine"]})["fine"], numbers(4), "after the error")
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2, collective=8, limit=30)
+    @pytest.mark.parametrize("at", [0, 1, None], ids=str)
+    def test_a_class_that_fails_in_its_own_way(
+        self, judged: Any, mesh: Any, world: Any, at: int | None
+    ) -> None:
+        """An error that no implementation foresees must be told on each rank, with the name."""
+        mine = part(numbers(7, 4), mesh(2), [S(0)]).clone()
+        kind = Failing if at in (None, world.rank) else TwoTensor
+        leaf = dtensor(numbers(7, 4), mesh(2), [S(0)], local=kind(mine, mine.clone()))
+        assert_raises_everywhere(world, partial(judged, {KEY: leaf}), KEY, kinds=MISSING)
 
     @pytest.mark.law("structure")
     @pytest.mark.world(2)

@@ -79,4 +79,6 @@ class TestGatherOtherTakers:
             attempt(lambda: got.append(judged(value, ranks_only=(0,))))  # noqa: B023
             told = exchange(world, got not in ([], [{}]), f"outcome of {placement}")
             takers = [rank for rank, has in enumerate(told) if has]
-            assert len(takers) <= 1, f"{placement}: on ranks {takers}"
+            assert takers in ([], [2]), (
+                f"{placement}: on ranks {takers}, expected the first at most"
+            )
