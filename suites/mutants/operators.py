@@ -3,7 +3,8 @@
 The operators are those of mutation testing's literature and tools (comparison, boolean and
 arithmetic operators, constants, conditions, statements, arguments, returned values, jumps), and
 two for this code: the context that a `with` enters, and the body of an `except`. Left out is what
-a contract is silent about: texts of messages, annotations, asserts, `zip(strict=True)`, what caches hold.
+a contract is silent about: texts of messages, annotations, asserts, `zip(strict=True)`, what caches
+hold.
 """
 
 from __future__ import annotations
