@@ -304,7 +304,8 @@ class TestUnflattenStateDict:
     def test_a_path_through_a_leaf_is_refused(self, judged: Any, subject: Any, typed: bool) -> None:
         """A path that leads through the leaf of another must be refused by name, in any order."""
         flatten = subject.function("_state_dict_utils._flatten_state_dict")
-        leaf, inner = {"a": {"b": 1}}, {"a": {"b": {"c": {"d": 2}}}}
+        leaf: dict[str, Any] = {"a": {"b": 1}}
+        inner: dict[str, Any] = {"a": {"b": {"c": {"d": 2}}}}
         if typed:  # what more than dicts with str keys and lists makes of a path
             leaf, inner = ({"a": OrderedDict(v["a"])} for v in (leaf, inner))
         flats, mappings = zip(*[flatten(value) for value in (leaf, inner)], strict=True)

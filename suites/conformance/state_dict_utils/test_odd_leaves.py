@@ -30,7 +30,9 @@ class Refusing(TwoTensor):
     """A wrapper whose class knows no all-gather."""
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if "all_gather" in str(func):
             raise NotImplementedError(f"no {func}")
         return super().__torch_dispatch__(func, types, args, kwargs)
@@ -40,7 +42,9 @@ class Failing(TwoTensor):
     """A wrapper of uneven shards that fails where they are padded."""
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if "pad" in str(func):
             raise ZeroDivisionError(f"no {func}")
         return super().__torch_dispatch__(func, types, args, kwargs)
@@ -152,7 +156,7 @@ class TestGatherOddLeaves:
     def test_dimensions_of_one(self, judged: Any, mesh: Any) -> None:
         """Over mesh dimensions of one rank nothing is cut, and nothing is pending."""
         full = numbers(8, 3)
-        cases = [
+        cases: list[list[Placement]] = [
             [Partial("sum"), S(0)],
             [S(0), R],
             [SS(0, 2), S(0)],

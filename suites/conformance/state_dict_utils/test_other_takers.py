@@ -69,7 +69,8 @@ class TestGatherOtherTakers:
         """A model on ranks 2 and 3 that is gathered for one rank must be whole on no more."""
         half, some = mesh(2, ranks=[2, 3]), group(2, 3)
         full = numbers(4, 4)
-        for placement in (S(0), R, "shards"):
+        placements: list[Any] = [S(0), R, "shards"]
+        for placement in placements:
             value: dict[str, Any] = {}
             if world.rank >= 2 and placement == "shards":
                 value = {"w": sharded_tensor(full, rows(full.shape, [2, 2]), some)}

@@ -93,7 +93,7 @@ def _inside(mesh: DeviceMesh) -> bool:
 
 def _assert_all_landed(got: dict[str, Any], mesh: DeviceMesh) -> None:
     for key, (full, shape, placements) in CASES.items():
-        held = local(got[key])
+        held: Any = local(got[key])
         if not _inside(mesh):
             assert not held.numel(), f"{key}: {held} outside of the mesh"
             continue

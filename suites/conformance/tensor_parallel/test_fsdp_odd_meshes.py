@@ -9,17 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed._shard.sharding_spec import (
-    ChunkShardingSpec,
-    EnumerableShardingSpec,
-    ShardMetadata,
-)
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharding_spec import ChunkShardingSpec
+from torch.distributed._shard.sharding_spec.api import EnumerableShardingSpec
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.testing._internal.two_tensor import TwoTensor
 
-from conformance.kit.compare import assert_same
+from conformance.kit.compare import assert_same, local
 from conformance.kit.data import numbers
 from conformance.kit.fsdp1 import HELD, assert_chunked, fsdp_mesh, fsdp_rank, given, held_id
 from conformance.kit.layouts import R, S, dtensor, part, read_whole
@@ -65,7 +63,7 @@ class TestChunkDTensorOddMeshes:
         got = judged(leaf, fsdp_rank(root), fsdp_mesh(root))
         assert got.placements == (R, R)
         assert_same(got._local_tensor, numbers())
-        (leaf if held is None else leaf._local_tensor).zero_()  # type: ignore[union-attr]
+        local(leaf).zero_()
         assert_same(got._local_tensor, numbers(), "after the tensor was written")
 
     @pytest.mark.law("compatibility")
@@ -192,7 +190,7 @@ class TestRewriteSpecOddLeaves:
         shards = [ShardMetadata([4 * n, 0], [4, 4], place) for n, place in enumerate(there)]
         for spec in (ChunkShardingSpec(0, there), EnumerableShardingSpec(shards)):
             got: Any = judged(spec, numbers(4, 4), rank)
-            found = (
+            found: Any = (
                 got.placements
                 if isinstance(got, ChunkShardingSpec)
                 else [shard.placement for shard in got.shards]
