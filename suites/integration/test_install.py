@@ -189,6 +189,22 @@ class TestInstalled:
         assert owner(module, name).startswith(subject.root)
 
 
+@pytest.mark.judges("install")
+class TestWithoutDistributed:
+    @pytest.mark.law("all-or-nothing")
+    @pytest.mark.world(1)
+    def test_a_torch_without_distributed_is_refused(
+        self, judged: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A torch that was built without torch.distributed must be refused, and left as it is."""
+        before = names_of_torch()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.distributed, "is_available", lambda: False)
+            with pytest.raises(RuntimeError, match=r"torch\.distributed"):
+                judged()
+        assert names_of_torch() == before
+
+
 class TestBucket:
     @pytest.mark.judges("install")
     @pytest.mark.law("symmetry")

@@ -164,7 +164,8 @@ def _leads_to(test: Statement, explained: Collection[Statement]) -> bool:
 def unexecuted_blocks(executed: Executed) -> Iterator[tuple[list[Statement], bool]]:
     """Runs of statements that no check executes, and whether a comment says why.
 
-    It stands in the block or above it, or above the function or class that the block is part of.
+    It stands in the block or above it, above the function or class that the block is part of, or
+    in a block around it.
     """
     every = statements()
     lines = {file: text.splitlines() for file, text in sources().items()}
@@ -173,13 +174,18 @@ def unexecuted_blocks(executed: Executed) -> Iterator[tuple[list[Statement], boo
         enumerate(executed.unexecuted()),
         lambda pair: (pair[1].file, pair[1].function, order[pair[1]] - pair[0]),
     )
+    outer: list[Statement] = []
     for (file, function, _), group in groups:
         block = [statement for _, statement in group]
         around = [s for s in every if s.file == file and f"{function}.".startswith(f"{s.defines}.")]
         spans = [(block[0].line, max(s.end for s in block))]
         spans += [(s.line, s.line) for s in around if s.defines]
         said = (line for a, b in spans for line in lines[file][max(a - 3, 0) : b])
-        yield block, any(map(_REASON.search, said))
+        found = any(map(_REASON.search, said)) or any(
+            s.file == file and s.line < block[0].line <= s.end for s in outer
+        )
+        outer += block if found else []
+        yield block, found
 
 
 def tell_unexecuted(executed: Executed) -> int:

@@ -75,6 +75,7 @@ class LocalCopies:
         leaves = list(zip(found.names, found.walk.leaves, strict=True))
         ready: dict[int, torch.Tensor] = {}
         if self.cpu_offload and host.in_use():
+            # Not reached on a CPU: no tensor lies on a GPU.
             ready = host.copies([None if name in gathered else value for name, value in leaves])
         dressed: dict[Hashable, torch.Tensor] = {}
         shared, offload = self._shared(), self.cpu_offload

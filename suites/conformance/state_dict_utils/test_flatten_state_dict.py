@@ -316,3 +316,19 @@ class TestUnflattenStateDict:
             # A loaded leaf may be a dict itself.
             flat["a.b"] = {"other": 1}
             refused(partial(judged, flat, mapping), "b", kinds=MISSING, what=f"{flat}")
+
+    @pytest.mark.law("structure")
+    @pytest.mark.should(EXOTIC)
+    @pytest.mark.world(1)
+    def test_plain_paths_beside_those_of_a_flattening(self, judged: Any, subject: Any) -> None:
+        """Where a plain path says less of a container than another, what is known counts."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        value = {"a": with_metadata(("x", 1), version=2), "l": (1, 2)}
+        flat, mapping = flatten(value)
+        more: dict[str, Any] = {"y": ("a", "y"), "z": ("l", 2)}
+        expected = {"a": with_metadata(("x", 1), ("y", 9), version=2), "l": (1, 2, 9)}
+        paths = dict(mapping) | more
+        assert_same_structure(judged(flat | {"y": 9, "z": 9}, paths), expected, "last")
+        first = judged({"y": 9} | flat, paths)
+        assert type(first["a"]) is OrderedDict, f"a {type(first['a']).__name__}"
+        assert dict(first["a"]) == {"y": 9, "x": 1}

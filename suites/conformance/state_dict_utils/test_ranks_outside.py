@@ -36,6 +36,19 @@ class TestGatherOutside:
         else:
             assert_same(judged({"layer.w": tensor}, pg=group)["layer.w"], full)
 
+    @pytest.mark.law("group")
+    @pytest.mark.world(3)
+    @pytest.mark.parametrize("ranks", [[0, 1], [1, 2]], ids=str)
+    def test_a_mesh_of_others(self, judged: Any, mesh: Any, ranks: list[int]) -> None:
+        """A DTensor on a mesh that lacks this rank must come out as the nothing that is here."""
+        line, full = mesh(2, ranks=ranks), numbers(*FULL)
+        for placement in (S(0), R):
+            got = judged({"w": dtensor(full, line, [placement]), "n": 1})
+            if _inside(line):
+                assert_same(got["w"], full, f"{placement}")
+            else:
+                assert not got["w"].numel(), f"{placement}: {got['w']} outside of the mesh"
+
     @pytest.mark.law("symmetry")
     @pytest.mark.world(4, collective=8, limit=30)
     def test_a_mesh_wider_than_the_group(self, judged: Any, mesh: Any, world: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharding_spec import ChunkShardingSpec
 from torch.distributed._shard.sharding_spec.api import EnumerableShardingSpec
@@ -125,6 +126,17 @@ class TestAllGatherDTensorOddMeshes:
             assert got.is_meta, f"{placements}: on {got.device}"
             assert got.shape == expected.shape, f"{placements}: {got.shape}"
 
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(4)
+    def test_tensors_without_values(self, judged: Any, mesh: Any) -> None:
+        """Under `FakeTensorMode` the result must have its shape, and be fake itself."""
+        root = mesh(2, 2)
+        with FakeTensorMode():
+            leaf = DTensor.from_local(torch.empty(4, 4), root, [S(0), R], run_check=False)
+            got = judged(leaf, root)
+        assert isinstance(got, FakeTensor)
+        assert tuple(got.shape) == (8, 4)
+
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     def test_large_ones_in_another_order(self, judged: Any, mesh: Any) -> None:
@@ -218,6 +230,7 @@ class TestExtensionsOddLeaves:
         assert got.requires_grad is trains
 
     @pytest.mark.law("compatibility")
+    @pytest.mark.should("upstream asks every device for its current stream")
     @pytest.mark.world(2)
     def test_a_device_without_streams(self, judged: Any, mesh: Any) -> None:
         """A device module that has no streams must serve as one whose streams do nothing."""
