@@ -149,6 +149,19 @@ class TestGatherOddLeaves:
 
     @pytest.mark.law("structure")
     @pytest.mark.world(2)
+    def test_tied_wrappers(self, judged: Any, mesh: Any) -> None:
+        """DTensors around the same wrapper must come out tied, and others apart."""
+        mine = part(numbers(*FULL), mesh(2), [S(0)]).clone()
+        held = [TwoTensor(mine, mine.clone()) for _ in range(2)]
+        value = {
+            str(n): dtensor(numbers(*FULL), mesh(2), [S(0)], local=held[n // 2]) for n in range(3)
+        }
+        got = judged(value)
+        assert got["0"] is got["1"], "tied ones came apart"
+        assert got["0"] is not got["2"], "others are tied"
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(2)
     def test_without_elements(self, judged: Any, mesh: Any) -> None:
         """Tensors of which no rank has an element must not be taken for tied."""
         shapes = {"one": (1, 3), "first": (0, 3), "second": (0, 3)}
