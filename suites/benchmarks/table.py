@@ -1,4 +1,4 @@
-"""Torch, the reference and the floor side by side: `ci/bench --table`, a place of the README."""
+"""Torch, the reference and the floor side by side: `ci/bench --table`, for docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHOWN = (
     ("ChunkDtensor", "model", 4),
     ("AllGatherDtensor", "model", 4),
 )
-"""What the README shows of the grid: one of each family."""
+"""What docs/benchmarks.md shows of the grid: one of each family."""
 
 
 def main(settings: Settings, file: Path | None) -> int:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,28 @@ def free_port() -> int:
 class NodeProcess:
     """One node: a launcher, the worker under it, and the worker's ranks."""
 
-    def __init__(self, suite: Path, port: int, nodes: int, *arguments: str) -> None:
+    def __init__(
+        self,
+        suite: Path,
+        port: int,
+        nodes: int,
+        *arguments: str,
+        prefix: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        hosts: tuple[str, str] = ("127.0.0.1", "127.0.0.1"),
+    ) -> None:
         folder = suite if suite.is_dir() else suite.parent
         self.output = folder / f"node-{time.monotonic_ns()}.txt"
         self.run_dir = self.output.with_suffix("")
-        environment = os.environ | {"PYTHONPATH": str(SUITES)}
+        environment = os.environ | {"PYTHONPATH": str(SUITES)} | dict(env or {})
+        rendezvous, own = hosts
         with self.output.open("w") as out:
             self._process = subprocess.Popen(
                 [
+                    *prefix,
                     *(sys.executable, "-m", "harness.launch", "--nnodes", str(nodes)),
-                    *("--nproc-per-node", "2", "--rendezvous", f"127.0.0.1:{port}"),
-                    *("--local-address", "127.0.0.1", "--no-warm-up", "-q"),
+                    *("--nproc-per-node", "2", "--rendezvous", f"{rendezvous}:{port}"),
+                    *("--local-address", own, "--no-warm-up", "-q"),
                     *("-p", "harness.plugin", "-p", "no:hypothesispytest"),
                     *("--rootdir", str(folder), "--run-dir", str(self.run_dir)),
                     *("--expectations", str(folder / "expectations"), *arguments, str(suite)),
@@ -77,13 +89,17 @@ class NodeProcess:
             processes.signal_quietly(pid, number)
         return family
 
+    def end(self) -> None:
+        """End it, where a test did not wait for it."""
+        self.signal_all(signal.SIGKILL)
+        self._process.wait()
+
     def finish(self) -> int:
         """Its exit code; ends it when it takes too long."""
         try:
             return self._process.wait(LIMIT)
         except subprocess.TimeoutExpired:
-            self.signal_all(signal.SIGKILL)
-            self._process.wait()
+            self.end()
             raise AssertionError(f"no end within {LIMIT:g} s:\n{self.text}") from None
 
 

@@ -17,10 +17,7 @@ from faults.sessions import CASES, Outcome, Session
 COLLECTIVE, LIMIT = 2.0, 5.0
 
 DIED = [
-    ("exits_3", "exited with 3 in call"),
     ("exits_0_without_an_answer", "exited with 0 in call"),
-    ("is_killed", "killed by SIGKILL in call"),
-    ("is_killed_while_its_peer_waits", "killed by SIGKILL in call"),
     ("segfaults", "killed by SIGSEGV in call"),
     ("is_ended_by_its_backend", "killed by SIGABRT in call"),
     ("closes_every_descriptor", ""),
@@ -40,9 +37,7 @@ RAISED = [
 ]
 HUNG = [
     ("hangs_in_python", "hangs_in_python"),
-    ("hangs_in_python_while_its_peer_waits", "hangs_in_python_while_its_peer_waits"),
     ("hangs_in_c_with_the_lock_held", "hangs_in_c_with_the_lock_held"),
-    ("is_stopped", "stopped (SIGSTOP)"),
     ("ignores_terminate", "ignores_terminate"),
 ]
 LEAKED = [

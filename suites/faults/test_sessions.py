@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from faults.sessions import Session
-from report.read import read
 
 SLEEPER = """
 import os, time, pathlib, pytest
@@ -89,18 +88,6 @@ def test_an_interruption_that_a_test_swallows_is_one_still(suite: Suite) -> None
     assert outcome.exit == 3
     assert not (folder / "started").exists()
     assert "KeyboardInterrupt: signal 15" in outcome.output
-
-
-def test_a_killed_parent_leaves_no_rank_and_the_verdicts_that_it_had(suite: Suite) -> None:
-    folder = suite(SLEEPER)
-    session = Session(folder, "--check-limit", "60", env={"STARTED": str(folder / "started")})
-    _wait_for(folder / "started", session)
-    session.process.kill()
-    outcome = session.finish(timeout=60)
-    assert outcome.survivors == []
-    left = read(outcome.run_dir)
-    assert [check["verdict"] for check in left["checks"]] == ["pass"]
-    assert (left["run"]["selected"], left["run"]["exit"]) == (3, 3)
 
 
 def test_two_sessions_at_once_do_not_meet(suite: Suite) -> None:

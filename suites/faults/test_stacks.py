@@ -32,10 +32,11 @@ FRAME = '  File "check.py", line 1 in hangs'
     ("last", "patience"),
     [
         ('  File "run.py", line 2 in <module>', 20),
+        ('  File "<frozen runpy>", line 198 in _run_module_as_main', 20),
         ("  ...", 20),
         ('  File "run.py", line 2 in another', 2),
     ],
-    ids=["outermost", "deep", "unusual"],
+    ids=["outermost", "module", "deep", "unusual"],
 )
 def test_a_dump_is_read_to_its_last_frame(tmp_path: Path, last: str, patience: float) -> None:
     """On a busy machine its lines come one by one; one that ends unusually is waited for."""

@@ -61,12 +61,14 @@ def judge(records: list[RankRecord], size: int) -> Judgement:
 
 def not_started(records: list[RankRecord]) -> Judgement:
     """The verdict on a check whose world did not come up: the environment's, not the subject's."""
-    bad = _by_blame([r for r in records if r.fate is not Fate.PASSED])
+    waiting = [r for r in records if r.fate is Fate.SILENT and r.phase == "ready"]
+    bad = _by_blame([r for r in records if r not in waiting])
     root = bad[0]
-    message = f"the world did not start: rank {_name(root)}: {root.message or 'never became ready'}"
-    return Judgement(
-        Verdict.ERROR, cut(message, 2000), _explain(root, [root], bad[1:], bad, records), records
-    )
+    alike = [r for r in bad if _same_cause(r, root)]
+    victims = [r for r in bad if r is not root and _is_victim(r, root, [])]
+    message = f"the world did not start: {_who(alike)}: {_cause(root)}"
+    text = _explain(root, alike, victims, bad, records)
+    return Judgement(Verdict.ERROR, cut(message, 2000), text, records)
 
 
 def _by_blame(bad: list[RankRecord]) -> list[RankRecord]:

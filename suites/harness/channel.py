@@ -54,7 +54,7 @@ class RankEnd:
         while len(data) < count:
             try:
                 piece = self._sock.recv(count - len(data))
-            except ConnectionResetError:
+            except OSError:
                 return None
             if not piece:
                 return None
@@ -81,7 +81,7 @@ class ParentEnd:
         body = json.dumps({"kind": kind, **payload}).encode("ascii")
         try:
             self._sock.sendall(_HEADER.pack(len(body)) + body)
-        except (BrokenPipeError, ConnectionResetError, BlockingIOError):
+        except OSError:
             self.closed = True
 
     def frames(self) -> list[Frame]:
@@ -91,7 +91,7 @@ class ParentEnd:
                 piece = self._sock.recv(1 << 20)
             except BlockingIOError:
                 break
-            except ConnectionResetError:
+            except OSError:  # reset, or timed out: the machine at the other end is cut off
                 piece = b""
             if not piece:
                 self.closed = True

@@ -7,6 +7,7 @@ signals) happens here; the world that judges the check may be on another machine
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -19,10 +20,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from harness import leaks, processes, rank, ring, stacks
-from harness.channel import Frame, ParentEnd, pair
+from harness.channel import Frame, ParentEnd, RankEnd, pair
 from harness.requirements import WorldSpec
 
 TERM_GRACE = 0.5
+_PREFIX = "shardproof-world-"
+_YOUNG = 60.0
+"""Seconds in which a folder may have been made, and not locked."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class Evidence:
     log: str = ""
     calls: dict[str, Any] | None = None
     """Its last collectives, as `ring.read` gives them."""
+    starved: bool = False
+    """Whether the kernel has ended a process of the machine for want of memory."""
     clock: float = 0.0
     """What the clock of its machine is ahead of that of the judging one."""
 
@@ -128,7 +134,10 @@ class Crew:
         self.node = orders.node
         self.ranks = orders.ranks
         self._start = start
-        self._folder = Path(tempfile.mkdtemp(prefix="shardproof-"))
+        self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self._lock = os.open(self._folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
         # What a running check may have orphaned by now is that check's, and not known.
         self._known: frozenset[int] = (
             _live[0]._known if _live else frozenset(processes.children(os.getpid()))
@@ -136,6 +145,7 @@ class Crew:
         self._segments: frozenset[str] = (
             _live[0]._segments if _live else frozenset(os.listdir("/dev/shm"))
         )
+        self._starved = processes.ended_for_memory()
         self._group = 0
         self._seats: dict[int, rank.Seat] = {}
         self._processes: dict[int, Any] = {}
@@ -146,17 +156,15 @@ class Crew:
     def launch(self) -> None:
         """Start all ranks, which then join their process group by themselves."""
         for place, number in enumerate(self.ranks):
-            ours, theirs = pair()
-            self._channels[number] = ours
             self._calls[number] = ring.create()
             seat = self._seat(number, place)
             seat.home.mkdir()
             self._seats[number] = seat
+            self._channels[number], theirs = pair()
             # Python swallows what a signal's handler raises in a callback of fork, and a lock that
             # the callback was to give back stays taken in every process forked later.
-            with processes.signals_held_back():
+            with processes.signals_held_back(), theirs:
                 process = self._processes[number] = self._start(seat, theirs)
-                theirs.close()
                 if not self._group:
                     self._group = process.pid
                     # The child does it, too: whoever comes first.
@@ -212,8 +220,9 @@ class Crew:
         called = {r: ring.read(descriptor) for r, descriptor in self._calls.items() if calls}
         asked = {int(self._processes[r].pid): r for r in silent}
         dumps = stacks.ask({pid: self._seats[r].stack for pid, r in asked.items()}) if asked else {}
+        starved = processes.ended_for_memory() > self._starved
         found = {
-            number: Evidence("", _read(seat.stack), _read(seat.log), called.get(number))
+            number: Evidence("", _read(seat.stack), _read(seat.log), called.get(number), starved)
             for number, seat in self._seats.items()
         }
         for pid, (state, dump) in dumps.items():
@@ -222,20 +231,22 @@ class Crew:
 
     def end(self) -> list[str]:
         """End whatever is left of the crew; returns what had to be ended besides its ranks."""
-        if self._group:
-            self._kill_group()
-        for process in self._processes.values():
-            process.join()
+        # First, for this process may have no other descriptor left to look at the ranks with.
         for channel in self._channels.values():
             channel.close()
         for descriptor in self._calls.values():
             os.close(descriptor)
+        if self._group:
+            self._kill_group()
+        for process in self._processes.values():
+            process.join()
         _live.remove(self)
         spared: frozenset[int] = frozenset().union(*(crew.pids for crew in _live))
         ranks = self.pids
         strays = processes.reap(self._known | _tracker() | spared)
         segments = leaks.remove_segments(self._segments, set(ranks))
         shutil.rmtree(self._folder, ignore_errors=True)
+        os.close(self._lock)
         found = [f"process {pid} ({command})" for pid, command in strays if pid not in ranks]
         return found + [f"shared-memory segment /dev/shm/{name}" for name in segments]
 
@@ -259,6 +270,19 @@ class Crew:
         assert self._group > 0, f"process group {self._group}, expected that of the ranks"
         with contextlib.suppress(ProcessLookupError):  # all of it has ended meanwhile
             os.killpg(self._group, number)
+
+
+def remove_abandoned() -> None:
+    """Remove the folders of worlds whose run was killed; who runs holds a lock on its own."""
+    for folder in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
+        with contextlib.suppress(OSError):  # another user's, or gone
+            lock = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                if time.time() - os.fstat(lock).st_mtime > _YOUNG:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def _tracker() -> frozenset[int]:
@@ -286,13 +310,17 @@ def forking(body: Callable[[rank.Seat, socket.socket], None]) -> Starter:
 def _forked(
     seat: rank.Seat, sock: socket.socket, body: Callable[[rank.Seat, socket.socket], None]
 ) -> None:
-    for crew in _live:
-        for channel in crew._channels.values():
-            channel.close()
-    for connection in connections:
-        connection.close()
-    rank.settle(seat)
-    body(seat, sock)
+    own = RankEnd(sock)
+    try:
+        for crew in _live:
+            for channel in crew._channels.values():
+                channel.close()
+        for connection in connections:
+            connection.close()
+        rank.settle(seat)
+        body(seat, sock)
+    except BaseException as error:
+        rank.give_up(own, error)
 
 
 def _read(path: Path) -> str:

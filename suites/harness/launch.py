@@ -9,22 +9,32 @@ Plain torchrun does as well (`torchrun --nnodes 2 --nproc-per-node 4 --rdzv-back
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
+import shutil
+import socket
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Sequence
 
-from harness import pipes, place
+from harness import pipes, place, processes
 
 PORT = 29400
 JOIN_LIMIT = 300
+_JOIN_GRACE = 30.0
+"""Seconds that torch's agent has, beyond the limit, to say itself that a node is missing."""
+_PROBES, _PROBE = 3, 4.0
+"""How often a rendezvous may not answer, and the seconds that it has each time."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `python -m harness` on this node; the run's exit code, the same on every node."""
     options, rest = _parser().parse_known_args(arguments)
     # Slow to import, and --help needs none of it.
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -34,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ[place.RENDEZVOUS_PORT] = endpoint.rpartition(":")[2]
+    logs = tempfile.mkdtemp(prefix="shardproof-launch-")  # torch would leave its own behind
     config = LaunchConfig(
         min_nodes=options.nnodes,
         max_nodes=options.nnodes,
@@ -41,12 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_id="shardproof",
         rdzv_backend="c10d",
         rdzv_endpoint=endpoint,
-        rdzv_configs={"join_timeout": options.join_limit, "last_call_timeout": 1},
+        rdzv_configs={
+            "join_timeout": options.join_limit,
+            "last_call_timeout": 1,
+            "read_timeout": 15,
+        },
         max_restarts=0,
         monitor_interval=0.2,
         local_addr=options.local_address,
+        logs_specs=DefaultLogsSpecs(log_dir=logs),
     )
     print(f"waiting for {options.nnodes} nodes at {endpoint}", file=sys.stderr, flush=True)
+    watched = (endpoint, options.join_limit, logs)
+    threading.Thread(target=_leave_when_cut_off, args=watched, daemon=True).start()
     try:
         elastic_launch(config, sys.executable)("-m", "harness", *rest)
     except ChildFailedError as error:
@@ -64,7 +82,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except SignalException as error:
         return _fail(f"ended by {error.sigval.name}")
+    finally:
+        shutil.rmtree(logs, ignore_errors=True)
     return 0
+
+
+def _leave_when_cut_off(endpoint: str, join_limit: float, logs: str) -> None:
+    """End this agent where torch's would wait for minutes and say nothing.
+
+    That is before its workers have begun, for a store that is another program, and after they have
+    ended, for one that is cut off the network.
+    """
+    host, _, port = endpoint.rpartition(":")
+    deadline = time.monotonic() + join_limit + _JOIN_GRACE
+    began, silent, why = False, 0, ""
+    while not why:
+        time.sleep(_PROBE)
+        # A worker that has ended is a zombie as long as the agent waits.
+        working = any(processes.state(p) != "Z" for p in processes.children(os.getpid()))
+        began = began or working
+        if not began:
+            if time.monotonic() > deadline:
+                why = f"no rendezvous at {endpoint}: what listens there is not a node of this run"
+            continue
+        silent = 0 if working or _answers(host, int(port)) else silent + 1
+        if silent == _PROBES:
+            why = f"cut off from {endpoint}, which does not answer"
+    shutil.rmtree(logs, ignore_errors=True)
+    os._exit(_fail(why))
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether a machine answers, with a refusal even: an agent that has ended is no cut."""
+    try:
+        socket.create_connection((host, port), timeout=_PROBE).close()
+    except TimeoutError:
+        return False
+    except OSError as error:
+        return error.errno not in {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN}
+    return True
 
 
 def _fail(message: str) -> int:

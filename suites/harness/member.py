@@ -88,6 +88,8 @@ class Member:
             record.details = "\n".join(part for part in told if part)
             if (record.exitcode or 0) < 0 and (cause := cause_in(words)):
                 record.message += f": {cause}"
+            if record.exitcode == -signal.SIGKILL and evidence.starved:
+                record.message += "; the kernel ended a process for want of memory"
         record.output_tail = evidence.log[-4000:]
 
     def next_check(self) -> None:
@@ -108,10 +110,14 @@ class Member:
         kind = frame["kind"]
         if kind == "ready":
             self.ready = True
+            self.record.phase = "ready"
         elif kind == "phase":
             self.record.phase = frame["phase"]
         elif kind == "broken":
-            self._end(Fate.BROKEN, frame["message"], frame["at"], frame["details"])
+            if not self.failed:
+                said = f", in {self.record.phase}, outside of the check" if self.ready else ""
+                self._end(_fate_of(frame), frame["message"] + said, frame["at"], frame["details"])
+                self.record.waiting_in = frame["waiting_in"]
         elif kind == "leaks":
             self.left = True
             self.leaks = frame["leaks"]
@@ -131,11 +137,7 @@ class Member:
             self.record.fate, self.record.phase = Fate.PASSED, "parked"
             self.record.at = frame["at"]
             return
-        fate = Fate.RAISED if frame["outcome"] == "raised" else Fate.BROKEN
-        error = frame.get("kind_of_error", "error")
-        if error in {Fate.PEER_LOST, Fate.COLLECTIVE_TIMEOUT}:
-            fate = Fate(error)
-        self._end(fate, frame["message"], frame["failed_at"], frame.get("details", ""))
+        self._end(_fate_of(frame), frame["message"], frame["failed_at"], frame.get("details", ""))
         self.record.phase = frame.get("phase", self.record.phase)
         self.record.waiting_in = frame.get("waiting_in", "")
         self.record.extra["sections"] = frame.get("sections", [])
@@ -144,8 +146,11 @@ class Member:
         phase = self.record.phase
         when = {
             "start": "before it was ready",
+            "ready": "before its check began",
             "parked": "after its body had passed",
         }.get(phase, f"in {phase}, without an answer")
+        if self.failing is not None:
+            when += f", after it had raised {self.failing['message'].partition(chr(10))[0]}"
         if exitcode < 0:
             try:
                 name = signal.Signals(-exitcode).name
@@ -155,8 +160,18 @@ class Member:
         return f"exited with {exitcode} {when}"
 
 
+def _fate_of(frame: Frame) -> Fate:
+    """What an error says of the rank that raised it."""
+    error = frame.get("kind_of_error", "error")
+    if error in {Fate.PEER_LOST, Fate.COLLECTIVE_TIMEOUT, Fate.BROKEN}:
+        return Fate(error)
+    return Fate.RAISED if frame.get("outcome") == "raised" else Fate.BROKEN
+
+
 def _silence(record: RankRecord, state: str) -> str:
     where = f"never answered; last phase: {record.phase}"
+    if record.phase == "start":
+        where = "never became ready"
     if state == "T":
         return f"{where}; it was stopped (SIGSTOP)"
     if record.waiting_in:

@@ -49,6 +49,7 @@ class Follower:
         """Serve until the first node says bye, or is gone."""
         self._items = {item.nodeid: item for item in session.items}
         processes.adopt_orphans()
+        crew.remove_abandoned()
         signal.signal(signal.SIGTERM, _terminate)
         warm.warm_up(everything=not self._config.option.no_warm_up)
         recording.watch()
@@ -159,7 +160,7 @@ class Follower:
         """Send one frame whole; the socket's own limit ends a wait for a node that is cut off."""
         self._said = time.monotonic()
         sock.setblocking(True)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        with contextlib.suppress(OSError):  # it is gone, or cut off: the next look finds out
             self._out.send(kind, **payload)
         sock.setblocking(False)
 

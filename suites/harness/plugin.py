@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.junitxml import xml_key
 
 from harness import (
+    crew,
     devices,
     ending,
     node,
@@ -67,7 +70,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(node.Follower(config, settings), "shardproof-node")
         return
     settings.run_dir.mkdir(parents=True, exist_ok=True)
-    config.option.xmlpath = config.option.xmlpath or str(settings.run_dir / "junit.xml")
+    if not getattr(config.option, "xmlpath", None):  # not there with -p no:junitxml
+        config.option.xmlpath = str(settings.run_dir / "junit.xml")
     run = Run(config, settings)
     config.pluginmanager.register(run, "shardproof-run")
     if settings.jobs > 1:
@@ -176,6 +180,7 @@ class Run:
                     + ", ".join(e.check for e in lost)
                 )
         processes.adopt_orphans()
+        crew.remove_abandoned()
         signal.signal(signal.SIGTERM, ending.terminate)
         if any(map(requirements.is_check, session.items)) and self._settings.start_method == "fork":
             warm.warm_up(everything=not self._config.option.no_warm_up)
@@ -288,7 +293,8 @@ class Run:
             results.check(item, judgement, self._settings, entry.as_json() if entry else None)
         )
         if time.monotonic() > self._write_at:
-            self._write_results(ending.INCOMPLETE)
+            with contextlib.suppress(OSError):  # the disk is full: the end tells it, if it is still
+                self._write_results(ending.INCOMPLETE)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Gather the phases of plain items into one verdict each."""
@@ -340,19 +346,32 @@ class Run:
         }
         if self._settings.jobs > 1:  # as they were selected, not as they ended
             self._checks.sort(key=lambda check: places[check["id"]])
-        path = results.write(self._settings, run, self._checks, self._started, time.time())
-        now = time.monotonic()
-        self._write_at = now + max(1.0, (now - began) / _WRITING_SHARE)
-        return path
+        try:
+            return results.write(self._settings, run, self._checks, self._started, time.time())
+        finally:
+            now = time.monotonic()
+            self._write_at = now + max(1.0, (now - began) / _WRITING_SHARE)
 
     def _leave_results(self, session: pytest.Session) -> None:
         if told := self._warned.told():
             self._notes.append(told)
         if left := self._config.stash[_LEFT_OUT]:
             self._notes.append(f"left out, marked thorough: {left} (--thorough runs them)")
-        path = self._write_results(int(session.exitstatus))
-        results.point_latest_at(self._settings.run_dir)
-        self._notes.append(f"results: {os.path.relpath(path, self._config.invocation_params.dir)}")
+        try:
+            path = self._write_results(int(session.exitstatus))
+            results.point_latest_at(self._settings.run_dir)
+            shown = os.path.relpath(path, self._config.invocation_params.dir)
+            self._notes.append(f"results: {shown}")
+        except OSError as error:
+            session.exitstatus = ending.INCOMPLETE
+            self._notes.append(f"results.json cannot be written: {error}")
+        try:  # pytest writes it next, and would end in a traceback, with no summary
+            if xml := self._config.stash.get(xml_key, None):
+                xml.pytest_sessionfinish()
+        except OSError as error:
+            session.exitstatus = ending.INCOMPLETE
+            self._notes.append(f"junit.xml cannot be written: {error}")
+            self._config.stash[xml_key].logfile = os.devnull
         if self._settings.update_expectations:
             failed = [
                 (c["id"], Verdict(c["verdict"]), c["message"])

@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from _pytest.capture import CaptureManager
 
-from harness import place, probe, processes, recording
+from harness import place, probe, processes, recording, stacks
 from harness.channel import RankEnd
 from harness.leaks import Snapshot, watch_segments
 from harness.options import SETTINGS
 from harness.requirements import WorldSpec
-from harness.watcher import Watcher, answer, one_line, raised
+from harness.watcher import Watcher, answer, kind_of_error, one_line, raised
 
 if TYPE_CHECKING:
     import torch
@@ -91,16 +91,33 @@ current: Rank | None = None
 
 def occupy(seat: Seat, sock: socket.socket, find: Callable[[str], pytest.Item]) -> None:
     """Be a rank until the parent says end; never returns into the parent's code."""
-    code = 1
+    channel = RankEnd(sock)
     try:
-        code = Rank(seat, RankEnd(sock), find).serve()
-    except BaseException:
-        traceback.print_exc()
+        _leave(Rank(seat, channel, find).serve())
+    except BaseException as error:
+        give_up(channel, error)
+
+
+def give_up(channel: RankEnd, error: BaseException) -> None:
+    """End a rank that cannot go on, outside of a check: its parent hears why."""
+    try:
+        channel.send(
+            "broken",
+            message=one_line(error),
+            details="".join(traceback.format_exception(error)),
+            kind_of_error=kind_of_error(error),
+            waiting_in=stacks.collective_of_traceback(error.__traceback__),
+        )
+        traceback.print_exception(error)
     finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
+        _leave(1)
+
+
+def _leave(code: int) -> None:
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 _stack_file: Any = None
@@ -275,22 +292,12 @@ class Rank:
         """Run what the parent names until it says end; the process's exit code."""
         import torch.distributed as dist
 
-        try:
-            self._join()
-        except BaseException as error:
-            self._channel.send("broken", message=one_line(error), details=traceback.format_exc())
-            return 1
+        self._join()
         recording.start(Path(self.seat.calls))
         self._channel.send("ready", pid=os.getpid())
         while (order := self._channel.receive()) is not None and order["kind"] == "run":
             item = self._find(order["id"])
-            try:
-                probe.arrive(item.config.stash[SETTINGS].subject)
-            except ImportError as error:
-                self._channel.send(
-                    "broken", message=one_line(error), details=traceback.format_exc()
-                )
-                return 1
+            probe.arrive(item.config.stash[SETTINGS].subject)
             recording.restart()
             snapshot = Snapshot(self.seat.tmp)
             self._seed()
@@ -299,12 +306,16 @@ class Rank:
                 return 1
             if word["kind"] == "leave":
                 return 0
-            if not word["keep"]:
-                self.meshes.clear()
-                dist.destroy_process_group()
-                if any(snapshot.new_descriptors()):
-                    gc.collect()  # groups that only a cycle keeps hold pipes of their transport
-            self._channel.send("leaks", leaks=snapshot.leaks())
+            try:
+                if not word["keep"]:
+                    self.meshes.clear()
+                    dist.destroy_process_group()
+                    if any(snapshot.new_descriptors()):
+                        gc.collect()  # groups that only a cycle keeps hold pipes of their transport
+                leaks = snapshot.leaks()
+            except Exception as error:  # the check destroyed the group, or left no descriptor
+                leaks = [f"a rank that cannot be closed ({one_line(error)})"]
+            self._channel.send("leaks", leaks=leaks)
             if not word["keep"]:
                 break
         return 0
@@ -326,6 +337,7 @@ class Rank:
             return raised(error, time.monotonic() - started, said)
         finally:
             item.config.pluginmanager.unregister(watcher)
+        self._channel.send("phase", phase="report")
         used = " ".join(_mesh_name(*key) for key in self.meshes)
         return answer(watcher, time.monotonic() - started) | {"mesh": used}
 

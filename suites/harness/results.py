@@ -121,8 +121,11 @@ def write(
     }
     path = settings.run_dir / "results.json"
     step = settings.run_dir / f".results-{os.getpid()}.json"
-    step.write_text(json.dumps({"run": run, "checks": checks}, indent=1) + "\n")
-    step.replace(path)
+    try:
+        step.write_text(json.dumps({"run": run, "checks": checks}, indent=1) + "\n")
+        step.replace(path)
+    finally:
+        step.unlink(missing_ok=True)
     return path
 
 

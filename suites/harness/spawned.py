@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from harness import rank, warm
+from harness.channel import RankEnd
 
 seat: rank.Seat | None = None
 """Set in a spawned rank, before its pytest starts; None in a parent."""
@@ -35,5 +36,8 @@ def main(here: rank.Seat, sock: socket.socket, arguments: Sequence[str]) -> None
     warm.limit_threads()
     # What forked ranks find imported; before TMPDIR is the rank's own.
     warm.warm_up(everything="--no-warm-up" not in arguments)
-    rank.settle(here)
+    try:
+        rank.settle(here)
+    except BaseException as error:
+        rank.give_up(RankEnd(sock), error)
     sys.exit(pytest.main([*map(str, arguments), "-s", "-q"], plugins=[_Occupy(here, sock)]))

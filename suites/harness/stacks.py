@@ -119,8 +119,9 @@ def ask(targets: dict[int, Path], patience: float = 2.0) -> dict[int, tuple[str,
     return {pid: (states[pid], without_harness(dumps[pid])) for pid in targets}
 
 
-# A main thread's outermost frame; what stands for frames beyond the hundredth, and for none.
-_OUTERMOST = (" in <module>", "  ...", "<no Python frame>")
+# A main thread's outermost frame, also under `python -m`; what stands for frames beyond the
+# hundredth, and for none.
+_OUTERMOST = (" in <module>", " in _run_module_as_main", "  ...", "<no Python frame>")
 
 
 def _is_whole(dump: str) -> bool:

@@ -52,7 +52,7 @@ class RankRecord:
     at: float = 0.0
     """Monotonic clock at which the fate was sealed; comparable between processes of one machine."""
     phase: str = "start"
-    """The last phase that the rank announced: start, setup, call, teardown, parked, end."""
+    """The last that it announced: start, ready, setup, call, teardown, report, parked, end."""
     message: str = ""
     """One line: what a person must read first."""
     details: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import linecache
 import time
 import traceback
@@ -139,12 +140,14 @@ def assertion_of(error: BaseException) -> str:
 
 
 def kind_of_error(error: BaseException) -> str:
-    """Whether the error is another rank's doing: a lost peer, or a collective nobody joined."""
+    """Whose doing the error is: a lost peer's, a collective that nobody joined, a full disk's."""
     import torch.distributed as dist
 
     seen: BaseException | None = error
     while seen is not None:
         text = text_of(seen)
+        if isinstance(seen, OSError) and seen.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return "broken"
         if isinstance(seen, dist.DistError) or (
             isinstance(seen, RuntimeError)
             # "Wait timeout" alone is a FileStore's, where ranks of a group look for each other.
@@ -177,4 +180,5 @@ def text_of(error: BaseException) -> str:
 
 def one_line(error: BaseException) -> str:
     """The exception in one line: type and the first line of its text."""
-    return f"{type(error).__name__}: {text_of(error)}".partition("\n")[0]
+    text = text_of(error).partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -72,9 +72,6 @@ class World:
         self._until(lambda: all(m.ready for m in self.members), self._start_limit)
         self.usable = all(m.ready for m in self.members)
         if not self.usable:
-            for member in self.members:
-                if not member.failed and not member.ready:
-                    member.record.message = "never became ready"
             self._close_case()
 
     def run(
@@ -175,11 +172,14 @@ class World:
             if member.failed or record.fate is Fate.SILENT:
                 parts.append(("failure", record.details))
             text = "".join(f"--- {name} ---\n{body}\n" for name, body in parts if body)
-            if text:
-                folder.mkdir(parents=True, exist_ok=True)
-                path = folder / f"rank-{record.rank}.log"
-                path.write_text(text, errors="backslashreplace")
-                record.log = str(path.relative_to(run_dir))
+            path = folder / f"rank-{record.rank}.log"
+            try:
+                if text:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    path.write_text(text, errors="backslashreplace")
+                    record.log = str(path.relative_to(run_dir))
+            except OSError as error:  # the disk is full: the verdict stands without it
+                record.details += f"\nits log is not kept: {error}"
 
 
 def _same(found: str, named: str) -> bool:

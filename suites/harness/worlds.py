@@ -32,17 +32,18 @@ class Worlds:
         """A world for the item, whose ranks have been gathered; or why there can be none."""
         if (kept := self._take_kept(item)) is not None:
             return kept
-        world = self._take_ahead(item)
-        if world is None:
-            if self._settings.start_method == "fork" and (reason := warm.unfit()):
-                return Judgement(Verdict.ERROR, reason, reason)
-            world = self._launch(spec)
+        ahead = self._take_ahead(item)
+        if ahead is not None and self._gathered(ahead).usable:
+            return ahead
+        if ahead is not None:  # the check that ran meanwhile may have taken what it needed
+            ahead.end()
+        if self._settings.start_method == "fork" and (reason := warm.unfit()):
+            return Judgement(Verdict.ERROR, reason, reason)
         try:
-            world.gather()
-        except BaseException:
-            world.end()
-            raise
-        return world
+            return self._gathered(self._launch(spec))
+        except OSError as error:  # no room, no descriptor, no process: the next check may find one
+            reason = f"the world could not be started: {type(error).__name__}: {error}"
+            return Judgement(Verdict.ERROR, reason, reason)
 
     def keeps(self, item: pytest.Item, nextitem: pytest.Item | None, spec: WorldSpec) -> bool:
         """Whether the item's world is to be used again by the next item."""
@@ -79,6 +80,14 @@ class Worlds:
         self._kept = self._ahead = None
         for world in worlds:
             world.end()
+
+    def _gathered(self, world: World) -> World:
+        try:
+            world.gather()
+        except BaseException:
+            world.end()
+            raise
+        return world
 
     def _launch(self, spec: WorldSpec) -> World:
         world = World(spec, self._machines.parts(spec), self._settings.start_method)

@@ -1,6 +1,7 @@
 """Show a run: `python -m report [--known] [FOLDER | results.json]`, by default out/latest.
 
-`python -m report --compare BEFORE AFTER` shows two runs side by side, as a table in Markdown.
+`python -m report --compare BEFORE AFTER` shows two runs side by side, as a table in Markdown;
+`python -m report --laws` prints the laws of the contract.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from harness import pipes
 from report.compare import NotComparableError, compare
+from report.laws import listing
 from report.read import BadResultsError, read
 from report.terminal import Screen, show, show_known
 
@@ -27,7 +29,11 @@ def main() -> int:
         "--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two runs side by side"
     )
     parser.add_argument("--brief", action="store_true", help="leave the single failures out")
+    parser.add_argument("--laws", action="store_true", help="print the laws of the contract")
     options = parser.parse_args()
+    if options.laws:
+        print(listing())
+        return 0
     try:
         if options.compare:
             before, after = map(read, options.compare)

@@ -6,17 +6,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-LAWS = (
-    "values",
-    "structure",
-    "isolation",
-    "symmetry",
-    "all-or-nothing",
-    "group",
-    "autograd",
-    "compatibility",
-    "cost",
-)
+from report.laws import LAWS
+
 HOLDS = frozenset({"pass"})
 NOT_RUN = frozenset({"precondition"})
 

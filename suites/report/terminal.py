@@ -7,7 +7,8 @@ from collections import Counter
 from typing import Any, TextIO
 
 from report.compare import CALLERS
-from report.matrix import LAWS, Cell, Rows, matrix
+from report.laws import LAWS
+from report.matrix import Cell, Rows, matrix
 
 UNEXPECTED = ("fail", "error", "timeout", "crash", "xpass")
 _COLOURS = {

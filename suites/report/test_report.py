@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from report.compare import NotComparableError, compare
-from report.matrix import LAWS, Cell, matrix
+from report.matrix import Cell, matrix
 from report.read import BadResultsError, read
 from report.terminal import Screen, show, show_known
 
@@ -139,10 +139,6 @@ def test_a_cell_shows_its_worst() -> None:
     states = {n: n for n in cells} | {"part": "expected"}
     assert {name: cell.state for name, cell in cells.items()} == states
     assert [str(c) for c in cells.values()] == ["✓ 2", "x 1/2", "✗ 0/2", "x 1/2?", "? 1", "·"]
-
-
-def test_each_law_has_one_column() -> None:
-    assert len(set(LAWS)) == len(LAWS), f"columns {LAWS}"
 
 
 def test_the_matrix_counts_each_check_once() -> None:

@@ -28,25 +28,9 @@ FOREVER = 10_000
 # --- ends, and says nothing -------------------------------------------------------------------
 
 
-def test_exits_3(rank: int) -> None:
-    if rank == 1:
-        os._exit(3)
-
-
 def test_exits_0_without_an_answer(rank: int) -> None:
     if rank == 1:
         os._exit(0)
-
-
-def test_is_killed(rank: int) -> None:
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_is_killed_while_its_peer_waits(rank: int) -> None:
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    dist.barrier()
 
 
 def test_segfaults(rank: int) -> None:
@@ -157,12 +141,6 @@ def test_hangs_in_python(rank: int) -> None:
         time.sleep(FOREVER)
 
 
-def test_hangs_in_python_while_its_peer_waits(rank: int) -> None:
-    if rank == 1:
-        time.sleep(FOREVER)
-    dist.barrier()
-
-
 def test_hangs_in_a_collective(rank: int) -> None:
     if rank == 1:
         dist.all_reduce(torch.ones(1))
@@ -171,11 +149,6 @@ def test_hangs_in_a_collective(rank: int) -> None:
 def test_hangs_in_c_with_the_lock_held(rank: int) -> None:
     if rank == 1:
         ctypes.PyDLL(None).sleep(FOREVER)
-
-
-def test_is_stopped(rank: int) -> None:
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def test_ignores_terminate(rank: int) -> None:
