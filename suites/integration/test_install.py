@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import subprocess
 import sys
 import types
@@ -186,3 +187,42 @@ class TestInstalled:
         with judged():
             pass
         assert owner(module, name).startswith(subject.root)
+
+
+@pytest.mark.judges("install")
+class TestWithoutDistributed:
+    @pytest.mark.law("all-or-nothing")
+    @pytest.mark.world(1)
+    def test_a_torch_without_distributed_is_refused(
+        self, judged: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A torch that was built without torch.distributed must be refused, and left as it is."""
+        before = names_of_torch()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.distributed, "is_available", lambda: False)
+            with pytest.raises(RuntimeError, match=r"torch\.distributed"):
+                judged()
+        assert names_of_torch() == before
+
+
+class TestBucket:
+    @pytest.mark.judges("install")
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", "", "3", "٣"])
+    def test_the_setting_is_read(
+        self, judged: Any, monkeypatch: pytest.MonkeyPatch, text: str
+    ) -> None:
+        """SHARDPROOF_BUCKET_MIB must be a whole number of MiB, and is refused by name if not."""
+        monkeypatch.setenv("SHARDPROOF_BUCKET_MIB", text)
+        package = judged.__module__.partition(".")[0]
+        spec = importlib.util.find_spec(f"{package}._state_dict_utils.stream")
+        assert spec is not None
+        assert spec.loader is not None
+        again = importlib.util.module_from_spec(spec)
+        if text in {"3", "٣"}:
+            spec.loader.exec_module(again)
+            assert again.BUCKET_BYTES == 3 << 20
+        else:
+            with pytest.raises(ValueError, match="SHARDPROOF_BUCKET_MIB"):
+                spec.loader.exec_module(again)

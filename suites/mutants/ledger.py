@@ -13,9 +13,9 @@ from typing import Any
 
 from mutants import answers
 from mutants.answers import Answer, entry_for
-from mutants.executed import digest_of_the_reference
 from mutants.judge import INSTALLING, ROOT, SUITE, Result
 from mutants.operators import Automatic
+from mutants.statements import digest_of_the_reference
 
 _NAME = "judged.jsonl"
 _OPEN = {"broken", "undecided"}

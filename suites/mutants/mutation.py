@@ -8,25 +8,28 @@ itself broke.
 from __future__ import annotations
 
 import argparse
+import collections
 import fnmatch
 import hashlib
 import itertools
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from harness import pipes
 from mutants import answers
 from mutants.answers import Answer, BadAnswerError
-from mutants.executed import FOLDER, Executed, Statement, sources, statements
+from mutants.executed import FOLDER, Executed
+from mutants.instrument import marks_of_mutants
 from mutants.judge import BAD, Judge, Result, from_a_warm_parent
 from mutants.ledger import Ledger
 from mutants.operators import Automatic, all_mutants
+from mutants.statements import Statement, sources, statements
 
 _FIRST = 3
-"""How many of the checks that have caught most so far are tried first."""
+"""How many of the checks that have caught most are tried first: of its function, file, of all."""
 _REASON = re.compile(r"#\s*Not reached (on a CPU|with torch [\d.]+): \S")
 
 
@@ -40,6 +43,13 @@ def chosen_of(mutants: Sequence[Automatic], options: argparse.Namespace) -> list
     if options.sample is not None:
         # By digest: what is drawn does not change with code elsewhere.
         found = sorted(found, key=lambda m: _place(m, str(options.seed)))[: options.sample]
+    if options.each is not None:
+        drawn: dict[str, list[Automatic]] = {}
+        for mutant in sorted(found, key=lambda m: _place(m, str(options.seed))):
+            drawn.setdefault(mutant.file, []).append(mutant)
+        # The first of each module before the second of any: --minutes may end it anywhere.
+        rounds = itertools.zip_longest(*(of_it[: options.each] for of_it in drawn.values()))
+        found = [m for of_round in rounds for m in of_round if m is not None]
     return found
 
 
@@ -50,30 +60,41 @@ def _place(mutant: Automatic, salt: str) -> int:
 class Selection:
     """The checks that are to judge each mutant."""
 
-    def __init__(self, executed: Executed) -> None:
+    def __init__(self, executed: Executed, ledger: Ledger) -> None:
         self._executed = executed
         self._number = {(s.file, s.line): n for n, s in enumerate(statements())}
-        self._caught: dict[str, int] = {}
+        self._caught: dict[tuple[str, ...], collections.Counter[str]] = {}
+        for row in ledger.rows.values():
+            self.learn(row["key"][0], row["key"][1], row["state"], row["said"])
 
     def place(self, mutant: Automatic) -> Statement:
         """The statement that the mutant stands in."""
         return statements()[self._number[mutant.file, mutant.line]]
 
+    def runs(self, mutant: Automatic) -> bool:
+        """Whether a check executes the statement that the mutant stands in."""
+        users = self._executed.users_of(self._number[mutant.file, mutant.line])
+        return bool(self._executed.checks_of(users))
+
     def of(self, mutant: Automatic, answer: Answer | None) -> list[str]:
-        """In the order in which they are likely to tell."""
+        """Those that could tell, in the order in which they are likely to."""
         number = self._number[mutant.file, mutant.line]
-        found = self._executed.checks_of(self._executed.users_of(number))
-        first = sorted((c for c in found if c in self._caught), key=lambda c: -self._caught[c])[
-            :_FIRST
-        ]
+        users = self._executed.users_of(number)
+        mark = marks_of_mutants()[mutant] if users == {number} else None
+        found = self._executed.checks_of(users, mark)
+        first = []
+        for around in ((mutant.file, mutant.function), (mutant.file,), ()):
+            counted = self._caught.get(around, collections.Counter())
+            first += [c for c, _ in counted.most_common() if c in found][:_FIRST]
         if answer and answer.check:
             first = [c for c in found if c.partition("[")[0] == answer.check.partition("[")[0]]
         return list(dict.fromkeys([*first, *found]))
 
-    def learn(self, result: Result) -> None:
-        """Remember which check caught one."""
-        if result.state == "caught":
-            self._caught[result.said] = self._caught.get(result.said, 0) + 1
+    def learn(self, file: str, function: str, state: str, check: str) -> None:
+        """Remember which check caught one, in which function."""
+        if state == "caught":
+            for around in ((file, function), (file,), ()):
+                self._caught.setdefault(around, collections.Counter())[check] += 1
 
 
 def measure(executed: Executed, judge: Judge) -> None:
@@ -102,7 +123,7 @@ def judge_all(
     options: argparse.Namespace,
 ) -> int:
     """Judge the mutants one after the other; the ledger has each at once. Returns how many."""
-    selection = Selection(executed)
+    selection = Selection(executed, ledger)
     explained = {s for block, why in unexecuted_blocks(executed) if why for s in block}
     began = time.monotonic()
     print(f"--- {len(chosen)} mutants", flush=True)
@@ -114,11 +135,15 @@ def judge_all(
         tried = checks[: options.first]
         if checks:
             result = judge.judge(mutant.plant, tried)
-        else:
+        elif not selection.runs(mutant):
             result = Result("unreached" if selection.place(mutant) in explained else "unexecuted")
+        elif mutant.operator == "condition" and _leads_to(selection.place(mutant), explained):
+            result = Result("unreached")
+        else:
+            result = Result("survived", message="in no check it computes anything else")
         if result.state == "survived" and len(tried) < len(checks):
             result.state = "undecided"
-        selection.learn(result)
+        selection.learn(mutant.file, mutant.function, result.state, result.said)
         ledger.add(mutant, result)
         left = (time.monotonic() - began) / done * (len(chosen) - done) / 60
         print(
@@ -131,10 +156,16 @@ def judge_all(
     return len(chosen)
 
 
+def _leads_to(test: Statement, explained: Collection[Statement]) -> bool:
+    """Whether a branch of the statement is among those that cannot be reached here."""
+    return any(s.file == test.file and test.line < s.line <= test.end for s in explained)
+
+
 def unexecuted_blocks(executed: Executed) -> Iterator[tuple[list[Statement], bool]]:
     """Runs of statements that no check executes, and whether a comment says why.
 
-    It stands in the block or above it, or above the function or class that the block is part of.
+    It stands in the block or above it, above the function or class that the block is part of, or
+    in a block around it.
     """
     every = statements()
     lines = {file: text.splitlines() for file, text in sources().items()}
@@ -143,13 +174,18 @@ def unexecuted_blocks(executed: Executed) -> Iterator[tuple[list[Statement], boo
         enumerate(executed.unexecuted()),
         lambda pair: (pair[1].file, pair[1].function, order[pair[1]] - pair[0]),
     )
+    outer: list[Statement] = []
     for (file, function, _), group in groups:
         block = [statement for _, statement in group]
         around = [s for s in every if s.file == file and f"{function}.".startswith(f"{s.defines}.")]
         spans = [(block[0].line, max(s.end for s in block))]
         spans += [(s.line, s.line) for s in around if s.defines]
         said = (line for a, b in spans for line in lines[file][max(a - 3, 0) : b])
-        yield block, any(map(_REASON.search, said))
+        found = any(map(_REASON.search, said)) or any(
+            s.file == file and s.line < block[0].line <= s.end for s in outer
+        )
+        outer += block if found else []
+        yield block, found
 
 
 def tell_unexecuted(executed: Executed) -> int:
@@ -178,6 +214,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--module", action="append", metavar="GLOB", help="only files that match: grid.py, fsdp/*")
     add("--sample", type=int, metavar="N", help="N of them, the same ones for the same seed")
+    add("--each", type=int, metavar="N", help="N of each module, the same ones for the same seed")
     add("--seed", type=int, default=0, metavar="S", help="of the sample (default: %(default)s)")
     add("--shard", type=_shard, metavar="K/N", help="the K-th of N parts")
     add("--resume", action="store_true", help="leave out what was judged of the code as it is")
@@ -211,7 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = chosen_of(mutants, options)
     if not chosen:
         print(
-            "ci/mutation: no mutant matches --module, --sample and --shard; --list names all",
+            "ci/mutation: no mutant matches --module, --sample, --each and --shard; "
+            "--list names all",
             file=sys.stderr,
         )
         return 2

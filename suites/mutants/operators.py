@@ -3,7 +3,8 @@
 The operators are those of mutation testing's literature and tools (comparison, boolean and
 arithmetic operators, constants, conditions, statements, arguments, returned values, jumps), and
 two for this code: the context that a `with` enters, and the body of an `except`. Left out is what
-a contract is silent about: texts of messages, annotations, asserts, `zip(strict=True)`, caches.
+a contract is silent about: texts of messages, annotations, asserts, `zip(strict=True)`, what caches
+hold.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mutants.executed import blocks_of, is_text, sources
 from mutants.judge import SUBJECT
+from mutants.statements import blocks_of, is_text, sources
 
 _COMPARISONS: Mapping[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -31,7 +32,7 @@ _COMPARISONS: Mapping[type[ast.cmpop], type[ast.cmpop]] = {
     ast.In: ast.NotIn,
     ast.NotIn: ast.In,
 }
-_ORDERS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+ORDERS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 _ARITHMETIC: Mapping[type[ast.operator], type[ast.operator]] = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -48,6 +49,8 @@ _ARITHMETIC: Mapping[type[ast.operator], type[ast.operator]] = {
 }
 _KEPT_CALLS = {"min", "max", "isinstance", "issubclass", "hasattr", "getattr", "setattr", "zip"}
 """Calls whose arguments are not swapped: nothing would change, or nothing would run."""
+_CACHES = {"cache", "lru_cache"}
+"""Calls that are left alone: how much is remembered changes nothing but the time."""
 _KEPT_DECORATORS = {"cache", "lru_cache", "dataclass", "property", "overload", "setter"}
 _KEPT_DECORATORS |= {"classmethod", "staticmethod"}
 _ANNOTATIONS = ("annotation", "returns")
@@ -70,6 +73,8 @@ class Automatic:
     line: int = field(default=0, compare=False)
     """Of the statement that it stands in."""
     span: tuple[int, int] = field(default=(0, 0), compare=False)
+    place: tuple[int, int, int, int] = field(default=(0, 0, 0, 0), compare=False)
+    """Line and column of its begin and of its end."""
 
     @property
     def name(self) -> str:
@@ -87,7 +92,7 @@ class Automatic:
     def changed(self, source: str) -> str:
         """The text of its file with the change."""
         data = source.encode()
-        new = f"({self.new})" if self.operator not in _OF_STATEMENTS else self.new
+        new = f"({self.new})" if self.operator not in OF_STATEMENTS else self.new
         return (data[: self.span[0]] + new.encode() + data[self.span[1] :]).decode()
 
     def plant(self, folder: Path) -> None:
@@ -96,7 +101,7 @@ class Automatic:
         path.write_text(self.changed(path.read_text()))
 
 
-_OF_STATEMENTS = frozenset({"drop statement", "return", "jump", "handler", "assignment"})
+OF_STATEMENTS = frozenset({"drop statement", "return", "jump", "handler", "assignment"})
 
 
 def mutants_of(file: str, source: str) -> list[Automatic]:
@@ -119,7 +124,9 @@ def mutants_of(file: str, source: str) -> list[Automatic]:
                 if isinstance(node, ast.stmt | ast.expr) and node.end_lineno is not None:
                     begin = offset(node.lineno, node.col_offset)
                     end = offset(node.end_lineno, node.end_col_offset or 0)
-                    place = (statement.lineno, (begin, end))
+                    at = node.lineno if operator == "handler" else statement.lineno
+                    ends = (node.end_lineno, node.end_col_offset or 0)
+                    place = (at, (begin, end), (node.lineno, node.col_offset, *ends))
                     words = (file, function, operator, ast.unparse(node), new)
                     key = Automatic(*words).key
                     found.append(Automatic(*words, seen[key], *place))
@@ -172,7 +179,7 @@ def _inside(node: ast.AST) -> Iterator[_Change]:
                 if name == "decorator_list":
                     yield from _of_decorator(child)
                     continue
-                if isinstance(child, ast.Call) and _called(child) == "warn":
+                if isinstance(child, ast.Call) and _called(child) in {"warn", *_CACHES}:
                     continue
                 yield from _of_expression(child)
                 yield from _inside(child)
@@ -191,7 +198,8 @@ def _of_statement(node: ast.stmt) -> Iterator[_Change]:
             own = any(isinstance(t, ast.Name) and t.id in used for t in targets)
             if own or any(isinstance(t, ast.Attribute | ast.Subscript) for t in targets):
                 yield "drop statement", node, "pass"
-        case ast.Return(value=value) if value and not _is_none(value):
+        # None for False is as false, and what returns True instead is another mutant.
+        case ast.Return(value=value) if value and not _is_none(value) and not _is_false(value):
             yield "return", node, "return None"
         case ast.Break():
             yield "jump", node, "continue"
@@ -213,7 +221,7 @@ def _of_condition(test: ast.expr, *, force_true: bool = True) -> Iterator[_Chang
     if isinstance(test, ast.Constant):
         return
     negated = isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)
-    flipped = isinstance(test, ast.Compare) and not isinstance(test.ops[0], _ORDERS)
+    flipped = isinstance(test, ast.Compare) and not isinstance(test.ops[0], ORDERS)
     if not negated and not flipped:  # those are mutants of the expression already
         yield "condition", test, f"not ({ast.unparse(test)})"
     if force_true:
@@ -278,6 +286,10 @@ def _with(node: ast.AST, **fields: object) -> str:
 
 def _is_none(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value is None
+
+
+def _is_false(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
 
 
 def _is_string(node: ast.expr) -> bool:

@@ -19,9 +19,10 @@ from typing import Any
 from harness import devices, pipes
 from mutants import patches
 from mutants.catalog import MUTANTS, Mutant
-from mutants.executed import Executed, numbers_at, one_of_each_first
+from mutants.executed import Executed, one_of_each_first
 from mutants.judge import ROOT, CannotPlantError, Judge, Result, from_a_warm_parent
 from mutants.patches import Patch
+from mutants.statements import numbers_at
 
 Fault = Mutant | Patch
 _WORST = {"caught": 0, "unjudged": 0, "survived": 1, "undecided": 1, "broken": 3}

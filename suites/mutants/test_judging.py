@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from mutants import marks
-from mutants.executed import Executed, statements
+from mutants.executed import Executed
 from mutants.judge import ROOT, Judge, Plant
+from mutants.statements import statements
 
 
 class _Scripted(Judge):

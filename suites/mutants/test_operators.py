@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import collections
 
 import pytest
 
 from mutants import mutation
-from mutants.executed import sources
 from mutants.operators import Automatic, all_mutants, mutants_of
+from mutants.statements import sources
 
 
 def _changes(source: str) -> set[str]:
@@ -58,6 +59,7 @@ def test_each_operator_changes_what_it_says(source: str, expected: set[str]) -> 
         'raise E(f"{a + 1}") from None\n',
         'x = f"{a + 1}"\n',
         "zip(a, b, strict=True)\n",
+        "x = lru_cache(maxsize=1)(f)\n",
     ],
 )
 def test_what_a_contract_is_silent_about_is_left_alone(source: str) -> None:
@@ -83,7 +85,7 @@ def test_mutants_of_the_reference_are_told_apart_and_compile() -> None:
 
 
 def _chosen(**options: object) -> list[Automatic]:
-    every = {"module": None, "shard": None, "sample": None, "seed": 0}
+    every = {"module": None, "shard": None, "sample": None, "each": None, "seed": 0}
     return mutation.chosen_of(all_mutants(), argparse.Namespace(**(every | options)))
 
 
@@ -91,4 +93,8 @@ def test_shards_are_the_whole_and_a_sample_is_the_same_each_time() -> None:
     shards = [_chosen(shard=(k, 3)) for k in (1, 2, 3)]
     assert sorted(m.name for s in shards for m in s) == sorted(m.name for m in all_mutants())
     assert _chosen(sample=20) == _chosen(sample=20) != _chosen(sample=20, seed=1)
+    two = _chosen(each=2)
+    assert two == _chosen(each=2) != _chosen(each=2, seed=1)
+    assert set(collections.Counter(m.file for m in two).values()) == {2}
+    assert two[: len(two) // 2] == _chosen(each=1)
     assert {m.file for m in _chosen(module=["fsdp/boxes.py"])} == {"tensor/parallel/fsdp/boxes.py"}

@@ -100,8 +100,6 @@ def _copy_state_dict(
     No collective runs.
 
     """
-    if copy_state_dict is None:
-        raise CompanionMismatch("<root>: expected a mapping, the companion has NoneType")
     walk = Walk(state_dict, copy_state_dict)
     if type_check:
         check_leaf_types(walk)

@@ -34,9 +34,6 @@ from shardproof._state_dict_utils.line import (
 from shardproof._state_dict_utils.local_copies import LocalCopies
 from shardproof._state_dict_utils.simulation import gather_simulated, simulates_ranks
 from shardproof._state_dict_utils.subclasses import settled_result
-from shardproof._state_dict_utils.tensors import (
-    CPU,
-)
 from shardproof._state_dict_utils.wire import (
     Domain,
     backend_of,
@@ -129,9 +126,8 @@ def _all_gather_sharded_tensor(
     found = find({"sharded_tensor": sharded_tensor}, pg, device, type_check=False)
     agreed = _agree(found, pg, device, cpu_offload=False)
     leaf = found.leaves["sharded_tensor"]
-    target = device
-    if target is None:
-        target = leaf.layout.domain.device if leaf.layout.domain is not None else CPU
+    assert leaf.layout.domain is not None
+    target = leaf.layout.domain.device if device is None else device
     gathered = _gather(found, None, agreed, LocalCopies(found, cpu_offload=False))
     return gathered["sharded_tensor"].to(target)
 
@@ -301,7 +297,7 @@ def _by_its_own_operations(leaf: Leaf, cpu_offload: bool) -> torch.Tensor:
     device = leaf.tensor._local_tensor.device
     groups = leaf.tensor.device_mesh.get_all_groups()
     if device.type != "cpu" and any(backend_of(g, device) == "gloo" for g in groups):
-        # The process would end: https://github.com/pytorch/pytorch/issues/152645.
+        # Not reached on a CPU: elsewhere the process would end, pytorch#152645.
         raise NotImplementedError(f"Gloo cannot gather it on {device.type}")
     # What full_tensor() does besides asks for one operation more, a view.
     placements = [Replicate()] * leaf.tensor.device_mesh.ndim

@@ -235,15 +235,10 @@ def _partial_dims(
 def rectangles(
     shape: Sequence[int], start: int, stop: int
 ) -> Iterator[tuple[tuple[Run, ...], int, int]]:
-    """Cut the row-major element range [start, stop) of ``shape`` into rectangles.
+    """Cut the row-major element range [start, stop) of ``shape``, not empty, into rectangles.
 
     Yields (box, first element, element count) in element order; at most ``2 * ndim - 1`` of them.
     """
-    if start >= stop:
-        return
-    if not shape:
-        yield (), 0, 1
-        return
     if start == 0 and stop == math.prod(shape):
         yield tuple((0, size) for size in shape), 0, stop
         return
@@ -277,7 +272,7 @@ def _chunk(size: int, parts: int, index: int) -> Run:
 
 def _take(runs: Sequence[Run], lo: int, hi: int) -> list[Run]:
     """The global runs behind the positions [lo, hi) of a shard dimension."""
-    return [(g.start, g.stop) for g, _ in _overlaps(runs, lo, hi) if g.start < g.stop]
+    return [(g.start, g.stop) for g, _ in _overlaps(runs, lo, hi)]
 
 
 def _merged(runs: Sequence[Run]) -> Runs:
@@ -285,9 +280,9 @@ def _merged(runs: Sequence[Run]) -> Runs:
     for start, stop in runs:
         if merged and merged[-1][1] == start:
             merged[-1] = (merged[-1][0], stop)
-        elif start < stop or len(runs) == 1:
+        else:
             merged.append((start, stop))
-    return tuple(merged) or ((0, 0),)
+    return tuple(merged)
 
 
 def _overlaps(runs: Sequence[Run], lo: int, hi: int) -> list[tuple[slice, slice]]:

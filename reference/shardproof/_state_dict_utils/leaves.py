@@ -165,7 +165,7 @@ def find(
                         _check_padding(value, local)
             else:
                 layout = layout_of(value, domains.of(value))
-                parts = _shards_of(value, layout) if layout.domain is not None else []
+                parts = _shards_of(value, layout)
                 _checked(layout, parts)
             found.leaves[name] = Leaf(name, value, layout, parts)
         except Exception as error:

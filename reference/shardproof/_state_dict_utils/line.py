@@ -46,8 +46,7 @@ def needs_bucket(leaf: Leaf, cpu_offload: bool) -> bool:
     Then it would need a copy of all of it, where the bucket needs a part.
     """
     domain = leaf.layout.domain
-    if domain is None:
-        return True
+    assert domain is not None
     direct = all(part.is_contiguous() and part.device == domain.device for part in leaf.local)
     offloaded = cpu_offload and domain.device != CPU
     return not direct or offloaded or leaf.layout.stride is not None

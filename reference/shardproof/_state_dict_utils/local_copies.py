@@ -61,13 +61,12 @@ class LocalCopies:
                 return fresh_copy(memory, result_device(layout, self.cpu_offload))
             return self._copy(local_of(tensor), id(tensor))
         full = result_for(leaf, self.cpu_offload)
-        if layout.domain is not None and not layout.meta:
+        if not layout.meta:
             whole = carried_view(full)
             for block, part in zip(layout.here, leaf.local, strict=True):
-                if block.numel:
-                    data = torch.cat(elements(part, 0, block.numel))
-                    piece = Piece(0, 0, 1, 0, 0, block.numel, 0, 0)
-                    deliver(data, block, piece, partial(_write, whole))
+                data = torch.cat(elements(part, 0, block.numel))
+                piece = Piece(0, 0, 1, 0, 0, block.numel, 0, 0)
+                deliver(data, block, piece, partial(_write, whole))
         return full
 
     def around(self, gathered: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -76,6 +75,7 @@ class LocalCopies:
         leaves = list(zip(found.names, found.walk.leaves, strict=True))
         ready: dict[int, torch.Tensor] = {}
         if self.cpu_offload and host.in_use():
+            # Not reached on a CPU: no tensor lies on a GPU.
             ready = host.copies([None if name in gathered else value for name, value in leaves])
         dressed: dict[Hashable, torch.Tensor] = {}
         shared, offload = self._shared(), self.cpu_offload

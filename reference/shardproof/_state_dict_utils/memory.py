@@ -20,17 +20,16 @@ _POPULATE_WRITE = 23
 _PAGE = mmap.PAGESIZE
 
 
-def _kernel() -> ctypes.CDLL | None:
-    """The C library with both calls, where they are Linux's."""
-    if sys.platform != "linux":
-        return None
+def _kernel() -> ctypes.CDLL:
+    """The C library with both calls."""
     found = ctypes.CDLL(None)
     found.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     found.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
     return found
 
 
-_LIBC = _kernel()
+# They are Linux's.
+_LIBC = _kernel() if sys.platform == "linux" else None
 
 
 def map_ahead(tensor: torch.Tensor, *, alone: bool = False) -> torch.Tensor:

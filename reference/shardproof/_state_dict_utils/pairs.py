@@ -92,8 +92,6 @@ class Pairs:
                     try:
                         copy_leaf(targets[place], sources[place], non_blocking)
                     except Exception as error:
-                        if self._at_ease(place):
-                            raise
                         said = f"{type(error).__name__}: {error}"
                         raise CannotTakeError(place, said) from error
                 fast = [place for place in last.values() if place not in slow]

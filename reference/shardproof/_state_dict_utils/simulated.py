@@ -33,6 +33,7 @@ def for_each_rank(function: Callable[P, R]) -> Callable[P, R]:
 
     It may return a tensor, a number, or a tuple of these, and must not communicate.
     """
+    # Not reached with torch 2.13: it has the mode.
     if _mode is None:
         return function
     made: Callable[P, R] = _mode.maybe_run_for_local_tensor(function)
@@ -41,6 +42,7 @@ def for_each_rank(function: Callable[P, R]) -> Callable[P, R]:
 
 def with_real_ranks() -> AbstractContextManager[Any]:
     """In it this process is but the one rank that its process groups know."""
+    # Not reached with torch 2.13: it has the mode.
     if _mode is None:
         return nullcontext()
     found: AbstractContextManager[Any] = _mode.maybe_disable_local_tensor_mode()

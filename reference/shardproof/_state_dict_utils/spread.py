@@ -119,7 +119,7 @@ class Layout:
         return self.domain.key, self.dims, tuple(sorted(self.reductions.items()))
 
 
-def summary(tensor: torch.Tensor) -> str:
+def summary(tensor: DTensor | ShardedTensor) -> str:
     """Kind, shape, dtype and sharding in words, equal on all ranks that share the tensor."""
     head = f"of shape {shape_of(tensor)}, {dtype_of(tensor)}"
     if isinstance(tensor, DTensor):
@@ -130,23 +130,21 @@ def summary(tensor: torch.Tensor) -> str:
             order = []
         cuts = "left to right" if order == sorted(order) else f"in the order {order}"
         text = f"a DTensor {head}, {tuple(tensor.placements)} on mesh {mesh}, {cuts}"
-    elif isinstance(tensor, ShardedTensor):
+    else:
         shards = [
             (tuple(m.shard_offsets), tuple(m.shard_sizes), m.placement and m.placement.rank())
             for m in tensor.metadata().shards_metadata
         ]
         text = f"a ShardedTensor {head}, shards (offsets, sizes, rank) {shards}"
-    else:
-        text = f"a tensor {head}"
     return text + (", on meta" if is_meta(tensor) else "")
 
 
-def is_meta(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has no data."""
-    if isinstance(tensor, DTensor):
-        local = tensor._local_tensor
-        return local.is_meta and not (is_table(type(local)) and not shards_of(local))
-    return not isinstance(tensor, ShardedTensor) and tensor.is_meta
+def is_meta(tensor: DTensor | ShardedTensor) -> bool:
+    """Whether a DTensor has no data."""
+    if isinstance(tensor, ShardedTensor):
+        return False
+    local = tensor._local_tensor
+    return local.is_meta and not (is_table(type(local)) and not shards_of(local))
 
 
 def _device_of(tensor: DTensor | ShardedTensor) -> torch.device:
@@ -245,7 +243,7 @@ def layout_of(tensor: DTensor | ShardedTensor, domain: Domain | None) -> Layout:
     """The layout of a tensor that the ranks of ``domain`` share; None where this is none of them.
 
     Raises:
-        ValueError: a placement or a shard that cannot be gathered.
+        ValueError: a placement or a shard that cannot be gathered, or shards of other ranks alone.
 
     """
     device, shape, dtype = _device_of(tensor), shape_of(tensor), dtype_of(tensor)
@@ -264,11 +262,11 @@ def layout_of(tensor: DTensor | ShardedTensor, domain: Domain | None) -> Layout:
             layout.own_way = wrapper
         layout.own_way = layout.own_way or partial
     else:
-        members = () if domain is None else domain.members
+        if domain is None:  # nothing of it is here
+            raise ValueError("this rank is outside the group that gathers the ShardedTensor")
+        members = domain.members
         nbytes = math.prod(shape) * dtype.itemsize
         layout = Layout(domain, members, shape, dtype, None, device, summary(tensor), nbytes)
-        if domain is None:
-            return layout
         layout.shards = _shards(tensor)
         _check_tiling(tensor)
         strangers = sorted({rank for rank, _ in layout.shards} - set(members))

@@ -80,12 +80,9 @@ def memory_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensors that a subclass holds, in an order that its class and its parts fix."""
-    if shards := shards_of(tensor):
-        return shards
-    if hasattr(type(tensor), "__tensor_flatten__"):
-        names, _ = cast(Any, tensor).__tensor_flatten__()
-        return [getattr(tensor, name) for name in names]
-    return [value for _, value in _attributes(tensor) if isinstance(value, torch.Tensor)]
+    return shards_of(tensor) or [
+        value for _, value in _held(tensor) if isinstance(value, torch.Tensor)
+    ]
 
 
 def _attributes(tensor: torch.Tensor) -> Iterator[tuple[str, Any]]:

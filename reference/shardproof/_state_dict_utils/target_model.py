@@ -55,8 +55,9 @@ class Model:
         is_piece: whether the target is a piece of a flat parameter.
         keeps: whether values are written into the memory that is there.
         by_class: whether that memory takes values by an operation of its class alone.
-        ordinary: whether the memory that is there is contiguous, and holds its values as they are;
-            so where there is none, or where the values wait for its class to take them.
+        ordinary: whether the memory that is there is contiguous, holds its values as they are, and
+            has the block's dimensions; so where there is none, or where the values wait for its
+            class to take them.
         other_shape: that of plain targets, where it is not the full tensors'.
         like_target: whether new memory is laid out as a plain target is.
         copies: whether new memory of a target is but a copy of its part of the full tensor.
@@ -158,8 +159,9 @@ class Model:
             raise ValueError(
                 f"the target's local dtype is {local.dtype}, expected {value.dtype} as it says"
             )
-        if value.dim() == 0 and self.size:
-            self.block = full_block(self.size) if self.block is not None else None
+        one_for_scalar = value.dim() == 0 and bool(self.size)
+        if one_for_scalar and self.block is not None:
+            self.block = full_block(self.size)
         # A rank without a shard of a table has nothing to write to, and says that it is on meta.
         nothing = table and not shards_of(local)
         self.keeps = in_place and (
@@ -177,7 +179,7 @@ class Model:
             self.dtype = value.dtype
         # A local part of another dtype than the target claims takes the values, not their bits.
         as_bits = table or not self.keeps or local.dtype == value.dtype
-        self.ordinary = as_bits and is_ordinary(local) and _as_it_is(local)
+        self.ordinary = as_bits and is_ordinary(local) and _as_it_is(local) and not one_for_scalar
 
     def _check(self, value: DTensor) -> None:
         # torch's modules take one element for a scalar.

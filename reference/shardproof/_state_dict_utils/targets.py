@@ -240,7 +240,7 @@ class Target:
         memory = self.open()
         if not isinstance(value, DTensor):
             return memory
-        if not value.dim() and memory.dim():
+        if not value.dim() and memory.numel():  # none where the mesh lacks this rank
             memory = memory.view(())
         return with_local(value, memory, memory.dtype)
 

@@ -276,6 +276,7 @@ def fresh_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
             fresh = torch.empty_like(plain, device=device)
             return map_ahead(fresh, alone=plain.is_cuda).copy_(plain)
         if plain.device != device:
+            # Not reached on a CPU: there is no other device.
             return plain.to(device, copy=True)
         return plain.clone()
     return bits(tensor).to(device, copy=True).view(tensor.dtype)

@@ -171,7 +171,7 @@ class Transport:
         # Two buckets at a time: one is on its way while another is packed, or unpacked.
         held = 2
         if scattered and scatter_takes_room(self.group, self.domain.device):
-            held += 1
+            held += 1  # Not reached on a CPU: its memory is given when it is written.
         todo = Stream(parcels, participants, held=held * participants)
         if self.wholes is None:
             self._receive_stream(todo, scattered)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-from shardproof._state_dict_utils.containers import LEAF_TYPES, Path, is_container, path_name
+from shardproof._state_dict_utils.containers import LEAF_TYPES, is_container, path_name
 from shardproof._state_dict_utils.pairs import CannotTakeError, Pairs
 from shardproof._state_dict_utils.sharded_tensors import with_shards
 from shardproof._state_dict_utils.tensors import (
@@ -35,7 +35,6 @@ TensorFunction = Callable[
     [Any, "dist.ProcessGroup | None", "torch.device | None", Any],
     Any,
 ]
-LeafFunction = Callable[[Path, Any, Any], Any]
 
 _IMMUTABLE = (int, float, complex, str, bytes, type(None), frozenset)
 _IMMUTABLE_TORCH = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
@@ -55,30 +54,6 @@ def _identity_func(
     return obj
 
 
-def map_leaves(
-    value: Any,
-    leaf: LeafFunction,
-    companion: Any = ABSENT,
-    refuse: Callable[[Exception], None] | None = None,
-) -> Any:
-    """Rebuild ``value`` with ``leaf(path, leaf_value, companion_value)`` in place of each leaf.
-
-    Args:
-        value: nested containers, or a single leaf.
-        leaf: called once per leaf, in the order of the walk.
-        companion: walked in parallel. ``ABSENT`` where there is none.
-        refuse: told of a container that holds itself, instead of an exception.
-
-    Raises:
-        CompanionMismatch: the containers of ``companion`` differ.
-        ValueError: a container holds itself.
-
-    """
-    walk = Walk(value, companion, refuse)
-    others = walk.companions or repeat(ABSENT)
-    return walk.rebuilt(list(map(leaf, walk.paths(), walk.leaves, others)))
-
-
 def check_leaf_types(walk: Walk) -> None:
     """Refuse leaves that no checkpoint can hold.
 
@@ -90,22 +65,10 @@ def check_leaf_types(walk: Walk) -> None:
         return
     for index, value in enumerate(walk.leaves):
         if not isinstance(value, _SUPPORTED):
-            check_leaf_type(walk.path(index), value)
-
-
-def check_leaf_type(path: Path, value: Any) -> None:
-    """Refuse a leaf that no checkpoint can hold.
-
-    Raises:
-        ValueError: names the path and the type.
-
-    """
-    if isinstance(value, _SUPPORTED):
-        return
-    raise ValueError(
-        f"{path_name(path)}: unexpected value of type {type(value)}; expected a tensor, a number, "
-        "a string, bytes, a set, None, or containers of them"
-    )
+            raise ValueError(
+                f"{path_name(walk.path(index))}: unexpected value of type {type(value)}; expected "
+                "a tensor, a number, a string, bytes, a set, None, or containers of them"
+            )
 
 
 def copy_leaf_value(value: Any) -> Any:

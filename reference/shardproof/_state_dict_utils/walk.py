@@ -56,7 +56,8 @@ class Walk:
     Args:
         root: nested containers, or a single leaf. Not changed.
         companion: ``ABSENT`` where there is none.
-        refuse: told of a container that holds itself, instead of an exception.
+        refuse: told of a container that holds itself, instead of an exception. Where there is no
+            companion.
 
     Attributes:
         leaves: the leaves, in the order of the walk.
@@ -95,8 +96,6 @@ class Walk:
                 raise error
             self._refuse(error)
             self.leaves.append(None)
-            if companion is not ABSENT:
-                self.companions.append(None)
             return None
         kind = type(value)
         named = kind in _NAMED or (kind not in _SEQUENCES and isinstance(value, Mapping))

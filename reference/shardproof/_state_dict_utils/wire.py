@@ -309,6 +309,7 @@ def scatter_into(
     """
     step = into.numel()
     if scatter_takes_room(group, into.device):
+        # Not reached on a CPU: its memory is given when it is written.
         step = max(most // dist.get_world_size(group), 1)
     work = None
     for start in range(0, into.numel(), step):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 from conformance.kit.layouts import R, S, dtensor, rows, sharded_tensor
 
@@ -83,6 +84,15 @@ def _shard(change: Callable[[torch.Tensor], torch.Tensor]) -> Lie:
     return tell
 
 
+def _nowhere(meta: Any) -> None:
+    meta.placement = None
+
+
+def _lost(tensor: Any) -> None:
+    """The shards of this rank are gone."""
+    tensor._local_shards = []
+
+
 def _size(tensor: Any) -> None:
     tensor.metadata().size = torch.Size((FULL[0] + 1, FULL[1]))
 
@@ -98,6 +108,9 @@ OF_SHARDS: dict[str, Lie] = {
     "integers of the same width": _shard(lambda t: t.to(torch.int32)),
     "half the width": _shard(lambda t: t.to(torch.bfloat16)),
     "a longer tensor": _size,
+    "a shard of no rank": _metadata(_nowhere, local=True),
+    "a shard that is gone": _lost,
+    "a wrapper of several tensors": _shard(lambda t: TwoTensor(t, t)),
 }
 """Of ShardedTensors of float32 in two shards of four rows."""
 

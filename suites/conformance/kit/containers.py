@@ -32,6 +32,37 @@ class Tags(list[Any]):
     """A list type of somebody's own."""
 
 
+class Ordered(OrderedDict[Any, Any]):
+    """An OrderedDict type of somebody's own."""
+
+
+class Kept(UserDict[Any, Any]):
+    """A UserDict with an attribute."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.source = "file"
+
+
+class Named(dict[Any, Any]):
+    """A dict with an attribute that has the name of a key, and is something else."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.x = "not the item"
+
+
+class Row(tuple[Any, ...]):
+    """A tuple type of somebody's own."""
+
+
+class Point(tuple[Any, ...]):
+    """A tuple type that takes its items one by one."""
+
+    def __new__(cls, a: Any, b: Any) -> Point:
+        return super().__new__(cls, (a, b))
+
+
 CONTAINERS: dict[str, Callable[[Any, Any], Any]] = {
     "dict": lambda a, b: {"x": a, "y": b},
     "OrderedDict": lambda a, b: OrderedDict([("y", a), ("x", b)]),
@@ -46,10 +77,14 @@ CONTAINERS: dict[str, Callable[[Any, Any], Any]] = {
     "defaultdict": lambda a, b: defaultdict(list, {"x": a, "y": b}),
     "Counter": lambda a, b: {"x": [a, b], "seen": Counter(x=2, y=3)},
     "dict subclass": lambda a, b: Settings(x=a, y=b),
+    "OrderedDict subclass": lambda a, b: Ordered([("y", a), ("x", b)]),
+    "dict with an attribute like a key": lambda a, b: Named(x=a, y=b),
     "UserDict": lambda a, b: UserDict({"x": a, "y": b}),
+    "UserDict subclass": lambda a, b: Kept(x=a, y=b),
     "list": lambda a, b: [a, b],
     "list subclass": lambda a, b: Tags([a, b]),
     "tuple": lambda a, b: (a, b),
+    "tuple subclass": lambda a, b: Row((a, b)),
     "namedtuple": lambda a, b: Pair(a, b),
     "list of lists": lambda a, b: [[a], [[b]]],
     "list ending in None": lambda a, b: [a, b, None, None],
@@ -96,6 +131,8 @@ KINDS: dict[str, Callable[[DeviceMesh], tuple[Any, Any]]] = {
     "list for tensor": lambda _: ([numbers(4)], numbers(1, 4)),
     "dict for None": lambda _: ({"x": numbers(4)}, None),
     "list for None": lambda _: ([numbers(4)], None),
+    "number for dict": lambda _: (3, {"x": numbers(4)}),
+    "None for list": lambda _: (None, [numbers(4)]),
     "two for three": lambda _: ([numbers(4)] * 2, [numbers(4)] * 3),
     "three for two": lambda _: ([numbers(4)] * 3, [numbers(4)] * 2),
     "DTensor for tensor": lambda mesh: (_dt(mesh, 4), numbers(4)),

@@ -157,7 +157,9 @@ def _compare(got: Any, expected: Any, what: str, values: bool, flags: bool) -> N
         keys = [(type(k).__name__, k) for k in got]
         wanted = [(type(k).__name__, k) for k in expected]
         assert keys == wanted, f"{what}: keys {list(got)}, expected {list(expected)}"
-        for name in ("_metadata", "default_factory", "source"):
+        # What it holds besides its items; a UserDict's `data` is its items.
+        own = getattr(expected, "__dict__", {}).keys() | {"_metadata", "default_factory"}
+        for name in own - {"data"}:
             have, want = (getattr(mapping, name, None) for mapping in (got, expected))
             assert have == want, f"{what}: {name} {have}, expected {want}"
         for key, item in expected.items():

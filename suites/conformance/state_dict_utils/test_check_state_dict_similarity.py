@@ -95,6 +95,16 @@ class TestCheckStateDictSimilarity:
 
         each([name for name in KINDS if group_of(name) == group], compare)
 
+    @pytest.mark.law("values")
+    @pytest.mark.world(1)
+    def test_leaves_that_are_no_tensors_do_not_matter(self, judged: Any) -> None:
+        """Numbers, text and None in each other's place are similar; a tensor there is not."""
+        values = [1, 2.5, "text", None, b"raw", {1}]
+        for ours in values:
+            for theirs in values:
+                assert judged({"a": ours}, {"a": theirs}) is True, f"{ours!r} and {theirs!r}"
+            assert judged({"a": ours}, {"a": numbers(1)}) is False, f"{ours!r} and a tensor"
+
     @pytest.mark.law("structure")
     @pytest.mark.world(1)
     def test_keys_have_to_agree(self, judged: Any) -> None:

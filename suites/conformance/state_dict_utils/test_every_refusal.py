@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from conformance.kit.agree import assert_raises_everywhere
 from conformance.kit.compare import assert_same, fingerprint, local
@@ -55,6 +56,20 @@ SOURCES: dict[str, Callable[[Any], Any]] = {
     "a sparse tensor": lambda _: numbers(*FULL).to_sparse(),
     "a number": lambda _: 3.0,
     "another shape": lambda _: numbers(4, 6),
+}
+
+
+def _on_meta(mesh: Any) -> Any:
+    return dtensor(numbers(*FULL), mesh, [S(0)], local=numbers(3, 4).to("meta"))
+
+
+# Where every rank holds the full state dict one that is placed as its target is may land.
+PLACED: dict[str, Callable[[Any], Any]] = {
+    "a DTensor placed otherwise": lambda mesh: dtensor(numbers(*FULL), mesh, [S(1)]),
+    "a DTensor on another mesh": lambda mesh: dtensor(
+        numbers(*FULL), DeviceMesh(mesh.device_type, [1, 0]), [S(0)]
+    ),
+    "a DTensor on meta": _on_meta,
 }
 
 
@@ -285,8 +300,7 @@ class TestDistributeRefuses(_Landing):
         return {name: make for name, make in TARGETS.items() if "share" not in name}
 
     def sources(self) -> dict[str, Callable[[Any], Any]]:
-        # One that is placed as its target is may land.
-        return {name: make for name, make in SOURCES.items() if name != "a DTensor"}
+        return {name: make for name, make in SOURCES.items() if name != "a DTensor"} | PLACED
 
 
 @pytest.mark.judges("_state_dict_utils._all_gather_sharded_tensor")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -168,6 +168,19 @@ class TestUnflattenStateDict:
     @pytest.mark.law("structure")
     @pytest.mark.should(EXOTIC)
     @pytest.mark.world(1)
+    def test_every_container_comes_back_as_the_root(self, judged: Any, subject: Any) -> None:
+        """What is no dict comes back as well."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+
+        def round_trip(name: str) -> None:
+            value = CONTAINERS[name](1, [2])
+            assert_same_structure(judged(*flatten(value)), value)
+
+        each(CONTAINERS, round_trip)
+
+    @pytest.mark.law("structure")
+    @pytest.mark.should(EXOTIC)
+    @pytest.mark.world(1)
     def test_attributes_of_containers_come_back(self, judged: Any, subject: Any) -> None:
         """A defaultdict keeps its factory, a dict of somebody's own type its attributes."""
         flatten = subject.function("_state_dict_utils._flatten_state_dict")
@@ -288,7 +301,7 @@ class TestUnflattenStateDict:
 
     @pytest.mark.law("symmetry")
     @pytest.mark.world(1)
-    def test_a_path_through_a_leaf_is_refused(self, judged: Any, subject: Any) -> None:
+    def test_a_place_that_is_a_leaf_and_a_container(self, judged: Any, subject: Any) -> None:
         """A place that paths make a leaf and a container is an error that names it, in any order.
 
         Paths are plain, or those of two state dicts flattened one by one.
@@ -322,3 +335,38 @@ class TestUnflattenStateDict:
             distinct = {key: {"x": n, "y": {"z": n}} for n, key in enumerate(keys)}
             for value in (distinct, {"a": distinct}, {"a": {"b": distinct, "c": {"x": 8}}}):
                 assert_same_structure(judged(*flatten(value)), value, str(keys))
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("typed", [False, True], ids=["plain", "typed"])
+    def test_a_path_through_a_leaf_is_refused(self, judged: Any, subject: Any, typed: bool) -> None:
+        """A path that leads through the leaf of another must be refused by name, in any order."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        leaf: dict[str, Any] = {"a": {"b": 1}}
+        inner: dict[str, Any] = {"a": {"b": {"c": {"d": 2}}}}
+        if typed:  # what more than dicts with str keys and lists makes of a path
+            leaf, inner = ({"a": OrderedDict(v["a"])} for v in (leaf, inner))
+        flats, mappings = zip(*[flatten(value) for value in (leaf, inner)], strict=True)
+        for order in (1, -1):
+            flat = {key: value for some in flats[::order] for key, value in some.items()}
+            mapping = {key: path for some in mappings for key, path in some.items()}
+            refused(partial(judged, flat, mapping), "b", kinds=MISSING, what=f"{flat}")
+            # A loaded leaf may be a dict itself.
+            flat["a.b"] = {"other": 1}
+            refused(partial(judged, flat, mapping), "b", kinds=MISSING, what=f"{flat}")
+
+    @pytest.mark.law("structure")
+    @pytest.mark.should(EXOTIC)
+    @pytest.mark.world(1)
+    def test_plain_paths_beside_those_of_a_flattening(self, judged: Any, subject: Any) -> None:
+        """Where a plain path says less of a container than another, what is known counts."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        value = {"a": with_metadata(("x", 1), version=2), "l": (1, 2)}
+        flat, mapping = flatten(value)
+        more: dict[str, Any] = {"y": ("a", "y"), "z": ("l", 2)}
+        expected = {"a": with_metadata(("x", 1), ("y", 9), version=2), "l": (1, 2, 9)}
+        paths = dict(mapping) | more
+        assert_same_structure(judged(flat | {"y": 9, "z": 9}, paths), expected, "last")
+        first = judged({"y": 9} | flat, paths)
+        assert type(first["a"]) is OrderedDict, f"a {type(first['a']).__name__}"
+        assert dict(first["a"]) == {"y": 9, "x": 1}

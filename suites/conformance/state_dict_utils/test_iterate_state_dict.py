@@ -16,7 +16,15 @@ from torch import nn
 from conformance.kit.agree import attempt
 from conformance.kit.cases import each
 from conformance.kit.compare import assert_same, assert_unchanged, fingerprint
-from conformance.kit.containers import CONTAINERS, GROUPS, KINDS, PLACEMENTS, dashed, group_of
+from conformance.kit.containers import (
+    CONTAINERS,
+    GROUPS,
+    KINDS,
+    PLACEMENTS,
+    Point,
+    dashed,
+    group_of,
+)
 from conformance.kit.data import DTYPES, numbers
 from conformance.kit.generated import examples, state_dicts
 from conformance.kit.layouts import S, dtensor, rows, sharded_tensor
@@ -103,6 +111,14 @@ class TestIterateStateDict:
             assert_same_structure(judged(make(a, b), same, same, negative), make(-a, -b), "root")
 
         each(CONTAINERS, walk)
+
+    @pytest.mark.law("structure")
+    @pytest.mark.should(EXOTIC)
+    @pytest.mark.world(1)
+    def test_a_tuple_type_that_cannot_be_made_anew(self, judged: Any) -> None:
+        """A tuple type that takes its items one by one comes out as a tuple of them."""
+        got = judged({"x": Point(numbers(3), 1)}, same, same, same)
+        assert_same_structure(got, {"x": (numbers(3), 1)})
 
     @pytest.mark.law("structure")
     @pytest.mark.should(EXOTIC)

@@ -51,6 +51,20 @@ class TestGatherLargeTensors:
 
     @pytest.mark.law("values")
     @pytest.mark.world(2)
+    def test_several_threads(self, judged: Any, mesh: Any) -> None:
+        """A process whose operations run on several threads must get the same values."""
+        torch.set_num_threads(2)
+        full = distinct(1024, 640)
+        value = {
+            "rows": dtensor(full, mesh(2), [S(0)]),
+            "plain": full,
+            "r": dtensor(full, mesh(2), [R]),
+        }
+        for key, whole in judged(value).items():
+            assert_same(whole, full, key)
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
     @pytest.mark.parametrize("view", VIEWS)
     def test_a_rank_whose_part_is_laid_out_otherwise(
         self, judged: Any, mesh: Any, view: str

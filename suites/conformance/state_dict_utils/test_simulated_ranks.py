@@ -8,16 +8,19 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import threading
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from conformance.kit.compare import assert_same
 from conformance.kit.data import numbers
 from conformance.kit.layouts import R, S
+from conformance.kit.refusals import MISSING, refused
 
 CPU = torch.device("cpu")
 WHOLE = {
@@ -67,6 +70,32 @@ class TestGather:
         mesh(4), mesh(2, 2)
         with LocalTensorMode(4):
             assert_whole(judged(spread(mesh), **options))
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(4)
+    def test_what_else_a_state_dict_holds(self, judged: Any, mesh: Any, rank: int) -> None:
+        """Values pass, tied tensors stay tied, takers alone get a result, and a lock is refused."""
+        mesh(4), mesh(2, 2)
+        with LocalTensorMode(4):
+            value: dict[str, Any] = spread(mesh)
+            value |= {"tied": value["odd"], "n": [3, {"x": None}]}
+            got = judged(value)
+            assert got["n"] == value["n"]
+            assert got["n"][1] is not value["n"][1], "the caller's own dict"
+            assert got["tied"] is got["odd"], "tied tensors came apart"
+            value["lock"] = threading.Lock()
+            refused(lambda: judged(value), "lock", kinds=MISSING)
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(2)
+    def test_tensors_without_values(self, judged: Any, mesh: Any) -> None:
+        """Under `FakeTensorMode` the result must have the whole shape, and be fake itself."""
+        line = mesh(2)
+        with FakeTensorMode():
+            leaf = DTensor.from_local(torch.empty(4, 3), line, [S(0)], run_check=False)
+            got = judged({"w": leaf, "n": 1})
+        assert isinstance(got["w"], FakeTensor)
+        assert tuple(got["w"].shape) == (8, 3)
 
 
 @pytest.mark.judges("_state_dict_utils._offload_state_dict_to_cpu")
@@ -139,6 +168,43 @@ class TestBroadcast:
             into = {name: torch.zeros_like(full) for name, full in WHOLE.items()}
             judged(dict(WHOLE), into, CPU)
             assert_whole(into)
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(4)
+    @pytest.mark.parametrize("options", [{}, {"cpu_offload": True}, {"strict": True}], ids=str)
+    def test_every_rank_is_played(self, judged: Any, mesh: Any, options: Any) -> None:
+        """Every rank that is played must get its part, and no key but those that it has."""
+        mesh(4), mesh(2, 2)
+        steps = [2.5]
+        with LocalTensorMode(4):
+            into = spread(mesh, zero=True)
+            rest = {"steps": None, "none": None, "step": None, "extra": 1}
+            full = WHOLE | {"steps": steps, "none": numbers(3), "step": numbers(), "other": 2}
+            mine = into | rest
+            judged(full, mine, CPU, **options)
+            assert mine["steps"] == steps
+            assert mine["steps"] is not steps, "the caller's own list"
+            assert mine["none"] is None, "a tensor for what is None on purpose"
+            assert_same(mine["step"], numbers())
+            assert ("extra" in mine) is ("strict" not in options)
+            assert_whole({name: mine[name] for name in WHOLE})
+            assert "other" not in mine
+
+
+@pytest.mark.judges("_state_dict_utils._distribute_tensors")
+class TestDistributeTensors:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(4)
+    def test_every_rank_is_played(self, judged: Any, mesh: Any) -> None:
+        """Every rank that is played must get its part, in the memory that is there."""
+        mesh(4), mesh(2, 2)
+        with LocalTensorMode(4):
+            into = spread(mesh, zero=True)
+            held = {name: value for name, value in into.items() if isinstance(value, DTensor)}
+            pairs: dict[str, Any] = {name: (held[name], WHOLE[name]) for name in held}
+            judged(pairs, [*pairs, "missing"], CPU)
+            assert all(pairs[name] is held[name] for name in held), "another object"
+            assert_whole(pairs | {"plain": WHOLE["plain"]})
 
 
 _THREADS = textwrap.dedent(

@@ -74,6 +74,19 @@ LAYOUTS: dict[str, tuple[tuple[int, int], Placement, Any]] = {
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")
 class TestGather:
     @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("options", [{}, {"cpu_offload": True}], ids=str)
+    def test_a_table_of_one_rank(self, judged: Any, mesh: Any, options: Any) -> None:
+        """A table whose shards all lie on one rank must come back whole, in its own memory."""
+        full = numbers(8, 3)
+        held = table(full, mesh(1), [S(0)], rows(full, 1, 3, 4))
+        got = judged({"table": held}, **options)["table"]
+        assert_same(got, full)
+        shards: Any = held._local_tensor
+        shards.local_shards()[0].zero_()
+        assert_same(got, full, "after the table was written")
+
+    @pytest.mark.law("compatibility")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_a_table_is_gathered(self, judged: Any, mesh: Any, rank: int, layout: str) -> None:
@@ -160,7 +173,11 @@ class TestStaging:
         boxes = cut(full)[rank]
         value = {"table": table(full, mesh(2), [placement], boxes)}
         copy = subject.function("_state_dict_utils._copy_state_dict")
-        assert_table(copy(value, judged(value))["table"], full, boxes, layout)
+        staged = copy(value, judged(value))["table"]
+        assert_table(staged, full, boxes, layout)
+        for shard in staged._local_tensor.local_shards():
+            shard.zero_()
+        assert_table(value["table"], full, boxes, f"{layout}, after its buffers were written")
 
 
 @pytest.mark.judges("_state_dict_utils._broadcast_state_dict")

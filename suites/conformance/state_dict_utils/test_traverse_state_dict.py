@@ -137,6 +137,11 @@ SET: dict[str, tuple[Any, tuple[Any, ...], Any]] = {
     "OrderedDict below": (
         {"o": with_metadata(("x", 1))}, ("o", "y"), {"o": with_metadata(("x", 1), ("y", 9))},
     ),
+    "OrderedDict in a list": (
+        [with_metadata(("x", 1))], (0, "y"), [with_metadata(("x", 1), ("y", 9))],
+    ),
+    "from the end": ({"a": [1, 2]}, ("a", -2), {"a": [9, 2]}),
+    "from the end on the way": ({"a": [{"x": 1}]}, ("a", -1, "x"), {"a": [{"x": 9}]}),
 }  # fmt: skip
 """Name to (root, path, the root once 9 is set there)."""
 
@@ -153,6 +158,11 @@ REFUSED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "through a None": ({"first": None}, ("first", "second")),
     "through a None below": ({"first": {"x": None}}, ("first", "x", 0)),
     "str for a list": ({"first": [1]}, ("first", "second")),
+    "str for a list on the way": ({"first": [1]}, ("first", "second", "third")),
+    "index before a list": ({"first": [1]}, ("first", -2)),
+    "index before a list on the way": ({"first": [1]}, ("first", -2, "third")),
+    "into a read-only mapping": (MappingProxyType({"x": 1}), ("first",)),
+    "through a read-only mapping": ({"first": MappingProxyType({"x": 1})}, ("first", "second")),
     "no path": ({"first": [1]}, ()),
 }
 """Name to (root, path) where nothing can be set."""

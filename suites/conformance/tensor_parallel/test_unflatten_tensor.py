@@ -76,6 +76,19 @@ class TestUnflattenTensor:
             like = dtensor(full * 0, cube, placements)
             assert_describes(judged(local, like._spec), like, local, what)
 
+    @pytest.mark.law("group")
+    @pytest.mark.world(3)
+    @pytest.mark.parametrize("trains", [False, True])
+    def test_a_mesh_without_this_rank(
+        self, judged: Any, mesh: Any, rank: int, trains: bool
+    ) -> None:
+        """A rank outside of the spec's mesh must get an empty part, whatever it holds."""
+        like = dtensor(numbers(8, 3), mesh(2, ranks=[0, 1]), [S(0)])
+        mine = numbers(4, 3).requires_grad_(trains)
+        got = judged(mine, like._spec)
+        assert got.requires_grad is trains
+        assert got.to_local().numel() == (0 if rank == 2 else 12)
+
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     def test_generated_layouts_come_back(

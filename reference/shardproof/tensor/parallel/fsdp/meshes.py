@@ -149,7 +149,7 @@ def chunk_placements(
     singles = [(d,) for d in sorted(dims, key=lambda d: -mesh_shape[d])] if len(dims) > 1 else []
     for over in [tuple(dims), *singles] if dims else []:
         for tensor_dim in [0, *others] if shape else []:
-            inner = [d for d, cut in cutting.items() if cut == tensor_dim]
+            inner = [d for d, cut in cutting.items() if cut == tensor_dim and mesh_shape[d] > 1]
             size = int(shape[tensor_dim])
             placement = _placement(tensor_dim, size, mesh_shape, held, inner, over)
             if placement is not None:

@@ -80,8 +80,6 @@ def _rewrite_spec_if_needed(spec: ShardingSpec, tensor: Tensor, rank: int) -> Sh
 
 
 def _moved(placement: Any, device: torch.device, rank: int) -> Any:
-    if isinstance(placement, str):
-        placement = _remote_device(placement)
     if placement is None or placement.rank() != rank or placement.device() == device:
         return placement
     return _remote_device(f"rank:{rank}/{device}")
