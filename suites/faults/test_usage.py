@@ -193,6 +193,22 @@ def test_thorough_checks_run_when_they_are_asked_for(suite: Suite) -> None:
     assert "left out" not in asked.output
 
 
+def test_usual_variants_of_a_thorough_check_run_each_time(suite: Suite) -> None:
+    text = (
+        "import pytest\n"
+        "@pytest.mark.world(1)\n"
+        "@pytest.mark.parametrize('n', [1, 2, 12])\n"
+        "@pytest.mark.thorough(but=[{}])\n"
+        "def test_it(rank, n): pass\n"
+    )
+    outcome = Session(suite(text.format("'2'"))).finish()
+    assert [c["id"].rpartition("::")[2] for c in outcome.results["checks"]] == ["test_it[w1-2]"]
+    assert outcome.results["run"]["left_out"] == 2
+    typo = Session(suite(text.format("'2', '3'"))).finish()
+    assert "test_it: thorough(but='3') is no variant of it" in typo.output
+    assert typo.exit == 2
+
+
 def test_a_reader_that_goes_ends_the_run_without_a_traceback(suite: Suite) -> None:
     folder = suite(
         "import pytest, time\n"

@@ -250,7 +250,11 @@ class Rank:
 
         random.seed(self.seat.seed)
         np.random.seed(self.seat.seed % 2**32)
-        torch.manual_seed(self.seat.seed)
+        if self.spec.device == "cpu":
+            # Alone: for a device that is not in use, `torch.manual_seed` formats the whole stack.
+            torch.default_generator.manual_seed(self.seat.seed)
+        else:
+            torch.manual_seed(self.seat.seed)
 
     def _join(self) -> None:
         """Enter the process group."""

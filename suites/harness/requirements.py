@@ -47,8 +47,8 @@ MARKS = (
         "or what corrupts, loses, hangs or lies when it goes wrong; without the mark it is a MUST"
     ),
     (
-        "thorough: one more variant of a clause; runs with --thorough, or when it is asked for "
-        "by its id"
+        "thorough(but=()): one more variant of a clause; runs with --thorough, or when it is asked "
+        "for by its id; variants whose parameters' id is one of `but` run each time"
     ),
     "alone: needs the machine for itself: nothing is judged beside it, whatever --jobs says",
     (
@@ -157,11 +157,34 @@ def leave_out_thorough(config: pytest.Config, items: list[pytest.Item]) -> int:
     """Deselect the checks marked thorough, in place, unless they were asked for; how many."""
     if config.option.thorough or any("::" in argument for argument in config.args):
         return 0
-    left = [item for item in items if item.get_closest_marker("thorough")]
+    left = [item for item in items if _is_thorough(item)]
     if left:
         config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+        items[:] = [item for item in items if not _is_thorough(item)]
     return len(left)
+
+
+def _is_thorough(item: pytest.Item) -> bool:
+    marks = item.iter_markers("thorough")
+    return any(not any(_is_of(item, usual) for usual in m.kwargs.get("but", ())) for m in marks)
+
+
+def _is_of(item: pytest.Item, usual: str) -> bool:
+    # The world's size is a parameter, too, and stands in front.
+    return item.name.endswith((f"[{usual}]", f"-{usual}]"))
+
+
+def validate_thorough(items: list[pytest.Item]) -> None:
+    """Refuse a variant in `thorough(but=...)` that no item is: its clause would lose a check."""
+    missing: dict[tuple[str, str], bool] = {}
+    for item in items:
+        for mark in item.iter_markers("thorough"):
+            for usual in mark.kwargs.get("but", ()):
+                key = item.nodeid.partition("[")[0], usual
+                missing[key] = missing.get(key, True) and not _is_of(item, usual)
+    for (check, usual), lost in missing.items():
+        if lost:
+            raise pytest.UsageError(f"{check}: thorough(but={usual!r}) is no variant of it")
 
 
 def needs_the_machine(item: pytest.Item) -> bool:

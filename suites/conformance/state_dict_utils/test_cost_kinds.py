@@ -118,6 +118,13 @@ class TestGatherCost:
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("make", KIND_CASES)
+    @pytest.mark.thorough(
+        but=[
+            *("pending-sum", "pending-and-sharded", "pending-bfloat16", "uneven", "empty-shards"),
+            *("transposed-shards", "FSDP-over-TP", "HSDP", "dtypes", "several-meshes"),
+            *("kinds-in-turn", "ShardedTensor-in-uneven-shards"),
+        ]
+    )
     def test_every_kind_of_leaf(self, judged: Any, mesh: Any, make: Any) -> None:
         """Forty leaves of any kind must take as many collectives as eight."""
         _assert_as_many(lambda number: judged(_leaves(make, number, mesh)))
@@ -235,6 +242,12 @@ class TestBroadcastCost:
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("make", TARGET_CASES)
+    @pytest.mark.thorough(
+        but=[
+            *("uneven", "empty-shards", "FSDP-over-TP", "plain-of-another-shape-each", "meta"),
+            *("dtypes", "several-meshes", "values", "others-on-each-rank"),
+        ]
+    )
     def test_every_kind_of_target(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, make: Any
     ) -> None:
@@ -250,6 +263,9 @@ class TestBroadcastCost:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("options", [{"strict": True}, {"cpu_offload": True}], ids=str)
     @pytest.mark.parametrize("kind", ["rows", "uneven", "plain", "meta", "others on each rank"])
+    @pytest.mark.thorough(
+        but=["uneven-{'strict': True}", "others on each rank-{'cpu_offload': True}"]
+    )
     def test_every_option(
         self,
         judged: Any,

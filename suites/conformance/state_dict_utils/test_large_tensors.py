@@ -23,6 +23,8 @@ EACH_DEPTH = pytest.mark.parametrize("all_placements", [ONE_D, TWO_D], ids=["1-D
 
 EACH_MESH = pytest.mark.parametrize("ranks", [[0, 1, 2, 3], [3, 1, 0, 2]], ids=["sorted", "turned"])
 
+EACH_RUN = pytest.mark.thorough(but=["sorted-1-D", "turned-2-D"])
+
 
 def distinct(*shape: int, salt: int = 0) -> torch.Tensor:
     """A tensor whose elements all differ, exact in float32."""
@@ -36,6 +38,7 @@ class TestGatherLargeTensors:
     @pytest.mark.world(4)
     @EACH_DEPTH
     @EACH_MESH
+    @EACH_RUN
     def test_any_placement(
         self, judged: Any, mesh: Any, ranks: list[int], all_placements: Any
     ) -> None:
@@ -86,6 +89,7 @@ class TestBroadcastLargeTensors:
     @pytest.mark.world(4)
     @EACH_DEPTH
     @EACH_MESH
+    @EACH_RUN
     def test_any_placement(
         self,
         judged: Any,

@@ -108,6 +108,12 @@ class TestChunkDTensor:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("shape", MESHES.values(), ids=[n.replace(" ", "-") for n in MESHES])
     @pytest.mark.parametrize("held", HELD, ids=held_id)
+    @pytest.mark.thorough(
+        but=[
+            *("plain-HSDP-without-TP", "R-DDP", "S0-HSDP-of-one-replica", "S0-HSDP-without-TP"),
+            *("S1-DDP", "S1-HSDP-of-one-replica"),
+        ]
+    )
     def test_three_dimensions(self, judged: Any, mesh: Any, held: Any, shape: Any) -> None:
         """Over a 3-D mesh the replicate dimension holds replicas, and FSDP's holds the chunks."""
         root = mesh(*shape)
@@ -280,6 +286,7 @@ class TestChunkDTensor:
     @pytest.mark.world(4)
     @pytest.mark.needs("functional gathers")
     @pytest.mark.parametrize("held", HELD, ids=held_id)
+    @pytest.mark.thorough(but=["plain", "S0"])
     def test_compiled_as_one_graph(self, judged: Any, mesh: Any, held: Any) -> None:
         """With `fullgraph=True` the compiler finds no break in it, and the chunks are the whole."""
         root, full = mesh(2, 2), numbers(8, 4)

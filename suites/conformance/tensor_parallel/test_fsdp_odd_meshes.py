@@ -34,6 +34,9 @@ class TestChunkDTensorOddMeshes:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
     @pytest.mark.parametrize("shape", [(2, 2, 1), (2, 1, 2), (1, 2, 2)], ids=str)
+    @pytest.mark.thorough(
+        but=["(2, 2, 1)-S0", "(2, 1, 2)-plain", "(2, 1, 2)-S1", "(1, 2, 2)-R", "(1, 2, 2)-S0"]
+    )
     def test_a_flattened_mesh(
         self, judged: Any, mesh: Any, held: Any, shape: tuple[int, ...]
     ) -> None:

@@ -43,6 +43,8 @@ KINDS = pytest.mark.parametrize("flatten", [True, False], ids=["traceable", "clo
 GEOMETRY = pytest.mark.parametrize("policy", [None, "sizes"], ids=["fixed", "asked"])
 """Whether sizes and strides are stored, or questions that the type answers."""
 
+EACH_RUN = pytest.mark.thorough(but=["fixed-traceable", "asked-closed"])
+
 
 def held_tensor(kind: type[Pair], full: torch.Tensor, root: Any, held: Any) -> torch.Tensor:
     """What FSDP1 asks to be chunked, of that type: plain, or around it a DTensor."""
@@ -62,6 +64,7 @@ def spoil(tensor: Any) -> None:
 class TestChunkDTensor:
     @KINDS
     @GEOMETRY
+    @EACH_RUN
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4)
     @pytest.mark.needs("functional gathers")
@@ -96,6 +99,7 @@ class TestChunkDTensor:
 class TestChunkTensor:
     @KINDS
     @GEOMETRY
+    @EACH_RUN
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", [*HELD, "ShardedTensor"], ids=str)
@@ -160,6 +164,7 @@ def gathered(gather: Any, kind: type[Pair], full: torch.Tensor, root: Any, place
 class TestAllGatherDTensor:
     @KINDS
     @GEOMETRY
+    @EACH_RUN
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4)
     @pytest.mark.needs("functional gathers")

@@ -276,6 +276,7 @@ class TestUnflattenTensor:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("placements", ONE_D, ids=placement_id)
+    @pytest.mark.thorough(but=["S0"])
     def test_compiled_as_one_graph(self, judged: Any, mesh: Any, placements: Any) -> None:
         """With `fullgraph=True` the compiler finds no break in it, and the gradient is the same."""
         line, full = mesh(2), numbers(4, 6)
