@@ -1,6 +1,6 @@
 """asv benchmarks: what each function of the set costs, beside torch's and beside the floor.
 
-A benchmark is one class in `bench_<area>.py`, a subclass of `measured.Measured`; what it declares
+A benchmark is one class in `bench_<area>.py`, a subclass of `base.Measured`; what it declares
 gives asv its parameters, what `work` and `floor` return is timed and counted on the ranks:
 
     class GatherStateDict(Measured):
@@ -10,21 +10,24 @@ gives asv its parameters, what `work` and `floor` return is timed and counted on
         regimes = ("many", "large")
         sizes = (2, 4)
 
-        def work(self, bed): ...
-        def floor(self, bed): ...
+        def work(self, ctx): ...
+        def floor(self, ctx): ...
 
-The parts, in the order in which a number passes them:
+The parts, in the order in which a number passes them; each imports only those above it:
 
-    measured      the base class: what asv sees; asks the session, hands asv samples and counts
-    settings      quick or full, device, backend; the regimes and their leaves
-    session/      one warm parent for the whole run of asv, and the worlds forked from it
-    bed           what a benchmark is given on a rank: data, meshes, the subject, floors
-    goals         what the reference is to reach, and does: ci/bench --goals
-    agreement     whether two runs of one code say the same: ci/bench --agree
-    baseline      the counts that must not rise: ci/bench --check
-    cost          the cost model as formulas, held against counted bytes
-    command       ci/bench
-    environment   the environment in which asv measures a commit
+    settings        quick or full, device, backend; the regimes and their leaves
+    statistics      from the samples of all ranks to one number
+    session_client  in asv's process: asks the server of the run
+    rank_context    what a benchmark is given on a rank: data, meshes, the subject, floors
+    base            the base class of all benchmarks: what asv sees
+    listing         all benchmarks, and the functions that they cover
+    journal         each measurement of a run, as JSON lines
+    machine_label   the machine and the settings, for the head of a table
+    run/            one warm parent for a whole run of asv, and the worlds that it forks
+    results/        tables, goals, the baseline of counts, the cost model
+    command         ci/bench
+    environment     the environment in which asv measures a commit
+    world_cost      ci/world-cost: what a fresh world costs a check
 
 Modules that asv imports in each of its processes must not import torch: `work` and `floor` run on
 the ranks, and import what they need there.

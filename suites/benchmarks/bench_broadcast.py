@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from benchmarks.measured import Measured
+from benchmarks.base import Measured
 
 if TYPE_CHECKING:
     import torch
 
-    from benchmarks.bed import Bed, Work
+    from benchmarks.rank_context import RankContext, Work
 
 
 def _blank(local: dict[str, Any]) -> None:
@@ -17,10 +17,10 @@ def _blank(local: dict[str, Any]) -> None:
         tensor._local_tensor.zero_()
 
 
-def _from_first(bed: Bed) -> Work:
+def _from_first(ctx: RankContext) -> Work:
     """Floor: one scatter of what each rank must hold, one broadcast of what all must."""
-    same = sum(leaf.nbytes for leaf in bed.leaves if leaf.parts(bed.size) == 1)
-    return bed.scatters(bed.held - same, same)
+    same = sum(leaf.nbytes for leaf in ctx.leaves if leaf.parts(ctx.size) == 1)
+    return ctx.scatters(ctx.held - same, same)
 
 
 class BroadcastStateDict(Measured):
@@ -30,22 +30,22 @@ class BroadcastStateDict(Measured):
     regimes: ClassVar[tuple[str, ...]] = ("many", "model", "large", "mixed")
     sizes: ClassVar[tuple[int, ...]] = (2, 4, 8)
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        broadcast, local = bed.function(self.functions[0]), bed.sharded()
-        full = bed.whole() if bed.rank == 0 else {}
+        broadcast, local = ctx.function(self.functions[0]), ctx.sharded()
+        full = ctx.whole() if ctx.rank == 0 else {}
 
         def call() -> dict[str, Any]:
             landed: dict[str, Any] = dict(local)
-            broadcast(full.copy(), landed, bed.device)
+            broadcast(full.copy(), landed, ctx.device)
             return landed
 
-        check = _shapes(bed) if bed.fake else bed.are_sharded
+        check = _shapes(ctx) if ctx.fake else ctx.are_sharded
         return Work(call, check, lambda: _blank(local))
 
-    def floor(self, bed: Bed) -> Work:
-        return _from_first(bed)
+    def floor(self, ctx: RankContext) -> Work:
+        return _from_first(ctx)
 
 
 class BroadcastWholeStateDict(Measured):
@@ -55,22 +55,22 @@ class BroadcastWholeStateDict(Measured):
     regimes: ClassVar[tuple[str, ...]] = ("many", "large")
     sizes: ClassVar[tuple[int, ...]] = (2, 4)
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        broadcast = bed.function(self.functions[0])
-        full: dict[str, Any] = dict(bed.whole()) if bed.rank == 0 else {}
-        targets = {name: tensor.to("meta") for name, tensor in bed.whole().items()}
+        broadcast = ctx.function(self.functions[0])
+        full: dict[str, Any] = dict(ctx.whole()) if ctx.rank == 0 else {}
+        targets = {name: tensor.to("meta") for name, tensor in ctx.whole().items()}
 
         def call() -> dict[str, Any]:
             landed: dict[str, Any] = dict(targets)
-            broadcast(full.copy(), landed, bed.device)
+            broadcast(full.copy(), landed, ctx.device)
             return landed
 
-        return Work(call, bed.are_whole)
+        return Work(call, ctx.are_whole)
 
-    def floor(self, bed: Bed) -> Work:
-        return bed.broadcasts(bed.total)
+    def floor(self, ctx: RankContext) -> Work:
+        return ctx.broadcasts(ctx.total)
 
 
 class BroadcastTensors(Measured):
@@ -80,28 +80,28 @@ class BroadcastTensors(Measured):
     regimes = ("model",)
     sizes = (4,)
 
-    def work(self, bed: Bed) -> Work:
+    def work(self, ctx: RankContext) -> Work:
         import torch
 
-        from benchmarks.bed import Work
+        from benchmarks.rank_context import Work
 
-        broadcast, info = map(bed.function, self.functions)
-        local, keys = bed.sharded(), [leaf.name for leaf in bed.leaves]
-        full: dict[str, Any] = dict(bed.whole()) if bed.rank == 0 else {}
+        broadcast, info = map(ctx.function, self.functions)
+        local, keys = ctx.sharded(), [leaf.name for leaf in ctx.leaves]
+        full: dict[str, Any] = dict(ctx.whole()) if ctx.rank == 0 else {}
 
         def call() -> dict[str, Any]:
             told = full or {
                 leaf.name: info(torch.Size(leaf.shape), getattr(torch, leaf.dtype))
-                for leaf in bed.leaves
+                for leaf in ctx.leaves
             }
             landed: dict[str, Any] = dict(local)
-            broadcast(told, landed, list(keys), bed.device)
+            broadcast(told, landed, list(keys), ctx.device)
             return landed
 
-        return Work(call, bed.are_sharded, lambda: _blank(local))
+        return Work(call, ctx.are_sharded, lambda: _blank(local))
 
-    def floor(self, bed: Bed) -> Work:
-        return _from_first(bed)
+    def floor(self, ctx: RankContext) -> Work:
+        return _from_first(ctx)
 
 
 class DistributeStateDict(Measured):
@@ -114,20 +114,24 @@ class DistributeStateDict(Measured):
         ("model", "peak"): "from 21.9 to 24.4 MiB on four ranks; what it waits for ends when it may"
     }
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        distribute, full, local = bed.function(self.functions[0]), bed.whole(), bed.sharded()
+        distribute, full, local = (
+            ctx.function(self.functions[0]),
+            ctx.whole(),
+            ctx.sharded(),
+        )
 
         def call() -> dict[str, Any]:
             landed: dict[str, Any] = dict(local)  # torch replaces targets by views of `full`
-            distribute(full.copy(), landed, bed.device)
+            distribute(full.copy(), landed, ctx.device)
             return landed
 
-        return Work(call, bed.are_sharded, lambda: _blank(local))
+        return Work(call, ctx.are_sharded, lambda: _blank(local))
 
-    def floor(self, bed: Bed) -> Work:
-        return _on_device(bed)
+    def floor(self, ctx: RankContext) -> Work:
+        return _on_device(ctx)
 
 
 class DistributeTensors(Measured):
@@ -137,41 +141,45 @@ class DistributeTensors(Measured):
     regimes = ("model",)
     sizes = (4,)
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        distribute, full, local = bed.function(self.functions[0]), bed.whole(), bed.sharded()
+        distribute, full, local = (
+            ctx.function(self.functions[0]),
+            ctx.whole(),
+            ctx.sharded(),
+        )
         keys = list(local)
 
         def call() -> dict[str, Any]:
             pairs: dict[str, Any] = {name: (local[name], full[name]) for name in keys}
-            distribute(pairs, keys, bed.device)
+            distribute(pairs, keys, ctx.device)
             return pairs
 
-        return Work(call, bed.are_sharded, lambda: _blank(local))
+        return Work(call, ctx.are_sharded, lambda: _blank(local))
 
-    def floor(self, bed: Bed) -> Work:
-        return _on_device(bed)
+    def floor(self, ctx: RankContext) -> Work:
+        return _on_device(ctx)
 
 
-def _on_device(bed: Bed) -> Work:
+def _on_device(ctx: RankContext) -> Work:
     """Floor: one copy of what this rank holds, within its device, into memory that is there."""
-    from benchmarks.bed import Work
+    from benchmarks.rank_context import Work
 
-    source = bed._pattern(bed.held)
+    source = ctx._pattern(ctx.held)
     target = source.clone()
 
     def reset() -> None:
         target.zero_()
 
-    return Work(lambda: target.copy_(source), lambda got: bed.same(got, source, "the copy"), reset)
+    return Work(lambda: target.copy_(source), lambda got: ctx.same(got, source, "the copy"), reset)
 
 
-def _shapes(bed: Bed) -> Any:
+def _shapes(ctx: RankContext) -> Any:
     """In a fake world nothing arrives: all that can be held to the layout is the shapes."""
 
     def check(got: dict[str, Any]) -> None:
         shapes: dict[str, torch.Size] = {k: v._local_tensor.shape for k, v in got.items()}
-        assert shapes == {leaf.name: bed.mine(leaf).shape for leaf in bed.leaves}, "shapes differ"
+        assert shapes == {leaf.name: ctx.mine(leaf).shape for leaf in ctx.leaves}, "shapes differ"
 
     return check

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.measured import COUNTS, Measured
+from benchmarks.base import COUNTS, Measured
 
 if TYPE_CHECKING:
-    from benchmarks.bed import Bed, Work
+    from benchmarks.rank_context import RankContext, Work
 
 PATH = "_state_dict_utils."
 
 
-def nested(bed: Bed) -> dict[str, Any]:
+def nested(ctx: RankContext) -> dict[str, Any]:
     """An optimizer's state dict: dicts in dicts, a list, numbers beside tensors."""
-    state = {leaf.name: {"exp_avg": bed.full(leaf), "step": n} for n, leaf in enumerate(bed.leaves)}
-    names = [leaf.name for leaf in bed.leaves]
+    state = {leaf.name: {"exp_avg": ctx.full(leaf), "step": n} for n, leaf in enumerate(ctx.leaves)}
+    names = [leaf.name for leaf in ctx.leaves]
     return {"state": state, "param_groups": [{"lr": 0.5, "params": names}]}
 
 
@@ -50,11 +50,11 @@ class Contained(Measured):
     sizes = (1,)
     tracks = COUNTS
 
-    def floor(self, bed: Bed) -> Work:
+    def floor(self, ctx: RankContext) -> Work:
         """One bare walk over the same containers."""
-        from benchmarks.bed import Work
+        from benchmarks.rank_context import Work
 
-        made = nested(bed)
+        made = nested(ctx)
         count = len(paths(made))
 
         def check(got: list[Any]) -> None:
@@ -68,10 +68,10 @@ class FlattenStateDict(Contained):
 
     functions = (f"{PATH}_flatten_state_dict",)
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        flatten, made = bed.function(self.functions[0]), nested(bed)
+        flatten, made = ctx.function(self.functions[0]), nested(ctx)
         expected = [leaf for _, leaf in paths(made)]
 
         def check(got: Any) -> None:
@@ -89,12 +89,12 @@ class UnflattenStateDict(Contained):
 
     functions = (f"{PATH}_unflatten_state_dict",)
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        made = nested(bed)
-        flat, mapping = bed.function(f"{PATH}_flatten_state_dict")(made)
-        unflatten = bed.function(self.functions[0])
+        made = nested(ctx)
+        flat, mapping = ctx.function(f"{PATH}_flatten_state_dict")(made)
+        unflatten = ctx.function(self.functions[0])
         return Work(lambda: unflatten(flat, mapping), lambda got: same(got, made))
 
 
@@ -103,10 +103,10 @@ class TraverseStateDict(Contained):
 
     functions = (f"{PATH}_traverse_state_dict",)
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        traverse, made = bed.function(self.functions[0]), nested(bed)
+        traverse, made = ctx.function(self.functions[0]), nested(ctx)
         expected = [leaf for _, leaf in paths(made)]
 
         def call() -> list[Any]:
@@ -126,10 +126,10 @@ class SetElement(Contained):
 
     functions = (f"{PATH}_set_element",)
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        put, made = bed.function(self.functions[0]), nested(bed)
+        put, made = ctx.function(self.functions[0]), nested(ctx)
         elements = paths(made)
 
         def call() -> dict[str, Any]:
@@ -146,11 +146,11 @@ class IterateStateDict(Contained):
 
     functions = (f"{PATH}_iterate_state_dict", f"{PATH}_identity_func")
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        iterate, identity = map(bed.function, self.functions)
-        made = nested(bed)
+        iterate, identity = map(ctx.function, self.functions)
+        made = nested(ctx)
         return Work(
             lambda: iterate(made, identity, identity, identity), lambda got: same(got, made)
         )
@@ -161,12 +161,16 @@ class RefuseCompanion(Contained):
 
     functions = (f"{PATH}_iterate_state_dict", f"{PATH}CompanionMismatch")
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        iterate, mismatch = map(bed.function, self.functions)
-        identity, source, target = bed.function(f"{PATH}_identity_func"), bed.whole(), bed.whole()
-        del target[bed.leaves[-1].name]
+        iterate, mismatch = map(ctx.function, self.functions)
+        identity, source, target = (
+            ctx.function(f"{PATH}_identity_func"),
+            ctx.whole(),
+            ctx.whole(),
+        )
+        del target[ctx.leaves[-1].name]
 
         def call() -> Any:
             try:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from benchmarks.measured import COUNTS, Measured
+from benchmarks.base import COUNTS, Measured
 from benchmarks.settings import TORCH, Settings
 
 if TYPE_CHECKING:
-    from benchmarks.bed import Bed, Work
+    from benchmarks.rank_context import RankContext, Work
 
 
 class OffloadStateDictToCpu(Measured):
@@ -25,22 +25,22 @@ class OffloadStateDictToCpu(Measured):
     def missing(cls, arm: str, settings: Settings) -> str:
         return super().missing(arm, settings) if settings.device == "cpu" else ""
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        offload, sharded = bed.function(self.functions[0]), bed.sharded()
+        offload, sharded = ctx.function(self.functions[0]), ctx.sharded()
 
         def check(got: Any) -> None:
-            for leaf in bed.leaves:
+            for leaf in ctx.leaves:
                 mine, theirs = got[leaf.name]._local_tensor, sharded[leaf.name]._local_tensor
                 assert mine.device.type == "cpu", f"{leaf.name}: on {mine.device}"
                 assert mine.data_ptr() != theirs.data_ptr(), f"{leaf.name}: not copied"
-                bed.same(mine, bed.mine(leaf), leaf.name)
+                ctx.same(mine, ctx.mine(leaf), leaf.name)
 
         return Work(lambda: offload(sharded), check)
 
-    def floor(self, bed: Bed) -> Work:
-        return bed.copies(bed.held)
+    def floor(self, ctx: RankContext) -> Work:
+        return ctx.copies(ctx.held)
 
 
 class OffloadWholeStateDictToCpu(OffloadStateDictToCpu):
@@ -48,20 +48,20 @@ class OffloadWholeStateDictToCpu(OffloadStateDictToCpu):
 
     sizes = (1,)
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        offload, whole = bed.function(self.functions[0]), bed.whole()
+        offload, whole = ctx.function(self.functions[0]), ctx.whole()
 
         def check(got: Any) -> None:
-            bed.are_whole(got)
+            ctx.are_whole(got)
             same = [name for name, t in whole.items() if t.data_ptr() == got[name].data_ptr()]
             assert not same, f"{same[0]}: not copied"
 
         return Work(lambda: offload(whole), check)
 
-    def floor(self, bed: Bed) -> Work:
-        return bed.copies(bed.total)
+    def floor(self, ctx: RankContext) -> Work:
+        return ctx.copies(ctx.total)
 
 
 class CopyStateDict(Measured):
@@ -71,22 +71,22 @@ class CopyStateDict(Measured):
     regimes = ("many", "model", "large")
     sizes = (1,)
 
-    def work(self, bed: Bed) -> Work:
+    def work(self, ctx: RankContext) -> Work:
         import torch
 
-        from benchmarks.bed import Work
+        from benchmarks.rank_context import Work
 
-        copy, source = bed.function(self.functions[0]), bed.whole()
+        copy, source = ctx.function(self.functions[0]), ctx.whole()
         target = {name: torch.zeros_like(t, device="cpu") for name, t in source.items()}
 
         def reset() -> None:
             for tensor in target.values():
                 tensor.zero_()
 
-        return Work(lambda: copy(source, target), bed.are_whole, reset)
+        return Work(lambda: copy(source, target), ctx.are_whole, reset)
 
-    def floor(self, bed: Bed) -> Work:
-        return bed.copies(bed.total, fresh=False)
+    def floor(self, ctx: RankContext) -> Work:
+        return ctx.copies(ctx.total, fresh=False)
 
 
 class CreateCpuStateDict(Measured):
@@ -97,10 +97,10 @@ class CreateCpuStateDict(Measured):
     sizes: ClassVar[tuple[int, ...]] = (2,)
     arguments: ClassVar[dict[str, bool]] = {}
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        create, sharded = bed.function(self.functions[0]), bed.sharded()
+        create, sharded = ctx.function(self.functions[0]), ctx.sharded()
 
         def check(got: Any) -> None:
             assert list(got) == list(sharded), "keys differ"
@@ -116,18 +116,18 @@ class CreateCpuStateDict(Measured):
 
         return Work(lambda: create(sharded, **self.arguments), check)
 
-    def floor(self, bed: Bed) -> Work:
+    def floor(self, ctx: RankContext) -> Work:
         import torch
 
         share = self.arguments.get("share_memory", False)
         pin = self.arguments.get("pin_memory", False)
 
         def least(leaf: Any) -> Any:
-            count = leaf.nbytes // leaf.parts(bed.size)
+            count = leaf.nbytes // leaf.parts(ctx.size)
             made = torch.empty(count, dtype=torch.uint8, pin_memory=pin)
             return made.share_memory_() if share else made
 
-        return bed.each(bed.leaves, least)
+        return ctx.each(ctx.leaves, least)
 
 
 class CreateSharedCpuStateDict(CreateCpuStateDict):
@@ -155,11 +155,11 @@ class StageFromDevice(Measured):
     sizes = (1,)
     device_only = True
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        copy, create = map(bed.function, self.functions)
-        source = bed.whole()
+        copy, create = map(ctx.function, self.functions)
+        source = ctx.whole()
         staged = create(source, pin_memory=True)
 
         def reset() -> None:
@@ -168,13 +168,13 @@ class StageFromDevice(Measured):
 
         def call() -> Any:
             got = copy(source, staged, non_blocking=True)
-            bed.synchronize()
+            ctx.synchronize()
             return got
 
-        return Work(call, bed.are_whole, reset)
+        return Work(call, ctx.are_whole, reset)
 
-    def floor(self, bed: Bed) -> Work:
-        return bed.copies(bed.total, fresh=False, pinned=True)
+    def floor(self, ctx: RankContext) -> Work:
+        return ctx.copies(ctx.total, fresh=False, pinned=True)
 
 
 class CheckStateDictSimilarity(Measured):
@@ -185,18 +185,18 @@ class CheckStateDictSimilarity(Measured):
     sizes = (1,)
     tracks = COUNTS
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        similar = bed.function(self.functions[0])
-        one, other = bed.whole(), bed.whole()
+        similar = ctx.function(self.functions[0])
+        one, other = ctx.whole(), ctx.whole()
 
         def check(got: bool) -> None:
             assert got is True, f"equal dicts are {got}"
 
         return Work(lambda: similar(one, other), check)
 
-    def floor(self, bed: Bed) -> Work:
-        one, other = bed.whole(), bed.whole()
+    def floor(self, ctx: RankContext) -> Work:
+        one, other = ctx.whole(), ctx.whole()
         pairs = list(zip(one.values(), other.values(), strict=True))
-        return bed.each(pairs, lambda p: p[0].shape == p[1].shape and p[0].dtype == p[1].dtype)
+        return ctx.each(pairs, lambda p: p[0].shape == p[1].shape and p[0].dtype == p[1].dtype)

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from benchmarks.measured import Measured
+from benchmarks.base import Measured
 from benchmarks.settings import TORCH
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Placement
 
-    from benchmarks.bed import Bed, Work
+    from benchmarks.rank_context import RankContext, Work
     from benchmarks.settings import Leaf
 
 PATH = "tensor.parallel.fsdp."
 
 
-def root(bed: Bed) -> DeviceMesh:
+def root(ctx: RankContext) -> DeviceMesh:
     """The mesh of FSDP x TP: all ranks, two of them for TP."""
-    return bed.mesh(bed.size // 2, 2)
+    return ctx.mesh(ctx.size // 2, 2)
 
 
 def held(leaf: Leaf) -> Placement | None:
@@ -29,9 +29,9 @@ def held(leaf: Leaf) -> Placement | None:
     return {"S0": S(0), "S1": S(1), "R": None}[leaf.placement]
 
 
-def _chunk_bytes(bed: Bed) -> int:
+def _chunk_bytes(ctx: RankContext) -> int:
     return sum(
-        leaf.nbytes // (bed.size // 2) // (1 if leaf.placement == "R" else 2) for leaf in bed.leaves
+        leaf.nbytes // (ctx.size // 2) // (1 if leaf.placement == "R" else 2) for leaf in ctx.leaves
     )
 
 
@@ -43,22 +43,22 @@ class ChunkDtensor(Measured):
         TORCH: "of a weight that TP shards by row, ranks get other rows than FSDP's chunk"
     }
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
         from conformance.kit.fsdp1 import assert_chunked, fsdp_mesh, fsdp_rank, given
 
-        chunk, mesh = bed.function(self.functions[0]), root(bed)
+        chunk, mesh = ctx.function(self.functions[0]), root(ctx)
         line, rank = fsdp_mesh(mesh), fsdp_rank(mesh)
-        weights = [given(bed.full(leaf).to(bed.device), mesh, held(leaf)) for leaf in bed.leaves]
+        weights = [given(ctx.full(leaf).to(ctx.device), mesh, held(leaf)) for leaf in ctx.leaves]
 
         def check(got: list[Any]) -> None:
-            for leaf, tensor in zip(bed.leaves, got, strict=True):
-                assert_chunked(tensor, bed.full(leaf), mesh, held(leaf), leaf.name)
+            for leaf, tensor in zip(ctx.leaves, got, strict=True):
+                assert_chunked(tensor, ctx.full(leaf), mesh, held(leaf), leaf.name)
 
         return Work(lambda: [chunk(w, rank, line) for w in weights], check)
 
-    def floor(self, bed: Bed) -> Work:
-        return bed.moves(_chunk_bytes(bed))
+    def floor(self, ctx: RankContext) -> Work:
+        return ctx.moves(_chunk_bytes(ctx))
 
 
 class AllGatherDtensor(Measured):
@@ -67,31 +67,31 @@ class AllGatherDtensor(Measured):
     functions = (f"{PATH}_all_gather_dtensor",)
     redistributes = True
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
         from conformance.kit.fsdp1 import sharded, tp_local
         from conformance.kit.layouts import dtensor
 
-        gather, mesh = bed.function(self.functions[0]), root(bed)
+        gather, mesh = ctx.function(self.functions[0]), root(ctx)
         chunks = [
-            dtensor(bed.full(leaf).to(bed.device), mesh, sharded(mesh, held(leaf)))
-            for leaf in bed.leaves
+            dtensor(ctx.full(leaf).to(ctx.device), mesh, sharded(mesh, held(leaf)))
+            for leaf in ctx.leaves
         ]
 
         def check(got: list[Any]) -> None:
-            for leaf, tensor in zip(bed.leaves, got, strict=True):
-                bed.same(tensor, tp_local(bed.full(leaf), mesh, held(leaf)), leaf.name)
+            for leaf, tensor in zip(ctx.leaves, got, strict=True):
+                ctx.same(tensor, tp_local(ctx.full(leaf), mesh, held(leaf)), leaf.name)
 
         return Work(lambda: [gather(c, mesh) for c in chunks], check)
 
-    def floor(self, bed: Bed) -> Work:
+    def floor(self, ctx: RankContext) -> Work:
         import torch
         import torch.distributed as dist
 
-        from benchmarks.bed import Work
+        from benchmarks.rank_context import Work
 
-        group, count = root(bed).get_group(0), bed.size // 2
-        mine = torch.full((_chunk_bytes(bed),), 7, dtype=torch.uint8, device=bed.device)
+        group, count = root(ctx).get_group(0), ctx.size // 2
+        mine = torch.full((_chunk_bytes(ctx),), 7, dtype=torch.uint8, device=ctx.device)
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
         def call() -> torch.Tensor:
@@ -99,7 +99,7 @@ class AllGatherDtensor(Measured):
             gather(out, mine, group=group)
             return out
 
-        return Work(call, lambda got: bed.same(got, mine.repeat(count), "the gathered bytes"))
+        return Work(call, lambda got: ctx.same(got, mine.repeat(count), "the gathered bytes"))
 
 
 class ChunkTensor(Measured):
@@ -108,23 +108,26 @@ class ChunkTensor(Measured):
     functions = (f"{PATH}_chunk_tensor",)
     sizes = (2,)
 
-    def work(self, bed: Bed) -> Work:
+    def work(self, ctx: RankContext) -> Work:
         import torch.distributed as dist
 
-        from benchmarks.bed import Work
+        from benchmarks.rank_context import Work
 
-        chunk, group = bed.function(self.functions[0]), dist.group.WORLD
-        weights = [bed.full(leaf).to(bed.device) for leaf in bed.leaves]
+        chunk, group = ctx.function(self.functions[0]), dist.group.WORLD
+        weights = [ctx.full(leaf).to(ctx.device) for leaf in ctx.leaves]
 
         def check(got: list[Any]) -> None:
-            for leaf, whole, tensor in zip(bed.leaves, weights, got, strict=True):
+            for leaf, whole, tensor in zip(ctx.leaves, weights, got, strict=True):
                 (shard,) = tensor.local_shards()
-                bed.same(shard.tensor, whole.chunk(bed.size)[bed.rank], leaf.name)
+                ctx.same(shard.tensor, whole.chunk(ctx.size)[ctx.rank], leaf.name)
 
-        return Work(lambda: [chunk(w, bed.rank, bed.size, bed.size, group) for w in weights], check)
+        return Work(
+            lambda: [chunk(w, ctx.rank, ctx.size, ctx.size, group) for w in weights],
+            check,
+        )
 
-    def floor(self, bed: Bed) -> Work:
-        return bed.moves(bed.total // bed.size)
+    def floor(self, ctx: RankContext) -> Work:
+        return ctx.moves(ctx.total // ctx.size)
 
 
 class Boxes(Measured):
@@ -133,23 +136,23 @@ class Boxes(Measured):
     functions = (f"{PATH}_get_box", f"{PATH}_get_box_for", f"{PATH}_get_local_box")
     sizes: ClassVar[tuple[int, ...]] = (2,)
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        box, box_for, local_box = map(bed.function, self.functions)
-        sharded = list(bed.sharded().values())
+        box, box_for, local_box = map(ctx.function, self.functions)
+        sharded = list(ctx.sharded().values())
 
         def check(got: list[Any]) -> None:
-            for leaf, (_, other, mine) in zip(bed.leaves, got, strict=True):
-                assert other == _box(leaf, bed.size, bed.size - 1), f"{leaf.name}: {other}"
-                assert mine == _box(leaf, bed.size, bed.rank), f"{leaf.name}: {mine}"
+            for leaf, (_, other, mine) in zip(ctx.leaves, got, strict=True):
+                assert other == _box(leaf, ctx.size, ctx.size - 1), f"{leaf.name}: {other}"
+                assert mine == _box(leaf, ctx.size, ctx.rank), f"{leaf.name}: {mine}"
 
         return Work(
-            lambda: [(box(t), box_for(t, bed.size - 1), local_box(t)) for t in sharded], check
+            lambda: [(box(t), box_for(t, ctx.size - 1), local_box(t)) for t in sharded], check
         )
 
-    def floor(self, bed: Bed) -> Work:
-        return bed.each(bed.leaves, lambda leaf: _box(leaf, bed.size, bed.rank))
+    def floor(self, ctx: RankContext) -> Work:
+        return ctx.each(ctx.leaves, lambda leaf: _box(leaf, ctx.size, ctx.rank))
 
 
 def _box(leaf: Leaf, size: int, index: int) -> tuple[Any, Any]:
@@ -173,27 +176,27 @@ class ShardMetadataOf(Measured):
     )
     sizes: ClassVar[tuple[int, ...]] = (2,)
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        describe, shard, group_of = map(bed.function, self.functions)
-        sharded = list(bed.sharded().values())
+        describe, shard, group_of = map(ctx.function, self.functions)
+        sharded = list(ctx.sharded().values())
 
         def check(got: list[Any]) -> None:
-            for leaf, (whole, mine) in zip(bed.leaves, got, strict=True):
-                parts = bed.size if leaf.placement != "R" else 1
+            for leaf, (whole, mine) in zip(ctx.leaves, got, strict=True):
+                parts = ctx.size if leaf.placement != "R" else 1
                 assert len(whole.shards_metadata) == parts, f"{leaf.name}: {whole}"
                 for index, part in enumerate([*whole.shards_metadata, mine]):
-                    box = _box(leaf, bed.size, index if index < parts else bed.rank)
+                    box = _box(leaf, ctx.size, index if index < parts else ctx.rank)
                     found = (list(part.shard_offsets), list(part.shard_sizes))
                     assert found == (list(box[0]), list(box[1])), f"{leaf.name}: {part}"
 
         return Work(
-            lambda: [(describe(t, group_of(t)), shard(t, bed.rank)) for t in sharded], check
+            lambda: [(describe(t, group_of(t)), shard(t, ctx.rank)) for t in sharded], check
         )
 
-    def floor(self, bed: Bed) -> Work:
-        return bed.each(bed.leaves, lambda leaf: [_box(leaf, bed.size, r) for r in range(bed.size)])
+    def floor(self, ctx: RankContext) -> Work:
+        return ctx.each(ctx.leaves, lambda leaf: [_box(leaf, ctx.size, r) for r in range(ctx.size)])
 
 
 class RewriteSpec(Measured):
@@ -202,30 +205,33 @@ class RewriteSpec(Measured):
     functions = (f"{PATH}_rewrite_spec_if_needed",)
     sizes = (2,)
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        rewrite, specs = bed.function(self.functions[0]), self._specs(bed)
+        rewrite, specs = ctx.function(self.functions[0]), self._specs(ctx)
 
         def check(got: list[Any]) -> None:
             for (_, tensor), spec in zip(specs, got, strict=True):
-                device = spec.placements[bed.rank].device()
+                device = spec.placements[ctx.rank].device()
                 assert device == tensor.device, f"on {device}, expected {tensor.device}"
 
-        return Work(lambda: [rewrite(spec, t, bed.rank) for spec, t in specs], check)
+        return Work(lambda: [rewrite(spec, t, ctx.rank) for spec, t in specs], check)
 
-    def floor(self, bed: Bed) -> Work:
+    def floor(self, ctx: RankContext) -> Work:
         import copy
 
-        return bed.each(self._specs(bed), lambda pair: copy.deepcopy(pair[0]))
+        return ctx.each(self._specs(ctx), lambda pair: copy.deepcopy(pair[0]))
 
-    def _specs(self, bed: Bed) -> list[Any]:
+    def _specs(self, ctx: RankContext) -> list[Any]:
         from torch.distributed._shard.sharding_spec import ChunkShardingSpec
 
-        places = [f"rank:{r}/meta" for r in range(bed.size)]
+        places = [f"rank:{r}/meta" for r in range(ctx.size)]
         return [
-            (ChunkShardingSpec(dim=0, placements=list(places)), bed.full(leaf).to(bed.device))
-            for leaf in bed.leaves
+            (
+                ChunkShardingSpec(dim=0, placements=list(places)),
+                ctx.full(leaf).to(ctx.device),
+            )
+            for leaf in ctx.leaves
         ]
 
 
@@ -235,28 +241,28 @@ class PreLoadStateDict(Measured):
     functions = (f"{PATH}_pre_load_state_dict",)
     sizes = (2,)
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        load, sharded = bed.function(self.functions[0]), self._sharded(bed)
+        load, sharded = ctx.function(self.functions[0]), self._sharded(ctx)
 
         def check(got: list[Any]) -> None:
-            for leaf, tensor, (same, shards) in zip(bed.leaves, sharded, got, strict=True):
+            for leaf, tensor, (same, shards) in zip(ctx.leaves, sharded, got, strict=True):
                 assert same is tensor, f"{leaf.name}: another tensor"
-                mine = bed.full(leaf).chunk(bed.size)[bed.rank]
-                bed.same(shards[0].tensor, mine, leaf.name)
+                mine = ctx.full(leaf).chunk(ctx.size)[ctx.rank]
+                ctx.same(shards[0].tensor, mine, leaf.name)
 
         return Work(lambda: [load(t) for t in sharded], check)
 
-    def floor(self, bed: Bed) -> Work:
-        return bed.each(self._sharded(bed), lambda t: t.local_shards())
+    def floor(self, ctx: RankContext) -> Work:
+        return ctx.each(self._sharded(ctx), lambda t: t.local_shards())
 
-    def _sharded(self, bed: Bed) -> list[Any]:
+    def _sharded(self, ctx: RankContext) -> list[Any]:
         from conformance.kit.layouts import rows, sharded_tensor
 
-        wholes = [bed.full(leaf).to(bed.device) for leaf in bed.leaves]
+        wholes = [ctx.full(leaf).to(ctx.device) for leaf in ctx.leaves]
         return [
-            sharded_tensor(w, rows(w.shape, [w.shape[0] // bed.size] * bed.size)) for w in wholes
+            sharded_tensor(w, rows(w.shape, [w.shape[0] // ctx.size] * ctx.size)) for w in wholes
         ]
 
 
@@ -266,29 +272,29 @@ class Extensions(Measured):
     functions = (f"{PATH}DTensorExtensions",)
     sizes = (2,)
 
-    def work(self, bed: Bed) -> Work:
+    def work(self, ctx: RankContext) -> Work:
         import torch
         from torch.distributed.fsdp import _fsdp_extensions as fsdp
         from torch.distributed.fsdp._common_utils import _FSDPDeviceHandle
 
-        from benchmarks.bed import Work
+        from benchmarks.rank_context import Work
 
-        handle: Any = _FSDPDeviceHandle.from_device(torch.device(bed.device.type))
-        extensions = bed.function(self.functions[0])(handle)
-        sharded = list(bed.sharded().values())
+        handle: Any = _FSDPDeviceHandle.from_device(torch.device(ctx.device.type))
+        extensions = ctx.function(self.functions[0])(handle)
+        sharded = list(ctx.sharded().values())
 
         def call() -> list[Any]:
             flat = [fsdp._ext_pre_flatten_transform(t, extensions) for t in sharded]
             return [fsdp._ext_post_unflatten_transform(t, e, extensions) for t, e in flat]
 
         def check(got: list[Any]) -> None:
-            for leaf, tensor in zip(bed.leaves, got, strict=True):
-                bed.is_sharded(tensor, leaf)
+            for leaf, tensor in zip(ctx.leaves, got, strict=True):
+                ctx.is_sharded(tensor, leaf)
 
         return Work(call, check)
 
-    def floor(self, bed: Bed) -> Work:
+    def floor(self, ctx: RankContext) -> Work:
         from torch.distributed.tensor import DTensor
 
-        pairs = [(t._local_tensor, t._spec) for t in bed.sharded().values()]
-        return bed.each(pairs, lambda p: DTensor(*p, requires_grad=False))
+        pairs = [(t._local_tensor, t._spec) for t in ctx.sharded().values()]
+        return ctx.each(pairs, lambda p: DTensor(*p, requires_grad=False))

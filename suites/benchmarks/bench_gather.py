@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from benchmarks.measured import Measured
+from benchmarks.base import Measured
 
 if TYPE_CHECKING:
-    from benchmarks.bed import Bed, Work
+    from benchmarks.rank_context import RankContext, Work
 
 
 class GatherStateDict(Measured):
@@ -24,14 +24,14 @@ class GatherStateDict(Measured):
     }
     redistributes = True
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        gather, sharded = bed.function(self.functions[0]), bed.sharded()
-        return Work(lambda: gather(sharded), bed.are_whole)
+        gather, sharded = ctx.function(self.functions[0]), ctx.sharded()
+        return Work(lambda: gather(sharded), ctx.are_whole)
 
-    def floor(self, bed: Bed) -> Work:
-        return bed.gathers(bed.total - bed.held)
+    def floor(self, ctx: RankContext) -> Work:
+        return ctx.gathers(ctx.total - ctx.held)
 
 
 class GatherStateDictToFirst(Measured):
@@ -42,21 +42,21 @@ class GatherStateDictToFirst(Measured):
     sizes = (4,)
     redistributes = True
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        gather, sharded = bed.function(self.functions[0]), bed.sharded()
+        gather, sharded = ctx.function(self.functions[0]), ctx.sharded()
 
         def check(got: Any) -> None:
-            if bed.rank == 0:
-                bed.are_whole(got)
+            if ctx.rank == 0:
+                ctx.are_whole(got)
             else:
                 assert got == {}, "a rank that asked for nothing got something"
 
         return Work(lambda: gather(sharded, cpu_offload=True, ranks_only=(0,)), check)
 
-    def floor(self, bed: Bed) -> Work:
-        return bed.sends_to_first(bed.held)
+    def floor(self, ctx: RankContext) -> Work:
+        return ctx.sends_to_first(ctx.held)
 
 
 class AllGatherShardedTensor(Measured):
@@ -66,15 +66,15 @@ class AllGatherShardedTensor(Measured):
     regimes = ("one",)
     sizes = (2, 4)
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
         from conformance.kit.layouts import rows, sharded_tensor
 
-        gather, (leaf,) = bed.function(self.functions[0]), bed.leaves
-        full = bed.full(leaf).to(bed.device)
-        counts = [full.shape[0] // bed.size] * bed.size
+        gather, (leaf,) = ctx.function(self.functions[0]), ctx.leaves
+        full = ctx.full(leaf).to(ctx.device)
+        counts = [full.shape[0] // ctx.size] * ctx.size
         sharded = sharded_tensor(full, rows(full.shape, counts))
-        return Work(lambda: gather(sharded), lambda got: bed.same(got, bed.full(leaf), leaf.name))
+        return Work(lambda: gather(sharded), lambda got: ctx.same(got, ctx.full(leaf), leaf.name))
 
-    def floor(self, bed: Bed) -> Work:
-        return bed.gathers(bed.total - bed.held)
+    def floor(self, ctx: RankContext) -> Work:
+        return ctx.gathers(ctx.total - ctx.held)

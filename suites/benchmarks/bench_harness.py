@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from benchmarks.measured import sampled
+from benchmarks.base import sampled
 from benchmarks.settings import Settings
 
 _COUNT = 8
 
 
 def _fresh_worlds(params: tuple[Any, ...]) -> list[float]:
-    from benchmarks.session import client
+    from benchmarks import session_client
 
     settings = Settings.from_environment()
     if reason := settings.beyond(int(params[0])):
         raise NotImplementedError(reason)
-    answer = client.ask({"fresh_worlds": int(params[0]), "count": _COUNT}, settings)
+    answer = session_client.ask({"fresh_worlds": int(params[0]), "count": _COUNT}, settings)
     return list(answer["seconds"])
 
 

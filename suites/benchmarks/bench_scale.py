@@ -9,7 +9,7 @@ checked as far as there are any: nothing arrives from other ranks.
 from __future__ import annotations
 
 from benchmarks import bench_broadcast, bench_fsdp, bench_gather, bench_tensor_parallel
-from benchmarks.measured import CONSTANT, LINEAR, SCALE
+from benchmarks.base import CONSTANT, LINEAR, SCALE
 
 WORLDS = (8, 64, 512, 4096, 16384)
 

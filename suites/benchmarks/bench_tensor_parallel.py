@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from benchmarks.measured import Measured
+from benchmarks.base import Measured
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from benchmarks.bed import Bed, Work
+    from benchmarks.rank_context import RankContext, Work
 
 UTILS = "tensor.parallel._data_parallel_utils."
 DDP = "tensor.parallel.ddp."
@@ -22,25 +22,25 @@ class FlattenTensor(Measured):
     sizes = (2,)
     version = "2"
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
         # Frozen ones would be no comparison: torch makes their local tensors train.
-        flatten = bed.function(self.functions[0])
-        sharded = list(bed.sharded().values())
+        flatten = ctx.function(self.functions[0])
+        sharded = list(ctx.sharded().values())
         for tensor in sharded:
             tensor.requires_grad_()
 
         def check(got: list[Any]) -> None:
-            for leaf, tensor, (mine, spec) in zip(bed.leaves, sharded, got, strict=True):
-                bed.same(mine, bed.mine(leaf), leaf.name)
+            for leaf, tensor, (mine, spec) in zip(ctx.leaves, sharded, got, strict=True):
+                ctx.same(mine, ctx.mine(leaf), leaf.name)
                 assert mine.requires_grad, f"{leaf.name}: does not train"
                 assert spec == tensor._spec, f"{leaf.name}: {spec}"
 
         return Work(lambda: [flatten(t) for t in sharded], check)
 
-    def floor(self, bed: Bed) -> Work:
-        return bed.each(list(bed.sharded().values()), lambda t: (t._local_tensor, t._spec))
+    def floor(self, ctx: RankContext) -> Work:
+        return ctx.each(list(ctx.sharded().values()), lambda t: (t._local_tensor, t._spec))
 
 
 class UnflattenTensor(Measured):
@@ -49,23 +49,23 @@ class UnflattenTensor(Measured):
     functions = (f"{UTILS}_unflatten_tensor",)
     sizes = (2,)
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        unflatten, sharded = bed.function(self.functions[0]), list(bed.sharded().values())
+        unflatten, sharded = ctx.function(self.functions[0]), list(ctx.sharded().values())
         pairs = [(t._local_tensor, t._spec) for t in sharded]
 
         def check(got: list[Any]) -> None:
-            for leaf, tensor in zip(bed.leaves, got, strict=True):
-                bed.is_sharded(tensor, leaf)
+            for leaf, tensor in zip(ctx.leaves, got, strict=True):
+                ctx.is_sharded(tensor, leaf)
 
         return Work(lambda: [unflatten(t, spec) for t, spec in pairs], check)
 
-    def floor(self, bed: Bed) -> Work:
+    def floor(self, ctx: RankContext) -> Work:
         from torch.distributed.tensor import DTensor
 
-        pairs = [(t._local_tensor, t._spec) for t in bed.sharded().values()]
-        return bed.each(pairs, lambda p: DTensor(*p, requires_grad=False))
+        pairs = [(t._local_tensor, t._spec) for t in ctx.sharded().values()]
+        return ctx.each(pairs, lambda p: DTensor(*p, requires_grad=False))
 
 
 class SyncGradHook(Measured):
@@ -74,47 +74,47 @@ class SyncGradHook(Measured):
     functions = (f"{UTILS}sync_grad_hook",)
     sizes = (2,)
 
-    def work(self, bed: Bed) -> Work:
-        return self._finished(bed, bed.function(self.functions[0]))
+    def work(self, ctx: RankContext) -> Work:
+        return self._finished(ctx, ctx.function(self.functions[0]))
 
-    def floor(self, bed: Bed) -> Work:
-        return self._finished(bed, lambda pending: pending.wait())
+    def floor(self, ctx: RankContext) -> Work:
+        return self._finished(ctx, lambda pending: pending.wait())
 
-    def _finished(self, bed: Bed, finish: Any) -> Work:
+    def _finished(self, ctx: RankContext, finish: Any) -> Work:
         import torch.distributed as dist
         from torch.distributed._functional_collectives import all_reduce
 
-        from benchmarks.bed import Work
+        from benchmarks.rank_context import Work
 
         group: Any = dist.group.WORLD
-        grads = [bed.full(leaf).to(bed.device) for leaf in bed.leaves]
+        grads = [ctx.full(leaf).to(ctx.device) for leaf in ctx.leaves]
 
         def check(got: list[Any]) -> None:
-            for leaf, grad, done in zip(bed.leaves, grads, got, strict=True):
-                bed.same(done, grad * bed.size, leaf.name)
+            for leaf, grad, done in zip(ctx.leaves, grads, got, strict=True):
+                ctx.same(done, grad * ctx.size, leaf.name)
 
         return Work(lambda: [finish(all_reduce(g, "sum", group)) for g in grads], check)
 
 
-def module(bed: Bed) -> Any:
+def module(ctx: RankContext) -> Any:
     """A module of one submodule a leaf, each with a tensor-parallel weight."""
     from torch import nn
 
     root = nn.Module()
-    for n, tensor in enumerate(bed.sharded().values()):
+    for n, tensor in enumerate(ctx.sharded().values()):
         child = nn.Module()
         child.register_parameter("weight", nn.Parameter(tensor))
         root.add_module(f"layer{n}", child)
     return root
 
 
-def are_local(bed: Bed, root: nn.Module) -> None:
+def are_local(ctx: RankContext, root: nn.Module) -> None:
     """Every weight is a plain local Parameter with this rank's part."""
     from torch import nn
 
-    for leaf, child in zip(bed.leaves, root.children(), strict=True):
+    for leaf, child in zip(ctx.leaves, root.children(), strict=True):
         assert isinstance(child.weight, nn.Parameter), f"{leaf.name}: no Parameter"
-        bed.same(child.weight.detach(), bed.mine(leaf), leaf.name)
+        ctx.same(child.weight.detach(), ctx.mine(leaf), leaf.name)
 
 
 class LocalizeDtensor(Measured):
@@ -126,23 +126,23 @@ class LocalizeDtensor(Measured):
     functions = (f"{DDP}_localize_dtensor",)
     sizes: ClassVar[tuple[int, ...]] = (2,)
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        localize, root = bed.function(self.functions[0]), module(bed)
+        localize, root = ctx.function(self.functions[0]), module(ctx)
 
         def reset() -> None:
             nonlocal root
-            root = module(bed)
+            root = module(ctx)
 
         def call() -> nn.Module:
             localize(root)
             return root
 
-        return Work(call, lambda got: are_local(bed, got), reset)
+        return Work(call, lambda got: are_local(ctx, got), reset)
 
-    def floor(self, bed: Bed) -> Work:
-        return _swaps(bed)
+    def floor(self, ctx: RankContext) -> Work:
+        return _swaps(ctx)
 
 
 class ReconstructDtensor(Measured):
@@ -151,15 +151,15 @@ class ReconstructDtensor(Measured):
     functions = (f"{DDP}_reconstruct_dtensor",)
     sizes: ClassVar[tuple[int, ...]] = (2,)
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        reconstruct, root = bed.function(self.functions[0]), module(bed)
-        localize = bed.function(f"{DDP}_localize_dtensor")
+        reconstruct, root = ctx.function(self.functions[0]), module(ctx)
+        localize = ctx.function(f"{DDP}_localize_dtensor")
 
         def reset() -> None:
             nonlocal root
-            root = module(bed)
+            root = module(ctx)
             localize(root)
 
         def call() -> nn.Module:
@@ -167,19 +167,19 @@ class ReconstructDtensor(Measured):
             return root
 
         def check(got: Any) -> None:
-            for leaf, child in zip(bed.leaves, got.children(), strict=True):
-                bed.is_sharded(child.weight.detach(), leaf)
+            for leaf, child in zip(ctx.leaves, got.children(), strict=True):
+                ctx.is_sharded(child.weight.detach(), leaf)
 
         return Work(call, check, reset)
 
-    def floor(self, bed: Bed) -> Work:
-        return _swaps(bed)
+    def floor(self, ctx: RankContext) -> Work:
+        return _swaps(ctx)
 
 
-def _swaps(bed: Bed) -> Work:
+def _swaps(ctx: RankContext) -> Work:
     from torch import nn
 
-    root = module(bed)
+    root = module(ctx)
     weights: list[Any] = [(child, child.weight) for child in root.children()]
     weights = [(child, nn.Parameter(weight.to_local())) for child, weight in weights]
 
@@ -188,7 +188,7 @@ def _swaps(bed: Bed) -> Work:
         child.weight = weight
         return child
 
-    return bed.each(weights, least)
+    return ctx.each(weights, least)
 
 
 class UpdateModuleParam(Measured):
@@ -197,13 +197,13 @@ class UpdateModuleParam(Measured):
     functions = (f"{DDP}_update_module_param", f"{DDP}_get_submodule_n_params")
     sizes = (2,)
 
-    def work(self, bed: Bed) -> Work:
+    def work(self, ctx: RankContext) -> Work:
         from torch import nn
 
-        from benchmarks.bed import Work
+        from benchmarks.rank_context import Work
 
-        update, find = map(bed.function, self.functions)
-        root = module(bed)
+        update, find = map(ctx.function, self.functions)
+        root = module(ctx)
         locals_ = {name: p.to_local() for name, p in root.named_parameters()}
         fresh = {name: nn.Parameter(t) for name, t in locals_.items()}
 
@@ -216,8 +216,8 @@ class UpdateModuleParam(Measured):
 
         return Work(call, check)
 
-    def floor(self, bed: Bed) -> Work:
-        return _swaps(bed)
+    def floor(self, ctx: RankContext) -> Work:
+        return _swaps(ctx)
 
 
 class PreDpModuleTransform(Measured):
@@ -226,20 +226,20 @@ class PreDpModuleTransform(Measured):
     functions = (f"{DDP}_pre_dp_module_transform",)
     sizes = (2,)
 
-    def work(self, bed: Bed) -> Work:
-        from benchmarks.bed import Work
+    def work(self, ctx: RankContext) -> Work:
+        from benchmarks.rank_context import Work
 
-        transform, root = bed.function(self.functions[0]), module(bed)
+        transform, root = ctx.function(self.functions[0]), module(ctx)
 
         def reset() -> None:
             nonlocal root
-            root = module(bed)
+            root = module(ctx)
 
         def call() -> nn.Module:
             transform(root)
             return root
 
-        return Work(call, lambda got: are_local(bed, got), reset)
+        return Work(call, lambda got: are_local(ctx, got), reset)
 
-    def floor(self, bed: Bed) -> Work:
-        return _swaps(bed)
+    def floor(self, ctx: RankContext) -> Work:
+        return _swaps(ctx)

@@ -14,10 +14,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.agreement import FACTOR
 from benchmarks.environment import clean, interpreter
+from benchmarks.results.reproducibility import FACTOR
 from benchmarks.settings import PREFIX, Settings
-from harness import pipes, warm
+from harness.system import pipes, warm
 
 ROOT = Path(__file__).parents[2]
 MACHINE = Path.home() / ".asv-machine.json"
@@ -36,19 +36,19 @@ def main() -> int:
     options = _options()
     settings = _settings(options)
     if options.agree:
-        from benchmarks import agreement
+        from benchmarks.results import reproducibility
 
-        return agreement.main(*options.agree)
+        return reproducibility.main(*options.agree)
     if options.check or options.update_baseline:
         return _counted(options, settings)
     if options.journal and (options.table or options.goals):
         os.environ[f"{PREFIX}JOURNAL"] = str(options.journal)
     if options.table:
-        from benchmarks import table
+        from benchmarks.results import table
 
         return table.main(settings, options.kept)
     if options.goals:
-        from benchmarks import goals
+        from benchmarks.results import goals
 
         return goals.main(settings, options.bench, options.world, options.kept)
     if options.publish:
@@ -81,7 +81,7 @@ def _room(options: argparse.Namespace) -> int:
     """The most ranks that NCCL takes here; 0: no bound."""
     if options.backend != "nccl" or options.share_gpus:
         return 0
-    from harness import devices
+    from harness.system import devices
 
     return devices.count(options.device)
 
@@ -179,7 +179,7 @@ def _options() -> argparse.Namespace:
         return options
     import pytest
 
-    from harness.options import _backend, _device
+    from harness.settings.options import _backend, _device
 
     try:
         options.backend = _backend(options.backend, _device(options.device))
@@ -191,8 +191,8 @@ def _options() -> argparse.Namespace:
 
 
 def _counted(options: argparse.Namespace, settings: Settings) -> int:
-    from benchmarks import baseline
-    from benchmarks.session.world import WorldError
+    from benchmarks.results import baseline
+    from benchmarks.run.world import WorldError
 
     quick = settings.with_(quick=True)
     try:

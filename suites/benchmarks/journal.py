@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.base import Measured
 from benchmarks.listing import label
-from benchmarks.measured import Measured
 
 Arms = dict[str, dict[str, Any]]
 """Arm to its numbers."""

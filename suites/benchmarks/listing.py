@@ -6,7 +6,7 @@ import importlib
 import inspect
 from pathlib import Path
 
-from benchmarks.measured import Measured
+from benchmarks.base import Measured
 
 HERE = Path(__file__).parent
 

@@ -15,19 +15,11 @@ from unittest.mock import Mock
 import pytest
 from asv._stats import is_different
 
-from benchmarks import (
-    baseline,
-    bench_broadcast,
-    bench_harness,
-    command,
-    environment,
-    goals,
-    measured,
-    table,
-)
+from benchmarks import base, bench_broadcast, bench_harness, command, environment
 from benchmarks.journal import read
 from benchmarks.listing import HERE, benchmarks
-from benchmarks.session.parent import Parent
+from benchmarks.results import baseline, goals, table
+from benchmarks.run.parent import Parent
 from benchmarks.settings import FLOOR, PREFIX, REFERENCE, TORCH, Settings
 
 SUITES = HERE.parent
@@ -68,8 +60,8 @@ def test_a_count_that_differs_from_call_to_call_is_not_kept(
     world = Mock()
     world.ended = contextlib.nullcontext
     world.measured.return_value = [{REFERENCE: counts, TORCH: counts}]
-    monkeypatch.setattr("benchmarks.session.world.MeasuredWorld", lambda *_: world)
-    monkeypatch.setattr("harness.warm.unfit", lambda: "")
+    monkeypatch.setattr("benchmarks.run.world.MeasuredWorld", lambda *_: world)
+    monkeypatch.setattr("harness.system.warm.unfit", lambda: "")
     one = object.__new__(Parent)
     one.settings, one._data = Settings(), {"model": {}}
     (found,) = one.measure_all(
@@ -123,9 +115,9 @@ def test_what_is_left_out_cannot_be_measured() -> None:
 def in_a_process(code: str, *, status: int = 0) -> str:
     """Run with `p`, a Parent with quick settings `s`; what it prints."""
     head = (
-        "import json, sys\nfrom harness import warm\nwarm.limit_threads()\n"
-        "from benchmarks import baseline\n"
-        "from benchmarks.session.parent import Parent, named\n"
+        "import json, sys\nfrom harness.system import warm\nwarm.limit_threads()\n"
+        "from benchmarks.results import baseline\n"
+        "from benchmarks.run.parent import Parent, named\n"
         "from benchmarks.settings import Settings\n"
         "s = Settings(quick=True)\n"
     )
@@ -238,7 +230,7 @@ def test_a_run_that_is_told_to_end_leaves_what_it_has(tmp_path: Path) -> None:
 
 def test_no_samples_are_an_error() -> None:
     with pytest.raises(RuntimeError, match="nothing was measured"):
-        measured.sampled(lambda _: []).setup("a")
+        base.sampled(lambda _: []).setup("a")
 
 
 def test_points_of_a_graph_are_counted() -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cost
-from benchmarks.baseline import FILE
+from benchmarks.results import cost_model
+from benchmarks.results.baseline import FILE
 from benchmarks.settings import Leaf, leaves
 
 COUNTS: dict[str, Any] = json.loads(FILE.read_text())["counts"]
@@ -24,10 +24,10 @@ ROWS = [
     ("GatherAtScale", "scale", 8),
     ("GatherAtScale", "scale", 512),
 ]
-_FORMULAS: dict[str, Callable[[Sequence[Leaf], int], cost.Cost]] = {
-    "Gather": cost.gather,
-    "Broadca": cost.broadcast,
-    "Distrib": cost.distribute,
+_FORMULAS: dict[str, Callable[[Sequence[Leaf], int], cost_model.Cost]] = {
+    "Gather": cost_model.gather,
+    "Broadca": cost_model.broadcast,
+    "Distrib": cost_model.distribute,
 }
 
 
@@ -44,7 +44,7 @@ def test_counts_lie_within_the_formulas(name: str, regime: str, n: int) -> None:
 def test_a_call_that_moves_everything_twice_is_outside() -> None:
     """The limits are tight enough to tell M from 2 M, and one collective a tensor."""
     model = leaves("many", quick=True)
-    stated = cost.gather(model, 4)
+    stated = cost_model.gather(model, 4)
     assert stated.received < 2 * stated.payload
     assert stated.collectives < len(model)
 

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 
-from benchmarks.session import peaks
-from benchmarks.session.counting import Traffic, count, python_calls
-from benchmarks.session.peaks import PEAKS, Settled, peak_bytes, settle
-from benchmarks.session.profiling import CALLS, MOST_CALLS, profile
-from benchmarks.session.statistics import (
+from benchmarks.run import peaks
+from benchmarks.run.counting import Traffic, count, python_calls
+from benchmarks.run.peaks import PEAKS, Settled, peak_bytes, settle
+from benchmarks.run.profiling import CALLS, MOST_CALLS, profile
+from benchmarks.statistics import (
     FEWEST,
     PRECISION,
     interval,

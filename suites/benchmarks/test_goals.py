@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import goals, table
-from benchmarks.goals import GOALS, Goal, reached
 from benchmarks.listing import benchmarks
+from benchmarks.results import goals, table
+from benchmarks.results.goals import GOALS, Goal, reached
 from benchmarks.settings import FLOOR, REFERENCE, TORCH, Settings
 
 HERE = Path(__file__).parent

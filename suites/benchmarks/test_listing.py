@@ -7,7 +7,7 @@ import inspect
 
 from asv_runner.discovery import disc_benchmarks
 
-from benchmarks import measured
+from benchmarks import base
 from benchmarks.listing import HERE, benchmarks
 from benchmarks.settings import REFERENCE, Settings
 
@@ -71,5 +71,5 @@ def test_each_benchmark_states_itself() -> None:
         assert b.functions, f"{name}: measures no function"
         assert "floor" in (type(b).__doc__ or ""), f"{name}: its docstring states no floor"
         assert list(b.sizes) == sorted(b.sizes), f"{name}: sizes {b.sizes}"
-        assert set(b.tracks) <= set(measured.TRACKS), f"{name}: {b.tracks}"
+        assert set(b.tracks) <= set(base.TRACKS), f"{name}: {b.tracks}"
         assert not b.missing(REFERENCE, QUICK) or b.device_only, f"{name}: lacks the reference"

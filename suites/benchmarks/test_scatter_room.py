@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from benchmarks.cost import BUCKET, broadcast
-from benchmarks.session.counting import Traffic
-from benchmarks.session.peaks import Settled, peak_bytes
+from benchmarks.results.cost_model import BUCKET, broadcast
+from benchmarks.run.counting import Traffic
+from benchmarks.run.peaks import Settled, peak_bytes
 from benchmarks.settings import Leaf
 from conformance.kit.layouts import S, dtensor
 from shardproof._state_dict_utils import _broadcast_state_dict, wire

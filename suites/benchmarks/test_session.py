@@ -15,58 +15,58 @@ from typing import Any
 
 import pytest
 
-from benchmarks.session import client
+from benchmarks import session_client
 from benchmarks.settings import PREFIX, Settings
-from harness import processes
+from harness.system import processes
 
 FAULTY = '''
 import os, time
 from pathlib import Path
-from benchmarks.measured import Measured
+from benchmarks.base import Measured
 
 class Faulty(Measured):
     """A benchmark whose reference misbehaves as its class says."""
     regimes, sizes = ("model",), (2,)
     count = 0
 
-    def work(self, bed):
-        from benchmarks.bed import Work
+    def work(self, ctx):
+        from benchmarks.rank_context import Work
         def call():
             type(self).count += 1
-            return self.fault(bed) if bed_arm == "shardproof" else 1
+            return self.fault(ctx) if bed_arm == "shardproof" else 1
         def check(got):
             assert got == 1, f"got {got}"
-        bed_arm = bed.arm
+        bed_arm = ctx.arm
         return Work(call, check, lambda: None)
 
-    def floor(self, bed):
-        return self.work(bed)
+    def floor(self, ctx):
+        return self.work(ctx)
 
 class Wrong(Faulty):
-    def fault(self, bed):
+    def fault(self, ctx):
         return 2
 
 class WrongLate(Faulty):
-    def fault(self, bed):
+    def fault(self, ctx):
         return 1 if self.count < 12 else 2
 
 class Raises(Faulty):
-    def fault(self, bed):
+    def fault(self, ctx):
         raise RuntimeError("refused on purpose")
 
 class Dies(Faulty):
-    def fault(self, bed):
-        if bed.rank == 1:
+    def fault(self, ctx):
+        if ctx.rank == 1:
             os._exit(7)
         return 1
 
 class Lags(Faulty):
-    def fault(self, bed):
-        time.sleep(0.03 * bed.rank)
+    def fault(self, ctx):
+        time.sleep(0.03 * ctx.rank)
         return 1
 
 class Hangs(Faulty):
-    def fault(self, bed):
+    def fault(self, ctx):
         Path(os.environ["PIDS"], str(os.getpid())).touch()
         time.sleep(1000)
 '''
@@ -94,7 +94,7 @@ class Run:
 
     def ask(self, name: str, settings: Settings = SETTINGS) -> dict[str, Any]:
         """What the session says of one of the FAULTY benchmarks."""
-        return client.ask(request(name), settings)["arms"]
+        return session_client.ask(request(name), settings)["arms"]
 
 
 def request(name: str) -> dict[str, Any]:
@@ -147,14 +147,14 @@ def test_an_exception_has_no_number(run: Run) -> None:
 
 def test_a_dead_rank_is_an_error(run: Run) -> None:
     """The rank that died is named, with its exit code; there is no answer at all."""
-    with pytest.raises(client.SessionError, match="rank 1: exited with 7"):
+    with pytest.raises(session_client.SessionError, match="rank 1: exited with 7"):
         run.ask("Dies")
 
 
 def test_a_hang_ends_at_the_deadline(run: Run) -> None:
     """A rank that never returns is ended, and the server answers the next request."""
     begin = time.monotonic()
-    with pytest.raises(client.SessionError, match="never answered"):
+    with pytest.raises(session_client.SessionError, match="never answered"):
         run.ask("Hangs")
     assert time.monotonic() - begin < SETTINGS.limit + 20
     assert_gone(run)
@@ -183,9 +183,9 @@ def wait_for_ranks(run: Run) -> None:
 def start_and_leave_alone(run: Run, settings: Settings) -> subprocess.Popen[bytes]:
     """A client in a process of its own, as asv starts them, in the middle of a measurement."""
     code = (
-        "import json, sys; from benchmarks.session import client; "
+        "import json, sys; from benchmarks import session_client; "
         "from benchmarks.settings import Settings; "
-        "client.ask(json.loads(sys.argv[1]), Settings(**json.loads(sys.argv[2])))"
+        "session_client.ask(json.loads(sys.argv[1]), Settings(**json.loads(sys.argv[2])))"
     )
     arguments = [json.dumps(request("Hangs")), json.dumps(vars(settings))]
     process = subprocess.Popen([sys.executable, "-c", code, *arguments])

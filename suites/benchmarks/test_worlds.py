@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bench_tensor_parallel, measured
+from benchmarks import base, bench_tensor_parallel
 from benchmarks.journal import read
 from benchmarks.listing import benchmarks
-from benchmarks.session.parent import Parent
+from benchmarks.run.parent import Parent
 from benchmarks.settings import FLOOR, REFERENCE, TORCH, Settings
 
 
@@ -83,7 +83,7 @@ def test_a_ratio_that_is_not_known_has_no_number(
     """Two runs would not agree about it; a quick run says quick in its name."""
     ours: dict[str, Any] = {"seconds": [[s] for s in worlds], "ratio_to_floor": 2.0, "peak": 5}
     arms = {REFERENCE: ours, FLOOR: {"seconds": [[1.0]] * len(worlds)}}
-    monkeypatch.setattr(measured, "_ask", lambda *_: arms)
+    monkeypatch.setattr(base, "_ask", lambda *_: arms)
     for name, value in Settings(quick=quick).environment().items():
         monkeypatch.setenv(name, value)
     benchmark: Any = bench_tensor_parallel.LocalizeDtensor()
@@ -96,7 +96,7 @@ def test_a_ratio_that_is_not_known_has_no_number(
 def test_cpus_tick_as_long_as_their_parent_lives() -> None:
     """One process on each CPU, which ends with its parent however that ends."""
     code = (
-        "import time; from benchmarks.session.awake import keep_awake\n"
+        "import time; from benchmarks.run.awake import keep_awake\n"
         "print(*keep_awake(), flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code]

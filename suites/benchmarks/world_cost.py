@@ -18,7 +18,7 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from harness import pipes
+from harness.system import pipes
 
 SUITES = Path(__file__).parents[1]
 
@@ -132,7 +132,14 @@ def measure(source: str, *, fresh: bool) -> list[float]:
         environment = {**os.environ, "PYTHONPATH": f"{folder}:{SUITES}", "OMP_NUM_THREADS": "1"}
         common = [f"--rootdir={folder}", "-q", "--durations=0", "-vv"]
         if fresh:
-            command = ["-m", "harness", "-p", "harness.plugin", "--run-dir", str(folder / "run")]
+            command = [
+                "-m",
+                "harness",
+                "-p",
+                "harness.session.plugin",
+                "--run-dir",
+                str(folder / "run"),
+            ]
         else:
             command = ["-m", "pytest", "-p", "no:timeout"]
         done = subprocess.run(

@@ -1,7 +1,7 @@
 """What the subject warns of while it is judged; a warning is the cause of no other check's failure.
 
 No body runs: the harness has noted the warnings that came out of the subject in all checks of a
-function, and judges these at the end of the run. See `harness.warned`.
+function, and judges these at the end of the run. See `harness.settings.subject_warnings`.
 """
 
 from __future__ import annotations

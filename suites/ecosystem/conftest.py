@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from harness.options import SETTINGS
-from harness.subjects import Subject
+from harness.settings.options import SETTINGS
+from harness.settings.subjects import Subject
 
 if TYPE_CHECKING:
     from ecosystem.digests import Digests

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ecosystem.digests import read as read_digests
-from harness import pipes
+from harness.system import pipes
 from report.read import BadResultsError, read
 
 TORCH = "torch"

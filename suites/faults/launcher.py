@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import processes, warm
+from harness.system import processes, warm
 
 SUITES = Path(__file__).parent.parent
 

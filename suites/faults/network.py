@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness import processes
+from harness.system import processes
 
 NAMES = ("node-a", "node-b")
 ADDRESSES = ("10.213.0.1", "10.213.0.2")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.launcher import SUITES
-from harness import processes
+from harness.system import processes
 
 LIMIT = 120.0
 
@@ -48,10 +48,10 @@ class NodeProcess:
             self._process = subprocess.Popen(
                 [
                     *prefix,
-                    *(sys.executable, "-m", "harness.launch", "--nnodes", str(nodes)),
+                    *(sys.executable, "-m", "harness.nodes.launch", "--nnodes", str(nodes)),
                     *("--nproc-per-node", "2", "--rendezvous", f"{rendezvous}:{port}"),
                     *("--local-address", own, "--no-warm-up", "-q"),
-                    *("-p", "harness.plugin", "-p", "no:hypothesispytest"),
+                    *("-p", "harness.session.plugin", "-p", "no:hypothesispytest"),
                     *("--rootdir", str(folder), "--run-dir", str(self.run_dir)),
                     *("--expectations", str(folder / "expectations"), *arguments, str(suite)),
                 ],

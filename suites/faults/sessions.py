@@ -68,7 +68,7 @@ class Session:
         self._output = folder / f"output-{name}.txt"
         self.process = self.launcher.start(
             [
-                *("-p", "harness.plugin"),
+                *("-p", "harness.session.plugin"),
                 f"--rootdir={folder}",
                 *("--run-dir", str(self.run_dir)),
                 "-q",

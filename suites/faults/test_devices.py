@@ -16,8 +16,8 @@ from unittest.mock import Mock
 import pytest
 
 from faults.sessions import Session
-from harness import devices, processes
-from harness.options import Settings
+from harness.settings.options import Settings
+from harness.system import devices, processes
 
 Suite = Callable[..., Path]
 

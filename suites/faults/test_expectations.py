@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from faults.sessions import Outcome, Session
-from harness import devices
+from harness.system import devices
 
 SOURCE = """
 import os, pytest

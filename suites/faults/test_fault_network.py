@@ -17,7 +17,7 @@ from faults.network import ADDRESSES, EIGHTH, NAMES, Network
 from faults.nodes import NodeProcess
 from faults.sessions import CASES
 from faults.table import CELLS, NODE, PHASES
-from harness import processes
+from harness.system import processes
 from report.read import read
 
 PORT = 29400

@@ -20,7 +20,7 @@ from faults import own_disk
 from faults.page import PAGE, page
 from faults.sessions import CASES, Outcome, Session
 from faults.table import CELLS, COLLECTIVE, LIMIT, PARENT, PHASES, RANK, Cell
-from harness import crew
+from harness.parent import local_ranks
 from report.read import read
 
 MEMORY = Path("/sys/fs/cgroup/memory")
@@ -178,7 +178,7 @@ def test_a_fault_of_the_parent(
         for folder in (outcome.folder / "tmp").iterdir():
             os.utime(folder, (0, 0))
         monkeypatch.setattr(tempfile, "tempdir", str(outcome.folder / "tmp"))
-        crew.remove_abandoned()
+        local_ranks.remove_abandoned()
         for half in outcome.run_dir.glob(".results-*"):
             half.unlink()
     assert_nothing_is_left(outcome)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from harness.hangs import explain, in_words
-from harness.ring import ANY_SOURCE, NEW_GROUPS, Call, Calls, Stream
-from harness.verdicts import Fate, RankRecord
+from harness.parent.hangs import explain, in_words
+from harness.records.call_ring import ANY_SOURCE, NEW_GROUPS, Call, Calls, Stream
+from harness.records.verdicts import Fate, RankRecord
 
 ALL = Stream("0", (0, 1, 2))
 PAIR = Stream("1", (1, 2))

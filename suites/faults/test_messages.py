@@ -9,7 +9,7 @@ import torch
 
 from conformance.kit.cases import each
 from conformance.kit.compare import assert_type, assert_unchanged, fingerprint
-from harness.watcher import assertion_of
+from harness.rank.reporter import assertion_of
 
 
 def test_what_was_changed_is_told_by_its_path() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from faults import nodes
 from faults.nodes import NodeProcess
-from harness import processes
+from harness.system import processes
 
 SPANNING = """
 import os, pytest, time, torch

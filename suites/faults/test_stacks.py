@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import stacks
+from harness.system import stacks
 
 SLOW = """
 import signal, sys, time

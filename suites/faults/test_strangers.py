@@ -41,7 +41,7 @@ def judge(folder: Path, source: str, *arguments: str) -> Outcome:
 def test_a_subject_never_runs_in_the_process_that_judges_it(suite: Suite, jobs: str) -> None:
     folder = suite(CHECKS)
     note = f"import os, sys\nopen({str(folder / 'pids')!r}, 'a').write(f'{{os.getpid()}} ')\n"
-    spoil = "import harness.blame\nharness.blame.judge = None\n"
+    spoil = "import harness.parent.blame\nharness.parent.blame.judge = None\n"
     thread = "import threading, time\nthreading.Thread(target=time.sleep, args=(9,), daemon=True)"
     outcome = judge(folder, note + spoil + thread + ".start()\n", "--jobs", jobs)
     assert outcome.exit == 0, outcome.output

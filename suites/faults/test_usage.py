@@ -216,7 +216,7 @@ def test_a_reader_that_goes_ends_the_run_without_a_traceback(suite: Suite) -> No
         "@pytest.mark.parametrize('n', range(50))\n"
         "def test_it(n): time.sleep(0.2)\n"
     )
-    words = ["-p", "harness.plugin", "-v", "--no-warm-up", "--run-dir", str(folder / "out")]
+    words = ["-p", "harness.session.plugin", "-v", "--no-warm-up", "--run-dir", str(folder / "out")]
     with subprocess.Popen(
         [sys.executable, "-m", "harness", *words],
         cwd=folder,

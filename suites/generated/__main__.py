@@ -3,6 +3,6 @@
 import sys
 
 from generated.command import main
-from harness import pipes
+from harness.system import pipes
 
 sys.exit(pipes.run(main))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from generated.emit import tensors_of
-from harness import processes, warm
+from harness.system import processes, warm
 
 if TYPE_CHECKING:
     from generated.search import Failure

@@ -17,17 +17,18 @@ from functools import partial
 from typing import Any, Never
 
 from generated import data, rig, telling
-from harness import place, rank, warm
-from harness.blame import not_started
-from harness.channel import Frame, RankEnd
-from harness.crew import Crew, Node, Orders, forking
-from harness.member import Member
-from harness.options import START_LIMIT
-from harness.requirements import WorldSpec
-from harness.subjects import Subject
-from harness.verdicts import Fate
-from harness.watcher import one_line, raised
-from harness.world import World
+from harness.parent.blame import not_started
+from harness.parent.local_ranks import LocalRanks, Node, WorldOrder, forking
+from harness.parent.rank_state import RankState
+from harness.parent.world import World
+from harness.rank import rank_process
+from harness.rank.reporter import one_line, raised
+from harness.records.verdicts import Fate
+from harness.settings.options import START_LIMIT
+from harness.settings.requirements import WorldSpec
+from harness.settings.subjects import Subject
+from harness.system import torchrun_env, warm
+from harness.system.channel import Frame, RankEnd
 
 CASES_A_WORLD = 150
 """Cases after which a world is replaced: it keeps the meshes and groups of all of them."""
@@ -52,7 +53,7 @@ class Told:
 
 
 @dataclass
-class Telling(Member):
+class Telling(RankState):
     """A rank whose answers are what its calls came to."""
 
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -71,11 +72,11 @@ class Telling(Member):
         self.calls, self.living = [], []
 
 
-class Player(rank.Rank):
+class Player(rank_process.Rank):
     """A rank that runs cases instead of checks."""
 
-    def __init__(self, seat: rank.Seat, channel: RankEnd, subject: str) -> None:
-        super().__init__(seat, channel, _no_checks)
+    def __init__(self, rank_spec: rank_process.RankSpec, channel: RankEnd, subject: str) -> None:
+        super().__init__(rank_spec, channel, _no_checks)
         self._subject = Subject(subject)
 
     def serve(self) -> int:
@@ -118,11 +119,11 @@ def _no_checks(name: str) -> Never:
     raise LookupError(name)
 
 
-def _play(subject: str, seat: rank.Seat, sock: socket.socket) -> None:
+def _play(subject: str, rank_spec: rank_process.RankSpec, sock: socket.socket) -> None:
     code = 1
     try:
         gc.disable()  # collected where a case asks who holds its tensors
-        code = Player(seat, RankEnd(sock), subject).serve()
+        code = Player(rank_spec, RankEnd(sock), subject).serve()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -134,8 +135,10 @@ class CaseWorld(World):
 
     def __init__(self, size: int, subject: str, limit: float) -> None:
         spec = WorldSpec(size, "gloo", "cpu", _COLLECTIVE, limit, reuse=True)
-        orders = Orders(0, spec, tuple(range(size)), Node(0, place.host()), 0, None)
-        super().__init__(spec, [Crew(orders, forking(partial(_play, subject)))], "fork", Telling)
+        order = WorldOrder(0, spec, tuple(range(size)), Node(0, torchrun_env.host()), 0, None)
+        super().__init__(
+            spec, [LocalRanks(order, forking(partial(_play, subject)))], "fork", Telling
+        )
         self.cases = 0
 
     def start(self) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from harness import pipes, place
+from harness.system import pipes, torchrun_env
 
 # pytest looks for its configuration above whatever argument is a path that exists, before it knows
 # these options: their values must not stand alone.
@@ -26,8 +26,8 @@ _EXIT = {
 
 def main() -> int:
     """Pytest's exit status, put into the project's words."""
-    if place.of(os.environ) is not None and os.environ["LOCAL_RANK"] != "0":
-        place.wait_for_the_first_worker()
+    if torchrun_env.of(os.environ) is not None and os.environ["LOCAL_RANK"] != "0":
+        torchrun_env.wait_for_the_first_worker()
         return 0
     status = int(pytest.main(joined(sys.argv[1:])))
     return _EXIT.get(status, status)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from harness.subjects import Subject
+from harness.settings.subjects import Subject
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from harness.subjects import Subject
+from harness.settings.subjects import Subject
 from integration.kit.checkpoints import assert_loaded, assert_sharded, dress, whole
 from integration.kit.models import MLP
 from integration.kit.optimizers import (

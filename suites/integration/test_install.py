@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.subjects import Subject
+from harness.settings.subjects import Subject
 
 UPSTREAM = (
     "torch.distributed._state_dict_utils",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import devices
+from harness.system import devices
 from mutants import (
     compatibility,
     copies,

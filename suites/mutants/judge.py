@@ -24,7 +24,9 @@ from typing import Any
 
 import pytest
 
-from harness import processes, rank, subjects, warned
+from harness.rank import rank_process
+from harness.settings import subject_warnings, subjects
+from harness.system import processes
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "reference" / "shardproof"
@@ -97,13 +99,15 @@ class Judge:
             for item in session.items
             if item.get_closest_marker("warns_of_nothing") is None
         }
-        warned.of_this_repository(SUBJECT)  # remembered: a copy's warnings are errors as well
+        subject_warnings.of_this_repository(
+            SUBJECT
+        )  # remembered: a copy's warnings are errors as well
         # As it is now: somebody may write at it while hours of mutants are judged.
         with tempfile.TemporaryDirectory(prefix="shardproof-snapshot-") as name:
             copy_reference(Path(name))
             self._snapshot = Path(name) / SUBJECT
             self._work(self)
-        rank.leave_the_parent(session.config)
+        rank_process.leave_the_parent(session.config)
         return True
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -205,7 +209,7 @@ class Judge:
             os.environ["TMPDIR"] = str(folder / "tmp")
             tempfile.tempdir = None
             run: Any = self._config.pluginmanager.get_plugin("shardproof-run")
-            rank.leave_the_parent(self._config, but="shardproof-run")
+            rank_process.leave_the_parent(self._config, but="shardproof-run")
             if reason := _import_copy(folder):
                 say(**{"import": reason})
                 return

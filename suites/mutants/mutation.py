@@ -18,7 +18,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from harness import pipes
+from harness.system import pipes
 from mutants import answers
 from mutants.answers import Answer, BadAnswerError
 from mutants.executed import FOLDER, Executed

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import devices, pipes
+from harness.system import devices, pipes
 from mutants import patches
 from mutants.catalog import MUTANTS, Mutant
 from mutants.executed import Executed, one_of_each_first

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.subjects import MODULES
+from harness.settings.subjects import MODULES
 from mutants import patches
 from mutants.judge import REFERENCE, SUBJECT, CannotPlantError, copy_reference
 from mutants.patches import Patch

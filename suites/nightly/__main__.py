@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from harness import pipes
+from harness.system import pipes
 from nightly import chain, speed, verdicts
 from nightly.issue import Tracker, TrackerError
 from nightly.report import Found

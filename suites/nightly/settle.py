@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import pipes
+from harness.system import pipes
 from nightly.issue import Tracker, TrackerError
 from nightly.state import BadStateError, State
 

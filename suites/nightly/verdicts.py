@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.verdicts import UNEXPECTED, Verdict
+from harness.records.verdicts import UNEXPECTED, Verdict
 
 Verdicts = Mapping[str, str]
 """Check id to verdict."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import pipes
+from harness.system import pipes
 from preflight import facts, gpus, machine, trial
 from preflight.findings import Finding, Grade, Need
 

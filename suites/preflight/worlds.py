@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from harness.fixtures import World
+from harness.rank.fixtures import World
 
 NUMBERS = 1 << 20
 

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from harness import pipes
+from harness.system import pipes
 from report.compare import NotComparableError, compare
 from report.laws import listing
 from report.read import BadResultsError, read

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import pipes
+from harness.system import pipes
 
 ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.md"

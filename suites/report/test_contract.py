@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.subjects import MODULES
+from harness.settings.subjects import MODULES
 from report.laws import LAWS
 from report.terminal import Screen, show
 

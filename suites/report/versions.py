@@ -17,7 +17,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from harness import pipes
+from harness.system import pipes
 from report.compare import AREA
 from report.matrix import Cell
 from report.read import BadResultsError, read

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from harness import crew, rank, requirements
-from harness.verdicts import UNEXPECTED, Verdict
+from harness.parent import local_ranks
+from harness.rank import rank_process
+from harness.records.verdicts import UNEXPECTED, Verdict
+from harness.settings import requirements
 from soak.trend import Sample, grown
 
 _A_SECOND = 50
@@ -69,14 +71,16 @@ class Soak:
 
     def _seed_worlds(self) -> None:
         """Give each world a seed of its own, which its ranks draw their data from."""
-        original = crew.Crew._seat
+        original = local_ranks.LocalRanks._rank_spec
 
-        def seat(made: crew.Crew, number: int, place: int) -> rank.Seat:
-            seed = (self._config.option.soak_seed << 32) + made.orders.world
+        def rank_spec(
+            made: local_ranks.LocalRanks, number: int, place: int
+        ) -> rank_process.RankSpec:
+            seed = (self._config.option.soak_seed << 32) + made.order.world
             self._seed = seed
             return dataclasses.replace(original(made, number, place), seed=seed)
 
-        crew.Crew._seat = seat  # type: ignore[assignment, method-assign]
+        local_ranks.LocalRanks._rank_spec = rank_spec  # type: ignore[assignment, method-assign]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         verdict = getattr(report, "verdict", None)

@@ -58,7 +58,7 @@ def soak(folder: Path, *, flaps: bool, leaks: bool) -> tuple[int, str]:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "soak", "--checks", "240", "--json", str(folder / "soak.json")),
-            *(f"--rootdir={folder}", "-p", "harness.plugin", "--no-warm-up"),
+            *(f"--rootdir={folder}", "-p", "harness.session.plugin", "--no-warm-up"),
             *("--subject", "torch.distributed", str(folder / "test_it.py")),
         ],
         env=os.environ | {"PYTHONPATH": str(SUITES)},

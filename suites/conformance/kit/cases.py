@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from harness.watcher import assertion_of
+from harness.rank.reporter import assertion_of
 
 Case = TypeVar("Case")
 

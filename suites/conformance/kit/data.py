@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from harness import rank
+from harness.rank import rank_process
 
 _NAMES = (
     "bool",
@@ -94,7 +94,7 @@ def numbers(
     else:
         flat = whole.to(torch.float32).to(dtype) if dtype.is_floating_point else whole.to(dtype)
     if device is None:
-        device = rank.current.device if rank.current is not None else "cpu"
+        device = rank_process.current.device if rank_process.current is not None else "cpu"
     return flat.reshape(shape).to(device)
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from harness.watcher import kind_of_error
+from harness.rank.reporter import kind_of_error
 
 Mention = str | re.Pattern[str]
 

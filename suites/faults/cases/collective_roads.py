@@ -22,9 +22,10 @@ from torch.distributed import _functional_collectives as functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness import rank as rank_side
-from harness import recording, ring
-from harness.ring import Calls
+from harness.rank import rank_process as rank_side
+from harness.rank import recording
+from harness.records import call_ring
+from harness.records.call_ring import Calls
 
 pytestmark = pytest.mark.world(3)
 FOREVER = 10_000
@@ -118,8 +119,8 @@ def every_road(rank: int) -> None:
 def recorded() -> Calls:
     """The calls of this rank, as its parent would read them."""
     assert rank_side.current is not None
-    with Path(rank_side.current.seat.calls).open("rb") as file:
-        found = Calls.from_json(ring.read(file.fileno()))
+    with Path(rank_side.current.rank_spec.calls).open("rb") as file:
+        found = Calls.from_json(call_ring.read(file.fileno()))
     assert found is not None
     return found
 

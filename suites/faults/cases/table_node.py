@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from harness import channel
-from harness import rank as ranks
+from harness.rank import rank_process as ranks
+from harness.system import channel
 
 PHASE = os.environ.get("FAULT_PHASE")
 HERE = Path(__file__).parent

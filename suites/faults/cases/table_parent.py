@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from faults.own_disk import fill, mount_small
 from faults.table import LIMIT
-from harness import plugin, results
+from harness.session import plugin, results
 
 KIND, PHASE, *_ = os.environ["FAULT_CELL"].split(", ")
 PARENT = os.getpid()

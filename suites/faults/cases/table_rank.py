@@ -21,8 +21,9 @@ import torch.distributed as dist
 
 from faults.own_disk import fill, mount_small
 from faults.table import BY_NAME, LIMIT, Cell
-from harness import channel, options
-from harness import rank as ranks
+from harness.rank import rank_process as ranks
+from harness.settings import options
+from harness.system import channel
 
 FAULTY = int(os.environ["FAULT_RANK"])
 CELLS = [BY_NAME[name] for name in os.environ["FAULT_CELLS"].splitlines()]
@@ -32,7 +33,7 @@ NEVER = 10_000
 
 options.START_LIMIT["fork"] = LIMIT
 held: list[Any] = []
-seats: list[ranks.Seat] = []
+rank_specs: list[ranks.RankSpec] = []
 if any(cell.kind == "disk full" for cell in CELLS):
     mount_small(Path(os.environ["TMPDIR"]))
 
@@ -56,7 +57,7 @@ def be_ended_by_the_kernel(phase: str) -> None:
 
 
 def fill_the_disk(phase: str) -> None:
-    fill(Path(seats[-1].folder))
+    fill(Path(rank_specs[-1].folder))
     if phase in {"body", "teardown"}:
         Path(os.environ["TMPDIR"], "checkpoint").write_bytes(bytes(1 << 16))
 
@@ -75,7 +76,7 @@ def take_the_port(phase: str) -> None:
 
 
 def corrupt_the_store(phase: str) -> None:
-    Path(seats[-1].folder, "store").write_bytes(os.urandom(4096))
+    Path(rank_specs[-1].folder, "store").write_bytes(os.urandom(4096))
 
 
 def jump(phase: str) -> None:
@@ -106,9 +107,9 @@ FAULTS: dict[str, Callable[[str], Any]] = {
 
 def played() -> Cell | None:
     """The cell that the world of this rank plays; None in order, and in the parent."""
-    if not seats:
+    if not rank_specs:
         return None
-    number = round((seats[-1].spec.limit - LIMIT) * 1000) - 1
+    number = round((rank_specs[-1].spec.limit - LIMIT) * 1000) - 1
     return CELLS[number] if 0 <= number < len(CELLS) else None
 
 
@@ -116,14 +117,16 @@ def plant(phase: str) -> None:
     if (cell := played()) is None or cell.phase != phase:
         return
     # Ranks share the disk: the one that comes first needs a page of the store for all.
-    if seats[-1].rank == FAULTY or (cell.kind == "disk full" and phase in EARLY):
+    if rank_specs[-1].rank == FAULTY or (cell.kind == "disk full" and phase in EARLY):
         FAULTS[cell.kind](phase)
 
 
-def settle(seat: ranks.Seat, original: Callable[[ranks.Seat], None] = ranks.settle) -> None:
-    seats.append(seat)
+def become_rank(
+    rank_spec: ranks.RankSpec, original: Callable[[ranks.RankSpec], None] = ranks.become_rank
+) -> None:
+    rank_specs.append(rank_spec)
     plant("start")
-    original(seat)
+    original(rank_spec)
 
 
 def join(*args: Any, original: Callable[..., None] = dist.init_process_group, **kw: Any) -> None:
@@ -144,7 +147,7 @@ def send(
     original(self, kind, **payload)
 
 
-ranks.settle = settle
+ranks.become_rank = become_rank
 dist.init_process_group = join
 channel.RankEnd.send = send  # type: ignore[method-assign]
 

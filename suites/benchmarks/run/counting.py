@@ -1,0 +1,163 @@
+"""Collectives, bytes, memory and Python calls of one call, without noise."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
+    _resolve_process_group,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.run.peaks import PEAKS, Settled, peak_bytes
+from benchmarks.run.subclass_dispatch import desugars
+
+_SILENT = ("wait_tensor", "barrier", "_wrap_tensor_autograd", "_allgather_base_backward")
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, (list, tuple)):
+        return sum(map(_size, value))
+    return 0
+
+
+def _from_others(value: Any, size: int) -> int:
+    """Bytes of an output to which each rank gives the same share."""
+    return _size(value) * (size - 1) // size
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what goes through c10d while it is active: `with Traffic() as seen: ...`.
+
+    Bytes are those that this rank needs from others, whatever the algorithm: an all-gather of n
+    parts brings n - 1 of them, a broadcast or scatter brings the source nothing, an all-reduce
+    twice the share of the others, as a ring does. A collective that is not known here raises
+    NotImplementedError, because counting nothing for it would be a lie.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+        self.received = 0
+
+    @property
+    def collectives(self) -> int:
+        return self.names.total()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if desugars(types):
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        namespace, _, name = func.name().partition("::")
+        if namespace in {"c10d", "_c10d_functional"} and not any(s in name for s in _SILENT):
+            self.names[name] += 1
+            group = next(g for g in map(_group, reversed(args)) if g is not None)
+            self.received += _received(name.rstrip("_"), args, result, group)
+        return result
+
+
+def _group(value: Any) -> dist.ProcessGroup | None:
+    if isinstance(value, torch.ScriptObject):
+        try:
+            return dist.ProcessGroup.unbox(value)
+        except (RuntimeError, TypeError):  # another kind of object, such as a reduction
+            return None
+    if isinstance(value, str) and not value.isalpha():
+        found: dist.ProcessGroup = _resolve_process_group(value)  # type: ignore[arg-type]
+        return found
+    return None
+
+
+def _received(name: str, args: tuple[Any, ...], result: Any, group: dist.ProcessGroup) -> int:
+    size, me = group.size(), group.rank()
+    if name in {"allgather", "_allgather_base", "allgather_coalesced"} | _GATHERS:
+        return _from_others(args[0], size)
+    if name in {"all_gather_into_tensor", "all_gather_into_tensor_coalesced"}:
+        return _from_others(result, size)
+    if name == "broadcast":
+        return 0 if args[2] == me else _size(args[0])
+    if name == "scatter":
+        return 0 if args[3] == me else _size(args[0])
+    if name == "gather":
+        return _from_others(args[0], size)  # empty but on the root
+    if name in {"allreduce", "all_reduce", "allreduce_coalesced"}:
+        return 2 * _from_others(args[0], size)
+    if name in {"alltoall", "alltoall_base", "_reduce_scatter_base", "reduce_scatter"}:
+        whole = args[0] if name.startswith("alltoall") else args[1]
+        return _from_others(whole, size)
+    if name in {"recv", "recv_any_source"}:
+        return _size(args[0])
+    if name == "send":
+        return 0
+    raise NotImplementedError(
+        f"the collective {name} is not known to benchmarks/run/counting.py: state there how "
+        "many of its bytes come from other ranks"
+    )
+
+
+_GATHERS = {"allgather_into_tensor_coalesced", "_allgather_into_tensor_coalesced"}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one call did on this rank."""
+
+    collectives: int
+    received: int
+    """Bytes that came from other ranks."""
+    peak: int
+    """Bytes by which the memory that torch allocates rose at its highest."""
+    calls: int
+    """Python functions called: work on the CPU that no clock disturbs."""
+
+
+def count(call: Callable[[], Any], reset: Callable[[], None], device: torch.device) -> Counts:
+    """Run the call under `Traffic`, then measured more than once, then under a counter of calls.
+
+    All ranks call it. What the call gives is freed before the next one.
+    """
+    reset()
+    with Traffic() as seen:
+        call()
+    found = []
+    for _ in range(PEAKS):
+        reset()
+        with Settled():
+            found.append(peak_bytes(call, device))
+    peak = min(found)
+    reset()
+    return Counts(seen.collectives, seen.received, peak, python_calls(call))
+
+
+def python_calls(call: Callable[[], Any]) -> int:
+    """How many Python functions the call enters on this thread."""
+    seen = 0
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal seen
+        seen += event == "call"
+
+    gc.collect()
+    gc.disable()  # finalizers would run at moments of their own
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+        gc.enable()
+    return seen

@@ -1,0 +1,61 @@
+"""One measurement, as ranks get it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from benchmarks.base import Measured
+from benchmarks.settings import Settings, leaves
+
+if TYPE_CHECKING:
+    import torch
+
+    from benchmarks.rank_context import RankContext, Work
+
+
+@dataclass(frozen=True)
+class Task:
+    """One measurement, as ranks get it."""
+
+    benchmark: Measured
+    regime: str
+    size: int
+    settings: Settings
+    data: dict[str, torch.Tensor]
+    """The whole tensors of the regime on the CPU, in pages that all ranks share."""
+    arms: tuple[str, ...]
+    timed: bool = True
+    counted: bool = True
+    profiled: bool = False
+
+    @property
+    def fake(self) -> bool:
+        return self.benchmark.fake
+
+    @property
+    def budget(self) -> float:
+        """Seconds for the rounds of one world."""
+        return self.settings.world
+
+    @property
+    def rounds(self) -> tuple[int, int]:
+        return self.settings.rounds
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest tensor."""
+        return max((t.nbytes for t in self.data.values()), default=0)
+
+    def context(self, rank: int, device: torch.device) -> RankContext:
+        """What the benchmark is given on a rank."""
+        from benchmarks.rank_context import RankContext
+
+        regime = leaves(self.regime, self.settings.quick)
+        return RankContext(rank, self.size, device, fake=self.fake, regime=regime, data=self.data)
+
+    def work(self, ctx: RankContext) -> Work:
+        return self.benchmark.work(ctx)
+
+    def floor(self, ctx: RankContext) -> Work:
+        return self.benchmark.floor(ctx)

@@ -1,0 +1,250 @@
+"""Known failures, as data: suites/expectations/<subject>.toml, and callers.toml beside it.
+
+The first has those of the subject; the second those of torch's code around the set, which no
+subject can mend, met in suites/integration.
+
+    [[expect]]
+    check = "suites/conformance/…/test_gather.py::TestGather::test_dtype[*]"   # or a list of them
+    verdict = "fail"                       # or a list; default fail
+    when = ["torch>=2.11", "world>2", "backend==gloo"]   # all must hold; default: always; also
+                                           # device==cpu, accelerator==none (the machine has none),
+                                           # build==cpu (what torch was built for; else cuda, xpu)
+    reason = "one sentence"
+    link = "https://github.com/pytorch/pytorch/issues/1"  # where there is one
+
+`*` stands for any text; nothing else is special. All is strict: an entry that matches no collected
+check, an entry without a reason for a selected check, a check that passes against its entry, or
+that fails with another verdict than the entry's, are errors. A subject without a file passes
+everything but what callers.toml lists: there the reason names the caller, and why no function of
+the set prevents it. A check has at most one entry that holds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import Version
+
+from harness.records.verdicts import Verdict
+
+CALLERS = "callers.toml"
+_EXPECTABLE = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.TIMEOUT, Verdict.CRASH})
+_CONDITION = re.compile(
+    r"(torch|world|backend|device|accelerator|build)\s*(==|!=|>=|<=|>|<)\s*(\S+)"
+)
+
+
+@dataclass
+class Entry:
+    """One known failure."""
+
+    check: str
+    verdicts: frozenset[Verdict]
+    when: tuple[str, ...]
+    reason: str
+    link: str
+    source: str
+    """The file it stands in."""
+    matched: bool = False
+    pattern: re.Pattern[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pattern = re.compile(".*".join(map(re.escape, self.check.split("*"))))
+
+    @property
+    def file(self) -> str:
+        return self.check.partition("::")[0]
+
+    def as_json(self) -> dict[str, str]:
+        return {
+            "reason": self.reason,
+            "link": self.link,
+            "pattern": self.check,
+            "file": self.source,
+        }
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What conditions may ask for."""
+
+    torch: str
+    backend: str
+    device: str
+    accelerator: str
+    """The machine's, whether this run's tensors lie on it or not: cuda, xpu, …, or none."""
+    build: str
+    """What torch was built for, whether the machine has it or not: cpu, cuda, xpu, …"""
+
+
+class Expectations:
+    """The entries that hold for one subject: its own, and those of torch's callers of the set."""
+
+    def __init__(self, folder: Path, subject: str, facts: Facts) -> None:
+        self.path = folder / f"{subject}.toml"
+        """The subject's own file, where new entries go."""
+        self._facts = facts
+        files = [path for path in (self.path, folder / CALLERS) if path.exists()]
+        self.entries = [entry for path in files for entry in _read(path)]
+        for entry in self.entries:
+            if entry.source == CALLERS and "integration" not in Path(entry.file).parts:
+                raise pytest.UsageError(
+                    f"{folder / CALLERS}: {entry.check}: a check of a function of the set fails by "
+                    "the subject's doing; such entries stand in the subject's own file"
+                )
+
+    def match(self, nodeid: str, world: int | None) -> Entry | None:
+        """The entry for a check, under this run's conditions."""
+        for entry in self.entries:
+            if entry.pattern.fullmatch(nodeid):
+                entry.matched = True
+                if all(self._holds(condition, world) for condition in entry.when):
+                    return entry
+        return None
+
+    def unmatched(self, nodeids: Iterable[str], covered: Iterable[Path], root: Path) -> list[Entry]:
+        """Entries that match no check, though their file lies in what was collected."""
+        ids = list(nodeids)
+        roots = [p.resolve() for p in covered]
+        return [
+            e
+            for e in self.entries
+            if any((root / e.file).resolve().is_relative_to(p) for p in roots)
+            and not any(e.pattern.fullmatch(n) for n in ids)
+        ]
+
+    def without_reason(self, nodeids: Iterable[str]) -> list[Entry]:
+        """Entries that still need their reason, of the checks that are to be judged."""
+        ids = list(nodeids)
+        waiting = [entry for entry in self.entries if not entry.reason]
+        return [e for e in waiting if any(e.pattern.fullmatch(n) for n in ids)]
+
+    def _holds(self, condition: str, world: int | None) -> bool:
+        found = _CONDITION.fullmatch(condition)
+        assert found, condition
+        name, operator, value = found.groups()
+        if name == "torch":
+            return Version(self._facts.torch).base_version in SpecifierSet(operator + value)
+        if name == "world":
+            return world is not None and str(world) in SpecifierSet(operator + value)
+        return (getattr(self._facts, name) == value) == (operator == "==")
+
+
+def _read(path: Path) -> list[Entry]:
+    try:
+        data = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise pytest.UsageError(f"{path}: {error}") from error
+    if unknown := set(data) - {"expect"}:
+        raise pytest.UsageError(f"{path}: expected [[expect]] tables, found {sorted(unknown)}")
+    return [
+        entry
+        for number, raw in enumerate(data.get("expect", []), 1)
+        for entry in _entries(path, number, raw)
+    ]
+
+
+def _entries(path: Path, number: int, raw: dict[str, Any]) -> list[Entry]:
+    """One entry for each pattern of a table."""
+    where = f"{path}, entry {number} ({raw.get('check', 'without check')})"
+    if unknown := set(raw) - {"check", "verdict", "when", "reason", "link"}:
+        raise pytest.UsageError(f"{where}: has no use for {', '.join(sorted(unknown))}")
+    if not raw.get("check"):
+        raise pytest.UsageError(f"{where}: needs a check, the id or a pattern of ids")
+    verdicts = raw.get("verdict", "fail")
+    verdicts = [verdicts] if isinstance(verdicts, str) else verdicts
+    if not verdicts or not set(verdicts) <= set(map(str, _EXPECTABLE)):
+        raise pytest.UsageError(
+            f"{where}: verdict {verdicts}: expected some of {', '.join(sorted(_EXPECTABLE))}"
+        )
+    when = raw.get("when", [])
+    when = [when] if isinstance(when, str) else when
+    for condition in when:
+        found = _CONDITION.fullmatch(condition)
+        ordered = found and found[1] in {"torch", "world"}
+        if not found or not (ordered or found[2] in {"==", "!="}):
+            raise pytest.UsageError(
+                f"{where}: condition {condition!r}: expected for example torch>=2.11, world>2, "
+                "backend==nccl, device==cpu"
+            )
+        if ordered:
+            try:
+                SpecifierSet(found[2] + found[3])
+            except InvalidSpecifier as error:
+                raise pytest.UsageError(f"{where}: condition {condition!r}: {error}") from error
+    checks = [raw["check"]] if isinstance(raw["check"], str) else raw["check"]
+    return [
+        Entry(
+            check,
+            frozenset(map(Verdict, verdicts)),
+            tuple(when),
+            str(raw.get("reason", "")).strip(),
+            raw.get("link", ""),
+            path.name,
+        )
+        for check in checks
+    ]
+
+
+_DETAIL = re.compile(
+    r"""0x[0-9a-f]+ | \d+ | '[^']*' | "[^"]*" | \([^()]*\) | \[[^\[\]]*\]""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def _cause(message: str) -> str:
+    """The first line without its ranks, and without what differs from one check to the next."""
+    first = re.sub(r"^ranks? [\d, ]+: ", "", message).partition("\n")[0]
+    return " ".join(_DETAIL.sub("…", first).split())
+
+
+def append(path: Path, failed: list[tuple[str, Verdict, str]], collected: Iterable[str]) -> int:
+    """Write entries, reasons left empty, for failed checks: (id, verdict, message).
+
+    One entry for each cause, with all checks that it made fail. Where all parameters of a function
+    are among these, one pattern stands for them.
+    """
+    of_function: dict[str, set[str]] = defaultdict(set)
+    for nodeid in collected:
+        of_function[nodeid.partition("[")[0]].add(nodeid)
+    grouped: dict[tuple[Verdict, str], dict[str, str]] = defaultdict(dict)
+    for nodeid, verdict, message in failed:
+        grouped[verdict, _cause(message)][nodeid] = message
+    lines: list[str] = []
+    for (verdict, _), members in sorted(grouped.items(), key=lambda pair: min(pair[1])):
+        checks = list(_patterns(members, of_function))
+        quoted = [json.dumps(check) for check in checks]
+        several = ["check = [", *(f"    {check}," for check in quoted), "]"]
+        lines += [
+            "",
+            "[[expect]]",
+            *([f"check = {quoted[0]}"] if len(quoted) == 1 else several),
+            *([] if verdict is Verdict.FAIL else [f"verdict = {json.dumps(str(verdict))}"]),
+            'reason = ""',
+            "# " + " ".join(next(iter(members.values())).split())[:160],
+        ]
+    if lines:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write("\n".join(lines).lstrip("\n" if not path.stat().st_size else "") + "\n")
+    return len(grouped)
+
+
+def _patterns(members: Iterable[str], of_function: dict[str, set[str]]) -> Iterator[str]:
+    found: dict[str, set[str]] = defaultdict(set)
+    for nodeid in members:
+        found[nodeid.partition("[")[0]].add(nodeid)
+    for function, ids in sorted(found.items()):
+        if len(ids) > 1 and ids == of_function[function]:
+            yield f"{function}[*]"
+        else:
+            yield from sorted(ids)

@@ -1,0 +1,57 @@
+"""What pytest's own reporters are told: the terminal, junit.xml, --lf, -x."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from harness.records.verdicts import UNEXPECTED, Judgement, Verdict
+from harness.session.expectations import Entry
+
+
+def phase_report(item: pytest.Item, when: Any, at: float) -> pytest.TestReport:
+    """A phase that passed: the ranks ran it, and the check's own report has its verdict."""
+    return pytest.TestReport(
+        nodeid=item.nodeid,
+        location=item.location,
+        keywords={},
+        outcome="passed",
+        longrepr=None,
+        when=when,
+        duration=0.0,
+        start=at,
+        stop=at,
+    )
+
+
+def check_report(
+    item: pytest.Item, judgement: Judgement, entry: Entry | None, began: float
+) -> pytest.TestReport:
+    """The report of a check by its judgement; ``entry`` is the expectation that it met."""
+    verdict = judgement.verdict
+    outcome: Any = "passed"
+    longrepr: Any = None
+    if verdict in UNEXPECTED:
+        outcome = "failed"
+        longrepr = f"{judgement.message}\n{judgement.text}" if judgement.text else judgement.message
+    elif verdict in {Verdict.XFAIL, Verdict.PRECONDITION}:
+        outcome = "skipped"
+        path, line, _ = item.location
+        longrepr = (path, (line or 0) + 1, judgement.message)
+    report = pytest.TestReport(
+        nodeid=item.nodeid,
+        location=item.location,
+        keywords={},
+        outcome=outcome,
+        longrepr=longrepr,
+        when="call",
+        duration=judgement.seconds,
+        start=began,
+        stop=time.time(),
+    )
+    if verdict is Verdict.XFAIL:
+        report.wasxfail = entry.reason if entry else ""
+    report.verdict = verdict  # type: ignore[attr-defined]
+    return report

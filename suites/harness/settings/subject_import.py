@@ -1,0 +1,158 @@
+"""What is known of a subject before any rank starts, without running a stranger's code here.
+
+The installed torch and this repository's reference are imported into this process, from which
+ranks fork warm. Anybody else's implementation is imported by a child, which says what it found;
+its ranks import it themselves. An import that hangs, crashes or starts threads costs the run one
+clear sentence.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import select
+import signal
+import time
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field
+from types import ModuleType
+from typing import Any
+
+from harness.settings import subject_warnings
+from harness.settings.subjects import INSTALLED_TORCH, MODULES
+from harness.system import processes
+
+IMPORT_LIMIT = 120.0
+"""Seconds that a subject has for its import."""
+
+in_spawned_rank = False
+"""Set by a rank that is a new interpreter: it reads the run\'s settings as its parent did."""
+
+
+@dataclass(frozen=True)
+class SubjectInfo:
+    """A subject, as its import has shown it."""
+
+    root: str
+    file: str = ""
+    version: str = ""
+    warnings: dict[str, bool] = field(default_factory=dict)
+    """What imports of it have warned of so far, as `warned.IssuedWarnings` has it."""
+    error: str = ""
+    """Why it cannot be imported; empty where it can."""
+    names: dict[str, list[str] | None] | None = None
+    """What each module of the set has, and the root (""), where a child was asked."""
+
+    def missing(self, path: str) -> str:
+        """Why the subject has no such function, or an empty text."""
+        module, _, name = path.rpartition(".")
+        whole = f"{self.root}.{module}" if module else self.root
+        names = self._names_here(whole) if self.names is None else self.names[module]
+        if names is None:
+            return f"{self.root} has no module {module}"
+        return "" if name in names else f"{whole} has no {name}"
+
+    def _names_here(self, whole: str) -> Collection[str] | None:
+        # Not before it is asked for: --install-at before comes ahead of all that these import.
+        noted = subject_warnings.IssuedWarnings()
+        with subject_warnings.collecting(self.root, noted):
+            module = _module(whole)
+        self.warnings.update(noted.texts)
+        return None if module is None else vars(module)
+
+    @property
+    def not_installable(self) -> str:
+        """Why torch's public API cannot be run on the subject, or an empty text."""
+        return "" if self.root == INSTALLED_TORCH else self.missing("installed")
+
+
+def is_imported_here(root: str) -> bool:
+    """Whether the subject's code may run in the process that judges it."""
+    return root == INSTALLED_TORCH or subject_warnings.of_this_repository(root) or in_spawned_rank
+
+
+def look(root: str) -> SubjectInfo:
+    """What there is under an import root."""
+    return _import(root) if is_imported_here(root) else _ask_a_child(root)
+
+
+def arrive(root: str) -> None:
+    """On a rank: import the subject, before anything counts as a check's doing."""
+    if not is_imported_here(root) and (error := _import(root).error):
+        raise ImportError(f"{root} cannot be imported on this rank, as it could before: {error}")
+
+
+def _import(root: str, names: bool = False) -> SubjectInfo:
+    noted = subject_warnings.IssuedWarnings()
+    found: dict[str, list[str] | None] = {}
+    try:
+        with subject_warnings.collecting(root, noted):
+            top = importlib.import_module(root)
+            version = getattr(top, "__version__", None) or getattr(
+                importlib.import_module(root.partition(".")[0]), "__version__", "unknown"
+            )
+            if names:
+                importlib.import_module("torch.distributed.fsdp")  # else torch's go in a circle
+                modules = {"": top} | {n: _module(f"{root}.{n}") for n in MODULES}
+                found = {n: None if m is None else sorted(vars(m)) for n, m in modules.items()}
+    except Exception as error:
+        return SubjectInfo(root, error=f"{type(error).__name__}: {error}")
+    file = str(getattr(top, "__file__", None) or "namespace")
+    return SubjectInfo(root, file, str(version), noted.texts, "", found if names else None)
+
+
+def _module(whole: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(whole)
+    except ModuleNotFoundError as error:
+        if error.name and whole.startswith(error.name):
+            return None
+        raise
+
+
+def _ask_a_child(root: str) -> SubjectInfo:
+    reader, writer = os.pipe()
+    parent = os.getpid()
+    with processes.signals_held_back():
+        pid = os.fork()
+        if pid == 0:
+            _be_the_child(root, parent, writer)
+    os.close(writer)
+    try:
+        text = _read(reader)
+    finally:
+        os.close(reader)
+        processes.signal_quietly(pid, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if text is None:
+        return SubjectInfo(root, error=f"its import did not end within {IMPORT_LIMIT:g} s")
+    try:
+        said: dict[str, Any] = json.loads(text)
+        return SubjectInfo(**said)
+    except (ValueError, TypeError):
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return SubjectInfo(root, error=f"its import ended the process with {how}")
+
+
+def _be_the_child(root: str, parent: int, writer: int) -> None:
+    try:
+        processes.die_with_parent(parent)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        processes.let_signals_in()
+        data = json.dumps(asdict(_import(root, names=True))).encode()
+        while data:
+            data = data[os.write(writer, data) :]
+    finally:
+        os._exit(0)
+
+
+def _read(reader: int) -> str | None:
+    """What the child writes until it ends; None where that takes too long."""
+    data = b""
+    deadline = time.monotonic() + IMPORT_LIMIT
+    while select.select([reader], [], [], max(deadline - time.monotonic(), 0))[0]:
+        if not (piece := os.read(reader, 1 << 16)):
+            return data.decode()
+        data += piece
+    return None
