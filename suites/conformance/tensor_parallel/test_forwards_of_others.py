@@ -1,0 +1,157 @@
+"""Transformed modules whose forwards meet, and what others do with them at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed._composable.checkpoint_activation import checkpoint
+from torch.distributed.tensor import DTensor
+
+from conformance.kit.compare import assert_same, assert_type, local
+from conformance.kit.data import numbers
+from conformance.kit.layouts import S, part
+from conformance.kit.tensor_parallel import (
+    assert_holds,
+    backward,
+    bag,
+    identities,
+    net,
+    weight,
+)
+
+
+class Inner(nn.Module):
+    """Does something in the middle of its forward."""
+
+    def __init__(self, w: nn.Parameter) -> None:
+        super().__init__()
+        self.w = w
+
+    def forward(self, between: Callable[[], Any]) -> None:
+        assert_type(self.w, DTensor, "before")
+        between()
+        assert_type(self.w, DTensor, "after")
+
+
+class Outer(nn.Module):
+    """Calls no child."""
+
+    def __init__(self, inner: Inner, w: nn.Parameter) -> None:
+        super().__init__()
+        self.inner = inner
+        self.w = w
+
+    def forward(self) -> None:
+        assert_type(self.w, DTensor, "outer")
+
+
+class Cloned(nn.Module):
+    """Puts a clone of its second parameter into its state dict."""
+
+    def __init__(self, **held: nn.Parameter) -> None:
+        super().__init__()
+        for name, param in held.items():
+            self.register_parameter(name, param)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "b"] = destination[prefix + "b"].detach().clone()
+
+
+@pytest.mark.judges("tensor.parallel.ddp._pre_dp_module_transform")
+class TestPreDpModuleTransformAmongOthers:
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1, 2)
+    def test_a_forward_that_ends_within_another(self, judged: Any, mesh: Any, world: Any) -> None:
+        """A forward must keep its DTensors while one of a module around it begins and ends."""
+        line, full = mesh(world.size), numbers(4, 3)
+        module = Outer(Inner(weight(full, line, [S(0)])), weight(full, line, [S(0)]))
+        judged(module)
+        before = identities(module)
+        for number in range(2):
+            module.inner(module)
+            assert identities(module) == before, f"other objects after forward {number}"
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1, 2)
+    def test_another_composable_function(self, judged: Any, mesh: Any, world: Any) -> None:
+        """A module that checkpoint() was composed with, before or after, must train exactly."""
+        line = mesh(world.size)
+        for when in ("before", "after"):
+            module, oracle = net(line), net()
+            if when == "before":
+                checkpoint(module)
+            judged(module)
+            if when == "after":
+                checkpoint(module)
+            checkpoint(oracle)
+            backward(module)
+            backward(oracle)
+            assert_holds(module, line, oracle, f"checkpoint() {when}")
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1, 2)
+    def test_a_module_that_saves_one_as_a_copy(self, judged: Any, mesh: Any, world: Any) -> None:
+        """With keep_vars a module's own Parameter must stay one, and a copy become a DTensor."""
+        line, full = mesh(world.size), numbers(4, 3)
+        module = Cloned(**{name: weight(full, line, [S(0)]) for name in "abc"})
+        judged(module)
+        kept = module.state_dict(keep_vars=True)
+        for name in "ac":
+            assert kept[name] is module.get_parameter(name), f"{name}: another object"
+        assert_type(kept["b"], DTensor, "the copy")
+        assert_same(local(kept["b"]), part(full, line, [S(0)]), "the copy")
+
+
+@pytest.mark.judges("tensor.parallel.ddp._reconstruct_dtensor")
+class TestReconstructDtensorWithinAForward:
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1, 2)
+    @pytest.mark.parametrize("where", ["", "child"], ids=["the module", "a child"])
+    def test_what_was_replaced_since(
+        self, judged: Any, subject: Any, mesh: Any, world: Any, where: str
+    ) -> None:
+        """A Parameter assigned while DTensors are in must become one at the next call."""
+        localize = subject.function("tensor.parallel.ddp._localize_dtensor")
+        line, full, new = mesh(world.size), numbers(4, 3), numbers(4, 3, salt=1)
+        held: Any = {name: weight(full, line, [S(0)]) for name in "ab"}
+        module = bag(**held, child=bag(**held))
+        localize(module)
+        judged(module, ())
+        owner = module.get_submodule(where)
+        mine = owner.a = nn.Parameter(part(new, line, [S(0)]).clone())
+        judged(owner, ())
+        assert_type(owner.a, DTensor, "the new one")
+        assert_same(local(owner.a).detach(), part(new, line, [S(0)]), "the new one")
+        assert_same(local(owner.b).detach(), part(full, line, [S(0)]), "the other one")
+        localize(module)
+        assert owner.a is mine, "another Parameter came back"
+
+
+@pytest.mark.judges("tensor.parallel._data_parallel_utils.sync_grad_hook")
+class TestSyncGradHookOfContainers:
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(1)
+    def test_what_holds_nothing_pending_stays(self, judged: Any) -> None:
+        """A container of a gradient's type must stay the same object where nothing is pending."""
+        from conformance.kit.subclasses import subclass_with
+
+        kind, full = subclass_with([], flatten=False), numbers(4, 3)
+        held: dict[str, Any] = {
+            "list": [full, 1],
+            "tuple": (full, "x"),
+            "dict": {"one": full, "two": None},
+            "nested": {"one": [full, {"two": (full, 1)}]},
+            "empty": {},
+        }
+        grad: Any = kind(full, full.neg())
+        vars(grad).update(held)
+        assert judged(grad) is grad
+        for name, value in held.items():
+            assert vars(grad)[name] is value, f"{name}: another object"
+        assert held["nested"]["one"][1]["two"][0] is full
+        assert torch.equal(full, numbers(4, 3))
