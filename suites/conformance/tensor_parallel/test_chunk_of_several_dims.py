@@ -9,6 +9,7 @@ import pytest
 from conformance.kit.compare import assert_same
 from conformance.kit.data import numbers
 from conformance.kit.layouts import SS, R, S, dtensor, part, read_whole
+from conformance.kit.refusals import refused
 
 # Name -> the root mesh over ep, dp and tp, the dimensions that the weight lies on, and how.
 HELD: dict[str, tuple[tuple[int, int, int], tuple[str, ...], list[Any]]] = {
@@ -49,6 +50,12 @@ class TestChunkDTensorOfSeveralDims:
         for name, (shape, dims, held) in HELD.items():
             root = mesh(*shape, names=("ep", "dp", "tp"))
             assert_true(judged, root, root["dp"], dims, held, name)
+            if name.startswith("outside"):
+                full = numbers(8, 4)
+                leaf = dtensor(full, root[dims], held)
+                got = judged(leaf, root["dp"].get_local_rank(), root["dp"])
+                rows = part(leaf._local_tensor, root["dp"], [S(0)])
+                assert_same(got._local_tensor, rows, f"{name}, {got.placements}")
 
     @pytest.mark.law("values")
     @pytest.mark.should("torch knows a root mesh of two dimensions alone")
@@ -62,3 +69,13 @@ class TestChunkDTensorOfSeveralDims:
         flat = root["ep", "dp"]._flatten()
         for placement in S(0), S(1):
             assert_true(judged, root, flat, ("tp",), [placement], f"flattened, {placement}")
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(4)
+    def test_a_weight_of_other_ranks(self, judged: Any, mesh: Any, rank: int) -> None:
+        """A rank that is not on the weight's mesh must be told so."""
+        root, others = mesh(2, 2), mesh(2, ranks=[0, 1], names=("tp",))
+        if rank < 2:
+            return
+        leaf = dtensor(numbers(8, 4), others, [S(0)])
+        refused(lambda: judged(leaf, root["dp"].get_local_rank(), root["dp"]), "rank")

@@ -9,13 +9,19 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed._composable.checkpoint_activation import checkpoint
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from conformance.kit.compare import assert_same, assert_type, local
 from conformance.kit.data import numbers
-from conformance.kit.layouts import S, part
+from conformance.kit.layouts import S, dtensor, part
+from conformance.kit.refusals import refused
+from conformance.kit.subclasses import inside, subclass_with
 from conformance.kit.tensor_parallel import (
+    Scaled,
     assert_holds,
+    assert_inside,
     backward,
     bag,
     identities,
@@ -106,6 +112,122 @@ class TestPreDpModuleTransformAmongOthers:
         assert_type(kept["b"], DTensor, "the copy")
         assert_same(local(kept["b"]), part(full, line, [S(0)]), "the copy")
 
+    @pytest.mark.law("group")
+    @pytest.mark.world(2)
+    def test_a_rank_outside_of_the_mesh(self, judged: Any, mesh: Any, rank: int) -> None:
+        """A rank that has no part must load and compute like the others, and hold nothing."""
+        full = numbers(4, 3)
+        module = Scaled({"w": torch.ones(())}, w=weight(full, mesh(1, ranks=[0]), [S(0)]))
+        judged(module)
+        wrapped = DistributedDataParallel(module, init_sync=False)
+        assert_same(wrapped().detach(), full.sum() if rank == 0 else torch.zeros(()).to(full))
+        module.load_state_dict({"w": full + 1})
+        held = module.get_parameter("w").detach()
+        assert_same(held, full + 1 if rank == 0 else full.new_empty(0), "loaded")
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_assigned_by_a_module_inside_itself(self, judged: Any, mesh: Any) -> None:
+        """A Parameter assigned on the way down must be the module's own on the way up."""
+        line, full = mesh(1), numbers(4, 3)
+
+        class Nested(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.w = weight(full, line, [S(0)])
+
+            def forward(self, depth: int) -> None:
+                if depth:
+                    self.w = nn.Parameter(full + depth)
+                    self(depth - 1)
+
+        module = Nested()
+        judged(module)
+        module(2)
+        assert_type(module.w, nn.Parameter, "afterwards")
+        assert_same(module.w.detach(), full + 1, "afterwards")
+
+
+@pytest.mark.judges("tensor.parallel.ddp._localize_dtensor")
+class TestLocalizeDtensorWithinAForward:
+    @pytest.mark.law("autograd")
+    @pytest.mark.world(1, 2)
+    def test_a_forward_that_has_begun(self, judged: Any, mesh: Any, world: Any) -> None:
+        """Localized after its forward began, as replicate() does it, a module must train exactly."""
+        line, oracle = mesh(world.size), net()
+        module = net(line)
+        handle = module.register_forward_pre_hook(lambda m, _: judged(m, ignored_params=set()))
+        for number in range(2):
+            backward(module, number, lambda inside: assert_inside(inside, line))
+            backward(oracle, number)
+            handle.remove()
+        assert_holds(module, line, oracle, "afterwards")
+
+    @pytest.mark.law("all-or-nothing")
+    @pytest.mark.world(1, 2)
+    @pytest.mark.parametrize("kind", ["parameter", "buffer"])
+    def test_a_module_that_could_not_compute(
+        self, judged: Any, mesh: Any, world: Any, kind: str
+    ) -> None:
+        """A module whose forward began and that itself holds a DTensor is refused, and stays."""
+        line, full = mesh(world.size), numbers(4, 3)
+
+        class Holder(nn.Module):
+            def forward(self) -> None:
+                raise AssertionError("it computes")
+
+        module, held = Holder(), weight(full, line, [S(0)])
+        if kind == "parameter":
+            module.register_parameter("odd", held)
+        else:
+            module.register_buffer("odd", dtensor(full, line, [S(0)]))
+        left: set[Any] = set()
+        module.register_forward_pre_hook(lambda m, _: judged(m, ignored_params=left))
+        refused(module, "'odd'", kinds=(RuntimeError,))
+        assert_type(module.odd, DTensor, "after the refusal")
+        if kind == "parameter":
+            left.add(held)
+            with pytest.raises(AssertionError, match="it computes"):
+                module()
+
+
+@pytest.mark.judges("tensor.parallel._data_parallel_utils._unflatten_tensor")
+class TestUnflattenTensorUnused:
+    @pytest.mark.law("autograd")
+    @pytest.mark.world(1)
+    def test_what_gets_no_gradient(self, judged: Any, mesh: Any) -> None:
+        """Where the DTensor gets no gradient at all the local tensor must get none."""
+
+        class Nothing(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Any) -> torch.Tensor:
+                return x.to_local().detach().sum()
+
+            @staticmethod
+            def backward(ctx: Any, *_: Any) -> Any:
+                return None
+
+        leaf = numbers(4, 3).double().requires_grad_()
+        made = judged(leaf, dtensor(numbers(4, 3).double(), mesh(1), [S(0)])._spec)
+        Nothing.apply(made).backward()
+        assert leaf.grad is None, f"a gradient: {leaf.grad}"
+
+
+@pytest.mark.judges("tensor.parallel._data_parallel_utils._flatten_tensor")
+class TestFlattenTensorPending:
+    @pytest.mark.law("values")
+    @pytest.mark.world(1)
+    def test_a_dtensor_in_a_container(self, judged: Any, mesh: Any) -> None:
+        """A DTensor that the local tensor's type holds in a container is finished, too."""
+        kind, full = subclass_with(["aten.detach.default"], flatten=False), numbers(4, 3)
+        local_tensor: Any = kind(full, full.neg())
+        pending: Any = AsyncCollectiveTensor(full)
+        held = inside(pending, full, mesh(1), [S(0)])
+        local_tensor.more = {"one": [held]}
+        got, _ = judged(inside(local_tensor, full, mesh(1), [S(0)]))
+        assert_type(held._local_tensor, torch.Tensor, "what it holds")
+        assert_same(got.first, full)
+
 
 @pytest.mark.judges("tensor.parallel.ddp._reconstruct_dtensor")
 class TestReconstructDtensorWithinAForward:
@@ -138,8 +260,6 @@ class TestSyncGradHookOfContainers:
     @pytest.mark.world(1)
     def test_what_holds_nothing_pending_stays(self, judged: Any) -> None:
         """A container of a gradient's type must stay the same object where nothing is pending."""
-        from conformance.kit.subclasses import subclass_with
-
         kind, full = subclass_with([], flatten=False), numbers(4, 3)
         held: dict[str, Any] = {
             "list": [full, 1],
