@@ -61,8 +61,7 @@ class TestChunkDTensorOfSeveralDims:
     @pytest.mark.should("torch knows a root mesh of two dimensions alone")
     @pytest.mark.world(8)
     def test_cut_on_both_sides_of_fsdp(self, judged: Any, mesh: Any) -> None:
-        """Of a weight that is cut on both sides of FSDP, or inside a flattened one, chunks make up
-        the whole."""
+        """Of a weight cut on both sides of FSDP, or inside a flattened one, as much holds."""
         root = mesh(2, 2, 2, names=("ep", "dp", "tp"))
         for name, held in BOTH_SIDES.items():
             assert_true(judged, root, root["dp"], ("ep", "tp"), held, name)

@@ -153,7 +153,7 @@ class TestLocalizeDtensorWithinAForward:
     @pytest.mark.law("autograd")
     @pytest.mark.world(1, 2)
     def test_a_forward_that_has_begun(self, judged: Any, mesh: Any, world: Any) -> None:
-        """Localized after its forward began, as replicate() does it, a module must train exactly."""
+        """Localized after its forward began, as by replicate(), a module must train exactly."""
         line, oracle = mesh(world.size), net()
         module = net(line)
         handle = module.register_forward_pre_hook(lambda m, _: judged(m, ignored_params=set()))
@@ -200,11 +200,11 @@ class TestUnflattenTensorUnused:
 
         class Nothing(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, x: Any) -> torch.Tensor:
+            def forward(_ctx: Any, x: Any) -> torch.Tensor:
                 return x.to_local().detach().sum()
 
             @staticmethod
-            def backward(ctx: Any, *_: Any) -> Any:
+            def backward(_ctx: Any, *_: Any) -> Any:
                 return None
 
         leaf = numbers(4, 3).double().requires_grad_()
