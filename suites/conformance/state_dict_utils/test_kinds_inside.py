@@ -15,7 +15,9 @@ from torch.distributed.tensor import distribute_tensor
 from conformance.kit.agree import assert_raises_everywhere
 from conformance.kit.compare import assert_same, assert_type
 from conformance.kit.data import numbers
+from conformance.kit.groups import group
 from conformance.kit.layouts import R, S, dtensor, part, rows, sharded_tensor
+from conformance.kit.refusals import refused
 from conformance.kit.subclasses import assert_holds_pair, inside, subclass_with
 
 
@@ -157,6 +159,30 @@ class TestGatherKindsInside:
             local = part(full, line, [placement]).clone().as_subclass(Noted)
             got = judged({"x": inside(local, full, line, [placement])})["x"]
             assert_same(got.as_subclass(torch.Tensor), full, f"{placement}")
+
+    @pytest.mark.law("group")
+    @pytest.mark.world(3)
+    def test_shards_of_which_no_taker_has_any(self, judged: Any, world: Any) -> None:
+        """Shards that lie on other ranks go to the first of these; with others they are refused."""
+        some, full = group(0, 1), numbers(6, 3)
+        if world.rank == 2:
+            value: dict[str, Any] = {}
+        else:
+            value = {"x": sharded_tensor(full, rows(full.shape, [4, 2]), some)}
+        got = judged(value, ranks_only=(2,))
+        assert list(got) == (["x"] if world.rank == 0 else []), f"keys {list(got)}"
+        if got:
+            assert_same(got["x"], full)
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(1)
+    def test_a_message_speaks_of_what_there_is(self, judged: Any) -> None:
+        """An error that is no leaf's must not name None for one."""
+        for call in (
+            lambda: judged({"x": object()}),
+            lambda: judged({"x": numbers(3)}, ranks_only=(7,)),
+        ):
+            assert "None:" not in str(refused(call)), "None is named"
 
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4)

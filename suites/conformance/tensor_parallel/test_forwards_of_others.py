@@ -215,6 +215,17 @@ class TestUnflattenTensorUnused:
 
 @pytest.mark.judges("tensor.parallel._data_parallel_utils._flatten_tensor")
 class TestFlattenTensorPending:
+    @pytest.mark.law("autograd")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("flatten", [True, False], ids=["traceable", "closed"])
+    def test_a_class_with_views_alone(self, judged: Any, mesh: Any, flatten: bool) -> None:
+        """A class that is not detached but viewed must come without a graph, too."""
+        kind, full = subclass_with(["aten.view.default"], flatten), numbers(4, 3).double()
+        held = kind(full, full.neg(), requires_grad=True)
+        spec = dtensor(full, mesh(1), [S(0)])._spec
+        got, _ = judged(DTensor(held, spec, requires_grad=True))
+        assert got.grad_fn is None, f"recorded: {got.grad_fn}"
+
     @pytest.mark.law("values")
     @pytest.mark.world(1)
     def test_a_dtensor_in_a_container(self, judged: Any, mesh: Any) -> None:
