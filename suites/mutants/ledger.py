@@ -57,14 +57,18 @@ class Ledger:
         row = self.rows.get(mutant.key)
         return row is not None and row["code"] == state_of_the_code() and row["state"] not in _OPEN
 
+    def state_of(self, mutant: Automatic) -> str:
+        """The last verdict on it, of whatever state of the code."""
+        row = self.rows.get(mutant.key)
+        return row["state"] if row else "unjudged"
+
     def report(self, mutants: Sequence[Automatic], known: Mapping[Automatic, Answer]) -> int:
         """Print the score by module and who survived without an answer; the exit status."""
         count: dict[str, collections.Counter[str]] = {}
         open_questions: list[Automatic] = []
         seconds: list[float] = []
         for mutant in mutants:
-            row = self.rows.get(mutant.key)
-            state = row["state"] if row else "unjudged"
+            row, state = self.rows.get(mutant.key), self.state_of(mutant)
             answer = known.get(mutant)
             if answer and answer.equivalent:
                 state = "wrong answer" if state == "caught" else "equivalent"

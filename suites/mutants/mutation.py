@@ -218,6 +218,12 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, metavar="S", help="of the sample (default: %(default)s)")
     add("--shard", type=_shard, metavar="K/N", help="the K-th of N parts")
     add("--resume", action="store_true", help="leave out what was judged of the code as it is")
+    add(
+        "--again",
+        action="append",
+        metavar="STATE",
+        help="only those of which the last verdict was that: survived, undecided, unexecuted",
+    )
     add("--minutes", type=float, metavar="M", help="start no mutant after M minutes")
     add(
         "--first",
@@ -254,6 +260,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     ledger = Ledger.read(options.state)
+    if options.again:
+        chosen = [m for m in chosen if ledger.state_of(m) in options.again]
     if options.list:
         print("\n".join(m.name for m in chosen))
         return 0

@@ -79,10 +79,8 @@ def memory_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that a subclass holds, in an order that its class and its parts fix."""
-    return shards_of(tensor) or [
-        value for _, value in _held(tensor) if isinstance(value, torch.Tensor)
-    ]
+    """The tensors that a class with ``__tensor_flatten__`` holds, in an order that it fixes."""
+    return shards_of(tensor) or [value for _, value in _held(tensor)]
 
 
 def _attributes(tensor: torch.Tensor) -> Iterator[tuple[str, Any]]:

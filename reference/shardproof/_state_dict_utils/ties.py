@@ -90,8 +90,6 @@ def _span(leaf: Any) -> Span:
 
 
 def extent(tensor: torch.Tensor) -> int:
-    """From the first byte of a strided tensor to behind its last one."""
-    if not tensor.numel():
-        return 0
+    """From the first byte of a strided tensor that has elements to behind its last one."""
     last = sum((n - 1) * step for n, step in zip(tensor.size(), tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()

@@ -58,6 +58,15 @@ class Nameless:
 @pytest.mark.judges("_state_dict_utils._flatten_state_dict")
 class TestFlattenStateDict:
     @pytest.mark.law("structure")
+    @pytest.mark.should("upstream refuses keys of one spelling")
+    @pytest.mark.world(1)
+    def test_an_element_of_a_list_keeps_its_name(self, judged: Any) -> None:
+        """Of two entries of one spelling the dotted key is escaped, the list's element is not."""
+        flat, _ = judged({"a.0": 1, "a": [2]})
+        assert list(flat.values()) == [1, 2], f"{flat}"
+        assert flat["a.0"] == 2, f"{flat}"
+
+    @pytest.mark.law("structure")
     @pytest.mark.world(1)
     def test_keys_are_dotted_paths(self, judged: Any) -> None:
         """Keys of the flat dict are the paths of the leaves, joined by dots, in order."""

@@ -39,7 +39,12 @@ INTEGERS: dict[torch.dtype, list[list[int]]] = {
 }
 FLOATS: dict[torch.dtype, list[list[float]]] = {
     torch.float32: [[1.0, NAN, 2.0, 3.0], [INF, 1.0, -2.0, 0.5], [2.0**24, -1.0, 3.0, 2.0]],
-    torch.float64: [[2.0**53, 2.0, -4.0, 2.0], [NAN, NAN, NAN, NAN], [-0.0, -0.0, -0.0, -0.0]],
+    torch.float64: [
+        [2.0**53, 2.0, -4.0, 4.0],  # exact in no smaller dtype
+        [1e300, 1.0, -1.0, 0.5],
+        [NAN, NAN, NAN, NAN],
+        [-0.0, -0.0, -0.0, -0.0],
+    ],
     torch.float16: [[2.0, NAN, 1.0, 0.5], [-1.5, 2.5, -3.5, 4.0]],
     torch.bfloat16: [[-1.5, 2.5, -3.5, 4.0], [NAN, 1.0, 2.0, 3.0]],
 }

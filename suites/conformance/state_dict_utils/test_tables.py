@@ -68,6 +68,11 @@ LAYOUTS: dict[str, tuple[tuple[int, int], Placement, Any]] = {
         S(0),
         lambda full: [rows(full, 1, 3, 4)[:2], rows(full, 4, 2, 2)[1:]],
     ),
+    "one of them empty": (
+        (8, 3),
+        S(0),
+        lambda full: [rows(full, 1, 0, 3, 4)[:3], rows(full, 4, 0, 4)[1:]],
+    ),
 }
 
 
@@ -129,7 +134,19 @@ class TestGather:
         full = numbers(8, 3)
         boxes = rows(full, 4, 4)[rank:] if rank else rows(full, 3, 5)[:1]
         value = {"layer.odd": table(full, mesh(2), [S(0)], boxes)}
-        assert_raises_everywhere(world, lambda: judged(value), "layer.odd")
+        assert_raises_everywhere(world, lambda: judged(value), "layer.odd", "(3, 3)", "(4, 3)")
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(2)
+    def test_a_table_without_its_place(self, judged: Any, mesh: Any, rank: int) -> None:
+        """A table's only shard must be taken for the rank's part, whatever place it is given."""
+        full = numbers(8, 3)
+        leaf = table(full, mesh(2), [S(0)], [rows(full, 4, 4)[rank]])
+        for offset in (0, 0), (0,), ():
+            shards: Any = leaf._local_tensor.local_shards()  # type: ignore[attr-defined]
+            wrapper = LocalShardsWrapper(shards, [offset])
+            given = DTensor(wrapper, leaf._spec, requires_grad=False)
+            assert_same(judged({"table": given})["table"], full, f"at {offset}")
 
 
 def assert_table(got: Any, full: torch.Tensor, boxes: Sequence[Box], what: str) -> None:

@@ -202,6 +202,20 @@ class TestAllGatherDTensor:
             assert_holds_pair(got, kind, part(full, root, [R, placements[1]]), what)
 
     @KINDS
+    @pytest.mark.law("values")
+    @pytest.mark.world(4)
+    @pytest.mark.needs("functional gathers")
+    def test_uneven_parts(self, judged: Any, mesh: Any, flatten: bool) -> None:
+        """A type that can be padded is gathered whole from parts of unlike sizes."""
+        root, kind = mesh(2, 2), subclass_with(None, flatten)
+        for size in (5, 3), (3, 5, 2):
+            for placements in [S(0), R], [S(1), R], [S(0), S(1)]:
+                full = numbers(*size)
+                got = gathered(judged, kind, full, root, placements)
+                what = f"{size}, {placement_id(placements)}"
+                assert_holds_pair(got, kind, part(full, root, [R, placements[1]]), what)
+
+    @KINDS
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=8, limit=60)
     @pytest.mark.needs("functional gathers")

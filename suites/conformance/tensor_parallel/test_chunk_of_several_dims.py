@@ -1,0 +1,80 @@
+"""FSDP's chunk of a weight that is cut over several dimensions of the root mesh already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from conformance.kit.compare import assert_same
+from conformance.kit.data import numbers
+from conformance.kit.layouts import SS, R, S, dtensor, part, read_whole
+from conformance.kit.refusals import refused
+
+# Name -> the root mesh over ep, dp and tp, the dimensions that the weight lies on, and how.
+HELD: dict[str, tuple[tuple[int, int, int], tuple[str, ...], list[Any]]] = {
+    "outside FSDP": ((2, 2, 1), ("ep", "tp"), [S(0), R]),
+    "outside FSDP by column": ((2, 2, 1), ("ep", "tp"), [S(1), R]),
+    "outside FSDP alone": ((2, 2, 1), ("ep",), [S(0)]),
+    "in stripes": ((1, 2, 2), ("tp",), [SS(0, 2)]),
+}
+BOTH_SIDES: dict[str, list[Any]] = {
+    "rows twice": [S(0), S(0)],
+    "rows and columns": [S(0), S(1)],
+    "columns and rows": [S(1), S(0)],
+    "stripes of stripes": [SS(0, 2), S(0)],
+}
+
+
+def assert_true(
+    judged: Any, root: Any, fsdp: Any, dims: tuple[str, ...], held: list[Any], what: str
+) -> None:
+    """The chunks' placements tell the truth, and no rank holds more than before."""
+    for size in (8, 4), (7, 5), (3, 6), (1, 2):
+        full, on = numbers(*size), root[dims]
+        got = judged(dtensor(full, on, held), fsdp.get_local_rank(), fsdp)
+        told = f"{what}, {size}, {got.placements}"
+        assert got.device_mesh == root, f"{told}: on {got.device_mesh}"
+        assert_same(read_whole(got), full, told)
+        most = part(full, on, held).numel()
+        assert got._local_tensor.numel() <= most, f"{told}: {got._local_tensor.shape} here"
+
+
+@pytest.mark.judges("tensor.parallel.fsdp._chunk_dtensor")
+class TestChunkDTensorOfSeveralDims:
+    @pytest.mark.law("values")
+    @pytest.mark.should("torch knows a root mesh of two dimensions alone")
+    @pytest.mark.world(4)
+    def test_cut_outside_of_fsdp(self, judged: Any, mesh: Any) -> None:
+        """Of a weight that is cut to the left of FSDP, or in stripes, chunks make up the whole."""
+        for name, (shape, dims, held) in HELD.items():
+            root = mesh(*shape, names=("ep", "dp", "tp"))
+            assert_true(judged, root, root["dp"], dims, held, name)
+            if name.startswith("outside"):
+                full = numbers(8, 4)
+                leaf = dtensor(full, root[dims], held)
+                got = judged(leaf, root["dp"].get_local_rank(), root["dp"])
+                rows = part(leaf._local_tensor, root["dp"], [S(0)])
+                assert_same(got._local_tensor, rows, f"{name}, {got.placements}")
+
+    @pytest.mark.law("values")
+    @pytest.mark.should("torch knows a root mesh of two dimensions alone")
+    @pytest.mark.world(8)
+    def test_cut_on_both_sides_of_fsdp(self, judged: Any, mesh: Any) -> None:
+        """Of a weight cut on both sides of FSDP, or inside a flattened one, as much holds."""
+        root = mesh(2, 2, 2, names=("ep", "dp", "tp"))
+        for name, held in BOTH_SIDES.items():
+            assert_true(judged, root, root["dp"], ("ep", "tp"), held, name)
+        flat = root["ep", "dp"]._flatten()
+        for placement in S(0), S(1):
+            assert_true(judged, root, flat, ("tp",), [placement], f"flattened, {placement}")
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(4)
+    def test_a_weight_of_other_ranks(self, judged: Any, mesh: Any, rank: int) -> None:
+        """A rank that is not on the weight's mesh must be told so."""
+        root, others = mesh(2, 2), mesh(2, ranks=[0, 1], names=("tp",))
+        if rank < 2:
+            return
+        leaf = dtensor(numbers(8, 4), others, [S(0)])
+        refused(lambda: judged(leaf, root["dp"].get_local_rank(), root["dp"]), "rank")
