@@ -1,17 +1,17 @@
 """Reads the catalogue: suites/defects/catalogue/SP-*.toml. Strict: each error names file and field.
 
-    id = "SP-001"               the file's name, too; never reused
-    title                       one sentence that a user understands
-    severity = ["corrupts"]     words of words.SEVERITIES, worst first
-    severity_note               which call shows each word
-    owner                       a word of words.OWNERS
-    mended_by = ["install"]     "install", "nobody", or "torch >= 2.14"
-    affects = "torch <2.14"     the versions that have it; default: every one
-    roads = ["tp-ddp"]          words of words.ROADS
-    functions, laws             what its checks judge
-    upstream = ["https://…"]    threads about it; default: none is known
-    sees, cause, workaround     what a user sees; where it is in torch 2.13; what helps without
-                                shardproof, where something does
+id = "SP-001"               the file's name, too; never reused
+title                       one sentence that a user understands
+severity = ["corrupts"]     words of words.SEVERITIES, worst first
+severity_note               which call shows each word
+owner                       a word of words.OWNERS
+mended_by = ["install"]     "install", "nobody", or "torch >= 2.14"
+affects = "torch <2.14"     the versions that have it; default: every one
+roads = ["tp-ddp"]          words of words.ROADS
+functions, laws             what its checks judge
+upstream = ["https://…"]    threads about it; default: none is known
+sees, cause, workaround     what a user sees; where it is in torch 2.13; what helps without
+                            shardproof, where something does
 """
 
 from __future__ import annotations
@@ -68,6 +68,11 @@ class Defect:
     def rank(self) -> tuple[int, str]:
         """For sorting: worst first, then by id."""
         return list(SEVERITIES).index(self.worst), self.id
+
+    @property
+    def versions(self) -> str:
+        """The versions of torch that have it, in words."""
+        return f"torch {self.affects}" if str(self.affects) != ">=0" else "every torch so far"
 
     def is_in(self, torch: str) -> bool:
         """Whether this version of torch has it."""

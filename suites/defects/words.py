@@ -4,8 +4,8 @@ from __future__ import annotations
 
 SEVERITIES = {
     "corrupts": (
-        "What is in a result, in the model or in what the caller passed is wrong, and no error says "
-        "so at the call. A result that shares memory with live tensors counts, because later "
+        "What is in a result, in the model or in what the caller passed is wrong, and no error "
+        "says so at the call. A result that shares memory with live tensors counts, because later "
         "writes reach it; so does a target that a failed call has half written."
     ),
     "loses": (
@@ -29,15 +29,15 @@ SEVERITIES = {
 """Worst first. Each word with its rule: a defect has a word where some call shows it."""
 
 IN_WORDS = {
-    "corrupts": "corrupt data silently",
-    "loses": "lose data silently",
-    "hangs": "hang",
-    "crashes": "end a process",
-    "refuses": "refuse what is legal",
-    "leaks": "leak",
-    "slow": "are slow",
+    "corrupts": ("corrupts data silently", "corrupt data silently"),
+    "loses": ("loses data silently", "lose data silently"),
+    "hangs": ("hangs", "hang"),
+    "crashes": ("ends a process", "end a process"),
+    "refuses": ("refuses what is legal", "refuse what is legal"),
+    "leaks": ("leaks", "leak"),
+    "slow": ("is slow", "are slow"),
 }
-"""For a sentence about several defects."""
+"""For a sentence: of one defect, of several."""
 
 FOR_A_CHOICE = ("refuses", "leaks", "slow")
 """The words for a defect that only SHOULD checks meet: it breaks this project's choice alone."""

@@ -172,9 +172,7 @@ def _read(path: Path, known: dict[str, Defect]) -> list[Entry]:
     ]
 
 
-def _entries(
-    path: Path, number: int, raw: dict[str, Any], known: dict[str, Defect]
-) -> list[Entry]:
+def _entries(path: Path, number: int, raw: dict[str, Any], known: dict[str, Defect]) -> list[Entry]:
     """One entry for each pattern of a table."""
     where = f"{path}, entry {number} ({raw.get('check', 'without check')})"
     if unknown := set(raw) - {"check", "verdict", "when", "defect", "reason", "link"}:
