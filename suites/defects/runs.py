@@ -107,7 +107,7 @@ def _store() -> tuple[int, int]:
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
-        from torch.distributed import TCPStore
+        from torch.distributed.distributed_c10d import TCPStore
 
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         os.write(write, f"{store.port}\n".encode())
