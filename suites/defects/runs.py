@@ -107,9 +107,11 @@ def _store() -> tuple[int, int]:
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
-        from torch.distributed.distributed_c10d import TCPStore
+        from torch import distributed
 
-        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        store = distributed.TCPStore(  # type: ignore[attr-defined]
+            "localhost", 0, is_master=True, wait_for_workers=False
+        )
         os.write(write, f"{store.port}\n".encode())
         while True:
             signal.pause()

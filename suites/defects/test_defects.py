@@ -101,7 +101,12 @@ def test_a_version_that_mends_a_defect_lacks_it() -> None:
 
 @pytest.mark.parametrize("identity", sorted(SEEN))
 def test_a_severity_agrees_with_how_checks_fail(identity: str) -> None:
-    """Only checks that this defect alone makes fail can tell."""
+    """Only checks that this defect alone makes fail can tell.
+
+    A check that meets a defect of torch's callers may fail by one of the set before.
+    """
+    if DEFECTS[identity].owner != "the set":
+        return
     words, one = set(DEFECTS[identity].severity), SEEN[identity]
     alone = one["alone"]
     total = sum(alone.values())
@@ -124,7 +129,8 @@ def test_a_severity_agrees_with_how_checks_fail(identity: str) -> None:
 def test_a_defect_breaks_what_its_checks_judge() -> None:
     for identity, one in SEEN.items():
         defect = DEFECTS[identity]
-        assert set(one["functions"]) <= set(defect.functions), identity
+        if defect.owner == "the set":
+            assert set(one["functions"]) <= set(defect.functions), identity
         assert set(one["laws"]) <= set(defect.laws) <= set(LAWS), identity
 
 
