@@ -92,7 +92,7 @@ def test_conditions_choose_the_runs_that_an_entry_is_for(judge: Judge) -> None:
 
 WRONG = [
     (entry("test_it.py::test_gone*"), "entries that match no check: test_it.py::test_gone*"),
-    (entry("test_it.py::test_fails*", reason=" "), "needs a reason, one sentence"),
+    (entry("test_it.py::test_fails*", reason=" "), "needs a defect of suites/defects/catalogue"),
     (entry("test_it.py::test_fails*", verdict="passes"), "verdict ['passes']: expected some of"),
     (entry("test_it.py::test_fails*", when="moon==full"), "condition 'moon==full': expected"),
     (entry("test_it.py::test_fails*", when="build>=cpu"), "condition 'build>=cpu': expected"),
@@ -124,12 +124,12 @@ def test_updated_expectations_wait_for_their_reasons(judge: Judge) -> None:
     assert 'verdict = "crash"' in text
     again = Session(outcome.folder).finish()
     assert again.exit == 2
-    assert "needs a reason, one sentence, as do 1 more" in again.output
+    assert "or a reason, one sentence, as do 1 more" in again.output
     for unrelated in (["-k", "passes"], ["test_it.py::test_passes[w1]"]):
         other = Session(outcome.folder, *unrelated).finish()
         assert other.exit == 0, other.output
     assert Session(outcome.folder, "-k", "exits").finish().exit == 2
-    written.write_text(text.replace('reason = ""', 'reason = "seen"'))
+    written.write_text(text.replace('defect = ""', 'reason = "seen"'))
     assert Session(outcome.folder).finish().exit == 0
 
 
@@ -160,5 +160,5 @@ def test_one_cause_is_one_entry(suite: Callable[..., Path]) -> None:
             "test_it.py::test_shape[*]",
         ],
     ]
-    written.write_text(written.read_text().replace('reason = ""', 'reason = "seen"'))
+    written.write_text(written.read_text().replace('defect = ""', 'reason = "seen"'))
     assert Session(folder).finish().exit == 0

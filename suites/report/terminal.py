@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from typing import Any, TextIO
 
+from defects.summary import lines
 from report.compare import CALLERS
 from report.laws import LAWS
 from report.matrix import Cell, Rows, matrix
@@ -45,6 +46,7 @@ def show(data: dict[str, Any], folder: str, screen: Screen, *, failures: bool = 
     found = matrix(data["checks"])
     if found:
         _show_matrix(found, screen)
+    _show_defects(data, screen)
     _show_end(data, folder, screen)
 
 
@@ -141,13 +143,26 @@ def _by_blame(check: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(bad, key=lambda r: not (named and r["rank"] == int(named[1])))
 
 
+def _show_defects(data: dict[str, Any], screen: Screen) -> None:
+    """What is broken and known, then how much is broken and not."""
+    found = list(lines(data))
+    if found:
+        screen.line()
+        screen.line(screen.paint(found[0], "title"))
+        for line in found[1:]:
+            screen.line(line)
+        screen.line("ci/defects SP-001 tells one in full")
+    if bad := sum(c["verdict"] in UNEXPECTED for c in data["checks"]):
+        text = f"{bad} unexpected verdicts lead to no defect; they stand above the matrix"
+        screen.line(screen.paint(text, "unexpected"))
+
+
 def _show_end(data: dict[str, Any], folder: str, screen: Screen) -> None:
     run = data["run"]
     known = [c["expected"] for c in data["checks"] if c["verdict"] == "xfail"]
     screen.line()
     if known:
-        reasons = len({e["reason"] for e in known})
-        screen.line(f"{len(known)} known failures for {reasons} reasons; --known lists each")
+        screen.line(f"{len(known)} known failures; --known lists each with its defect")
     for name, verdicts in (("known", ("xfail",)), ("unexpected", UNEXPECTED)):
         lesser = [c for c in data["checks"] if _is_should(c) and c["verdict"] in verdicts]
         if lesser:
@@ -175,7 +190,7 @@ def _show_end(data: dict[str, Any], folder: str, screen: Screen) -> None:
 
 
 def show_known(data: dict[str, Any], screen: Screen) -> None:
-    """Each known failure: its reason once, with its link and the checks it explains."""
+    """Each known failure: its defects or reason once, with its link and the checks it explains."""
     by_reason: dict[tuple[str, str], list[str]] = {}
     for check in data["checks"]:
         if check["verdict"] == "xfail":

@@ -196,7 +196,7 @@ def test_known_failures_are_listed_by_reason() -> None:
     show_known(data, Screen(stream, colour=False))
     assert "a defect  https://example.org/1\n  test_x.py::test_it[w2]" in stream.getvalue()
     assert "x 1/2" in text_of(data)
-    assert "1 known failures for 1 reasons" in text_of(data)
+    assert "1 known failures; --known lists each" in text_of(data)
 
 
 def test_two_runs_are_compared_by_check() -> None:

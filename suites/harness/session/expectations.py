@@ -9,14 +9,16 @@ subject can mend, met in suites/integration.
     when = ["torch>=2.11", "world>2", "backend==gloo"]   # all must hold; default: always; also
                                            # device==cpu, accelerator==none (the machine has none),
                                            # build==cpu (what torch was built for; else cuda, xpu)
-    reason = "one sentence"
+    defect = "SP-001"                      # of suites/defects; or a list: all have to be mended
+    reason = "one sentence"                # what the defect does not say, or where it is none of
+                                           # the catalogue
     link = "https://github.com/pytorch/pytorch/issues/1"  # where there is one
 
 `*` stands for any text; nothing else is special. All is strict: an entry that matches no collected
-check, an entry without a reason for a selected check, a check that passes against its entry, or
-that fails with another verdict than the entry's, are errors. A subject without a file passes
-everything but what callers.toml lists: there the reason names the caller, and why no function of
-the set prevents it. A check has at most one entry that holds.
+check, an entry with neither defect nor reason for a selected check, an id that the catalogue lacks,
+a check that passes against its entry, or that fails with another verdict than the entry's, are
+errors. A subject without a file passes everything but what callers.toml lists: defects of torch's
+callers. A check has at most one entry that holds.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ import pytest
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import Version
 
+from defects import catalogue
+from defects.catalogue import Defect
 from harness.records.verdicts import Verdict
 
 CALLERS = "callers.toml"
@@ -50,7 +54,9 @@ class Entry:
     check: str
     verdicts: frozenset[Verdict]
     when: tuple[str, ...]
+    defects: tuple[Defect, ...]
     reason: str
+    """What was written; `why` says it all."""
     link: str
     source: str
     """The file it stands in."""
@@ -64,10 +70,19 @@ class Entry:
     def file(self) -> str:
         return self.check.partition("::")[0]
 
-    def as_json(self) -> dict[str, str]:
+    @property
+    def why(self) -> str:
+        """The defects by id and title, and the reason where there is one."""
+        return "; ".join(
+            [*(f"{d.id} {d.title}" for d in self.defects), *([self.reason] if self.reason else [])]
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        upstream = [url for defect in self.defects for url in defect.upstream]
         return {
-            "reason": self.reason,
-            "link": self.link,
+            "defects": [defect.id for defect in self.defects],
+            "reason": self.why,
+            "link": self.link or next(iter(upstream), ""),
             "pattern": self.check,
             "file": self.source,
         }
@@ -94,7 +109,11 @@ class Expectations:
         """The subject's own file, where new entries go."""
         self._facts = facts
         files = [path for path in (self.path, folder / CALLERS) if path.exists()]
-        self.entries = [entry for path in files for entry in _read(path)]
+        try:
+            known = catalogue.read()
+        except catalogue.BadDefectError as error:
+            raise pytest.UsageError(str(error)) from error
+        self.entries = [entry for path in files for entry in _read(path, known)]
         for entry in self.entries:
             if entry.source == CALLERS and "integration" not in Path(entry.file).parts:
                 raise pytest.UsageError(
@@ -123,9 +142,9 @@ class Expectations:
         ]
 
     def without_reason(self, nodeids: Iterable[str]) -> list[Entry]:
-        """Entries that still need their reason, of the checks that are to be judged."""
+        """Entries that name no defect and no reason yet, of the checks that are to be judged."""
         ids = list(nodeids)
-        waiting = [entry for entry in self.entries if not entry.reason]
+        waiting = [entry for entry in self.entries if not entry.why]
         return [e for e in waiting if any(e.pattern.fullmatch(n) for n in ids)]
 
     def _holds(self, condition: str, world: int | None) -> bool:
@@ -139,7 +158,7 @@ class Expectations:
         return (getattr(self._facts, name) == value) == (operator == "==")
 
 
-def _read(path: Path) -> list[Entry]:
+def _read(path: Path, known: dict[str, Defect]) -> list[Entry]:
     try:
         data = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
@@ -149,14 +168,14 @@ def _read(path: Path) -> list[Entry]:
     return [
         entry
         for number, raw in enumerate(data.get("expect", []), 1)
-        for entry in _entries(path, number, raw)
+        for entry in _entries(path, number, raw, known)
     ]
 
 
-def _entries(path: Path, number: int, raw: dict[str, Any]) -> list[Entry]:
+def _entries(path: Path, number: int, raw: dict[str, Any], known: dict[str, Defect]) -> list[Entry]:
     """One entry for each pattern of a table."""
     where = f"{path}, entry {number} ({raw.get('check', 'without check')})"
-    if unknown := set(raw) - {"check", "verdict", "when", "reason", "link"}:
+    if unknown := set(raw) - {"check", "verdict", "when", "defect", "reason", "link"}:
         raise pytest.UsageError(f"{where}: has no use for {', '.join(sorted(unknown))}")
     if not raw.get("check"):
         raise pytest.UsageError(f"{where}: needs a check, the id or a pattern of ids")
@@ -181,12 +200,20 @@ def _entries(path: Path, number: int, raw: dict[str, Any]) -> list[Entry]:
                 SpecifierSet(found[2] + found[3])
             except InvalidSpecifier as error:
                 raise pytest.UsageError(f"{where}: condition {condition!r}: {error}") from error
+    named = raw.get("defect") or []
+    named = [named] if isinstance(named, str) else named
+    for name in named:
+        if name not in known:
+            raise pytest.UsageError(
+                f"{where}: defect {name!r}: suites/defects/catalogue has no such file"
+            )
     checks = [raw["check"]] if isinstance(raw["check"], str) else raw["check"]
     return [
         Entry(
             check,
             frozenset(map(Verdict, verdicts)),
             tuple(when),
+            tuple(known[name] for name in named),
             str(raw.get("reason", "")).strip(),
             raw.get("link", ""),
             path.name,
@@ -208,7 +235,7 @@ def _cause(message: str) -> str:
 
 
 def append(path: Path, failed: list[tuple[str, Verdict, str]], collected: Iterable[str]) -> int:
-    """Write entries, reasons left empty, for failed checks: (id, verdict, message).
+    """Write entries, defects left empty, for failed checks: (id, verdict, message).
 
     One entry for each cause, with all checks that it made fail. Where all parameters of a function
     are among these, one pattern stands for them.
@@ -229,7 +256,7 @@ def append(path: Path, failed: list[tuple[str, Verdict, str]], collected: Iterab
             "[[expect]]",
             *([f"check = {quoted[0]}"] if len(quoted) == 1 else several),
             *([] if verdict is Verdict.FAIL else [f"verdict = {json.dumps(str(verdict))}"]),
-            'reason = ""',
+            'defect = ""',
             "# " + " ".join(next(iter(members.values())).split())[:160],
         ]
     if lines:

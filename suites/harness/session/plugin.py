@@ -162,7 +162,7 @@ class Run:
         if waiting := self._expectations.without_reason(ids):
             raise pytest.UsageError(
                 f"{self._expectations.path.parent / waiting[0].source}, {waiting[0].check}: "
-                "needs a reason, one sentence"
+                "needs a defect of suites/defects/catalogue, or a reason, one sentence"
                 + (f", as do {len(waiting) - 1} more" if waiting[1:] else "")
             )
         narrowed = any("::" in str(a) for a in self._config.args) or self._config.getoption(
@@ -266,14 +266,14 @@ class Run:
             judgement.verdict = Verdict.XFAIL
         elif judgement.verdict is Verdict.PASS:
             judgement.verdict = Verdict.XPASS
-            judgement.message = f"passes, though expected to fail: {entry.reason}"
+            judgement.message = f"passes, though expected to fail: {entry.why}"
             judgement.text = (
                 f"{judgement.message}\nIf the defect is mended, take the entry {entry.check!r} "
                 f"out of {entry.source}"
             )
         else:
             expected = ", ".join(sorted(entry.verdicts))
-            judgement.text += f"\nexpected to {expected}: {entry.reason}"
+            judgement.text += f"\nexpected to {expected}: {entry.why}"
         return entry
 
     def _expected(self, item: pytest.Item) -> Entry | None:
@@ -378,7 +378,7 @@ class Run:
             count = append(self._expectations.path, failed, self._collected)
             self._notes.append(
                 f"{count} entries for {len(failed)} checks written to "
-                f"{self._expectations.path.name}: give each a reason"
+                f"{self._expectations.path.name}: give each a defect"
             )
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:

@@ -52,6 +52,6 @@ def check_report(
         stop=time.time(),
     )
     if verdict is Verdict.XFAIL:
-        report.wasxfail = entry.reason if entry else ""
+        report.wasxfail = entry.why if entry else ""
     report.verdict = verdict  # type: ignore[attr-defined]
     return report

@@ -1,0 +1,15 @@
+"""Puts the reference into torch, then runs the script that the command line names.
+
+torchrun … install_first.py SCRIPT: so that a reproducer needs no word about the reference.
+"""
+
+import runpy
+import sys
+
+del sys.path[0]  # this folder: its modules are none of the script's
+
+import shardproof  # noqa: E402
+
+shardproof.install()
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,87 @@
+"""ci/reproduce: prints the file that shows a defect with torch alone, or runs it.
+
+Files lie in suites/defects/reproducers, as sp_001_some_words.py. Each is for `torchrun`, with as
+many ranks as its docstring says, and imports torch and the standard library. It ends with 1 where
+the defect shows, and with 0 where torch is right. A new one starts as a copy of a neighbour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from defects import catalogue
+from defects.runs import ByTorchrun, Ended, Warm
+from harness.system import pipes
+
+FOLDER = Path(__file__).parent / "reproducers"
+_RANKS = re.compile(r"torchrun --standalone --nproc-per-node (\d+) (\S+)\n")
+
+
+def files() -> dict[str, Path]:
+    """The reproducers by the id of their defect."""
+    return {f"SP-{path.name[3:6]}": path for path in sorted(FOLDER.glob("sp_*.py"))}
+
+
+def ranks(path: Path) -> int:
+    """How many ranks a file asks for, by the command in its docstring."""
+    found = _RANKS.search(path.read_text())
+    if not found or found[2] != path.name:
+        raise ValueError(f"{path}: the docstring needs its torchrun command")
+    return int(found[1])
+
+
+def verdict(identity: str, ended: Ended) -> str:
+    """shows, does not show, or broke: an exit that the file did not mean."""
+    if ended.code == 0 and f"{identity} does not show" in ended.output:
+        return "does not show"
+    if ended.code and f"{identity} shows" in ended.output:
+        return "shows"
+    return "shows" if ended.signal else "broke"
+
+
+def main() -> int:
+    """Print, or run; 1 where a defect shows, 3 where a reproducer broke."""
+    parser = argparse.ArgumentParser(prog="ci/reproduce", allow_abbrev=False)
+    parser.add_argument("ids", nargs="*", metavar="ID", help="SP-001; all with --all")
+    parser.add_argument("--run", action="store_true", help="run it with torchrun")
+    parser.add_argument("--install", action="store_true", help="run after shardproof.install()")
+    parser.add_argument("--all", action="store_true", help="run all, and print a table")
+    parser.add_argument("--warm", action="store_true", help="run in forks of one process: faster")
+    options = parser.parse_args()
+    known, found = catalogue.read(), files()
+    if not options.ids and not options.all:
+        parser.error("name a defect, as SP-001, or --all")
+    wanted = list(found) if options.all else options.ids
+    for identity in wanted:
+        if identity not in known:
+            parser.error(f"{identity}: there is no such defect; ci/defects lists them")
+        if identity not in found:
+            parser.error(f"{identity}: has no reproducer yet")
+    if options.install and not (options.run or options.all):
+        parser.error("--install is for --run or --all")
+    if not (options.run or options.all):
+        print("\n".join(found[i].read_text() for i in wanted), end="")
+        return 0
+    return _run(wanted, install=options.install, warm=options.warm, brief=options.all)
+
+
+def _run(wanted: Iterable[str], *, install: bool, warm: bool, brief: bool) -> int:
+    found, worst = files(), 0
+    with (Warm if warm else ByTorchrun)(install) as runs:
+        for identity in wanted:
+            ended = runs.run(found[identity], ranks(found[identity]))
+            said = verdict(identity, ended)
+            if not brief or said == "broke":
+                print(ended.output + ended.errors * (said == "broke"), end="")
+            signal = f" (a rank was ended by {ended.signal})" if ended.signal else ""
+            print(f"{identity} {said}{signal}", flush=True)
+            worst = max(worst, {"does not show": 0, "shows": 1, "broke": 3}[said])
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(pipes.run(main))

@@ -1,0 +1,70 @@
+"""The defects that a run met, worst first: what a report ends with."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from packaging.version import Version
+
+from defects.catalogue import Defect, read
+from defects.words import IN_WORDS, SEVERITIES
+
+_BACKENDS = {"gloo": "Gloo", "nccl": "NCCL"}
+
+
+def met(checks: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The known failures of a run by the id of each defect that they lead to."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for check in checks:
+        if check["verdict"] == "xfail":
+            for identity in check["expected"].get("defects", ()):
+                found[identity].append(check)
+    return dict(found)
+
+
+def lines(data: dict[str, Any]) -> Iterator[str]:
+    """The sentence and the lines; nothing where no defect was met."""
+    known = read()
+    found = {known[i]: checks for i, checks in met(data["checks"]).items() if i in known}
+    if not found:
+        return
+    choices = {d for d, checks in found.items() if all(c["level"] == "SHOULD" for c in checks)}
+    must = sorted((d for d in found if d not in choices), key=lambda d: d.rank)
+    yield sentence(data["run"], must)
+    for defect in must:
+        yield line(defect, len(found[defect]))
+    if choices:
+        yield (
+            f"In {_ways(len(choices))} breaks what is this project's choice alone (SHOULD), "
+            "which makes no implementation wrong:"
+        )
+        for defect in sorted(choices, key=lambda d: d.rank):
+            yield line(defect, len(found[defect]))
+
+
+def sentence(run: dict[str, Any], found: list[Defect]) -> str:
+    """In how many ways a subject breaks the contract, by severity."""
+    name = run["subject"]
+    version = Version(run["torch"]).base_version
+    who = f"torch {version}" if name == "torch.distributed" else f"{name} on torch {version}"
+    counts = {word: sum(d.worst == word for d in found) for word in SEVERITIES}
+    parts = [f"{n} {IN_WORDS[word][n > 1]}" for word, n in counts.items() if n]
+    told = ": " + ", ".join(parts) if parts else ""
+    on = _BACKENDS.get(run["backend"], run["backend"])
+    return f"{who} on {on} breaks the contract in {_ways(len(found))}{told}"
+
+
+def line(defect: Defect, checks: int) -> str:
+    """A defect in one line."""
+    notes = [f"{checks} check{'s' if checks != 1 else ''}"]
+    if defect.severity[1:]:
+        notes.append(f"also {', '.join(defect.severity[1:])}")
+    if defect.owner != "the set":
+        notes.append("of torch's callers")
+    return f"{defect.worst:8} {defect.id}  {defect.title} ({'; '.join(notes)})"
+
+
+def _ways(count: int) -> str:
+    return f"{count} way{'s' if count != 1 else ''}"

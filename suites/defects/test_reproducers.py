@@ -1,0 +1,97 @@
+"""Each reproducer shows its defect with torch as it is, and none that install() mends after it."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from defects import catalogue
+from defects.reproduce import files, ranks, verdict
+from defects.runs import ByTorchrun, Ended
+
+FILES = files()
+DEFECTS = catalogue.read()
+_SUITES = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("identity", FILES)
+def test_it_needs_torch_and_the_standard_library_alone(identity: str) -> None:
+    tree = ast.parse(FILES[identity].read_text())
+    names = {
+        name.partition(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+        )
+    }
+    assert names <= {"torch", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("identity", FILES)
+def test_it_tells_what_it_shows_and_how_to_run_it(identity: str) -> None:
+    text = FILES[identity].read_text()
+    told = ast.get_docstring(ast.parse(text)) or ""
+    assert told.startswith(f"{identity}: "), identity
+    assert 1 <= ranks(FILES[identity]) <= 8
+    assert "Ends with 0 where torch is right, with 1 where" in " ".join(told.split())
+    private = set(re.findall(r"(?:import|from) [\w.]*\b_[a-z]\w*|import _\w+", text))
+    assert not private or "rivate" in told, f"{private}: say that no public call meets it"
+    assert len(text.splitlines()) <= 80
+    assert identity in DEFECTS
+
+
+def shown(*arguments: str) -> dict[str, str]:
+    """What a whole run said of each defect."""
+    done = subprocess.run(
+        [sys.executable, "-m", "defects.reproduce", "--all", "--warm", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "PYTHONPATH": str(_SUITES)},
+        check=False,
+    )
+    found = dict(re.findall(r"(?m)^(SP-\d+) (shows|does not show|broke)", done.stdout))
+    assert found.keys() == FILES.keys(), done.stdout + done.stderr
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    return found
+
+
+def test_every_defect_shows_with_torch_as_it_is() -> None:
+    import torch
+
+    there = {i: DEFECTS[i].is_in(str(torch.__version__)) for i in FILES}
+    assert shown() == {i: "shows" if there[i] else "does not show" for i in FILES}
+
+
+def test_no_defect_that_install_mends_shows_after_it() -> None:
+    import torch
+
+    left = {
+        i: "install" not in DEFECTS[i].mended_by and DEFECTS[i].is_in(str(torch.__version__))
+        for i in FILES
+    }
+    assert shown("--install") == {i: "shows" if left[i] else "does not show" for i in FILES}
+
+
+@pytest.mark.parametrize("install", [False, True])
+def test_torchrun_runs_it(install: bool) -> None:
+    path = FILES["SP-051"]
+    with ByTorchrun(install) as runs:
+        ended = runs.run(path, ranks(path))
+    assert verdict("SP-051", ended) == ("does not show" if install else "shows"), ended
+
+
+def test_an_exit_that_was_not_meant_is_no_verdict() -> None:
+    assert verdict("SP-001", Ended(1, "", "", "ImportError")) == "broke"
+    assert verdict("SP-001", Ended(0, "", "", "")) == "broke"
+    assert verdict("SP-001", Ended(0, "", "SP-001 shows", "")) == "broke"
+    assert verdict("SP-001", Ended(6, "SIGABRT", "", "")) == "shows"
