@@ -7,12 +7,14 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from harness.system import pipes
 from nightly import chain, speed, verdicts
 from nightly.issue import Tracker, TrackerError
 from nightly.report import Found
 from nightly.state import BadStateError, State
+from report.read import BadResultsError, read
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,7 +100,9 @@ def _night(options: argparse.Namespace) -> int:
         state.write("mutation", {"shard": shard})
     title = "Nightly: {}, torch {}, {} on {}".format(*what)
     compared = verdicts.compare(before, now)
-    found = Found(title, results, now, compared, split, fast, night.steps, weak, generated)
+    found = Found(
+        title, results, now, compared, split, fast, night.steps, weak, generated, _last(state, last)
+    )
     findings = list(found.findings())
     body = found.markdown()
     (folder / "report.md").write_text(body + "\n")
@@ -113,6 +117,15 @@ def _night(options: argparse.Namespace) -> int:
         print("issue: " + tracker.settle(title, body, wrong=found.wrong, news=found.news))
     print(f"night: {folder}")
     return 1 if findings else 0
+
+
+def _last(state: State, last: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The results of the last night in the first order; None where they are gone."""
+    name = (last or {}).get("night", "")
+    try:
+        return read(state.folder / Path(name).name / chain.ORDERS[0]) if name else None
+    except BadResultsError:
+        return None  # of an older form, or cleared away: verdicts are compared all the same
 
 
 def _installed() -> str:

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from defects import summary
 from nightly import speed, verdicts
 from nightly.chain import ORDERS, Step
 from nightly.speed import Speed
 from nightly.verdicts import Comparison
+from report.changes import changes
+from report.compare import NotComparableError
 
 SHOWN = 50
 """Lines of a list in the report; night.json has them all."""
@@ -33,6 +36,8 @@ class Found:
     """Whether a mutant of the reference survives, and nothing says why."""
     generated: list[str] = dataclasses.field(default_factory=list)
     """What differed from the oracle in generated cases of the reference."""
+    before: dict[str, Any] | None = None
+    """The results of the last night; None where it is gone, or was of other checks."""
 
     @property
     def bad(self) -> dict[str, str]:
@@ -106,6 +111,8 @@ class Found:
         )
         yield ""
         yield from [f"- **{f}**" for f in self.findings()] or ["Nothing to report."]
+        yield from _list("Defects", list(summary.lines(self.results[0])))
+        yield from _list("Defects since the last night", self._defects_since())
         changed = self.compared.changed.items()
         yield from _list("Changed", [f"`{c}`: {a} -> **{b}**" for c, (a, b) in changed])
         yield from _list("Unexpected", [self._failure(check) for check in self.bad])
@@ -127,6 +134,17 @@ class Found:
         yield from _list(
             "Steps", [f"{s.name}: exit {s.status}, {s.seconds:g} s" for s in self.steps]
         )
+
+    def _defects_since(self) -> list[str]:
+        """Which defects appeared, which went; nothing where no night is there to compare with."""
+        if self.before is None:
+            return []
+        try:
+            found = changes(self.before, self.results[0])
+        except NotComparableError:
+            return []
+        both = (("appeared", found.appeared), ("went", found.vanished))
+        return [f"{i} {how} ({len(ids)} checks)" for how, group in both for i, ids in group.items()]
 
     def _failure(self, check: str) -> str:
         verdict = self.bad[check]

@@ -120,3 +120,12 @@ def test_a_missing_run_ends_with_3(tmp_path: Path, capsys: pytest.CaptureFixture
     assert versions.main([str(tmp_path), "--write", str(target)]) == 3
     assert "no such file" in capsys.readouterr().err
     assert not target.exists()
+
+
+def test_defects_are_counted_in_each_version() -> None:
+    """A defect that one version has, and another has not, stands in one row."""
+    met = {"verdict": "xfail", "expected": {**KNOWN, "reason": "", "defects": ["SP-001"]}}
+    text = page(run("2.13.0", met, met), run("2.15.0", PASS, met))
+    (row,) = [line for line in text.splitlines() if line.startswith("| SP-001 |")]
+    assert row.endswith("| 2 | 1 |")
+    assert "fails: SP-001 (" in text

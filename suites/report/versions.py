@@ -17,6 +17,8 @@ from typing import Any
 
 from packaging.version import Version
 
+from defects.catalogue import read as read_defects
+from defects.summary import met
 from harness.system import pipes
 from report.compare import AREA
 from report.matrix import Cell
@@ -102,6 +104,7 @@ def page(found: Sequence[Column]) -> Iterator[str]:
     yield from _HEAD.format(versions=versions, **run).splitlines()
     yield from _tables(found, subjects)
     yield from _unexpected(found)
+    yield from _defects(found)
     yield from _differences(found, subjects)
     yield from _runs(found)
 
@@ -158,6 +161,27 @@ def unexpected(found: Sequence[Column]) -> Iterator[tuple[Column, dict[str, Any]
                 yield column, check
 
 
+def _defects(found: Sequence[Column]) -> Iterator[str]:
+    """The defects that torch's columns meet, versions across: how many checks lead to each."""
+    columns = [c for c in found if c.subject == TORCH]
+    counts = [{i: len(ids) for i, ids in met(list(c.checks.values())).items()} for c in columns]
+    known = read_defects()
+    rows = sorted({i for count in counts for i in count} & set(known), key=lambda i: known[i].rank)
+    if not rows:
+        return
+    yield ""
+    yield "## Defects by version"
+    yield ""
+    yield "How many checks lead to each; `·` none. A list of a check counts for each."
+    yield ""
+    yield "| defect | | severity | " + " | ".join(f"torch {c.torch}" for c in columns) + " |"
+    yield "| --- | --- | --- |" + " ---: |" * len(columns)
+    for identity in rows:
+        defect = known[identity]
+        cells = [str(count.get(identity, "·")) for count in counts]
+        yield f"| {identity} | {defect.title} | {defect.worst} | " + " | ".join(cells) + " |"
+
+
 def _differences(found: Sequence[Column], subjects: Sequence[str]) -> Iterator[str]:
     for subject in subjects:
         of_subject = [c for c in found if c.subject == subject]
@@ -189,7 +213,15 @@ def _said(check: dict[str, Any] | None) -> str:
     if check["verdict"] == "xfail":
         expected = check["expected"]
         link = f" ([link]({expected['link']}))" if expected["link"] else ""
-        return f"fails. {expected['reason']}{link}"
+        known = read_defects()
+        met_here = expected.get("defects", ())
+        named = ", ".join(f"{i} ({known[i].title})" if i in known else i for i in met_here)
+        return (
+            " ".join(
+                filter(None, ["fails" + (f": {named}." if named else "."), expected["reason"]])
+            )
+            + link
+        )
     if check["verdict"] == "precondition":
         return "not run: " + " ".join(check["message"].split())
     return f"**{check['verdict']}**, unexpected"

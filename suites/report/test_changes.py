@@ -1,0 +1,103 @@
+"""ci/compare: what appeared, what went and what got worse, between two runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from report import comparison
+from report.changes import changes, lines
+from report.compare import NotComparableError
+
+
+def check(name: str, verdict: str = "pass", fate: str = "", defects: tuple[str, ...] = ()) -> Any:
+    usual = "passed" if verdict in ("pass", "xpass") else "raised"
+    return {
+        "id": name,
+        "verdict": verdict,
+        "message": "",
+        "ranks": [{"rank": 0, "fate": fate or usual}],
+        "expected": {"defects": list(defects)} if verdict == "xfail" else None,
+    }
+
+
+def run(*checks: Any) -> dict[str, Any]:
+    return {"checks": list(checks)}
+
+
+def known(name: str, *defects: str, fate: str = "") -> Any:
+    return check(name, "xfail", fate, defects)
+
+
+def test_a_defect_appears_and_another_vanishes() -> None:
+    found = changes(run(check("a"), known("b", "SP-002")), run(known("a", "SP-001"), check("b")))
+    assert found.appeared == {"SP-001": ["a"]}
+    assert found.vanished == {"SP-002": ["b"]}
+    assert found.worse
+    told = "\n".join(lines(found, "one", "two"))
+    assert "new: 1 defect\n" in told
+    assert "SP-001" in told
+    assert told.endswith("something got worse")
+
+
+def test_only_common_checks_count() -> None:
+    """A check that did not run, or that the other run lacks, shows nothing."""
+    found = changes(
+        run(check("a"), check("b", "precondition"), check("c")),
+        run(check("a"), known("b", "SP-001"), known("d", "SP-002")),
+    )
+    assert not found.worse
+    assert found.only_before == ["c"]
+    assert found.only_now == ["b", "d"]
+    with pytest.raises(NotComparableError, match="no check ran in both"):
+        changes(run(check("a")), run(check("b")))
+
+
+def test_a_defect_that_is_met_by_other_checks_is_not_new() -> None:
+    found = changes(
+        run(known("a", "SP-001"), check("b")), run(known("a", "SP-001"), known("b", "SP-001"))
+    )
+    assert not found.appeared
+
+
+def test_a_failure_that_is_named_now_is_not_new() -> None:
+    found = changes(run(check("a", "fail")), run(known("a", "SP-001")))
+    assert not found.appeared
+    assert not found.worse
+
+
+@pytest.mark.parametrize(("fate", "kind"), [("silent", "hangs"), ("died", "crashes")])
+def test_a_failure_gets_worse(fate: str, kind: str) -> None:
+    """A known failure that raised and hangs now is worse; the reverse is not."""
+    mild, bad = run(known("a", "SP-001")), run(known("a", "SP-001", fate=fate))
+    (change,) = changes(mild, bad).changed
+    assert (change.before, change.now) == ("fails", kind)
+    assert changes(mild, bad).worse
+    assert not changes(bad, mild).worse
+
+
+def test_a_failure_without_a_defect_is_worse() -> None:
+    found = changes(run(check("a"), check("b", "fail")), run(check("a", "fail"), check("b")))
+    assert [c.check for c in found.new_failures] == ["a"]
+    assert [c.check for c in found.mended] == ["b"]
+    assert found.worse
+
+
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = {"A": run(check("a")), "B": run(known("a", "SP-001"))}
+    monkeypatch.setattr(comparison, "read", lambda path: runs[path.name])
+    file = tmp_path / "changes.json"
+    assert comparison.main(["A", "B", "--json", str(file)]) == 1
+    assert json.loads(file.read_text())["appeared"] == {"SP-001": ["a"]}
+    assert comparison.main(["B", "A"]) == 0
+    assert "gone: 1 defect" in capsys.readouterr().out
+
+
+def test_a_run_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert comparison.main([str(tmp_path), str(tmp_path)]) == 3
+    assert "there is no such file" in capsys.readouterr().err
