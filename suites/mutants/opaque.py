@@ -6,7 +6,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "opaque_is_sent",
         "a sparse tensor on the source raises there, and leaves the other ranks waiting",
-        "offers.py",
+        "_core/loading/manifest.py",
         "if inner is None or is_opaque(inner.layout, dtype):",
         "if inner is None:",
         "opaque_tensors",
@@ -14,7 +14,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "opaque_for_nobody",
         "a sparse tensor keeps the others from landing, though no rank has a place for it",
-        "broadcast.py",
+        "_state_dict_utils/broadcast.py",
         'offer.kind in ("tensor", "opaque")',
         'offer.kind == "tensor"',
         "opaque_tensors",
@@ -22,7 +22,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "opaque_for_any_target",
         "a DTensor gets a sparse tensor for its shard",
-        "target_model.py",
+        "_core/loading/target_spec.py",
         "if value.layout is not self.layout:",
         "if False:",
         "opaque_tensors",
@@ -30,7 +30,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "opaque_lends_memory",
         "a sparse tensor that has landed changes with the full one",
-        "targets.py",
+        "_core/loading/targets.py",
         "fresh_copy(full, model.device).to(model.dtype)",
         "full.to(model.device).to(model.dtype)",
         "opaque_tensors",
@@ -38,7 +38,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "wrapper_is_sent_in_part",
         "of what a wrapper on the source holds the first tensor lands, and the rest is lost",
-        "tensors.py",
+        "_core/tensors/values.py",
         "        if len(names) != 1:\n            return None\n",
         "",
         "opaque_tensors",
@@ -46,7 +46,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "wrapper_gathered_in_part",
         "of what a wrapper holds the elements are gathered, and the rest is lost",
-        "gather.py",
+        "_state_dict_utils/gather.py",
         "            if layout.own_way is not None:\n",
         "            if False:\n",
         "opaque_tensors",
@@ -54,7 +54,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "wrapped_or_not_alike",
         "a wrapper is gathered as the plain tensor before it that is laid out like it",
-        "leaves.py",
+        "_core/gathering/sharded_leaves.py",
         "local.device, wrapper),",
         "local.device),",
         "opaque_tensors",
@@ -62,7 +62,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "sparse_copy_is_lost",
         "a sparse target keeps its old values, and nobody is told",
-        "tensors.py",
+        "_core/tensors/values.py",
         "            target.copy_(source.detach(), non_blocking=non_blocking)\n",
         "            target.detach().copy_(source.detach(), non_blocking=non_blocking)\n",
         "opaque_tensors",
@@ -70,7 +70,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "layouts_not_compared",
         "a sparse tensor for a dense target is found out after others were copied",
-        "pairs.py",
+        "_core/copies/copy_into.py",
         "    if ours.layout is not theirs.layout:\n",
         "    if False:\n",
         "opaque_tensors",
@@ -78,7 +78,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "wrapper_similar_to_dense",
         "a wrapper of two tensors passes for similar to a dense one",
-        "copying.py",
+        "_state_dict_utils/copying.py",
         "return unwrapped(ours) is None or unwrapped(theirs) is None",
         "return False",
         "opaque_tensors",
@@ -86,7 +86,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "wrapper_not_shared",
         "a buffer that other processes are to map is in private memory",
-        "staging.py",
+        "_state_dict_utils/staging.py",
         "getattr(tensor, name), pin_memory=pin_memory, share_memory=share_memory",
         "getattr(tensor, name), pin_memory=pin_memory, share_memory=False",
         "opaque_tensors",
@@ -94,7 +94,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "wrapper_replica_in_part",
         "of a replicated wrapper, which does not travel, the first tensor is given",
-        "local_copies.py",
+        "_core/gathering/local_copies.py",
         "fresh_copy(memory, result",
         "fresh_copy(getattr(memory, 'a', memory), result",
         "opaque_tensors",
@@ -102,7 +102,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "opaque_keeps_its_target",
         "a sparse or quantized tensor lands as what the target held",
-        "targets.py",
+        "_core/loading/targets.py",
         "self.memory = fresh_copy(full, model.device).to(model.dtype)",
         "self.memory = fresh_copy(self.value.detach(), model.device)",
         "opaque_tensors",
@@ -110,7 +110,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "copy_of_others_is_lost",
         "a quantized target, or a wrapper, keeps its old values",
-        "tensors.py",
+        "_core/tensors/values.py",
         "        target.detach().copy_(source.detach(), non_blocking=non_blocking)\n",
         "        target.detach().clone().copy_(source.detach(), non_blocking=non_blocking)\n",
         "opaque_tensors",
@@ -118,7 +118,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "quantized_is_its_own_buffer",
         "what is staged is written over the original",
-        "staging.py",
+        "_state_dict_utils/staging.py",
         "        return buffer.pin_memory() if pinnable else buffer\n",
         "        return tensor\n",
         "opaque_tensors",
@@ -126,7 +126,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "wrapper_buffer_in_part",
         "the buffer of a wrapper holds the first of its tensors",
-        "staging.py",
+        "_state_dict_utils/staging.py",
         "        return made.detach()\n",
         "        return buffers[names[0]]\n",
         "opaque_tensors",

@@ -14,21 +14,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from shardproof._state_dict_utils.agreement import Failure, exchange, first_failure
-from shardproof._state_dict_utils.needs import Need
-from shardproof._state_dict_utils.offers import Offer, Offers, offers_of, tell
-from shardproof._state_dict_utils.places import WHOLE, Place
-from shardproof._state_dict_utils.simulation import load_simulated, simulates_ranks
-from shardproof._state_dict_utils.target_model import Model
-from shardproof._state_dict_utils.targets import (
-    Target,
-    Targets,
-    check_kinds,
-    winners,
-)
-from shardproof._state_dict_utils.tensors import CPU
-from shardproof._state_dict_utils.transport import Transport
-from shardproof._state_dict_utils.wire import Domain, group_domain
+from shardproof._core.comms.agreement import Failure, exchange, first_failure
+from shardproof._core.comms.collectives import Domain, group_domain
+from shardproof._core.loading.manifest import Offer, Offers, offers_of, tell
+from shardproof._core.loading.requirements import Need
+from shardproof._core.loading.simulated import load_simulated, simulates_ranks
+from shardproof._core.loading.target_spec import Model
+from shardproof._core.loading.targets import Target, Targets, check_kinds, winners
+from shardproof._core.loading.transport import Transport
+from shardproof._core.sharding.target_part import WHOLE, Place
+from shardproof._core.tensors.values import CPU
 
 
 class _TensorInfo(NamedTuple):

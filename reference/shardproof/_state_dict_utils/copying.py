@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from shardproof._state_dict_utils import host
-from shardproof._state_dict_utils.containers import is_container
-from shardproof._state_dict_utils.pairs import all_matching, difference, matching
-from shardproof._state_dict_utils.tensors import unwrapped
-from shardproof._state_dict_utils.ties import maybe_tied
-from shardproof._state_dict_utils.traverse import (
+from shardproof._core.containers.container_types import is_container
+from shardproof._core.containers.walk import CompanionMismatch, Walk
+from shardproof._core.copies.copy_into import all_matching, difference, matching
+from shardproof._core.tensors import pinned_copy
+from shardproof._core.tensors.ties import maybe_tied
+from shardproof._core.tensors.values import unwrapped
+from shardproof._state_dict_utils.iterate import (
     check_leaf_types,
     copy_leaf_value,
     cpu_copy,
@@ -24,7 +25,6 @@ from shardproof._state_dict_utils.traverse import (
     snapshots,
     take,
 )
-from shardproof._state_dict_utils.walk import CompanionMismatch, Walk
 
 
 def _offload_state_dict_to_cpu(
@@ -59,7 +59,7 @@ def _offload_state_dict_to_cpu(
         check_leaf_types(walk)
     if not on_this_rank(ranks_only, None):
         return {}
-    ready = host.copies(walk.leaves)
+    ready = pinned_copy.copies(walk.leaves)
     tied = list(maybe_tied(walk.leaves))
     of = snapshots(walk.leaves, tied)
     results: list[Any] = []

@@ -10,18 +10,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from shardproof._state_dict_utils.layout import same_ranks
-from shardproof._state_dict_utils.simulation import land_simulated, simulates_ranks
-from shardproof._state_dict_utils.subclasses import PLAIN
-from shardproof._state_dict_utils.target_model import Model
-from shardproof._state_dict_utils.targets import (
+from shardproof._core.loading.simulated import land_simulated, simulates_ranks
+from shardproof._core.loading.target_spec import Model
+from shardproof._core.loading.targets import (
     Target,
     Targets,
     check_kinds,
     plain_full_tensor,
     winners,
 )
-from shardproof._state_dict_utils.tensors import CPU, copies_of_each, fresh_copy, with_local
+from shardproof._core.sharding.blocks import same_ranks
+from shardproof._core.tensors.subclasses import PLAIN
+from shardproof._core.tensors.values import CPU, copies_of_each, fresh_copy, with_local
 
 
 @torch.no_grad()

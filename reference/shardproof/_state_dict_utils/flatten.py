@@ -14,13 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from operator import eq
 from typing import Any, cast
 
-from shardproof._state_dict_utils.containers import (
-    LEAF_TYPES,
-    is_branch,
-    path_name,
-)
-from shardproof._state_dict_utils.nest import Nest
-from shardproof._state_dict_utils.paths import (
+from shardproof._core.containers.builder import Nest
+from shardproof._core.containers.container_types import LEAF_TYPES, is_branch, path_name
+from shardproof._core.containers.typed_paths import (
     ANY_DICT,
     FLATTEN_MAPPING,
     OBJ_PATH,

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from shardproof._state_dict_utils.agreement import (
+from shardproof._core.comms.agreement import (
     Agreed,
     Entries,
     Failure,
@@ -24,21 +24,13 @@ from shardproof._state_dict_utils.agreement import (
     agree_on_failure,
     entries_of,
 )
-from shardproof._state_dict_utils.layout import mesh_ranks, root_of
-from shardproof._state_dict_utils.leaves import Found, Leaf, find
-from shardproof._state_dict_utils.line import (
-    Line,
-    needs_bucket,
-    result_device,
-)
-from shardproof._state_dict_utils.local_copies import LocalCopies
-from shardproof._state_dict_utils.simulation import gather_simulated, simulates_ranks
-from shardproof._state_dict_utils.subclasses import settled_result
-from shardproof._state_dict_utils.wire import (
-    Domain,
-    backend_of,
-    group_domain,
-)
+from shardproof._core.comms.collectives import Domain, backend_of, group_domain
+from shardproof._core.gathering.local_copies import LocalCopies
+from shardproof._core.gathering.mesh_gather import Line, needs_bucket, result_device
+from shardproof._core.gathering.sharded_leaves import Found, Leaf, find
+from shardproof._core.loading.simulated import gather_simulated, simulates_ranks
+from shardproof._core.sharding.blocks import mesh_ranks, root_of
+from shardproof._core.tensors.subclasses import settled_result
 
 
 @torch.no_grad()

@@ -15,16 +15,13 @@ import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-from shardproof._state_dict_utils.containers import path_name
-from shardproof._state_dict_utils.sharded_tensors import with_shards
-from shardproof._state_dict_utils.subclasses import (
-    is_custom,
-    is_table,
-    own_buffer,
-    settled,
-    shards_of,
-)
-from shardproof._state_dict_utils.tensors import (
+from shardproof._core.containers.container_types import path_name
+from shardproof._core.containers.walk import Walk
+from shardproof._core.sharding.sharded_tensors import with_shards
+from shardproof._core.tensors.overlapping_copies import Together
+from shardproof._core.tensors.subclasses import is_custom, is_table, own_buffer, settled, shards_of
+from shardproof._core.tensors.ties import maybe_tied
+from shardproof._core.tensors.values import (
     CPU,
     MOVABLE,
     allocate_like,
@@ -35,10 +32,7 @@ from shardproof._state_dict_utils.tensors import (
     with_local,
     wrapper_of,
 )
-from shardproof._state_dict_utils.ties import maybe_tied
-from shardproof._state_dict_utils.together import Together
-from shardproof._state_dict_utils.traverse import copy_leaf_value
-from shardproof._state_dict_utils.walk import Walk
+from shardproof._state_dict_utils.iterate import copy_leaf_value
 
 # cudaHostRegisterPortable: pinned for every context of the process.
 _PORTABLE = 1

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import torch
 
-from shardproof._state_dict_utils.subclasses import has_own_operations
+from shardproof._core.tensors.subclasses import has_own_operations
 
 __all__ = ["alias", "piece"]
 

@@ -21,7 +21,7 @@ from torch.distributed.fsdp._common_utils import _set_fsdp_flattened
 from torch.distributed.fsdp._fsdp_extensions import FSDPExtensions
 from torch.distributed.tensor import DTensor
 
-from shardproof._state_dict_utils.subclasses import has_own_operations
+from shardproof._core.tensors.subclasses import has_own_operations
 from shardproof.tensor.parallel._data_parallel_utils import _flatten_tensor, unflattened
 from shardproof.tensor.parallel.fsdp.boxes import (
     _create_shard_md_from_dt,
@@ -31,8 +31,8 @@ from shardproof.tensor.parallel.fsdp.boxes import (
     _get_dt_pg,
     _get_local_box,
 )
-from shardproof.tensor.parallel.fsdp.dtensors import _all_gather_dtensor, _chunk_dtensor
-from shardproof.tensor.parallel.fsdp.sharded import (
+from shardproof.tensor.parallel.fsdp.dtensor_gather import _all_gather_dtensor, _chunk_dtensor
+from shardproof.tensor.parallel.fsdp.sharded_tensor_chunks import (
     _chunk_tensor,
     _pre_load_state_dict,
     _rewrite_spec_if_needed,

@@ -22,8 +22,8 @@ from torch.distributed.remote_device import _remote_device
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
 
-from shardproof._state_dict_utils.layout import mesh_ranks
-from shardproof._state_dict_utils.simulated import for_each_rank
+from shardproof._core.sharding.blocks import mesh_ranks
+from shardproof._core.sharding.simulated_ranks import for_each_rank
 
 __all__ = [
     "_create_shard_md_from_dt",

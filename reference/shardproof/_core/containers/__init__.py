@@ -1,0 +1,1 @@
+"""Package _core.containers."""

@@ -1,0 +1,386 @@
+"""Where a full tensor lands on this rank: what part of it, in which memory, as what object.
+
+Planning a target checks it and changes nothing; only :meth:`Target.open` allocates, and only the
+writes that follow touch memory that existed before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
+
+from shardproof._core.loading.target_spec import Model
+from shardproof._core.sharding.blocks import rectangles
+from shardproof._core.sharding.table_shards import shards_in
+from shardproof._core.tensors.prefault import LARGE, map_ahead
+from shardproof._core.tensors.subclasses import (
+    PLAIN,
+    is_custom,
+    is_table,
+    memory_of,
+    own_copy,
+    own_put,
+    settled,
+)
+from shardproof._core.tensors.ties import maybe_tied
+from shardproof._core.tensors.values import (
+    CPU,
+    FSDP_FLATTENED,
+    STANDS_FOR,
+    allocate,
+    allocate_like,
+    fresh_copy,
+    is_ordinary,
+    kind_of,
+    put,
+    stood_for,
+    tie_key,
+    with_local,
+)
+
+_MARKS = frozenset({FSDP_FLATTENED, STANDS_FOR})
+
+
+class Targets:
+    """Makes the targets of a call: most are like another, and what follows from that is found once.
+
+    Args:
+        in_place: write into the memory of a DTensor that has some on the right device; otherwise
+            a new DTensor takes its place.
+        cpu_offload: results have to be in CPU memory.
+
+    """
+
+    def __init__(self, in_place: bool, cpu_offload: bool = False) -> None:
+        self._in_place, self._cpu_offload = in_place, cpu_offload
+        self._assigned = False
+        self._models: dict[Hashable, Model] = {}
+        self._kinds: dict[Hashable, int] = {}
+        self._looked: dict[Any, int | None] = {}
+        self._last: Hashable = None
+        self._number: int | None = None
+
+    def look(self, local: Mapping[Any, Any]) -> None:
+        """Learn of the values of a local state dict what does not depend on the full tensors.
+
+        Where one of them is on meta, a module is given what lands as its own parameters.
+        """
+        self._looked = dict(zip(local, map(self._kind, local.values()), strict=True))
+
+    def _kind(self, value: Any) -> int | None:
+        """The same number for values that take full tensors alike; None for one by itself."""
+        likeness = _likeness(value)
+        if likeness != self._last:
+            # To compare with the one before costs half of what to look for it does.
+            self._last = likeness
+            self._number = None
+            self._assigned = self._assigned or getattr(value, "is_meta", False)
+            if likeness is not None:
+                self._number = self._kinds.setdefault(likeness, len(self._kinds))
+        return self._number
+
+    def target(
+        self,
+        key: Any,
+        value: Any,
+        size: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        alike: Hashable,
+        layout: torch.layout = torch.strided,
+    ) -> Target:
+        """The entry ``key`` of a local state dict as something that takes a full tensor.
+
+        Args:
+            key: for messages.
+            value: what the local state dict holds: a DTensor, or anything that is replaced, by
+                the full tensor in its own shape and dtype. A Parameter that stands in for a
+                DTensor (see ``tensor.parallel.ddp``) is taken for it. A piece of a flat parameter
+                of FSDP1 has a shape that says nothing: there the full tensor is what FSDP's load
+                hooks take.
+            size: the shape of the full tensor.
+            dtype: the dtype of the full tensor.
+            device: where new tensors are made.
+            alike: equal only where ``size``, ``dtype`` and ``layout`` are, and for values that
+                are alike ``device``.
+            layout: that of the full tensor.
+
+        Raises:
+            TypeError: the target is of a kind that cannot take a full tensor.
+            ValueError: a DTensor's shape, dtype, layout or placements do not admit the full tensor.
+
+        """
+        try:
+            kind = self._looked[key]
+        except KeyError:
+            kind = self._kind(value)
+        found = self._models.get((kind, alike))
+        if found is None:
+            if kind is None:
+                value = self._stood_for(value, size)
+            found = self._model(key, value, size, dtype, layout, device)
+            if kind is not None:
+                self._models[kind, alike] = found
+        return Target(key, value, found)
+
+    def _stood_for(self, value: Any, size: tuple[int, ...]) -> Any:
+        whole = stood_for(value)
+        if whole is value or self._in_place or tuple(whole.shape) == size:
+            return whole
+        # Each rank may hold its own part already.
+        return value if tuple(value.shape) == size else whole
+
+    def _model(
+        self,
+        key: Any,
+        value: Any,
+        size: tuple[int, ...],
+        dtype: torch.dtype,
+        layout: torch.layout,
+        device: torch.device,
+    ) -> Model:
+        device = CPU if self._cpu_offload else device
+        try:
+            return Model(
+                value,
+                size,
+                dtype,
+                layout,
+                device,
+                in_place=self._in_place,
+                cpu_offload=self._cpu_offload,
+                assigned=self._assigned,
+            )
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{key!r}: {error}") from None
+
+
+def _likeness(value: Any) -> Hashable | None:
+    """Equal for values that take full tensors alike; None where only the value itself can tell."""
+    kind = type(value)
+    if kind is DTensor:
+        spec, local = value._spec, value._local_tensor
+        if type(local) is not torch.Tensor or local.layout is not torch.strided:
+            return None
+        if not local.is_contiguous() or local.is_neg():
+            return None
+        order = getattr(spec, "shard_order", None)
+        place = id(spec.mesh), spec.placements, spec.tensor_meta, order
+        return place, local.shape, local.dtype, local.device, local.is_conj()
+    ordinary = kind in PLAIN and _MARKS.isdisjoint(vars(value)) and is_ordinary(value)
+    if ordinary and value.is_contiguous() and not value.is_neg():
+        return value.shape, value.dtype, value.device, value.is_conj()
+    return None
+
+
+class Target:
+    """One entry of a local state dict that takes a full tensor.
+
+    Attributes:
+        key: its key.
+        value: what the local state dict holds.
+        model: how it takes the tensor.
+        memory: the memory that takes the values, once it is known.
+
+    """
+
+    __slots__ = ("key", "memory", "model", "value")
+
+    def __init__(self, key: Any, value: Any, model: Model) -> None:
+        self.key, self.value, self.model = key, value, model
+        self.memory: torch.Tensor | None = None
+
+    def tie(self) -> Hashable:
+        """Equal for targets that are tied."""
+        value = self.value
+        # With use_orig_params=False one flat parameter is the value of many keys.
+        if not isinstance(value, torch.Tensor) or self.model.is_piece:
+            return id(self)
+        local = value._local_tensor if isinstance(value, DTensor) else value
+        return tie_key(value) if local.numel() else id(value)
+
+    def open(self) -> torch.Tensor:
+        """The memory that takes the values, allocated where there is none."""
+        if self.memory is None:
+            self.memory = memory = self._memory()
+            model = self.model
+            if model.ordinary and memory.nbytes >= LARGE and not model.keeps:
+                map_ahead(memory)
+        return self.memory
+
+    def _memory(self) -> torch.Tensor:
+        value, model, block = self.value, self.model, self.model.block
+        if isinstance(value, DTensor):
+            local = settled(value._local_tensor)
+            if model.by_class or is_custom(type(local)):
+                shape = local.shape if block is None else block.shape
+                return allocate(shape, model.dtype, model.device)
+            if not model.keeps:
+                dtype = local.dtype if model.dtype is value.dtype else model.dtype
+                memory = allocate_like(local, model.device, dtype)
+            else:
+                memory = local.detach() if local.requires_grad else local
+            return memory if block is None or memory.dim() else memory.view(block.shape)
+        if model.like_target:
+            return allocate_like(value, model.device, model.dtype)
+        return allocate(model.size, model.dtype, model.device)
+
+    def result(self) -> Any:
+        """The object for the local state dict, once all its values have landed."""
+        value, memory = self.value, self.memory
+        if self.model.keeps:
+            if self.model.by_class and memory is not None:
+                self._put_by_class(memory)
+            return value
+        memory = self.open()
+        if not isinstance(value, DTensor):
+            return memory
+        if not value.dim() and memory.numel():  # none where the mesh lacks this rank
+            memory = memory.view(())
+        return with_local(value, memory, memory.dtype)
+
+    def _put_by_class(self, values: torch.Tensor) -> None:
+        local, block = self.value._local_tensor, self.model.block
+        kind: type = type(local)
+        if is_table(kind):
+            assert block is not None
+            for shard, region in shards_in(local, block):
+                put(shard, values[region])
+        else:
+            own_put(local, values)
+
+    def landing(
+        self, start: int, stop: int, values: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Where the row-major elements [start, stop) of this rank's block have to be copied.
+
+        Args:
+            start: the first element.
+            stop: behind the last one.
+            values: the elements in 1-D, in the dtype that carries the full tensor's.
+
+        Yields (part of the target's memory, values for it): what is left is to copy them.
+
+        """
+        memory, block, dtype = self.open(), self.model.block, self.model.source_dtype
+        assert block is not None
+        shown = values.dtype
+        if shown is not dtype:
+            if memory.dtype == dtype and is_ordinary(memory):
+                memory = memory.view(shown)
+            else:
+                values = values.view(dtype)
+        if stop - start == block.numel:
+            yield memory, values.view(block.shape)
+            return
+        for box, at, count in rectangles(block.shape, start, stop):
+            part = values[at - start : at - start + count].view([hi - lo for lo, hi in box])
+            yield memory[tuple(slice(lo, hi) for lo, hi in box)], part
+
+    def take(self, full: torch.Tensor) -> None:
+        """Take this rank's part from a full tensor that is here."""
+        block = self.model.block
+        if block is None:
+            return
+        memory = self.open()
+        if block.region is not None:
+            put(memory, full[block.region])
+            return
+        box = tuple((0, size) for size in block.shape)
+        for there, here in block.regions(box):
+            put(memory[here], full[there])
+
+    def filled(self, full: torch.Tensor) -> Any:
+        """The result with its part of a full tensor that is here."""
+        model, block = self.model, self.model.block
+        if is_custom(type(full)):
+            if block is not None:
+                part = full if block.shape == model.size else full[block.region]
+                if model.keeps:
+                    self._put_by_class(part)
+                    self.memory = None
+                else:
+                    self.memory = own_copy(part, model.device)
+            elif self.memory is None and not isinstance(self.value, DTensor):
+                self.memory = own_copy(full, model.device)
+        elif model.is_opaque:
+            self.memory = fresh_copy(full, model.device).to(model.dtype)
+        elif (
+            model.copies
+            and self.memory is None
+            and block is not None
+            and block.region is not None
+            and full.device == model.device
+        ):
+            self.memory = full[block.region].clone(memory_format=torch.contiguous_format)
+        else:
+            self.take(full)
+        return self.result()
+
+
+def winners(targets: Mapping[Any, Target]) -> dict[Any, Any]:
+    """Key -> the last key whose target is tied to it, another one.
+
+    Tied targets share memory, so only the last one's values could remain.
+    """
+    asked = maybe_tied([target.value for target in targets.values()])
+    tied = [key for key, ask in zip(targets, asked, strict=False) if ask]
+    ties = {key: targets[key].tie() for key in tied}
+    last = {tie: key for key, tie in ties.items()}
+    return {key: last[tie] for key, tie in ties.items() if last[tie] != key}
+
+
+def plain_full_tensor(key: Any, value: torch.Tensor) -> torch.Tensor:
+    """The detached full tensor of a state dict's entry.
+
+    Raises:
+        TypeError: it is distributed itself.
+        ValueError: it has no data.
+
+    """
+    if type(value) is not torch.Tensor:
+        if isinstance(value, (DTensor, ShardedTensor)):
+            raise TypeError(
+                f"{key!r}: the full state dict has a {kind_of(value)}, expected a full tensor"
+            )
+        value = memory_of(settled(value))
+    if value.is_meta:
+        raise ValueError(f"{key!r}: the full tensor is on the meta device, expected values")
+    return value.detach() if value.requires_grad and not is_custom(type(value)) else value
+
+
+_NUMBERS = (bool, int, float, complex, str)
+
+
+def check_kinds(key: Any, held: Any, offered: str, dim: int) -> None:
+    """Refuse a number for a tensor, and a tensor for a number, but for a tensor of one element.
+
+    Optimizers keep their step in either, and a module's extra state is its own matter.
+
+    Args:
+        key: for the message.
+        held: what the local state dict has.
+        offered: the kind of what the full state dict has: ``Tensor``, or the type's name.
+        dim: its dimensions, if it is a tensor.
+
+    Raises:
+        TypeError: names the key, and both kinds.
+
+    """
+    if str(key).endswith(_EXTRA_STATE_KEY_SUFFIX):
+        return
+    numbers = [kind.__name__ for kind in _NUMBERS]
+    if offered == "Tensor":
+        wrong = dim > 0 and isinstance(held, _NUMBERS)
+    else:
+        wrong = offered in numbers and isinstance(held, torch.Tensor) and held.dim() > 0
+    if wrong:
+        raise TypeError(
+            f"{key!r}: the target is a {kind_of(held)}, the full state dict has a {offered}; "
+            "expected the same kind of value"
+        )

@@ -1,0 +1,401 @@
+"""FSDP's chunks as DTensor over the root mesh, and back to what tensor parallelism holds.
+
+Cutting is local: every rank of FSDP's group holds the same. Gathering moves bytes, in one
+collective wherever FSDP's group has them all.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
+
+from shardproof._core.comms.buckets import alone_bytes, carried
+from shardproof._core.comms.collectives import Domain, Stage, all_gather, collect, mesh_domain
+from shardproof._core.sharding.blocks import cuts_of, local_shape, my_coordinate, spec_block
+from shardproof._core.sharding.simulated_ranks import for_each_rank, plays_all_ranks
+from shardproof._core.tensors.subclasses import has_own_operations, own_copy, settled_result
+from shardproof._core.tensors.values import allocate, carrier, dtensor, fresh_copy, is_ordinary
+from shardproof.tensor.parallel._redistribution import moved
+from shardproof.tensor.parallel._subclasses import alias, piece
+from shardproof.tensor.parallel.fsdp.gather_routes import Route, route_of
+from shardproof.tensor.parallel.fsdp.root_mesh import (
+    chunk_placements,
+    fsdp_dims,
+    mesh_name,
+    root_dims,
+    root_mesh,
+)
+
+__all__ = ["_all_gather_dtensor", "_chunk_dtensor"]
+
+# Each rank sends its verdict along with its bytes: what it says of the whole if its local tensor is
+# what the others expect, its type where only the type's own operations move it, and its shape. A
+# multiple of the widest element, so that the bytes behind it are aligned.
+_HEADER_DIMS = 7
+_HEADER_BYTES = 8 * (3 + _HEADER_DIMS)
+_WORD = 8
+_SENT_AS_BYTES = 255
+
+
+@torch.no_grad()
+def _chunk_dtensor(
+    tensor: torch.Tensor,
+    rank: int,  # noqa: ARG001
+    device_mesh: DeviceMesh,
+) -> DTensor:
+    """FSDP's chunk of a tensor that every rank of FSDP's mesh holds, as DTensor.
+
+    Args:
+        tensor: of any shape, dtype and strides: a plain tensor, or the DTensor of tensor
+            parallelism. It is not changed.
+        rank: this rank in FSDP's group; the mesh tells it as well, and is what counts.
+        device_mesh: FSDP's mesh, sliced from the root mesh: 1-D, or 2-D for hybrid sharding,
+            which shards over the last dimension. It is outside of tensor parallelism, the last
+            dimension of the root mesh.
+
+    Returns:
+        A DTensor over the root mesh, without ``requires_grad``, whose local tensor is a copy of
+        the chunk alone. The placement is that of ``tensor`` in the dimensions of tensor
+        parallelism, ``Replicate`` in those that neither cuts, and ``Shard(0)`` in FSDP's, as
+        ``torch.chunk`` cuts what this rank holds. Where tensor parallelism cuts dimension 0 too
+        it is ``_StridedShard(0)``, since FSDP cuts second, as ``fully_shard`` has it. torch's own
+        says ``Shard(0)`` there, and moves rows between ranks until that is true: ``is_shard()``
+        tells the two apart, a reader of the tensor or of its checkpoint does not. Sizes so uneven
+        that this placement would name elements that the rank does not hold are cut along another
+        dimension, and left whole where there is none; so is a scalar.
+
+    Raises:
+        RuntimeError: there is no root mesh, or it has one dimension.
+        TypeError: ``tensor`` is a ShardedTensor.
+        ValueError: the meshes do not belong together, FSDP's mesh is not outside of tensor
+            parallelism, or the local tensor is not what the placement gives to this rank.
+
+    Local: no collective runs, but all ranks of the root mesh need the result. In compiled code it
+    is traced, as a redistribution from the TP-local tensors. pytorch#118639.
+
+    """
+    root = root_mesh(device_mesh)
+    if torch.compiler.is_compiling():
+        return _chunk_in_a_graph(tensor, root)
+    if isinstance(tensor, ShardedTensor):
+        raise TypeError("expected a tensor or a DTensor to chunk, got a ShardedTensor")
+    dims = fsdp_dims(root, device_mesh)
+    held = _placements_on(root, tensor, dims) if isinstance(tensor, DTensor) else {}
+    local = alias(settled_result(tensor._local_tensor if isinstance(tensor, DTensor) else tensor))
+    mesh_shape = tuple(int(size) for size in root.shape)
+    placements, tensor_dim, over = chunk_placements(tuple(tensor.shape), mesh_shape, held, dims)
+    if tensor_dim is not None:
+        # Not as numbers: where one process plays all ranks each stands for several.
+        coordinate = root.get_coordinate()
+        assert coordinate is not None
+        local = _chunk(local, tensor_dim, [(mesh_shape[d], coordinate[d]) for d in over])
+    copied = fresh_copy(local, local.device)
+    meta = TensorMeta(torch.Size(tensor.shape), _dense_stride(tensor), tensor.dtype)
+    return dtensor(copied, DTensorSpec(root, placements, tensor_meta=meta))
+
+
+def _chunk_in_a_graph(tensor: torch.Tensor, root: DeviceMesh) -> DTensor:
+    """The same in operations that the compiler knows; what TP cuts by rows, too, moves."""
+    held = tensor.placements[-1] if isinstance(tensor, DTensor) else Replicate()
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    outer = [Replicate()] * (root.ndim - 2)
+    whole: Any = DTensor.from_local(
+        local.detach().clone(), root, [*outer, Replicate(), held], run_check=False
+    )
+    chunk: DTensor = whole.redistribute(placements=[*outer, Shard(0), held])
+    return chunk
+
+
+def _placements_on(root: DeviceMesh, tensor: DTensor, dims: Sequence[int]) -> dict[int, Placement]:
+    """The placements of tensor parallelism by root dimension, once the tensor was checked."""
+    expected = local_shape(tensor._spec)
+    if tuple(tensor._local_tensor.shape) != expected:
+        raise ValueError(
+            f"the local tensor has shape {tuple(tensor._local_tensor.shape)}, expected {expected} "
+            f"of {tuple(tensor.shape)} with {tuple(tensor.placements)}"
+        )
+    held: dict[int, Placement] = {}
+    for part, placement in zip(root_dims(root, tensor.device_mesh), tensor.placements, strict=True):
+        if isinstance(placement, Replicate) or not part:
+            continue
+        if len(part) != 1 or part[0] in dims:
+            raise ValueError(
+                f"the tensor has {placement} on {mesh_name(tensor.device_mesh)}, expected a "
+                f"dimension of {mesh_name(root)} that is not FSDP's"
+            )
+        held[part[0]] = placement
+    return held
+
+
+@for_each_rank
+def _chunk(local: torch.Tensor, dim: int, places: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """A view of the piece that ``torch.chunk`` gives to each (parts, index) in turn."""
+    for parts, index in places:
+        if has_own_operations(local):
+            local = piece(local, dim, parts, index)
+            continue
+        size = local.size(dim)
+        step = -(-size // parts)
+        start = min(index * step, size)
+        local = local.narrow(dim, start, min(step, size - start))
+    return local
+
+
+def _dense_stride(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides of a tensor of this memory format that has no gaps."""
+    if isinstance(tensor, DTensor):
+        return tuple(tensor._spec.stride)
+    ghost = torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.uint8, device="meta")
+    return tuple(torch.empty_like(ghost).stride())
+
+
+@torch.no_grad()
+def _all_gather_dtensor(tensor: DTensor, parent_mesh: DeviceMesh | None) -> torch.Tensor:
+    """What tensor parallelism holds on this rank, from a DTensor over the root mesh.
+
+    Args:
+        tensor: of any shape, dtype and placements, as :func:`_chunk_dtensor` makes it or as it
+            was loaded. It is not changed.
+        parent_mesh: the root mesh, whose last dimension is that of tensor parallelism.
+
+    Returns:
+        The finished local tensor of the DTensor that is ``Replicate`` in all dimensions but the
+        last and placed as ``tensor`` in the last; detached, in memory of its own, on the device
+        of the local tensor.
+
+    Raises:
+        TypeError: ``tensor`` is no DTensor.
+        ValueError: ``tensor`` is on another mesh; or, the same on every rank of the gather, a
+            local tensor is not what the placements give to its rank, or the ranks' tensors differ
+            in shape, dtype or placements.
+
+    All ranks of the root mesh have to call it. Collectives: none where only the last dimension is
+    sharded; one per other sharded dimension, usually one in all; one more where the values of
+    this rank lie with other ranks of tensor parallelism (``[Shard(0), Shard(0)]``). A 16th of
+    a bucket or more in even rows is gathered where it belongs, without a copy, after a small
+    collective for the ranks' verdicts.
+
+    """
+    if not isinstance(tensor, DTensor):
+        raise TypeError(f"expected a DTensor, got a {type(tensor).__name__}")
+    mesh = tensor.device_mesh
+    if parent_mesh is None or parent_mesh != mesh:
+        raise ValueError(
+            f"the DTensor is on {mesh_name(mesh)}, expected the root mesh, {mesh_name(parent_mesh)}"
+        )
+    if plays_all_ranks():
+        return _by_redistribution(tensor)
+    spec = tensor._spec
+    coordinate = my_coordinate(mesh)
+    if coordinate is None:
+        raise ValueError(f"this rank is not on {mesh_name(mesh)}")
+    route = route_of(tuple(spec.shape), tuple(mesh.shape), cuts_of(spec), coordinate)
+    local = settled_result(tensor._local_tensor)
+    own = has_own_operations(local) or not is_ordinary(local)
+    scattered = route.dims and route.target.region is None
+    if isinstance(local, FakeTensor):
+        return _by_redistribution(tensor)
+    if scattered or _reduces(spec.placements):
+        _agree_on_mesh(tensor, local)
+        return _by_redistribution(tensor)
+    if not route.dims:
+        _check_local(tensor, local)
+        return fresh_copy(local, local.device)
+    if own:
+        _agree_on_route(route, tensor, local)
+        return _by_redistribution(tensor)
+    local = local.detach() if local.requires_grad else local
+    whole = allocate(route.target.shape, local.dtype, local.device, tuple(spec.stride))
+    if not local.is_meta:
+        _gather_into(whole, route, tensor, local)
+    return whole
+
+
+@lru_cache(maxsize=4096)
+def _reduces(placements: tuple[Placement, ...]) -> bool:
+    """Whether values are pending outside of tensor parallelism."""
+    return any(isinstance(placement, Partial) for placement in placements[:-1])
+
+
+def _by_redistribution(tensor: DTensor) -> torch.Tensor:
+    """By way of DTensor's own collectives, for what is more than moving rectangles."""
+    placements = [*([Replicate()] * (tensor.device_mesh.ndim - 1)), tensor.placements[-1]]
+    local = moved(tensor, lambda t: t.redistribute(placements=placements)._local_tensor)
+    if not has_own_operations(local):
+        return fresh_copy(local, local.device)
+    return own_copy(local) if local is tensor._local_tensor else local
+
+
+def _expected(tensor: DTensor) -> tuple[tuple[int, ...], torch.dtype]:
+    """What all ranks know of this rank's tensor. Its own dtype is that of the local one."""
+    meta = tensor._spec.tensor_meta
+    return local_shape(tensor._spec), tensor.dtype if meta is None else meta.dtype
+
+
+def _check_local(tensor: DTensor, local: torch.Tensor) -> None:
+    shape, dtype = _expected(tensor)
+    if (tuple(local.shape), local.dtype) != (shape, dtype):
+        raise ValueError(
+            f"the local tensor has shape {tuple(local.shape)}, {local.dtype}; expected {shape}, "
+            f"{dtype} of {tuple(tensor.shape)} with {tuple(tensor.placements)}"
+        )
+
+
+def _gather_into(whole: torch.Tensor, route: Route, tensor: DTensor, local: torch.Tensor) -> None:
+    """Gather as ``route`` says, and write what is wanted into ``whole``."""
+    domain = mesh_domain(tensor.device_mesh)
+    dtype = _expected(tensor)[1]
+    stages = [domain.stage(d) for d in route.dims]
+    in_place = _in_place(route, stages, dtype)
+    verdict = _verdict(tensor, local).to(domain.device)
+    payload = verdict if in_place else _message(local, verdict, route.width * dtype.itemsize)
+    rows = collect(stages, payload)
+    _check_verdicts(rows, tensor, domain, route.coordinates)
+    if in_place:
+        _gather_in_place(whole, local, stages[0], domain.device)
+        return
+    moved = carrier(dtype)
+    memory = whole if moved is dtype else whole.view(moved)
+    values = rows.view(moved)[:, _HEADER_BYTES // dtype.itemsize :]
+    if route.stacked and memory.is_contiguous():
+        memory.view(values.shape).copy_(values)
+        return
+    for row, block, writes in zip(values, route.blocks, route.writes, strict=True):
+        if writes:
+            part = row[: block.numel].view(block.shape)
+            for into, out in writes:
+                memory[into].copy_(part[out])
+
+
+def _in_place(route: Route, stages: Sequence[Stage], dtype: torch.dtype) -> bool:
+    large = route.target.numel * dtype.itemsize >= alone_bytes()
+    return large and len(stages) == 1 and stages[0].in_order and route.stacked
+
+
+def _agree_on_route(route: Route, tensor: DTensor, local: torch.Tensor) -> None:
+    """What :func:`_gather_into` begins with, on a rank whose tensor cannot be sent as bytes."""
+    domain = mesh_domain(tensor.device_mesh)
+    dtype = _expected(tensor)[1]
+    stages = [domain.stage(d) for d in route.dims]
+    behind = 0 if _in_place(route, stages, dtype) else route.width * dtype.itemsize
+    payload = torch.zeros(_HEADER_BYTES + behind, dtype=torch.uint8, device=domain.device)
+    payload[:_HEADER_BYTES].copy_(_verdict(tensor, local))
+    _check_verdicts(collect(stages, payload), tensor, domain, route.coordinates)
+
+
+def _agree_on_mesh(tensor: DTensor, local: torch.Tensor) -> None:
+    """Exchange verdicts between all ranks of the mesh."""
+    domain = mesh_domain(tensor.device_mesh)
+    stages = [domain.stage(d) for d, size in enumerate(domain.shape) if size > 1]
+    rows = collect(stages, _verdict(tensor, local).to(domain.device))
+    coordinates = [domain.coordinate(index) for index in range(len(domain.members))]
+    _check_verdicts(rows, tensor, domain, coordinates)
+
+
+def _check_verdicts(
+    rows: torch.Tensor, tensor: DTensor, domain: Domain, coordinates: Sequence[tuple[int, ...]]
+) -> None:
+    """Raise if a rank's tensor is not what its placements or the other ranks' say, or its type."""
+    words = rows[:, :_WORD].tolist()
+    if words[0][0] == _SENT_AS_BYTES and words.count(words[0]) == len(words):
+        return
+    verdicts = rows[:, :_HEADER_BYTES].contiguous().view(torch.int64).tolist()
+    first = domain.name(domain.position(coordinates[0]))
+    said = f"{_expected(tensor)[1]} of {tuple(tensor._spec.shape)} with {tuple(tensor.placements)}"
+    for (word, kind, ndim, *sizes), coordinate in zip(verdicts, coordinates, strict=True):
+        member = domain.name(domain.position(coordinate))
+        if not word:
+            raise ValueError(
+                f"{member}: the local tensor has shape {tuple(sizes[:ndim])}, another dtype, or "
+                f"a type that cannot be padded; expected "
+                f"{spec_block(tensor._spec, coordinate).shape}, {said}"
+            )
+        if word >> 8 != verdicts[0][0] >> 8:
+            raise ValueError(
+                f"{member}: the tensor has another shape, dtype or placements than that of "
+                f"{first}; expected the same on all, here {said}"
+            )
+        if kind != verdicts[0][1]:
+            raise ValueError(
+                f"{member}: the local tensor has another type than that of {first}; expected the "
+                "same on all"
+            )
+
+
+def _gather_in_place(
+    whole: torch.Tensor, local: torch.Tensor, stage: Stage, device: torch.device
+) -> None:
+    """Gather rows of equal size into ``whole``, through other memory only where it must be."""
+    payload = carried(local).contiguous().view(-1).view(torch.uint8).to(device)
+    if whole.is_contiguous() and whole.device == device:
+        into = whole.view(carrier(whole.dtype)).view(-1).view(torch.uint8)
+        all_gather(stage.group, payload, into)
+        return
+    rows = all_gather(stage.group, payload).view(-1).view(carrier(whole.dtype))
+    whole.view(carrier(whole.dtype)).copy_(rows.view(whole.shape))
+
+
+def _verdict(tensor: DTensor, local: torch.Tensor) -> torch.Tensor:
+    """The header's bytes: whether this rank's tensor is good, its kind and its shape."""
+    good = (tuple(local.shape), local.dtype) == _expected(tensor)
+    spec = tensor._spec
+    word = _digest(tuple(spec.shape), spec.placements, cuts_of(spec), local.dtype)
+    sent, kind = _SENT_AS_BYTES, 0
+    if has_own_operations(local) or not is_ordinary(local):
+        name = f"{type(local).__module__}.{type(local).__qualname__} {local.layout} {local.dtype}"
+        sent, kind = 1, zlib.crc32(name.encode()) + 1
+        good = good and _can_be_padded(tensor, local)
+    sizes = [*local.shape, *([0] * _HEADER_DIMS)][:_HEADER_DIMS]
+    header = [word | sent if good else 0, kind, min(local.dim(), _HEADER_DIMS), *sizes]
+    return torch.tensor(header, dtype=torch.int64, device="cpu").view(torch.uint8)
+
+
+@lru_cache(maxsize=4096)
+def _digest(*said: object) -> int:
+    """What a rank says of the whole, in the bytes behind the first."""
+    return zlib.crc32(repr(said).encode()) << 8
+
+
+def _can_be_padded(tensor: DTensor, local: torch.Tensor) -> bool:
+    """Whether a shard that may be shorter than others can be made as long, on every rank alike.
+
+    DTensor pads the short ones only, so that of a type without that operation one rank alone
+    would raise, while the others wait for it.
+    """
+    sizes, spec = tuple(tensor._spec.shape), tensor._spec
+    splits = [
+        cut for cut in cuts_of(spec) if sizes[cut.tensor_dim] % int(spec.mesh.size(cut.mesh_dim))
+    ]
+    try:
+        for cut in splits:
+            behind = [0, 0] * (local.dim() - cut.tensor_dim - 1)
+            torch.nn.functional.pad(local, [*behind, 0, 1])
+    except Exception:
+        return False
+    return True
+
+
+def _message(local: torch.Tensor, verdict: torch.Tensor, width: int) -> torch.Tensor:
+    """What a rank sends: its verdict, and behind it its bytes if they fit."""
+    nbytes = local.numel() * local.dtype.itemsize
+    values = carried(local)
+    # One element passes for contiguous whatever its stride, and is no row of bytes then.
+    row = values.is_contiguous() and values.numel() > 1
+    if nbytes == width and values.device == verdict.device and row:
+        return torch.cat((verdict, values.view(-1).view(torch.uint8)))
+    message = torch.empty(_HEADER_BYTES + width, dtype=torch.uint8, device=verdict.device)
+    message[:_HEADER_BYTES].copy_(verdict)
+    if 0 < nbytes <= width:
+        room = message[_HEADER_BYTES : _HEADER_BYTES + nbytes]
+        room.view(values.dtype).view(values.shape).copy_(values)
+    return message
