@@ -130,7 +130,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "large_alone_on_some_ranks",
         "a rank with a strided part of a large tensor is not waited for with a bucket",
-        "_state_dict_utils/gather.py",
+        "_core/gathering/agree_on_leaves.py",
         "    limited = bool(large) and any(\n",
         "    limited = not layouts and any(\n",
         "large_tensors",
@@ -184,7 +184,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "gather_unties",
         "tied tensors travel twice and come apart",
-        "_state_dict_utils/gather.py",
+        "_core/gathering/whole_tensors.py",
         "            leader = first.setdefault(key, path)\n",
         "            leader = path\n",
         "gather_state_dict",
@@ -202,7 +202,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "gather_a_leaf_at_a_time",
         "one collective per tensor",
-        "_state_dict_utils/gather.py",
+        "_core/gathering/whole_tensors.py",
         "                streams[layout.stream].append(kind)\n",
         "                for leaf in kind:\n"
         "                    streams[layout.stream, leaf.path].append([leaf])\n",
@@ -221,7 +221,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "strict_keeps_keys",
         "strict leaves keys that the full state dict lacks",
-        "_state_dict_utils/broadcast.py",
+        "_core/loading/plan.py",
         "    if strict:\n",
         "    if False:\n",
         "broadcast_state_dict",

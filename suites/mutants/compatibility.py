@@ -25,7 +25,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "names_known_everywhere",
         "experts that each rank has under a name of its own cannot be gathered",
-        "_core/comms/agreement.py",
+        "_core/gathering/leaf_entries.py",
         "if domain.members[other] not in entry.peers:\n",
         "if domain.members[other] not in entry.members:\n",
         "compatibility",
@@ -41,7 +41,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "shape_of_one_rank_taken",
         "a plain target of another shape on one rank alone is replaced without a word",
-        "_state_dict_utils/broadcast.py",
+        "_core/loading/plan.py",
         "        if len(set(shapes)) > 1:\n",
         "        if False:\n",
         "compatibility",
@@ -57,7 +57,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "number_for_a_weight",
         "a weight becomes a number without a word",
-        "_core/loading/targets.py",
+        "_core/loading/value_checks.py",
         "    if wrong:\n        raise TypeError(",
         "    if False:\n        raise TypeError(",
         "compatibility",
@@ -65,7 +65,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "nobody_is_told",
         "weights that no taker holds a part of are gone, and nobody is told",
-        "_state_dict_utils/gather.py",
+        "_core/gathering/destinations.py",
         "    if lost and len(lost) == len(leaves) and len(first) == 1:\n",
         "    if lost:\n        return frozenset(takers)\n    if False:\n",
         "compatibility",
@@ -97,7 +97,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "nothing_yet_is_the_live_tensor",
         "what the buffers have no place for is staged as the live tensor",
-        "_state_dict_utils/iterate.py",
+        "_core/copies/companions.py",
         "snapshot(values[place], values[place].device)",
         "values[place]",
         "compatibility",
@@ -105,7 +105,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "table_of_another_dtype",
         "a table is read as what its wrapper says, not as what its shards are",
-        "_core/tensors/values.py",
+        "_core/tensors/properties.py",
         "return tensor.dtype if shard is None else shard.dtype",
         "return tensor.dtype",
         "tables",
@@ -129,7 +129,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "meshes_by_name",
         "a copy between meshes that differ in their names alone is refused",
-        "_core/sharding/blocks.py",
+        "_core/sharding/ranks.py",
         "    return alike and mesh_ranks(ours) == mesh_ranks(theirs)\n",
         "    return False\n",
         "other_meshes",
@@ -137,7 +137,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "meshes_by_shape",
         "a copy into a DTensor whose mesh has its ranks in another order is accepted",
-        "_core/sharding/blocks.py",
+        "_core/sharding/ranks.py",
         "    return alike and mesh_ranks(ours) == mesh_ranks(theirs)\n",
         "    return alike\n",
         "other_meshes",

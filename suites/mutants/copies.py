@@ -36,7 +36,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "copy_before_check",
         "a mismatch is found after half the copies",
-        "_state_dict_utils/iterate.py",
+        "_core/copies/companions.py",
         "            if reason := pairs.add(other, value):\n",
         "            if (reason := pairs.add(other, value)) or pairs.copy(non_blocking):\n",
         "copy_state_dict",
@@ -85,7 +85,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "flatten_drops_empties",
         "empty containers vanish",
-        "_state_dict_utils/flatten.py",
+        "_core/containers/flat_names.py",
         "not (kind in _USUAL or is_branch(value)) or len(value) == 0:\n",
         "not (kind in _USUAL or is_branch(value)):\n",
         "flatten_state_dict",

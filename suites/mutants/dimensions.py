@@ -118,7 +118,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "a_tensor_taken_for_its_rows",
         "a tensor in the place of a state dict is flattened row by row",
-        "_state_dict_utils/flatten.py",
+        "_core/containers/flat_names.py",
         "    if not is_branch(root):\n",
         "    if root is None:\n",
         "every_key",
@@ -187,7 +187,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "never_told_again",
         "an error in one mesh is not heard of in another with a rank in common",
-        "_core/comms/agreement.py",
+        "_core/gathering/leaf_entries.py",
         "    failure = agree_on_failure(again, failure)\n",
         "    failure = agree_on_failure([], failure)\n",
         "several_meshes",
@@ -252,7 +252,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "numbers_for_tensors",
         "a number lands where a matrix was",
-        "_core/loading/targets.py",
+        "_core/loading/value_checks.py",
         "        wrong = offered in numbers and isinstance(held, torch.Tensor)",
         "        wrong = False and isinstance(held, torch.Tensor)",
         "every_refusal",

@@ -22,7 +22,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "chunk_aliases",
         "a state dict holds views of the live weights",
-        "tensor/parallel/fsdp/dtensor_gather.py",
+        "tensor/parallel/fsdp/dtensor_chunks.py",
         "    copied = fresh_copy(local, local.device)\n",
         "    copied = local.detach()\n",
         "chunk_dtensor",

@@ -14,7 +14,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "opaque_for_nobody",
         "a sparse tensor keeps the others from landing, though no rank has a place for it",
-        "_state_dict_utils/broadcast.py",
+        "_core/loading/plan.py",
         'offer.kind in ("tensor", "opaque")',
         'offer.kind == "tensor"',
         "opaque_tensors",
@@ -38,7 +38,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "wrapper_is_sent_in_part",
         "of what a wrapper on the source holds the first tensor lands, and the rest is lost",
-        "_core/tensors/values.py",
+        "_core/tensors/properties.py",
         "        if len(names) != 1:\n            return None\n",
         "",
         "opaque_tensors",
@@ -46,7 +46,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "wrapper_gathered_in_part",
         "of what a wrapper holds the elements are gathered, and the rest is lost",
-        "_state_dict_utils/gather.py",
+        "_core/gathering/whole_tensors.py",
         "            if layout.own_way is not None:\n",
         "            if False:\n",
         "opaque_tensors",

@@ -10,7 +10,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "placements_unagreed",
         "ranks whose placements differ mix parts of different cuts",
-        "_core/comms/agreement.py",
+        "_core/gathering/leaf_entries.py",
         "if (found.summary, found.members) != (entry.summary, entry.members):",
         'if found.summary.split(", (")[0] != entry.summary.split(", (")[0]:',
         "agreement",
@@ -18,7 +18,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "reductions_unagreed",
         "ranks of which one sums and one takes the maximum get two answers",
-        "_core/comms/agreement.py",
+        "_core/gathering/leaf_entries.py",
         "if (found.summary, found.members) != (entry.summary, entry.members):",
         'if found.summary.replace("(max)", "(sum)") != entry.summary.replace("(max)", "(sum)"):',
         "agreement",
@@ -34,7 +34,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "mesh_order_unagreed",
         "ranks whose meshes count the ranks in another order mix the parts",
-        "_core/comms/agreement.py",
+        "_core/gathering/leaf_entries.py",
         "if (found.summary, found.members) != (entry.summary, entry.members):",
         "if found.summary != entry.summary:",
         "agreement",
@@ -50,7 +50,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "first_where_it_is_first",
         "ranks in several meshes wait for each other in a circle",
-        "_state_dict_utils/gather.py",
+        "_core/gathering/agree_on_leaves.py",
         'return sorted(chosen.values(), key=attrgetter("key"))',
         "return sorted(chosen.values(), key=lambda domain: (domain.index(), domain.key))",
         "order_of_collectives",
@@ -67,7 +67,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "tied_by_object",
         "a parameter and its detached twin come apart",
-        "_core/tensors/values.py",
+        "_core/tensors/ties.py",
         "return id(tensor) if isinstance(tensor, ShardedTensor) else geometry(tensor)",
         "return id(tensor)",
         "ties",
@@ -75,7 +75,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "dtensors_tied_by_object",
         "a DTensor and its detached twin come apart",
-        "_core/tensors/values.py",
+        "_core/tensors/ties.py",
         'return ("DTensor", geometry(tensor._local_tensor), spec.placements, spec.shape)',
         'return ("DTensor", id(tensor), spec.placements, spec.shape)',
         "ties",
@@ -100,7 +100,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "offloaded_at_the_end",
         "the whole result is held where it was gathered, and then once more on the CPU",
-        "_state_dict_utils/gather.py",
+        "_core/gathering/whole_tensors.py",
         "        Line(streams[key], wanted, agreed, cpu_offload).gather(results)\n",
         (
             "        Line(streams[key], wanted, agreed, False).gather(results)\n"
@@ -122,7 +122,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         (
             f"a_collective_per_{kind}",
             f"leaves that are {kind} are gathered one by one",
-            "_state_dict_utils/gather.py",
+            "_core/gathering/whole_tensors.py",
             "                streams[layout.stream].append(kind)\n",
             (
                 "                for leaf in kind:\n"
@@ -174,7 +174,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "values_copied_shallowly",
         "what a list holds is shared with the snapshot",
-        "_state_dict_utils/iterate.py",
+        "_core/containers/leaf_values.py",
         "    return copy.deepcopy(value)\n",
         "    return copy.copy(value)\n",
         "own_objects",
@@ -258,7 +258,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "stacked_with_zeros",
         "many small ones gathered as a sum with zeros",
-        "_core/comms/buckets.py",
+        "_core/tensors/values.py",
         "    torch.stack(parts, out=room.view(len(parts), *parts[0].shape))\n",
         "    torch.stack(parts, out=room.view(len(parts), *parts[0].shape)).add_(0)\n",
         "bits",
@@ -302,7 +302,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "ranks_only_in_world_numbers",
         "ranks_only counts in the world's numbers whatever the group",
-        "_state_dict_utils/iterate.py",
+        "_core/sharding/ranks.py",
         "return not ranks_only or dist.get_rank(pg) in ranks_only",
         "return not ranks_only or dist.get_rank() in ranks_only",
         "gather_state_dict_manners",
@@ -311,7 +311,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "none_takes_a_tensor",
         "a local None is replaced by a tensor",
-        "_state_dict_utils/broadcast.py",
+        "_core/loading/plan.py",
         'if value is None and (key not in local or offer.kind in ("tensor", "opaque")):',
         "if key not in local:",
         "own_objects",

@@ -9,7 +9,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "subclass_is_narrowed",
         "a type that can be chunked but not sliced is refused",
-        "tensor/parallel/fsdp/dtensor_gather.py",
+        "tensor/parallel/fsdp/dtensor_chunks.py",
         "        if has_own_operations(local):\n            local = piece(",
         "        if False:\n            local = piece(",
         "fsdp_subclasses",
@@ -65,7 +65,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "played_on_one_place",
         "where one process plays all ranks all of them get the chunk of one",
-        "tensor/parallel/fsdp/dtensor_gather.py",
+        "tensor/parallel/fsdp/dtensor_chunks.py",
         "        coordinate = root.get_coordinate()\n",
         "        with with_real_ranks():\n            coordinate = root.get_coordinate()\n",
         "fsdp_simulated",
@@ -73,7 +73,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "chunk_is_a_break",
         "the compiler gives up in the tables of meshes",
-        "tensor/parallel/fsdp/dtensor_gather.py",
+        "tensor/parallel/fsdp/dtensor_chunks.py",
         "    if torch.compiler.is_compiling():\n",
         "    if False:\n",
         "chunk_dtensor",
@@ -81,7 +81,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "chunk_forgets_strides",
         "a weight that is laid out by columns is said to be by rows",
-        "tensor/parallel/fsdp/dtensor_gather.py",
+        "tensor/parallel/fsdp/dtensor_chunks.py",
         "    return tuple(torch.empty_like(ghost).stride())\n",
         "    return tuple(torch.empty(ghost.shape, device='meta').stride())\n",
         "fsdp_details",
@@ -89,7 +89,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "chunk_loses_the_sign_of_zero",
         "negative zeros and the payload of NaNs are lost in a chunk",
-        "tensor/parallel/fsdp/dtensor_gather.py",
+        "tensor/parallel/fsdp/dtensor_chunks.py",
         "    copied = fresh_copy(local",
         (
             "    local = local + 0 if local.is_floating_point() and local.itemsize > 1 else local\n"
@@ -124,7 +124,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "partial_is_forgotten",
         "values that are still to be summed over TP are said to be whole",
-        "tensor/parallel/fsdp/dtensor_gather.py",
+        "tensor/parallel/fsdp/dtensor_chunks.py",
         "        if isinstance(placement, Replicate) or not part:\n",
         "        if isinstance(placement, (Replicate, Partial)) or not part:\n",
         "fsdp_details",
@@ -159,7 +159,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "flattened_trains_in_no_grad",
         "a chunk is part of a graph unless somebody forbids it",
-        "tensor/parallel/fsdp/dtensor_gather.py",
+        "tensor/parallel/fsdp/dtensor_chunks.py",
         "    meta = TensorMeta(torch.Size(tensor.shape), _dense_stride(tensor), tensor.dtype)\n",
         (
             "    meta = TensorMeta(torch.Size(tensor.shape), _dense_stride(tensor), tensor.dtype)\n"

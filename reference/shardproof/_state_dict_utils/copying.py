@@ -11,20 +11,15 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from shardproof._core.containers.container_types import is_container
+from shardproof._core.containers.leaf_values import check_leaf_types, copy_leaf_value
 from shardproof._core.containers.walk import CompanionMismatch, Walk
+from shardproof._core.copies.companions import take
 from shardproof._core.copies.copy_into import all_matching, difference, matching
+from shardproof._core.copies.snapshots import cpu_copy, snapshot_by, snapshots
+from shardproof._core.sharding.ranks import on_this_rank
 from shardproof._core.tensors import pinned_copy
+from shardproof._core.tensors.properties import unwrapped
 from shardproof._core.tensors.ties import maybe_tied
-from shardproof._core.tensors.values import unwrapped
-from shardproof._state_dict_utils.iterate import (
-    check_leaf_types,
-    copy_leaf_value,
-    cpu_copy,
-    on_this_rank,
-    snapshot_by,
-    snapshots,
-    take,
-)
 
 
 def _offload_state_dict_to_cpu(

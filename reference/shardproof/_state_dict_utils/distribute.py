@@ -10,18 +10,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from shardproof._core.loading.simulated import land_simulated, simulates_ranks
+from shardproof._core.loading.simulated import land_simulated
 from shardproof._core.loading.target_spec import Model
-from shardproof._core.loading.targets import (
-    Target,
-    Targets,
-    check_kinds,
-    plain_full_tensor,
-    winners,
-)
-from shardproof._core.sharding.blocks import same_ranks
+from shardproof._core.loading.targets import Target, Targets, winners
+from shardproof._core.loading.value_checks import check_kinds, plain_full_tensor
+from shardproof._core.sharding.dtensors import with_local
+from shardproof._core.sharding.ranks import same_ranks
+from shardproof._core.sharding.simulated_ranks import simulates_ranks
+from shardproof._core.tensors.properties import CPU
 from shardproof._core.tensors.subclasses import PLAIN
-from shardproof._core.tensors.values import CPU, copies_of_each, fresh_copy, with_local
+from shardproof._core.tensors.values import copies_of_each, fresh_copy
 
 
 @torch.no_grad()

@@ -16,23 +16,15 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from shardproof._core.containers.container_types import path_name
+from shardproof._core.containers.leaf_values import copy_leaf_value
 from shardproof._core.containers.walk import Walk
+from shardproof._core.sharding.dtensors import with_local
 from shardproof._core.sharding.sharded_tensors import with_shards
 from shardproof._core.tensors.overlapping_copies import Together
+from shardproof._core.tensors.properties import CPU, is_ordinary, local_of, wrapper_of
 from shardproof._core.tensors.subclasses import is_custom, is_table, own_buffer, settled, shards_of
-from shardproof._core.tensors.ties import maybe_tied
-from shardproof._core.tensors.values import (
-    CPU,
-    MOVABLE,
-    allocate_like,
-    bit_dtype,
-    is_ordinary,
-    local_of,
-    tie_key,
-    with_local,
-    wrapper_of,
-)
-from shardproof._state_dict_utils.iterate import copy_leaf_value
+from shardproof._core.tensors.ties import maybe_tied, tie_key
+from shardproof._core.tensors.values import MOVABLE, allocate_like, bit_dtype
 
 # cudaHostRegisterPortable: pinned for every context of the process.
 _PORTABLE = 1

@@ -10,46 +10,16 @@ for many tensors, at once.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from operator import attrgetter
 from typing import Any
 
 import torch
 
+from shardproof._core.limits import BUCKET_BYTES
 from shardproof._core.sharding.blocks import Block, Region, rectangles
-from shardproof._core.tensors.values import MOVABLE, bits, carrier, copy_all
-
-_SETTING = "SHARDPROOF_BUCKET_MIB"
-
-
-def _bucket_bytes() -> int:
-    text = os.environ.get(_SETTING, "32")
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{_SETTING}={text!r}: expected a whole number of MiB, 1 or more")
-    return int(text) * 1024 * 1024
-
-
-BUCKET_BYTES = _bucket_bytes()
-"""The most bytes that a call needs on a rank besides its result, all participants together and
-what the backend copies included.
-
-All ranks need the same value: set SHARDPROOF_BUCKET_MIB before the import, on every rank. More
-saves collectives, less saves memory. 32 MiB: over 4 Gloo ranks a gather of 4 x 64 MiB took 0.80 of
-torch's time with 16 MiB, 0.73 with 32 and 1.07 with 64, where glibc maps the memory of each
-collective anew; a broadcast of the model-like shapes 136 ms with 16, 99 ms with 32.
-"""
-
-# A tensor of this share of a bucket fills collectives well enough to have its own.
-_ALONE = 16
-
-
-def alone_bytes() -> int:
-    """From how many bytes on a tensor travels without a bucket, if it can."""
-    return BUCKET_BYTES // _ALONE
-
+from shardproof._core.tensors.values import carried, carrier, copy_all, stack_into
 
 # The widest element: a cut at a multiple of it is a cut between elements of every dtype.
 _WIDEST = 16
@@ -57,9 +27,6 @@ _WIDEST = 16
 # A tensor of which a participant has at most this share of a row of a bucket is not cut: what the
 # end of a row then leaves empty is less.
 _UNCUT = 16
-
-
-_device = attrgetter("device")
 
 
 @dataclass(slots=True)
@@ -250,24 +217,6 @@ def pack(
             found = elements(parts[0], piece.start, piece.stop)
             torch.cat([part.to(room.device) for part in found], out=room)
     copy_all(into, values)
-
-
-def stack_into(room: torch.Tensor, parts: list[torch.Tensor]) -> None:
-    """Write tensors of one shape into 1-D memory, one after the other.
-
-    The memory has the dtype that carries theirs.
-    """
-    if parts[0].dtype is not room.dtype:
-        parts = [bits(part) for part in parts]
-    if set(map(_device, parts)) != {room.device}:
-        # Not reached on a CPU: all lies there.
-        parts = [part.to(room.device) for part in parts]
-    torch.stack(parts, out=room.view(len(parts), *parts[0].shape))
-
-
-def carried(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in the dtype that carries its dtype between ranks: mostly itself."""
-    return tensor if tensor.dtype in MOVABLE else bits(tensor)
 
 
 def elements(tensor: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:

@@ -9,18 +9,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.tensor import DTensor
+
+from shardproof._core.tensors.properties import LEAF_TYPES
 
 Path = tuple[Any, ...]
 
 _STRING = frozenset({str})
-
-LEAF_TYPES = frozenset(
-    {torch.Tensor, nn.Parameter, DTensor, ShardedTensor, int, float, bool, str, bytes, type(None)}
-)
-"""The types of nearly all leaves: what is of one of them needs no further questions."""
 
 
 def is_container(value: Any) -> bool:

@@ -13,7 +13,6 @@ from operator import eq
 from typing import Any, Final, NamedTuple
 
 from shardproof._core.containers.container_types import (
-    LEAF_TYPES,
     Nameless,
     Path,
     are_leaf_names,
@@ -24,7 +23,7 @@ from shardproof._core.containers.container_types import (
     path_name,
     sequence_of,
 )
-from shardproof._core.tensors.values import kind_of
+from shardproof._core.tensors.properties import LEAF_TYPES, kind_of
 
 ABSENT: Final = object()
 

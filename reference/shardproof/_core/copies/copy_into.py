@@ -10,10 +10,11 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-from shardproof._core.sharding.blocks import same_ranks
+from shardproof._core.sharding.ranks import same_ranks
 from shardproof._core.tensors.pinned_copy import into_host
+from shardproof._core.tensors.properties import dtype_of, kind_of, shape_of, unwritable
 from shardproof._core.tensors.subclasses import PLAIN, is_custom, settled
-from shardproof._core.tensors.values import MOVABLE, dtype_of, kind_of, put, shape_of, unwritable
+from shardproof._core.tensors.values import MOVABLE, put
 
 _SHARDED = frozenset({DTensor})
 _STRIDED = frozenset({torch.strided})

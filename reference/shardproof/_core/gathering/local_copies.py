@@ -11,21 +11,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardproof._core.comms.buckets import Piece, deliver, elements
+from shardproof._core.containers.leaf_values import copy_leaf_value
 from shardproof._core.gathering.mesh_gather import carried_view, result_device, result_for
 from shardproof._core.gathering.sharded_leaves import Found, Leaf
 from shardproof._core.tensors import pinned_copy
 from shardproof._core.tensors.overlapping_copies import Together
+from shardproof._core.tensors.properties import CPU, local_of, requires_grad_of
 from shardproof._core.tensors.subclasses import PLAIN, is_custom, is_table
-from shardproof._core.tensors.ties import maybe_tied
-from shardproof._core.tensors.values import (
-    CPU,
-    dress_like,
-    fresh_copy,
-    geometry,
-    local_of,
-    requires_grad_of,
-)
-from shardproof._state_dict_utils.iterate import copy_leaf_value
+from shardproof._core.tensors.ties import geometry, maybe_tied
+from shardproof._core.tensors.values import dress_like, fresh_copy
 
 
 class LocalCopies:

@@ -11,16 +11,17 @@ from itertools import product
 
 import torch
 
-from shardproof._core.comms import buckets
-from shardproof._core.comms.agreement import Agreed
-from shardproof._core.comms.buckets import Parcel, Piece, Stream, carried, deliver, pack, rooms
+from shardproof._core import limits
+from shardproof._core.comms.buckets import Parcel, Piece, Stream, deliver, pack, rooms
 from shardproof._core.comms.collectives import all_gather_into, collect, collect_to
+from shardproof._core.gathering.leaf_entries import Agreed
 from shardproof._core.gathering.sharded_leaves import Leaf
 from shardproof._core.sharding.partial_reduction import reduced
 from shardproof._core.sharding.tensor_layout import Layout
 from shardproof._core.sharding.uniform_grid import Grid
 from shardproof._core.tensors.pinned_copy import is_far, landed
-from shardproof._core.tensors.values import CPU, allocate, carrier, copy_all
+from shardproof._core.tensors.properties import CPU
+from shardproof._core.tensors.values import allocate, carried, carrier, copy_all
 
 
 def needs_bucket(leaf: Leaf, cpu_offload: bool) -> bool:
@@ -142,7 +143,7 @@ class Line:
         out = results[leaf.path] = result_for(leaf, self.cpu_offload)
         payload = carried(leaf.local[0]).view(-1).view(torch.uint8)
         into = carried_view(out).view(-1).view(torch.uint8)
-        all_gather_into(self.stages[0].group, payload, into, buckets.BUCKET_BYTES // 2)
+        all_gather_into(self.stages[0].group, payload, into, limits.BUCKET_BYTES // 2)
 
     def _gather_stream(
         self, todo: Stream, grids: Sequence[Grid | None], results: dict[str, torch.Tensor]

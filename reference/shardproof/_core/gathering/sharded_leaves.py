@@ -12,16 +12,17 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from shardproof._core.comms.agreement import Columns, Failure
-from shardproof._core.comms.collectives import Domain, group_domain, mesh_domain
-from shardproof._core.containers.container_types import LEAF_TYPES
+from shardproof._core.comms.agreement import Failure
+from shardproof._core.containers.leaf_values import check_leaf_types
 from shardproof._core.containers.walk import Walk
-from shardproof._core.sharding.blocks import my_coordinate
+from shardproof._core.gathering.leaf_entries import Columns
+from shardproof._core.sharding.domain import Domain, group_domain, mesh_domain
+from shardproof._core.sharding.ranks import my_coordinate
 from shardproof._core.sharding.table_shards import joined
 from shardproof._core.sharding.tensor_layout import Layout, layout_of
+from shardproof._core.tensors.properties import LEAF_TYPES, local_of, wrapper_of
 from shardproof._core.tensors.subclasses import has_own_operations, is_table, memory_of, settled
-from shardproof._core.tensors.values import local_of, tie_key, wrapper_of
-from shardproof._state_dict_utils.iterate import check_leaf_types
+from shardproof._core.tensors.ties import tie_key
 
 
 @dataclass(slots=True)

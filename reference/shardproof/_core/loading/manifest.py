@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from shardproof._core.comms import buckets
+from shardproof._core import limits
 from shardproof._core.comms.agreement import Failure
-from shardproof._core.comms.collectives import Domain, broadcast, finish
-from shardproof._core.loading.targets import plain_full_tensor
-from shardproof._core.tensors.ties import maybe_tied
-from shardproof._core.tensors.values import bits, geometry, is_opaque, is_ordinary, unwrapped
+from shardproof._core.comms.collectives import broadcast, finish
+from shardproof._core.loading.value_checks import plain_full_tensor
+from shardproof._core.sharding.domain import Domain
+from shardproof._core.tensors.properties import is_opaque, is_ordinary, unwrapped
+from shardproof._core.tensors.ties import geometry, maybe_tied
+from shardproof._core.tensors.values import bits
 
 _LENGTH = struct.Struct("<q")
 
@@ -127,7 +129,7 @@ def offers_of(
                 continue
             number = small.get((size, dtype))
             if number is None:
-                is_small = math.prod(size) * dtype.itemsize < buckets.alone_bytes()
+                is_small = math.prod(size) * dtype.itemsize < limits.alone_bytes()
                 flat = not is_small and (
                     ordinary
                     and plain.device == device

@@ -14,18 +14,18 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from shardproof._core.sharding.blocks import Block, full_block
+from shardproof._core.sharding.dtensors import FSDP_FLATTENED
 from shardproof._core.sharding.table_shards import shards_in
 from shardproof._core.sharding.target_part import WHOLE, place_of
-from shardproof._core.tensors.subclasses import is_custom, is_table, settled, shards_of
-from shardproof._core.tensors.values import (
-    FSDP_FLATTENED,
-    MOVABLE,
+from shardproof._core.tensors.properties import (
     QUANTIZED,
     is_opaque,
     is_ordinary,
     kind_of,
     unwritable,
 )
+from shardproof._core.tensors.subclasses import is_custom, is_table, settled, shards_of
+from shardproof._core.tensors.values import MOVABLE
 
 
 class Model:

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shardproof._core.comms import buckets
-from shardproof._core.comms.buckets import Parcel, Piece, Stream, block_elements, rooms, stack_into
+from shardproof._core import limits
+from shardproof._core.comms.buckets import Parcel, Piece, Stream, block_elements, rooms
 from shardproof._core.comms.collectives import (
-    Domain,
     broadcast,
     finish,
     scatter,
@@ -29,9 +28,18 @@ from shardproof._core.loading.requirements import Need, Parts, parts_of
 from shardproof._core.loading.target_spec import Model
 from shardproof._core.loading.targets import Target
 from shardproof._core.sharding.blocks import Block
+from shardproof._core.sharding.domain import Domain
 from shardproof._core.sharding.uniform_grid import Grid
 from shardproof._core.tensors.pinned_copy import Outgoing, is_far, landed, sends
-from shardproof._core.tensors.values import CPU, MOVABLE, bits, copies_of_each, copy_all, copy_each
+from shardproof._core.tensors.properties import CPU
+from shardproof._core.tensors.values import (
+    MOVABLE,
+    bits,
+    copies_of_each,
+    copy_all,
+    copy_each,
+    stack_into,
+)
 
 # From how many tensors on a copy of their own costs less than views for one of all tensors.
 _MANY = 8
@@ -150,7 +158,7 @@ class Transport:
             return
         assert memory is not None
         rows = None if data is None else data.view(len(self.domain.members), -1)
-        scatter_into(self.group, memory, rows, buckets.BUCKET_BYTES)
+        scatter_into(self.group, memory, rows, limits.BUCKET_BYTES)
 
     def _run_stream(self, parcels: Sequence[Parcel], scattered: bool) -> None:
         participants = len(self.domain.members) if scattered else 1

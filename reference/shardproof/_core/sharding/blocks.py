@@ -31,8 +31,6 @@ from torch.distributed.tensor.placement_types import (
 
 from shardproof._core.sharding.simulated_ranks import for_each_rank
 
-# A mesh builds its tensor of ranks anew each time it is asked. Weak: a mesh holds process groups.
-_RANKS: WeakKeyDictionary[DeviceMesh, tuple[int, ...]] = WeakKeyDictionary()
 _LOCAL_SHAPES: WeakKeyDictionary[DeviceMesh, dict[Hashable, tuple[int, ...]]] = WeakKeyDictionary()
 
 Run = tuple[int, int]
@@ -154,12 +152,6 @@ def spec_block(spec: DTensorSpec, coordinate: Sequence[int]) -> Block:
     )
 
 
-def my_coordinate(mesh: DeviceMesh) -> tuple[int, ...] | None:
-    """This rank's coordinate on ``mesh``, None where the rank is no part of it."""
-    coordinate = mesh.get_coordinate()
-    return None if coordinate is None else tuple(int(c) for c in coordinate)
-
-
 def local_shape(spec: DTensorSpec) -> tuple[int, ...]:
     """The shape of this rank's local tensor; ``(0,)`` on a rank outside the mesh."""
     mesh = spec.mesh
@@ -184,30 +176,6 @@ def local_shape(spec: DTensorSpec) -> tuple[int, ...]:
 @for_each_rank
 def _shape_at(spec: DTensorSpec, coordinate: Sequence[int]) -> tuple[int, ...]:
     return spec_block(spec, coordinate).shape
-
-
-def mesh_ranks(mesh: DeviceMesh) -> tuple[int, ...]:
-    """The global ranks of ``mesh``, row-major."""
-    ranks = _RANKS.get(mesh)
-    if ranks is None:
-        ranks = _RANKS[mesh] = tuple(int(rank) for rank in mesh.mesh.flatten().tolist())
-    return ranks
-
-
-def same_ranks(ours: DeviceMesh, theirs: DeviceMesh) -> bool:
-    """Whether two meshes have the same ranks in the same places, whatever their names."""
-    if ours is theirs or ours == theirs:
-        return True
-    alike = tuple(ours.shape) == tuple(theirs.shape) and ours.device_type == theirs.device_type
-    return alike and mesh_ranks(ours) == mesh_ranks(theirs)
-
-
-def root_of(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh that a mesh was sliced from; itself where it was not."""
-    # Private, and not by the same name in every torch.
-    find: Any = getattr(mesh, "_get_root_mesh", None)
-    root: DeviceMesh = find() if find is not None else getattr(mesh, "_root_mesh", None) or mesh
-    return root
 
 
 def partial_dims(placements: Sequence[Placement]) -> dict[int, str | type[Partial]]:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
+import torch
+
 __all__ = ["for_each_rank", "plays_all_ranks", "with_real_ranks"]
 
 P = ParamSpec("P")
@@ -47,3 +49,10 @@ def with_real_ranks() -> AbstractContextManager[Any]:
         return nullcontext()
     found: AbstractContextManager[Any] = _mode.maybe_disable_local_tensor_mode()
     return found
+
+
+def simulates_ranks() -> bool:
+    """Whether a mode is active under which ranks or values are made up."""
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return True
+    return plays_all_ranks()

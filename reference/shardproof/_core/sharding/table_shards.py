@@ -15,12 +15,6 @@ from shardproof._core.sharding.blocks import Block
 from shardproof._core.tensors.subclasses import shards_of
 
 
-def first_shard(tensor: torch.Tensor) -> torch.Tensor | None:
-    """A shard of this rank, where ``tensor`` wraps any."""
-    shards = shards_of(tensor)
-    return shards[0] if shards else None
-
-
 def shards_in(wrapper: torch.Tensor, block: Block) -> list[tuple[torch.Tensor, tuple[slice, ...]]]:
     """The shards of this rank, detached, each with its region of the local tensor.
 

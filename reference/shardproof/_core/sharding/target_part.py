@@ -16,11 +16,10 @@ from shardproof._core.sharding.blocks import (
     block_at,
     cuts_of,
     full_block,
-    mesh_ranks,
-    my_coordinate,
     partial_dims,
     spec_block,
 )
+from shardproof._core.sharding.ranks import mesh_ranks, my_coordinate
 
 
 class Place(NamedTuple):

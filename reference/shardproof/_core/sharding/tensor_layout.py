@@ -17,21 +17,14 @@ from torch.distributed._shard.sharding_spec._internals import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from shardproof._core.comms import buckets
-from shardproof._core.comms.collectives import Domain
-from shardproof._core.sharding.blocks import (
-    Block,
-    Cut,
-    block_at,
-    box_block,
-    cuts_of,
-    mesh_ranks,
-    partial_dims,
-)
+from shardproof._core import limits
+from shardproof._core.sharding.blocks import Block, Cut, block_at, box_block, cuts_of, partial_dims
+from shardproof._core.sharding.domain import Domain
 from shardproof._core.sharding.partial_reduction import check_reductions
+from shardproof._core.sharding.ranks import mesh_ranks
 from shardproof._core.sharding.uniform_grid import Grid, grid_of, line_of
+from shardproof._core.tensors.properties import CPU, dtype_of, is_row_major, shape_of, wrapper_of
 from shardproof._core.tensors.subclasses import is_table, settled, shards_of
-from shardproof._core.tensors.values import CPU, dtype_of, is_row_major, shape_of, wrapper_of
 
 
 @dataclass(slots=True, eq=False)
@@ -104,7 +97,7 @@ class Layout:
     @property
     def large(self) -> bool:
         """Whether such a tensor is worth collectives of its own."""
-        return self.nbytes >= buckets.alone_bytes()
+        return self.nbytes >= limits.alone_bytes()
 
     @property
     def stream(self) -> Hashable:

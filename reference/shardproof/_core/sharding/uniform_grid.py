@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from shardproof._core.comms.buckets import stack_into
 from shardproof._core.sharding.blocks import Block, Cut, block_at
-from shardproof._core.tensors.values import copies_of_each
+from shardproof._core.tensors.values import copies_of_each, stack_into
 
 # Bytes that stay in the processor's second cache while they are written and read once.
 _NEAR = 1 << 18

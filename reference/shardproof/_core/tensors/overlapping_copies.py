@@ -13,9 +13,10 @@ import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
+from shardproof._core.tensors.properties import is_ordinary
 from shardproof._core.tensors.subclasses import settled
-from shardproof._core.tensors.ties import extent
-from shardproof._core.tensors.values import allocate, geometry, is_ordinary
+from shardproof._core.tensors.ties import extent, geometry
+from shardproof._core.tensors.values import allocate
 
 # Storages begin where any dtype may.
 _ALIGNED = 16

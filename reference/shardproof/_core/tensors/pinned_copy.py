@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from shardproof._core.comms import buckets
+from shardproof._core import limits
+from shardproof._core.tensors.properties import is_ordinary, local_of
 from shardproof._core.tensors.subclasses import PLAIN
-from shardproof._core.tensors.values import MOVABLE, copies_of_each, copy_all, is_ordinary, local_of
+from shardproof._core.tensors.values import MOVABLE, copies_of_each, copy_all
 
 # Up to how many bytes a tensor is put together with others, and with how many at least.
 _SMALL, _FEW = 1 << 16, 4
@@ -159,7 +160,7 @@ def _is_small(memory: torch.Tensor) -> bool:
 def _buckets(alike: list[tuple[Any, torch.Tensor]]) -> Iterator[list[tuple[Any, torch.Tensor]]]:
     """Tensors that are alike, as many at a time as half a bucket takes; nothing if they are few."""
     if len(alike) >= _FEW:
-        count = max(1, buckets.BUCKET_BYTES // 2 // max(alike[0][1].nbytes, 1))
+        count = max(1, limits.BUCKET_BYTES // 2 // max(alike[0][1].nbytes, 1))
         for start in range(0, len(alike), count):
             yield alike[start : start + count]
 

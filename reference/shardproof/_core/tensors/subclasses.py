@@ -208,3 +208,9 @@ def own_put(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = Fal
             ours.copy_(theirs, non_blocking=non_blocking)
         return
     target.copy_(source, non_blocking=non_blocking)
+
+
+def first_shard(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A shard of this rank, where ``tensor`` wraps any."""
+    shards = shards_of(tensor)
+    return shards[0] if shards else None

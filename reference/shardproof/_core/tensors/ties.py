@@ -11,9 +11,8 @@ import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-from shardproof._core.containers.container_types import LEAF_TYPES
-from shardproof._core.tensors.subclasses import PLAIN
-from shardproof._core.tensors.values import requires_grad_of, tie_key
+from shardproof._core.tensors.properties import LEAF_TYPES, is_ordinary, requires_grad_of
+from shardproof._core.tensors.subclasses import PLAIN, inner_tensors
 
 _nbytes = attrgetter("nbytes")
 Span = tuple[int, int]
@@ -93,3 +92,31 @@ def extent(tensor: torch.Tensor) -> int:
     """From the first byte of a strided tensor that has elements to behind its last one."""
     last = sum((n - 1) * step for n, step in zip(tensor.size(), tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
+
+
+def geometry(tensor: torch.Tensor) -> Hashable:
+    """A key that two tensors share if and only if they are the same view of the same memory.
+
+    Valid while both are alive.
+    """
+    if not is_ordinary(tensor):
+        if hasattr(type(tensor), "__tensor_flatten__"):
+            return (type(tensor), *map(geometry, inner_tensors(tensor)))
+        return id(tensor)
+    return (
+        tensor.untyped_storage()._cdata,
+        tensor.storage_offset(),
+        tensor.size(),
+        tensor.stride(),
+        tensor.dtype,
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+
+
+def tie_key(tensor: torch.Tensor) -> Hashable:
+    """A key that tied tensors share: the same object, or the same view of the same memory."""
+    if isinstance(tensor, DTensor):
+        spec = tensor._spec
+        return ("DTensor", geometry(tensor._local_tensor), spec.placements, spec.shape)
+    return id(tensor) if isinstance(tensor, ShardedTensor) else geometry(tensor)

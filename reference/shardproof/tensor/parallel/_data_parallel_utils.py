@@ -16,9 +16,10 @@ from torch._C._functorch import unwrap_if_dead
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-from shardproof._core.sharding.blocks import local_shape, my_coordinate
+from shardproof._core.sharding.blocks import local_shape
+from shardproof._core.sharding.dtensors import dtensor, spec_of_dtype
+from shardproof._core.sharding.ranks import my_coordinate
 from shardproof._core.tensors.subclasses import PLAIN, settled_result
-from shardproof._core.tensors.values import dtensor, spec_of_dtype
 from shardproof.tensor.parallel._subclasses import alias
 
 __all__ = ["_flatten_tensor", "_unflatten_tensor", "sync_grad_hook"]

@@ -21,9 +21,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.utils.hooks import RemovableHandle
 
-from shardproof._core.sharding.blocks import my_coordinate, spec_block
+from shardproof._core.sharding.blocks import spec_block
+from shardproof._core.sharding.dtensors import stood_for
+from shardproof._core.sharding.ranks import my_coordinate
 from shardproof._core.tensors.subclasses import settled
-from shardproof._core.tensors.values import allocate, put, stood_for
+from shardproof._core.tensors.values import allocate, put
 from shardproof.tensor.parallel._data_parallel_utils import _flatten_tensor, around, unflattened
 from shardproof.tensor.parallel._redistribution import moved
 from shardproof.tensor.parallel._subclasses import alias

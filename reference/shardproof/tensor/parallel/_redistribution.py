@@ -11,8 +11,10 @@ from collections.abc import Callable
 import torch
 from torch.distributed.tensor import DTensor
 
+from shardproof._core.sharding.dtensors import dtensor, spec_of_dtype
+from shardproof._core.tensors.properties import is_ordinary
 from shardproof._core.tensors.subclasses import settled, settled_result
-from shardproof._core.tensors.values import bits, dtensor, is_ordinary, spec_of_dtype
+from shardproof._core.tensors.values import bits
 
 __all__ = ["moved"]
 

@@ -31,7 +31,8 @@ from shardproof.tensor.parallel.fsdp.boxes import (
     _get_dt_pg,
     _get_local_box,
 )
-from shardproof.tensor.parallel.fsdp.dtensor_gather import _all_gather_dtensor, _chunk_dtensor
+from shardproof.tensor.parallel.fsdp.dtensor_chunks import _chunk_dtensor
+from shardproof.tensor.parallel.fsdp.dtensor_gather import _all_gather_dtensor
 from shardproof.tensor.parallel.fsdp.sharded_tensor_chunks import (
     _chunk_tensor,
     _pre_load_state_dict,

@@ -22,7 +22,7 @@ from torch.distributed.remote_device import _remote_device
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
 
-from shardproof._core.sharding.blocks import mesh_ranks
+from shardproof._core.sharding.ranks import mesh_ranks
 from shardproof._core.sharding.simulated_ranks import for_each_rank
 
 __all__ = [

@@ -20,7 +20,7 @@ from torch.distributed.tensor.placement_types import (
     _StridedShard,
 )
 
-from shardproof._core.sharding.blocks import mesh_ranks, my_coordinate, root_of
+from shardproof._core.sharding.ranks import mesh_ranks, my_coordinate, root_of
 from shardproof._core.sharding.simulated_ranks import with_real_ranks
 
 __all__ = ["chunk_placements", "fsdp_dims", "mesh_name", "root_dims", "root_mesh"]

@@ -25,8 +25,9 @@ from torch.distributed._shard.sharding_spec.chunk_sharding_spec import ChunkShar
 from torch.distributed.remote_device import _remote_device
 from torch.distributed.tensor import DTensor
 
+from shardproof._core.tensors.properties import is_ordinary
 from shardproof._core.tensors.subclasses import has_own_operations, own_copy, settled_result
-from shardproof._core.tensors.values import bits, is_ordinary
+from shardproof._core.tensors.values import bits
 from shardproof.tensor.parallel._subclasses import piece
 from shardproof.tensor.parallel.fsdp.boxes import (
     _create_shard_md_from_dt,
