@@ -11,9 +11,9 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "negative_zeros_gathered_as_zeros",
         "a gather that goes through arithmetic loses -0.0",
         "_core/gathering/mesh_gather.py",
-        "            data = parts[0].view(carrier(dtype))\n",
+        "            data = parts[0].view(carrier_dtype(dtype))\n",
         (
-            "            data = parts[0].view(carrier(dtype))\n"
+            "            data = parts[0].view(carrier_dtype(dtype))\n"
             "            if data.is_floating_point():\n"
             "                data = data + 0.0\n"
         ),
@@ -166,9 +166,9 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "returns_before_it_is_sent",
         "what the source writes next arrives in place of what it had",
         "_core/loading/transport.py",
-        "            self._keep([key])\n            finish(work)\n            return\n",
+        "            self._copy_for_source([key])\n            finish(work)\n            return\n",
         (
-            "            self._keep([key])\n"
+            "            self._copy_for_source([key])\n"
             "            if self.wholes is None:\n"
             "                finish(work)\n"
             "            return\n"
@@ -180,7 +180,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "one_round_is_enough",
         "a rank three meshes away from an error waits for those that raised",
         "_core/comms/agreement.py",
-        "            if awaited & ~heard == 0:\n                todo.remove(domain)\n",
+        "            if expected_ranks & ~known_ranks == 0:\n                todo.remove(domain)\n",
         "            todo.remove(domain)\n",
         "several_meshes",
     ),

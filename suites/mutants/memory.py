@@ -15,8 +15,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "gathered_where_nobody_asked",
         "a rank that wants no result has it nevertheless, until the call returns",
         "_state_dict_utils/gather.py",
-        "    wanted = _destinations(ranks_only, pg, found)\n",
-        "    wanted = None\n",
+        "    destinations = find_destinations(ranks_only, pg, found)\n",
+        "    destinations = None\n",
         "memory",
     ),
     (
@@ -47,8 +47,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "copied_by_way_of_copies",
         "the values are copied once more on their way into the target",
         "_core/copies/copy_into.py",
-        "into_host(targets, sources, non_blocking)",
-        "into_host(targets, [s.clone() for s in sources], non_blocking)",
+        "copy_across_devices(targets, sources, non_blocking)",
+        "copy_across_devices(targets, [s.clone() for s in sources], non_blocking)",
         "memory",
     ),
 )

@@ -59,7 +59,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "strange_leaf_raises_alone",
         "a leaf of an unsupported type on one rank raises there, and the others wait",
         "_core/gathering/sharded_leaves.py",
-        "        except ValueError as error:\n            found.fail(error)\n",
+        "        except ValueError as error:\n            found.note_failure(error)\n",
         "        except ValueError:\n            raise\n",
         "gather_state_dict_manners",
     ),
@@ -101,11 +101,13 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "offloaded_at_the_end",
         "the whole result is held where it was gathered, and then once more on the CPU",
         "_core/gathering/whole_tensors.py",
-        "        Line(streams[key], wanted, agreed, cpu_offload).gather(results)\n",
+        "        MeshGather(by_bucket_key[key], destinations, agreed, cpu_offload)"
+        ".gather(results)\n",
         (
-            "        Line(streams[key], wanted, agreed, False).gather(results)\n"
+            "        MeshGather(by_bucket_key[key], destinations, agreed, False).gather(results)\n"
             "    if cpu_offload:\n"
-            "        results = {at: full.to(CPU, copy=True) for at, full in results.items()}\n"
+            "        cpu = torch.device('cpu')\n"
+            "        results = {at: full.to(cpu, copy=True) for at, full in results.items()}\n"
         ),
         "memory_options",
     ),
@@ -123,11 +125,11 @@ FAULTS: tuple[tuple[str, ...], ...] = (
             f"a_collective_per_{kind}",
             f"leaves that are {kind} are gathered one by one",
             "_core/gathering/whole_tensors.py",
-            "                streams[layout.stream].append(kind)\n",
+            "                by_bucket_key[layout.bucket_key].append(kind)\n",
             (
                 "                for leaf in kind:\n"
                 f'                    own = leaf.path if {condition} else ""\n'
-                "                    streams[*layout.stream, own].append([leaf])\n"
+                "                    by_bucket_key[*layout.bucket_key, own].append([leaf])\n"
             ),
             "cost_kinds",
         )
@@ -183,10 +185,10 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "scalars_are_lent",
         "a 0-dim tensor that was distributed is the full dict's own",
         "_core/loading/targets.py",
-        "        elif model.is_opaque:\n            self.memory =",
+        "        elif spec.is_opaque:\n            self.memory =",
         (
             "        elif not full.dim():\n            self.memory = full\n"
-            "        elif model.is_opaque:\n            self.memory ="
+            "        elif spec.is_opaque:\n            self.memory ="
         ),
         "own_objects",
     ),
@@ -194,8 +196,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "large_source_not_waited_for",
         "the source returns while its memory is still being sent",
         "_core/loading/transport.py",
-        "            self._keep([key])\n            finish(work)\n",
-        "            self._keep([key])\n            self.unfinished = work\n",
+        "            self._copy_for_source([key])\n            finish(work)\n",
+        "            self._copy_for_source([key])\n            self.unfinished = work\n",
         "process_state",
     ),
     (
@@ -210,19 +212,20 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "seeds_the_generator",
         "each gather starts the random numbers anew",
         "_state_dict_utils/gather.py",
-        "    wanted = _destinations(ranks_only, pg, found)\n",
-        "    wanted = _destinations(ranks_only, pg, found)\n    torch.manual_seed(0)\n",
+        "    destinations = find_destinations(ranks_only, pg, found)\n",
+        "    destinations = find_destinations(ranks_only, pg, found)\n    torch.manual_seed(0)\n",
         "process_state",
     ),
     (
         "second_call_is_the_first",
         "a second gather of the same dict gives what the first gave",
         "_state_dict_utils/gather.py",
-        "    gathered = _gather(found, wanted, agreed, copies)\n",
+        "    gathered = gather_whole_tensors(found, destinations, agreed, copies)\n",
         (
             "    known = vars(dist).setdefault('known', {})\n"
             "    if id(state_dict) not in known:\n"
-            "        known[id(state_dict)] = _gather(found, wanted, agreed, copies)\n"
+            "        whole = gather_whole_tensors(found, destinations, agreed, copies)\n"
+            "        known[id(state_dict)] = whole\n"
             "    gathered = known[id(state_dict)]\n"
         ),
         "process_state",
@@ -242,8 +245,9 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "inputs_are_kept",
         "the tensors of the last call live until the next",
         "_state_dict_utils/gather.py",
-        "    wanted = _destinations(ranks_only, pg, found)\n",
-        "    wanted = _destinations(ranks_only, pg, found)\n    dist.last_gathered = found\n",
+        "    destinations = find_destinations(ranks_only, pg, found)\n",
+        "    destinations = find_destinations(ranks_only, pg, found)\n"
+        "    dist.last_gathered = found\n",
         "process_state",
     ),
     # --- values -------------------------------------------------------------------------------
@@ -251,8 +255,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "zeros_added",
         "gathered as a sum with zeros: -0.0 becomes 0.0, a NaN another",
         "_core/comms/buckets.py",
-        "            values.append(carried(parts[0]))\n",
-        "            values.append(carried(parts[0]) + 0)\n",
+        "            values.append(as_carrier(parts[0]))\n",
+        "            values.append(as_carrier(parts[0]) + 0)\n",
         "bits",
     ),
     (
@@ -312,7 +316,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "none_takes_a_tensor",
         "a local None is replaced by a tensor",
         "_core/loading/plan.py",
-        'if value is None and (key not in local or offer.kind in ("tensor", "opaque")):',
+        'if value is None and (key not in local or entry.kind in ("tensor", "opaque")):',
         "if key not in local:",
         "own_objects",
     ),

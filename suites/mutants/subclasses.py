@@ -149,7 +149,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "spec_is_retyped",
         "the caller's spec takes the dtype of what was unflattened last",
         "tensor/parallel/_data_parallel_utils.py",
-        "    spec = spec_of_dtype(spec, local.dtype)\n    if type",
+        "    spec = spec_with_dtype(spec, local.dtype)\n    if type",
         (
             "    if spec.tensor_meta is not None:\n"
             "        spec.tensor_meta = spec.tensor_meta._replace(dtype=local.dtype)\n    if type"

@@ -47,8 +47,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "first_ones_again",
         "of many tensors later ones have the values of the first ones",
         "_core/sharding/uniform_grid.py",
-        "copy_(self._rows_of(data, count).narrow(self._at, at, number))",
-        "copy_(self._rows_of(data, count).narrow(self._at, 0, number))",
+        "                self._rows_of(data, count).narrow(self._tensors_dim, at, number)\n",
+        "                self._rows_of(data, count).narrow(self._tensors_dim, 0, number)\n",
         "many_alike",
     ),
     (
@@ -82,8 +82,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "targets_alike_by_shape",
         "targets of one shape are taken for alike, however they are sharded",
         "_core/loading/targets.py",
-        "        place = id(spec.mesh), spec.placements, spec.tensor_meta, order\n",
-        "        place = id(spec.mesh), spec.tensor_meta\n",
+        "        sharding = id(spec.mesh), spec.placements, spec.tensor_meta, order\n",
+        "        sharding = id(spec.mesh), spec.tensor_meta\n",
         "many_alike",
     ),
     (
@@ -101,8 +101,8 @@ ON_A_DEVICE: tuple[tuple[str, ...], ...] = (
         "snapshots_change_places",
         "of small tensors that leave a device together each gets the values of another",
         "_core/tensors/pinned_copy.py",
-        "[place for place, _ in part], copies_of_each(near)",
-        "[place for place, _ in reversed(part)], copies_of_each(near)",
+        "[index for index, _ in part], copies_of_each(near)",
+        "[index for index, _ in reversed(part)], copies_of_each(near)",
         "many_alike",
     ),
     (

@@ -1,4 +1,15 @@
-"""The twin of ``torch.distributed._state_dict_utils``: state dicts between sharded and whole."""
+"""The twin of ``torch.distributed._state_dict_utils``: state dicts between sharded and whole.
+
+A module for each family of functions; what they are made of is in :mod:`shardproof._core`.
+
+- ``iterate``: a state dict rebuilt with one function applied to each kind of tensor.
+- ``flatten``: from a nested state dict to a flat one with dotted keys, and back.
+- ``copying``: snapshots, copies into another state dict, and comparison, on one rank.
+- ``staging``: CPU buffers with the structure of a state dict.
+- ``gather``: from a sharded state dict to a whole one.
+- ``distribute``: from full tensors that every rank holds to each rank's shards.
+- ``broadcast``: from one rank's full state dict to every rank's local one.
+"""
 
 from shardproof._core.containers.typed_paths import (
     CONTAINER_TYPE,

@@ -1,4 +1,4 @@
-"""One rank's full state dict -> every rank's local state dict, sharded as the targets are.
+"""From one rank's full state dict to every rank's local one, sharded as its targets are.
 
 The source tells what it has, every rank tells what it needs of that, and then bytes travel:
 broadcast where every rank needs a tensor whole, scattered where each needs a part. Only the source
@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from shardproof._core.comms.agreement import Failure, exchange, first_failure
-from shardproof._core.loading.manifest import Offers, offers_of, tell
-from shardproof._core.loading.plan import _merged, _Plan, _plan, _unlike_shapes
+from shardproof._core.loading.manifest import Manifest, broadcast_manifest, build_manifest
+from shardproof._core.loading.plan import LoadPlan, find_unlike_shapes, make_plan, merge_columns
 from shardproof._core.loading.simulated import load_simulated
-from shardproof._core.loading.targets import Targets
+from shardproof._core.loading.targets import TargetFactory
 from shardproof._core.loading.transport import Transport
 from shardproof._core.sharding.domain import group_domain
 from shardproof._core.sharding.simulated_ranks import simulates_ranks
@@ -68,14 +68,14 @@ def _broadcast_state_dict(
         ValueError: shape, dtype or layout of a full tensor do not fit a DTensor, or plain targets
             have its shape on some ranks only.
 
-    All ranks of the group have to call it. Collectives: two broadcasts for the offer, one
+    All ranks of the group have to call it. Collectives: two broadcasts for the manifest, one
     all-gather to agree, over Gloo an all-to-all (two where the ranks need different parts, or one
     refuses), and one broadcast or scatter per bucket, or per tensor of a 16th of a bucket or more
     that can be sent from where it lies to where it belongs (over Gloo from a device per bucket of
     such a tensor that is scattered).
 
     """
-    _run(
+    _load(
         full_state_dict, local_state_dict, None, device, pg, strict=strict, cpu_offload=cpu_offload
     )
 
@@ -108,10 +108,10 @@ def _broadcast_tensors(
     :func:`_broadcast_state_dict`.
 
     """
-    _run(full_state_dict, local_state_dict, list(keys), device, pg)
+    _load(full_state_dict, local_state_dict, list(keys), device, pg)
 
 
-def _run(
+def _load(
     full: dict[str, Any],
     local: dict[str, Any],
     keys: list[str] | None,
@@ -131,69 +131,69 @@ def _run(
         return
     domain = group_domain(group, device)
     source = dist.get_rank(group) == 0
-    offers, failure = offers_of(full, keys, domain.device) if source else (Offers(), None)
-    wholes = offers.wholes
-    targets = Targets(in_place=True, cpu_offload=cpu_offload)
+    manifest, failure = build_manifest(full, keys, domain.device) if source else (Manifest(), None)
+    wholes = manifest.wholes
+    targets = TargetFactory(in_place=True, cpu_offload=cpu_offload)
 
-    def look() -> None:
+    def classify() -> None:
         nonlocal failure
         try:
-            targets.look(local)
+            targets.classify(local)
         except Exception as error:
             failure = Failure.of(error)
 
     # The source does so while the others hear of its tensors, they while it looks at those.
     if not source:
-        look()
-    offers, refused = tell(domain, group, offers, failure, look)
-    if refused is not None:
-        raise refused.error()
-    plan = _Plan()
+        classify()
+    manifest, refusal = broadcast_manifest(domain, group, manifest, failure, classify)
+    if refusal is not None:
+        raise refusal.error()
+    plan = LoadPlan()
     try:
         if keys is not None:
-            _check_infos(full, keys, offers, source)
-        plan = _plan(offers, local, targets, device, strict and keys is None)
+            _check_infos(full, keys, manifest, source)
+        plan = make_plan(manifest, local, targets, device, strict and keys is None)
     except Exception as error:
         # Whatever it is, the others hear of it: they are about to wait for this rank.
         failure = Failure.of(error)
-    columns = plan.columns(offers, domain)
-    told, _ = exchange(domain, columns, failure, repr(columns).encode())
-    kinds, wanted = columns[0], [columns[1]]
-    if told is not None:
-        failed = first_failure(domain, told)
+    columns = plan.columns(manifest, domain)
+    replies, _ = exchange(domain, columns, failure, repr(columns).encode())
+    kinds, required = columns[0], [columns[1]]
+    if replies is not None:
+        failed = first_failure(domain, replies)
         if failed is None:
-            failed = _unlike_shapes(domain, offers, [theirs for _, theirs in told])
+            failed = find_unlike_shapes(domain, manifest, [theirs for _, theirs in replies])
         if failed is not None:
             raise failed.error()
-        kinds, wanted = _merged([theirs for _, theirs in told])
+        kinds, required = merge_columns([theirs for _, theirs in replies])
 
     for target, value in plan.scalars:
-        target.take(value)
+        target.take_part_of(value)
     transport = Transport(domain, group, wholes if source else None, plan.targets)
-    transport.run(offers, kinds, wanted)
+    transport.run(manifest, kinds, required)
     leaders, found = plan.leaders, plan.found
     results = {
-        key: target.value if target.model.keeps and not target.model.by_class else target.result()
+        key: target.value if target.spec.keeps and not target.spec.by_class else target.result()
         for key, target in found.items()
         if key not in leaders
     }
     local.update(plan.values)
     local.update(results)
     # What is written in place stays the caller's object, also where another shares its memory.
-    local.update({key: results[at] for key, at in leaders.items() if not found[key].model.keeps})
+    local.update({key: results[at] for key, at in leaders.items() if not found[key].spec.keeps})
     for key in plan.removed:
         del local[key]
 
 
-def _check_infos(full: dict[str, Any], keys: list[str], offers: Offers, source: bool) -> None:
-    if set(keys) != set(offers.keys):
-        mine, first = (sorted(some, key=repr) for some in (keys, offers.keys))  # of any types
+def _check_infos(full: dict[str, Any], keys: list[str], manifest: Manifest, source: bool) -> None:
+    if set(keys) != set(manifest.keys):
+        mine, first = (sorted(some, key=repr) for some in (keys, manifest.keys))  # of any types
         raise ValueError(f"keys {mine}, expected the first rank's {first}")
-    offered = {} if source else dict(offers.items())
+    entries = {} if source else dict(manifest.items())
     for key in keys if not source else ():
         if key not in full:
             raise KeyError(f"the full state dict lacks {key!r}")
-        info, offer = full[key], offered[key]
-        said = (tuple(getattr(info, "size", ())), getattr(info, "dtype", None))
-        if isinstance(info, _TensorInfo) and said != (offer.size, offer.dtype):
-            raise ValueError(f"{key!r}: expected {said}, the first rank has {offer.size}")
+        info, entry = full[key], entries[key]
+        expected = (tuple(getattr(info, "size", ())), getattr(info, "dtype", None))
+        if isinstance(info, _TensorInfo) and expected != (entry.size, entry.dtype):
+            raise ValueError(f"{key!r}: expected {expected}, the first rank has {entry.size}")

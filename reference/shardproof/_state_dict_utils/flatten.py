@@ -1,4 +1,4 @@
-"""Nested state dict <-> flat dict with dotted keys, without loss.
+"""From a nested state dict to a flat one with dotted keys, and back, without loss.
 
 The flat keys are upstream's: the path's items joined by dots. The mapping from flat key to path
 holds tuples that equal upstream's, so it can be merged, pickled and read by code that knows
@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from operator import eq
 from typing import Any, cast
 
-from shardproof._core.containers.builder import Nest
+from shardproof._core.containers.builder import NestBuilder
 from shardproof._core.containers.container_types import path_name
-from shardproof._core.containers.flat_names import _leaves, _told_apart
+from shardproof._core.containers.flat_names import escape_collisions, leaves_with_names
 from shardproof._core.containers.typed_paths import (
     ANY_DICT,
     FLATTEN_MAPPING,
@@ -27,7 +27,7 @@ from shardproof._core.containers.typed_paths import (
     TypedMapping,
     TypedPath,
     container_of,
-    own_empty,
+    renew_if_empty,
 )
 from shardproof._core.tensors.properties import LEAF_TYPES
 
@@ -50,7 +50,7 @@ def _traverse_state_dict(
     No collective runs.
 
     """
-    paths, _, values = _leaves(state_dict)
+    paths, _, values = leaves_with_names(state_dict)
     for path, value in zip(paths, values, strict=True):
         visitor(path, value)
 
@@ -77,15 +77,15 @@ def _flatten_state_dict(
     No collective runs.
 
     """
-    paths, names, values = _leaves(state_dict)
+    paths, names, values = leaves_with_names(state_dict)
     flat = dict(zip(names, values, strict=True))
     if len(flat) != len(names):
-        names = _told_apart(names, paths)
+        names = escape_collisions(names, paths)
         flat = dict(zip(names, values, strict=True))
     if not LEAF_TYPES.issuperset(map(type, values)):
         for name, value in flat.items():
             if type(value) not in LEAF_TYPES:
-                flat[name] = own_empty(value)
+                flat[name] = renew_if_empty(value)
     root = container_of(state_dict)
     mapping: FLATTEN_MAPPING = {} if root is ANY_DICT else TypedMapping.of(root)
     mapping.update(zip(names, paths, strict=True))
@@ -111,23 +111,23 @@ def _unflatten_state_dict(state_dict: STATE_DICT_TYPE, mapping: FLATTEN_MAPPING)
     No collective runs.
 
     """
-    nest = Nest(getattr(mapping, "root", None) or ANY_DICT)
+    nest = NestBuilder(getattr(mapping, "root", None) or ANY_DICT)
     # Leaves of one container mostly stand together.
     held: dict[Any, Any] = nest.root
     above: Any = ()
-    for path, value in _placed(state_dict, mapping):
+    for path, value in _paired_with_paths(state_dict, mapping):
         if type(path) is TypedPath:
             key = path.key
             if key is SAME:
                 key = path[-1]
             if path.branch is not above:
                 above = path.branch
-                held = nest.of_branch(path)
+                held = nest.holder_of_branch(path)
         else:
             holder, key = path[:-1], path[-1]
             if holder != above:
                 above = holder
-                held = nest.of_path(path)
+                held = nest.holder_of_path(path)
         if type(value) not in LEAF_TYPES:
             value = nest.leaf(value)
         if held.setdefault(key, value) is not value:
@@ -137,7 +137,7 @@ def _unflatten_state_dict(state_dict: STATE_DICT_TYPE, mapping: FLATTEN_MAPPING)
     return cast(STATE_DICT_TYPE, nest.build())
 
 
-def _placed(
+def _paired_with_paths(
     state_dict: STATE_DICT_TYPE, mapping: FLATTEN_MAPPING
 ) -> Iterable[tuple[OBJ_PATH, Any]]:
     """(path, value) of each entry of a flat dict, in its order."""
@@ -180,7 +180,7 @@ def _set_element(root_dict: STATE_DICT_TYPE, path: OBJ_PATH, value: Any) -> None
         elif type(holder) is list and type(item) is int and 0 <= item < len(holder):
             child = holder[item]
         if type(child) not in PLAIN:
-            child = _existing(holder, item)
+            child = _existing_container(holder, item)
             if child is None:
                 break
         holder = child
@@ -205,7 +205,7 @@ def _set_element(root_dict: STATE_DICT_TYPE, path: OBJ_PATH, value: Any) -> None
     holder[item] = value
 
 
-def _existing(holder: Any, item: PATH_ITEM) -> Any:
+def _existing_container(holder: Any, item: PATH_ITEM) -> Any:
     """The container at ``item``, None where one has to be made."""
     if isinstance(holder, (dict, Mapping)):
         if item not in holder:

@@ -1,4 +1,4 @@
-"""Sharded -> whole: every distributed leaf of a state dict, gathered in buckets.
+"""From a sharded state dict to a whole one, gathered in buckets.
 
 Leaves that differ over the same dimensions of the same ranks travel together as one byte stream.
 A single destination gets the bytes alone; the other ranks only send.
@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
-from shardproof._core.gathering.agree_on_leaves import _agree
-from shardproof._core.gathering.destinations import _destinations
+from shardproof._core.gathering.agree_on_leaves import agree_on_leaves
+from shardproof._core.gathering.destinations import find_destinations
 from shardproof._core.gathering.local_copies import LocalCopies
-from shardproof._core.gathering.sharded_leaves import find
+from shardproof._core.gathering.sharded_leaves import find_sharded_leaves
 from shardproof._core.gathering.simulated import gather_simulated
-from shardproof._core.gathering.whole_tensors import _gather
+from shardproof._core.gathering.whole_tensors import gather_whole_tensors
 from shardproof._core.sharding.simulated_ranks import simulates_ranks
 
 
@@ -68,14 +68,14 @@ def _gather_state_dict(
     """
     if simulates_ranks():
         return gather_simulated(state_dict, pg, cpu_offload, ranks_only, type_check)
-    found = find(state_dict, pg, device, type_check)
-    wanted = _destinations(ranks_only, pg, found)
-    agreed = _agree(found, pg, device, cpu_offload)
+    found = find_sharded_leaves(state_dict, pg, device, type_check)
+    destinations = find_destinations(ranks_only, pg, found)
+    agreed = agree_on_leaves(found, pg, device, cpu_offload)
     copies = LocalCopies(found, cpu_offload)
-    gathered = _gather(found, wanted, agreed, copies)
-    if wanted is not None and dist.get_rank() not in wanted:
+    gathered = gather_whole_tensors(found, destinations, agreed, copies)
+    if destinations is not None and dist.get_rank() not in destinations:
         return {}
-    return copies.around(gathered)
+    return copies.rebuild_around(gathered)
 
 
 @torch.no_grad()
@@ -103,10 +103,10 @@ def _all_gather_sharded_tensor(
     pytorch#150928.
 
     """
-    found = find({"sharded_tensor": sharded_tensor}, pg, device, type_check=False)
-    agreed = _agree(found, pg, device, cpu_offload=False)
+    found = find_sharded_leaves({"sharded_tensor": sharded_tensor}, pg, device, type_check=False)
+    agreed = agree_on_leaves(found, pg, device, cpu_offload=False)
     leaf = found.leaves["sharded_tensor"]
     assert leaf.layout.domain is not None
     target = leaf.layout.domain.device if device is None else device
-    gathered = _gather(found, None, agreed, LocalCopies(found, cpu_offload=False))
+    gathered = gather_whole_tensors(found, None, agreed, LocalCopies(found, cpu_offload=False))
     return gathered["sharded_tensor"].to(target)

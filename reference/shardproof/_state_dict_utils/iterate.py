@@ -1,4 +1,4 @@
-"""State dicts rebuilt around other leaves: what is asked of each leaf, and what takes its place."""
+"""A state dict rebuilt with one function applied to each kind of tensor."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from torch.distributed.tensor import DTensor
 from shardproof._core.containers.container_types import path_name
 from shardproof._core.containers.leaf_values import check_leaf_types, copy_leaf_value
 from shardproof._core.containers.walk import ABSENT, CompanionMismatch, Walk
-from shardproof._core.copies.companions import _all_tensors, _unlike, take
-from shardproof._core.copies.snapshots import cpu_copy, snapshot_by, snapshots
-from shardproof._core.sharding.ranks import on_this_rank
-from shardproof._core.tensors.ties import dressed_tie_key, maybe_tied
+from shardproof._core.copies.companions import (
+    are_usual_tensors,
+    companion_mismatch,
+    copy_into_companions,
+)
+from shardproof._core.copies.snapshots import cpu_copy, snapshot_by, snapshots_of_tied
+from shardproof._core.sharding.ranks import wants_result_here
+from shardproof._core.tensors.ties import maybe_tied, parameter_tie_key
 
 TensorFunction = Callable[
     [Any, "dist.ProcessGroup | None", "torch.device | None", Any],
@@ -81,19 +85,19 @@ def _iterate_state_dict(
     walk = Walk(iter_object, companion)
     if type_check:
         check_leaf_types(walk)
-    if not (_all_tensors(walk.leaves) and _all_tensors(walk.companions)):
+    if not (are_usual_tensors(walk.leaves) and are_usual_tensors(walk.companions)):
         for index, (value, other) in enumerate(zip(walk.leaves, walk.companions, strict=False)):
-            if reason := _unlike(value, other):
+            if reason := companion_mismatch(value, other):
                 raise CompanionMismatch(f"{path_name(walk.path(index))}: {reason}")
 
-    here = on_this_rank(ranks_only, pg)
+    here = wants_result_here(ranks_only, pg)
     offload = cpu_offload and here and companion is ABSENT
     functions = _Functions(sharded_tensor_func, dtensor_func, tensor_func)
     others = walk.companions or repeat(None)
     results: list[Any] = []
     called: dict[Hashable, Any] = {}
     tied = list(maybe_tied(walk.leaves))
-    of = snapshots(walk.leaves, tied if offload else [False] * len(tied))
+    of = snapshots_of_tied(walk.leaves, tied if offload else [False] * len(tied))
     for value, other, shared in zip(walk.leaves, others, tied, strict=False):
         function = functions[type(value)]
         if function is None:
@@ -103,7 +107,7 @@ def _iterate_state_dict(
         if shared:
             # Without the Parameter-ness in the key a detached twin would come back as the
             # Parameter.
-            key = dressed_tie_key(value), None if other is None else id(other)
+            key = parameter_tie_key(value), None if other is None else id(other)
             if key in called:
                 results.append(called[key])
                 continue
@@ -118,7 +122,7 @@ def _iterate_state_dict(
     if not here:
         return {} if isinstance(iter_object, Mapping) else None
     if companion is not ABSENT:
-        results = take(walk, results, non_blocking)
+        results = copy_into_companions(walk, results, non_blocking)
     return walk.rebuilt(results)
 
 

@@ -1,4 +1,4 @@
-"""The law of symmetry: ranks agree on what they are about to do, or all raise the same error.
+"""Ranks agree on what they are about to do, or all raise the same error.
 
 Each rank contributes a digest of its plan, and how long its error and its plan are. Equal digests
 and no error cost one small collective a domain dimension. Otherwise one more exchanges the errors
@@ -12,7 +12,7 @@ import hashlib
 import pickle
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -38,7 +38,7 @@ _RAISABLE: tuple[type[Exception], ...] = (
 class Failure:
     """An error that can travel: the type's name and the message.
 
-    ``shared`` once other ranks were told of it: then the message names the rank already.
+    ``shared`` once other ranks know of it: then the message names the rank already.
     """
 
     kind: str
@@ -60,10 +60,7 @@ class Failure:
         return kinds[self.kind](self.message)
 
 
-Verdict = Callable[[Domain, Sequence[Any]], "Failure | None"]
-
-
-Told = list[tuple[Failure | None, Any]]
+Replies = list[tuple[Failure | None, Any]]
 
 
 def exchange(
@@ -72,8 +69,8 @@ def exchange(
     failure: Failure | None,
     digest: bytes = b"",
     flags: int = 0,
-) -> tuple[Told | None, int]:
-    """Tell all members of a domain this rank's plan and error.
+) -> tuple[Replies | None, int]:
+    """Send this rank's plan and error to all members of a domain.
 
     Args:
         domain: this rank is a member.
@@ -111,11 +108,11 @@ def exchange(
     return [(None, pickle.loads(zlib.decompress(text))) for text in texts], flags  # noqa: S301
 
 
-def first_failure(domain: Domain, told: Told) -> Failure | None:
+def first_failure(domain: Domain, replies: Replies) -> Failure | None:
     """The error of the first member that has one, with the member's name."""
-    for index, (failure, _) in enumerate(told):
+    for index, (failure, _) in enumerate(replies):
         if failure is not None:
-            return _named(domain, index, failure)
+            return _with_rank_name(domain, index, failure)
     return None
 
 
@@ -135,55 +132,55 @@ def agree_on_failure(domains: Sequence[Domain], failure: Failure | None) -> Fail
     is in several domains.
 
     """
-    heard = 1 << dist.get_rank()
-    awaited = sum(1 << rank for rank in set().union(*(domain.members for domain in domains)))
+    known_ranks = 1 << dist.get_rank()
+    expected_ranks = sum(1 << rank for rank in set().union(*(domain.members for domain in domains)))
     todo = list(domains)
     while todo:
         for domain in tuple(todo):
-            found = _tell_what_was_heard(domain, heard, awaited, failure)
-            heard, awaited, failure = found
-            # All members come to the same answer, for all were told the same.
-            if awaited & ~heard == 0:
+            found = _exchange_failures(domain, known_ranks, expected_ranks, failure)
+            known_ranks, expected_ranks, failure = found
+            # All members come to the same answer, for all have received the same.
+            if expected_ranks & ~known_ranks == 0:
                 todo.remove(domain)
     return failure
 
 
-def _tell_what_was_heard(
-    domain: Domain, heard: int, awaited: int, failure: Failure | None
+def _exchange_failures(
+    domain: Domain, known_ranks: int, expected_ranks: int, failure: Failure | None
 ) -> tuple[int, int, Failure | None]:
-    """Join what the members of a domain know: (heard, awaited, failure), the same on all members.
+    """Join what the members of a domain know: the same on all of them.
 
     Args:
         domain: a domain of this rank.
-        heard: a bit for each global rank of which this rank knows whether it failed.
-        awaited: a bit for each rank that shares a domain with one of those.
-        failure: the first error of the ranks heard.
+        known_ranks: a bit for each global rank of which this rank knows whether it failed.
+        expected_ranks: a bit for each rank that shares a domain with one of those.
+        failure: the first error of the known ranks.
 
     """
     stages = domain.stages()
     width = -(-dist.get_world_size() // 8)
     error = b"" if failure is None else pickle.dumps(failure)
-    told = struct.pack("<q", len(error))
-    told += heard.to_bytes(width, "little") + awaited.to_bytes(width, "little")
-    rows = _collect_bytes(domain, stages, told, len(told))
+    facts = struct.pack("<q", len(error))
+    facts += known_ranks.to_bytes(width, "little") + expected_ranks.to_bytes(width, "little")
+    rows = _collect_bytes(domain, stages, facts, len(facts))
     lengths = [int(struct.unpack_from("<q", row)[0]) for row in rows]
     for row in rows:
-        heard |= int.from_bytes(row[8 : 8 + width], "little")
-        awaited |= int.from_bytes(row[8 + width :], "little")
+        known_ranks |= int.from_bytes(row[8 : 8 + width], "little")
+        expected_ranks |= int.from_bytes(row[8 + width :], "little")
     if any(lengths):
         texts = _collect_bytes(domain, stages, error, max(lengths))
         # The peers of a process group run the same program: they are trusted as torch trusts them.
         failures = [
-            _named(domain, index, pickle.loads(text[:length]))  # noqa: S301
+            _with_rank_name(domain, index, pickle.loads(text[:length]))  # noqa: S301
             for index, (text, length) in enumerate(zip(texts, lengths, strict=True))
             if length
         ]
         # Of several all raise the same one.
         failure = min(failures, key=attrgetter("message"))
-    return heard, awaited, failure
+    return known_ranks, expected_ranks, failure
 
 
-def _named(domain: Domain, index: int, failure: Failure) -> Failure:
+def _with_rank_name(domain: Domain, index: int, failure: Failure) -> Failure:
     """A member's error, with the member's name."""
     if failure.shared:
         return failure

@@ -1,4 +1,4 @@
-"""How tensors share a bucket on their way between ranks.
+"""Buckets: how small tensors share collectives, and large ones are cut.
 
 Tensors that are laid out alike make a parcel. The parcels of a call are laid end to end, widest
 elements first so that nothing needs padding, and the stream is cut into buckets: the number of
@@ -19,7 +19,7 @@ import torch
 
 from shardproof._core.limits import BUCKET_BYTES
 from shardproof._core.sharding.blocks import Block, Region, rectangles
-from shardproof._core.tensors.values import carried, carrier, copy_all, stack_into
+from shardproof._core.tensors.values import as_carrier, carrier_dtype, copy_all, stack_into
 
 # The widest element: a cut at a multiple of it is a cut between elements of every dtype.
 _WIDEST = 16
@@ -74,7 +74,7 @@ class Piece:
     end: int
 
 
-class Stream:
+class BucketStream:
     """The byte streams of all participants, cut into buckets.
 
     Args:
@@ -179,7 +179,7 @@ def _alike(blocks: Sequence[Sequence[Block]]) -> bool:
     return all(len(held) == 1 for held in blocks) and len({held[0].numel for held in blocks}) == 1
 
 
-def rooms(
+def piece_views(
     data: torch.Tensor, pieces: Sequence[Piece], parcels: Sequence[Parcel]
 ) -> Iterator[tuple[Piece, torch.Tensor]]:
     """Each piece with its part of a bucket, in the dtype that carries its dtype.
@@ -188,7 +188,7 @@ def rooms(
     """
     for dtype, group in groupby(pieces, key=lambda piece: parcels[piece.parcel].dtype):
         run = list(group)
-        part = data[..., run[0].at : run[-1].end].view(carrier(dtype))
+        part = data[..., run[0].at : run[-1].end].view(carrier_dtype(dtype))
         sizes = [(piece.end - piece.at) // dtype.itemsize for piece in run]
         yield from zip(run, part.split_with_sizes(sizes, dim=-1), strict=True)
 
@@ -205,23 +205,23 @@ def pack(
     """
     into: list[torch.Tensor] = []
     values: list[torch.Tensor] = []
-    for piece, room in rooms(bucket, pieces, parcels):
+    for piece, room in piece_views(bucket, pieces, parcels):
         items = parcels[piece.parcel].items[piece.first : piece.first + piece.count]
         parts = [source(item, piece.block) for item in items]
         if len(parts) > 1:
             stack_into(room, parts)
         elif piece.stop - piece.start == parts[0].numel():
             into.append(room.view(parts[0].shape))
-            values.append(carried(parts[0]))
+            values.append(as_carrier(parts[0]))
         else:
-            found = elements(parts[0], piece.start, piece.stop)
+            found = row_major_elements(parts[0], piece.start, piece.stop)
             torch.cat([part.to(room.device) for part in found], out=room)
     copy_all(into, values)
 
 
-def elements(tensor: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
-    """The row-major elements [start, stop) of a tensor of any strides, carried, in 1-D parts."""
-    whole = carried(tensor)
+def row_major_elements(tensor: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
+    """The row-major elements [start, stop) of a tensor of any strides, in 1-D parts."""
+    whole = as_carrier(tensor)
     if whole.is_contiguous():
         flat = whole.view(-1)
         return [flat if stop - start == flat.numel() else flat[start:stop]]
@@ -232,8 +232,8 @@ def elements(tensor: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
 
 
 def block_elements(full: torch.Tensor, block: Block, start: int, stop: int) -> list[torch.Tensor]:
-    """As :func:`elements`, for the shard ``block`` of the global tensor ``full``."""
-    whole = carried(full)
+    """As :func:`row_major_elements`, for the shard ``block`` of the global tensor ``full``."""
+    whole = as_carrier(full)
     if block.region is not None and stop - start == block.numel:
         return [whole[block.region].reshape(-1)]
     found: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""Bytes between ranks: who takes part, in what order, over which group.
+"""Collectives on bytes, over one process group or one mesh dimension after another.
 
 All data travels as uint8, since a backend may refuse a dtype but not its bytes.
 """
@@ -94,7 +94,7 @@ def all_gather_into(
 
 
 def collect(stages: Sequence[Stage], payload: torch.Tensor, short: bool = False) -> torch.Tensor:
-    """All-gather over one group after another: rows in row-major order of the stages' places.
+    """All-gather over one group after another: rows in row-major order of coordinates.
 
     One collective a stage; the innermost dimension is the last of ``stages``. ``short`` where the
     bytes are so few that waiting is what they cost.
@@ -102,35 +102,35 @@ def collect(stages: Sequence[Stage], payload: torch.Tensor, short: bool = False)
     rows = payload
     gather = all_gather_short if short else all_gather
     for stage in reversed(stages):
-        rows = _placed(gather(stage.group, rows.reshape(-1)), stage)
+        rows = _in_coordinate_order(gather(stage.group, rows.reshape(-1)), stage)
     return rows.reshape(-1, payload.numel())
 
 
 def collect_to(
     stages: Sequence[Stage], payload: torch.Tensor, mine: Sequence[int], dest: Sequence[int]
 ) -> torch.Tensor | None:
-    """As :func:`collect`, towards the rank at place ``dest`` only; None on the others.
+    """As :func:`collect`, towards the rank at coordinates ``dest`` only; None on the others.
 
     A rank drops out after the first stage in which it is not on the destination's line.
     """
     rows = payload
-    for stage, place, target in reversed(list(zip(stages, mine, dest, strict=True))):
-        size, flat = len(stage.places), rows.reshape(-1)
-        first = stage.places.index(target)
-        if place != target:
+    for stage, here, target in reversed(list(zip(stages, mine, dest, strict=True))):
+        size, flat = len(stage.coordinates), rows.reshape(-1)
+        first = stage.coordinates.index(target)
+        if here != target:
             dist.gather(flat, None, group=stage.group, group_dst=first)
             return None
         into = torch.empty((size, flat.numel()), dtype=torch.uint8, device=flat.device)
         dist.gather(flat, list(into), group=stage.group, group_dst=first)
-        rows = _placed(into, stage)
+        rows = _in_coordinate_order(into, stage)
     return rows.reshape(-1, payload.numel())
 
 
-def _placed(rows: torch.Tensor, stage: Stage) -> torch.Tensor:
-    """Rows in group order -> rows in the order of places."""
+def _in_coordinate_order(rows: torch.Tensor, stage: Stage) -> torch.Tensor:
+    """Rows in group order -> rows in the order of coordinates."""
     if stage.in_order:
         return rows
-    order = sorted(range(len(stage.places)), key=stage.places.__getitem__)
+    order = sorted(range(len(stage.coordinates)), key=stage.coordinates.__getitem__)
     return rows[order]
 
 

@@ -1,4 +1,4 @@
-"""A nested state dict that is built from paths, its containers of the original types."""
+"""A nested state dict built from paths, with containers of the original types."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from shardproof._core.containers.typed_paths import (
     ANY_LIST,
     OBJ_PATH,
     Branch,
-    Container,
+    ContainerType,
     TypedPath,
-    own_empty,
+    renew_if_empty,
 )
 
 
-class Nest:
+class NestBuilder:
     """A nested state dict under construction.
 
     A container that is not built yet is a dict from key or index to leaf or such a dict. Most
@@ -28,19 +28,19 @@ class Nest:
 
     """
 
-    def __init__(self, root: Container) -> None:
+    def __init__(self, root: ContainerType) -> None:
         self.root: dict[Any, Any] = {}
         self._strangers: dict[int, Any] = {}
         """Leaves that are dicts, by id. Held, so that no id of a replaced one is given anew."""
         self._known: dict[Branch, dict[Any, Any]] = {}
-        self._becomes: dict[int, Container] = {}
+        self._becomes: dict[int, ContainerType] = {}
         self._others: list[tuple[dict[Any, Any], Any, dict[Any, Any]]] = []
         """(parent, key there, container) of those, in the order in which they were made."""
         self._in_order = True
         if root is not ANY_DICT:
             self._becomes[id(self.root)] = root
 
-    def of_path(self, path: OBJ_PATH) -> dict[Any, Any]:
+    def holder_of_path(self, path: OBJ_PATH) -> dict[Any, Any]:
         """What holds the last step of a plain path."""
         held = self.root
         for key, item in pairwise(path):
@@ -55,7 +55,7 @@ class Nest:
             held = child
         return held
 
-    def of_branch(self, path: TypedPath) -> dict[Any, Any]:
+    def holder_of_branch(self, path: TypedPath) -> dict[Any, Any]:
         """What holds the last step of a typed path."""
         known = self._known
         branch = path.branch
@@ -101,7 +101,7 @@ class Nest:
 
     def leaf(self, value: Any) -> Any:
         """A leaf of a type that few have: a new one where it is an empty container."""
-        value = own_empty(value)
+        value = renew_if_empty(value)
         if type(value) is dict:
             self._strangers[id(value)] = value
         return value

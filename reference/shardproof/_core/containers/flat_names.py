@@ -11,7 +11,7 @@ from shardproof._core.containers.typed_paths import (
     OBJ_PATH,
     PLAIN,
     Branch,
-    Container,
+    ContainerType,
     TypedPath,
     container_of,
 )
@@ -24,7 +24,7 @@ _USUAL = _NAMED | {list, tuple}
 """The types of nearly all containers: asking whether a value is one takes a while."""
 
 
-def _leaves(root: Any) -> tuple[list[OBJ_PATH], list[str], list[Any]]:
+def leaves_with_names(root: Any) -> tuple[list[OBJ_PATH], list[str], list[Any]]:
     """Path, flat key and value of each leaf, depth first.
 
     A path is typed where it leads through more than dicts with str keys and lists.
@@ -69,7 +69,7 @@ def _leaves(root: Any) -> tuple[list[OBJ_PATH], list[str], list[Any]]:
                 below = None
             stack.append((holder, steps, named, items, prefix, branch, shared))
             if len(stack) % _ROUND == 0:
-                _refuse_rings(stack)
+                _refuse_cycles(stack)
             items, prefix = (*items, item), f"{prefix}{item}."
             branch, shared = below, _UNTYPED if below is None else {"branch": below}
             named = kind in _NAMED or (kind not in _USUAL and isinstance(value, Mapping))
@@ -91,7 +91,7 @@ _ROUND = 64
 and asking at each container would be a third of what small ones cost."""
 
 
-def _refuse_rings(stack: list[_Level]) -> None:
+def _refuse_cycles(stack: list[_Level]) -> None:
     met: set[int] = set()
     for holder, _, _, items, *_ in stack:
         if id(holder) in met:
@@ -99,7 +99,7 @@ def _refuse_rings(stack: list[_Level]) -> None:
         met.add(id(holder))
 
 
-def _escaped(key: Any, holder: Container) -> str:
+def _escaped(key: Any, holder: ContainerType) -> str:
     if isinstance(key, str):
         return key.replace("\\", "\\\\").replace(".", "\\.")
     if holder.example is None:
@@ -107,7 +107,7 @@ def _escaped(key: Any, holder: Container) -> str:
     return f"\\{type(key).__name__}:{_escaped(str(key), holder)}"
 
 
-def _told_apart(names: Sequence[str], paths: Iterable[OBJ_PATH]) -> list[str]:
+def escape_collisions(names: Sequence[str], paths: Iterable[OBJ_PATH]) -> list[str]:
     """Escape the names that collide, until none does."""
     typed = map(TypedPath.typed, paths)
     escaped = [".".join(map(_escaped, path.keys, path.through)) for path in typed]

@@ -1,4 +1,4 @@
-"""The paths of a flattened state dict: plain tuples to others, and all that is lost otherwise."""
+"""Paths of a flattened state dict: tuples that also know the types of containers and keys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STATE_DICT_TYPE = dict[str, Any]
 CONTAINER_TYPE = MutableMapping[PATH_ITEM, Any]
 
 
-class Container:
+class ContainerType:
     """What a container of the original was: its type, its attributes, how many items it had."""
 
     __slots__ = ("example", "kind", "length")
@@ -54,14 +54,14 @@ def in_order(children: dict[int, Any], length: int = 0) -> list[Any]:
 PLAIN = frozenset({dict, list})
 """The types of containers that a plain path tells apart, by its items."""
 
-ANY_DICT, ANY_LIST = Container({}), Container([])
+ANY_DICT, ANY_LIST = ContainerType({}), ContainerType([])
 
 
-_TUPLES: dict[int, Container] = {}
-_ORDERED = Container(OrderedDict())
+_TUPLES: dict[int, ContainerType] = {}
+_ORDERED = ContainerType(OrderedDict())
 
 
-def container_of(value: Any) -> Container:
+def container_of(value: Any) -> ContainerType:
     """What a container is. Of the usual ones little is worth remembering, so they share it."""
     kind = type(value)
     if kind is dict:
@@ -70,15 +70,15 @@ def container_of(value: Any) -> Container:
         return ANY_LIST
     if kind is tuple:
         length = len(value)
-        return _TUPLES.get(length) or _TUPLES.setdefault(length, Container(value))
+        return _TUPLES.get(length) or _TUPLES.setdefault(length, ContainerType(value))
     if kind is OrderedDict and not vars(value):
         return _ORDERED
-    return Container(value)
+    return ContainerType(value)
 
 
-def own_empty(value: Any) -> Any:
+def renew_if_empty(value: Any) -> Any:
     """``value``, or a new one of its type where it is an empty container."""
-    return Container(value).build({}) if is_branch(value) and len(value) == 0 else value
+    return ContainerType(value).build({}) if is_branch(value) and len(value) == 0 else value
 
 
 class Branch:
@@ -93,13 +93,13 @@ class Branch:
 
     __slots__ = ("container", "key", "parent")
 
-    def __init__(self, parent: Branch | None, key: Any, container: Container) -> None:
+    def __init__(self, parent: Branch | None, key: Any, container: ContainerType) -> None:
         self.parent = parent
         self.key = key
         self.container = container
 
     @classmethod
-    def plain(cls, items: OBJ_PATH, container: Container) -> Branch:
+    def plain(cls, items: OBJ_PATH, container: ContainerType) -> Branch:
         """The branch at the end of a path through dicts and lists, which its items tell apart."""
         branch: Branch | None = None
         for step, below in enumerate(items):
@@ -107,7 +107,7 @@ class Branch:
             branch = cls(branch, items[step - 1] if step else None, holder)
         return cls(branch, items[-1] if items else None, container)
 
-    def line(self) -> list[Branch]:
+    def ancestry(self) -> list[Branch]:
         """The branches from the root to this one."""
         found = [self]
         while (parent := found[-1].parent) is not None:
@@ -117,12 +117,12 @@ class Branch:
     @property
     def keys(self) -> tuple[Any, ...]:
         """The original key or index at each step."""
-        return tuple(branch.key for branch in self.line()[1:])
+        return tuple(branch.key for branch in self.ancestry()[1:])
 
     @property
-    def through(self) -> tuple[Container, ...]:
+    def through(self) -> tuple[ContainerType, ...]:
         """The containers on the way, itself the last."""
-        return tuple(branch.container for branch in self.line())
+        return tuple(branch.container for branch in self.ancestry())
 
 
 SAME = object()
@@ -143,7 +143,7 @@ class TypedPath(tuple[PATH_ITEM, ...]):
 
     @classmethod
     def of(
-        cls, items: OBJ_PATH, keys: tuple[Any, ...], through: tuple[Container, ...]
+        cls, items: OBJ_PATH, keys: tuple[Any, ...], through: tuple[ContainerType, ...]
     ) -> TypedPath:
         """A path from its items, keys and containers."""
         path = cls(items)
@@ -168,7 +168,7 @@ class TypedPath(tuple[PATH_ITEM, ...]):
         return (*self.branch.keys, self[-1] if self.key is SAME else self.key)
 
     @property
-    def through(self) -> tuple[Container, ...]:
+    def through(self) -> tuple[ContainerType, ...]:
         """The container that holds each step."""
         return self.branch.through
 
@@ -179,10 +179,10 @@ class TypedPath(tuple[PATH_ITEM, ...]):
 class TypedMapping(dict[str, OBJ_PATH]):
     """A mapping from flat keys to paths that also remembers the root, for when it is empty."""
 
-    root: Container | None = None
+    root: ContainerType | None = None
 
     @classmethod
-    def of(cls, root: Container) -> TypedMapping:
+    def of(cls, root: ContainerType) -> TypedMapping:
         """An empty mapping of a state dict whose root was such a container."""
         mapping = cls()
         mapping.root = root

@@ -1,4 +1,4 @@
-"""The leaves of a nested state dict, and the containers around them.
+"""A walk over a nested state dict: its leaves, and the containers around them.
 
 One walk serves all: Mapping, list and tuple are containers, everything else is a leaf. Containers
 keep their type, keys their type and order. A container that holds itself is refused by path.
@@ -38,7 +38,7 @@ class CompanionMismatch(Exception):  # noqa: N818  (upstream's name)
     """
 
 
-class _Held(NamedTuple):
+class _WalkedContainer(NamedTuple):
     """A container that was walked, and the containers among its elements.
 
     ``below`` is None where all elements are leaves.
@@ -46,7 +46,7 @@ class _Held(NamedTuple):
 
     container: Any
     named: bool
-    below: list[_Held | None] | None
+    below: list[_WalkedContainer | None] | None
 
 
 class Walk:
@@ -78,7 +78,7 @@ class Walk:
         self.companions: list[Any] = []
         self._refuse = refuse
         self._above: set[int] = set()
-        self._root: _Held | None = None
+        self._root: _WalkedContainer | None = None
         if is_container(root):
             self._root = self._enter(root, companion, ())
         else:
@@ -86,7 +86,7 @@ class Walk:
             if companion is not ABSENT:
                 self.companions.append(companion)
 
-    def _enter(self, value: Any, companion: Any, path: Path) -> _Held | None:
+    def _enter(self, value: Any, companion: Any, path: Path) -> _WalkedContainer | None:
         # One frame per level, no comprehensions: deep nesting must not meet the recursion limit.
         above = self._above
         if id(value) in above:
@@ -106,9 +106,9 @@ class Walk:
             self.leaves.extend(elements)
             if others is not None:
                 self.companions.extend(others)
-            return _Held(value, named, None)
+            return _WalkedContainer(value, named, None)
         above.add(id(value))
-        below: list[_Held | None] = []
+        below: list[_WalkedContainer | None] = []
         keys = iter(value) if named else iter(range(len(value)))
         others = None if others is None else iter(others)
         for item in elements:
@@ -122,14 +122,16 @@ class Walk:
             else:
                 below.append(self._enter(item, other, (*path, key)))
         above.discard(id(value))
-        return _Held(value, named, below)
+        return _WalkedContainer(value, named, below)
 
     def paths(self) -> Iterator[Path]:
         """The path of each leaf, in order."""
         if self._root is None:
             yield ()
             return
-        stack: list[tuple[Path, Iterator[tuple[Any, _Held | None]]]] = [((), _steps(self._root))]
+        stack: list[tuple[Path, Iterator[tuple[Any, _WalkedContainer | None]]]] = [
+            ((), _steps(self._root))
+        ]
         while stack:
             path, steps = stack[-1]
             for key, held in steps:
@@ -161,13 +163,13 @@ class Walk:
         return _rebuilt(self._root, iter(results))
 
 
-def _steps(held: _Held) -> Iterator[tuple[Any, _Held | None]]:
+def _steps(held: _WalkedContainer) -> Iterator[tuple[Any, _WalkedContainer | None]]:
     container = held.container
     keys = iter(container) if held.named else iter(range(len(container)))
     return zip(keys, repeat(None) if held.below is None else held.below, strict=False)
 
 
-def _rebuilt(held: _Held, results: Iterator[Any]) -> Any:
+def _rebuilt(held: _WalkedContainer, results: Iterator[Any]) -> Any:
     container, named, below = held
     items: Any = results
     if below is not None:

@@ -1,4 +1,4 @@
-"""Leaves that take the values of others: whether they fit, and the copy."""
+"""Copies between tensor leaves: whether one can take the values of the other, and the copy."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from shardproof._core.sharding.ranks import same_ranks
-from shardproof._core.tensors.pinned_copy import into_host
+from shardproof._core.tensors.pinned_copy import copy_across_devices
 from shardproof._core.tensors.properties import dtype_of, kind_of, shape_of, unwritable
-from shardproof._core.tensors.subclasses import PLAIN, is_custom, settled
+from shardproof._core.tensors.subclasses import PLAIN, is_custom, wait_for_pending
 from shardproof._core.tensors.values import MOVABLE, put
 
 _SHARDED = frozenset({DTensor})
@@ -21,10 +21,10 @@ _STRIDED = frozenset({torch.strided})
 
 
 class CannotTakeError(Exception):
-    """The class of a target has no copy from its source; ``args``: the place, and what it said."""
+    """The class of a target has no copy from its source; ``args``: its index, the reason."""
 
 
-class Pairs:
+class LeafCopies:
     """Copies between tensor leaves, made once all of them were found to fit."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Pairs:
         self._targets: list[Any] = []
         self._sources: list[Any] = []
         self._slow: list[int] = []
-        """The places of those that take more than a copy between two tensors' memory."""
+        """The indices of those that take more than a copy between two tensors' memory."""
 
     def add_all(self, takers: list[Any], sources: list[Any]) -> bool:
         """:meth:`add` for usual leaves that all fit. Where it is False nothing was noted.
@@ -78,26 +78,28 @@ class Pairs:
         torch._C._set_grad_enabled(False)
         try:
             if self._slow or len(set(map(id, self._takers))) < len(self._takers):
-                last = {id(taker): place for place, taker in enumerate(self._takers)}
+                last = {id(taker): index for index, taker in enumerate(self._takers)}
                 slow = set(self._slow)
-                for place in sorted(slow.intersection(last.values()), key=self._at_ease):
-                    if targets[place] is sources[place]:
+                for index in sorted(
+                    slow.intersection(last.values()), key=self._copies_without_class
+                ):
+                    if targets[index] is sources[index]:
                         continue
                     try:
-                        copy_leaf(targets[place], sources[place], non_blocking)
+                        copy_leaf(targets[index], sources[index], non_blocking)
                     except Exception as error:
-                        said = f"{type(error).__name__}: {error}"
-                        raise CannotTakeError(place, said) from error
-                fast = [place for place in last.values() if place not in slow]
-                targets = [targets[place] for place in fast]
-                sources = [sources[place] for place in fast]
-            into_host(targets, sources, non_blocking)
+                        message = f"{type(error).__name__}: {error}"
+                        raise CannotTakeError(index, message) from error
+                fast = [index for index in last.values() if index not in slow]
+                targets = [targets[index] for index in fast]
+                sources = [sources[index] for index in fast]
+            copy_across_devices(targets, sources, non_blocking)
         finally:
             torch._C._set_grad_enabled(recording)
 
-    def _at_ease(self, place: int) -> bool:
+    def _copies_without_class(self, index: int) -> bool:
         """Whether no class of its own has a say in a copy."""
-        return not (_by_class(self._targets[place]) or _by_class(self._sources[place]))
+        return not (_by_class(self._targets[index]) or _by_class(self._sources[index]))
 
 
 def _by_class(leaf: Any) -> bool:
@@ -134,14 +136,14 @@ def all_matching(
             ours, theirs = list(map(_spec, targets)), list(map(_spec, sources))
             targets, sources = list(map(_local, targets)), list(map(_local, sources))
         else:
-            at = [place for place, target in enumerate(targets) if type(target) is DTensor]
-            if at != [place for place, source in enumerate(sources) if type(source) is DTensor]:
+            at = [index for index, target in enumerate(targets) if type(target) is DTensor]
+            if at != [index for index, source in enumerate(sources) if type(source) is DTensor]:
                 return None
             ours, theirs = [targets[p]._spec for p in at], [sources[p]._spec for p in at]
             targets, sources = targets.copy(), sources.copy()
-            for place in at:
-                targets[place] = targets[place]._local_tensor
-                sources[place] = sources[place]._local_tensor
+            for index in at:
+                targets[index] = targets[index]._local_tensor
+                sources[index] = sources[index]._local_tensor
         if not _all_laid_out_alike(ours, theirs):
             return None
         if not (PLAIN.issuperset(map(type, targets)) and PLAIN.issuperset(map(type, sources))):
@@ -202,16 +204,18 @@ def difference(ours: Any, theirs: Any) -> str | None:
             return (
                 f"expected local dtype {ours._local_tensor.dtype}, got {theirs._local_tensor.dtype}"
             )
-        return _other_memory(settled(ours._local_tensor), settled(theirs._local_tensor))
+        return _layout_difference(
+            wait_for_pending(ours._local_tensor), wait_for_pending(theirs._local_tensor)
+        )
     if isinstance(ours, ShardedTensor):
         held, given = _shard_boxes(ours), _shard_boxes(theirs)
         if held != given:
             return f"expected shards (offsets, sizes) {held}, got {given}"
         return None
-    return _other_memory(settled(ours), settled(theirs))
+    return _layout_difference(wait_for_pending(ours), wait_for_pending(theirs))
 
 
-def _other_memory(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
+def _layout_difference(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
     """What one of two tensors of a shape and dtype can hold and the other cannot."""
     if ours.layout is not theirs.layout:
         return f"expected layout {ours.layout}, got {theirs.layout}"
@@ -221,12 +225,16 @@ def _other_memory(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
 def copy_leaf(target: Any, source: Any, non_blocking: bool = False) -> None:
     """Write a tensor leaf into another that :func:`difference` found equal to it."""
     if isinstance(target, DTensor):
-        put(settled(target._local_tensor), settled(source._local_tensor), non_blocking)
+        put(
+            wait_for_pending(target._local_tensor),
+            wait_for_pending(source._local_tensor),
+            non_blocking,
+        )
     elif isinstance(target, ShardedTensor):
         for ours, theirs in zip(target.local_shards(), source.local_shards(), strict=True):
-            put(ours.tensor, settled(theirs.tensor), non_blocking)
+            put(ours.tensor, wait_for_pending(theirs.tensor), non_blocking)
     else:
-        put(target, settled(source), non_blocking)
+        put(target, wait_for_pending(source), non_blocking)
 
 
 def _shard_boxes(tensor: ShardedTensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from shardproof._core.sharding.dtensors import with_local
 from shardproof._core.sharding.sharded_tensors import with_shards
-from shardproof._core.tensors.overlapping_copies import Together
+from shardproof._core.tensors.overlapping_copies import OverlappingCopies
 from shardproof._core.tensors.properties import CPU, local_of, requires_grad_of
-from shardproof._core.tensors.ties import dressed_tie_key
-from shardproof._core.tensors.values import dress_like, fresh_copy
+from shardproof._core.tensors.ties import parameter_tie_key
+from shardproof._core.tensors.values import as_parameter_like, fresh_copy
 
 
 def snapshot(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -32,23 +32,25 @@ def snapshot_by(
     """As :func:`snapshot`; ``copied`` copies plain memory, ``made`` is a copy that is there."""
     if isinstance(tensor, DTensor):
         local = copied(local_of(tensor)) if made is None else made
-        return dress_like(with_local(tensor, local), tensor)
+        return as_parameter_like(with_local(tensor, local), tensor)
     if isinstance(tensor, ShardedTensor):
         return with_shards(tensor, copied, device, requires_grad_of(tensor))
     fresh = copied(tensor) if made is None else made
-    return fresh if fresh is tensor else dress_like(fresh, tensor)
+    return fresh if fresh is tensor else as_parameter_like(fresh, tensor)
 
 
 cpu_copy = partial(fresh_copy, device=CPU)
 
 
-def snapshots(leaves: Sequence[Any], tied: Sequence[bool]) -> Callable[[Any], torch.Tensor]:
+def snapshots_of_tied(leaves: Sequence[Any], tied: Sequence[bool]) -> Callable[[Any], torch.Tensor]:
     """What gives the CPU snapshots of tied leaves: the same object for the same tensor."""
-    together = Together((leaf for leaf, ask in zip(leaves, tied, strict=True) if ask), cpu_copy)
+    together = OverlappingCopies(
+        (leaf for leaf, ask in zip(leaves, tied, strict=True) if ask), cpu_copy
+    )
     known: dict[Hashable, torch.Tensor] = {}
 
     def of(value: torch.Tensor) -> torch.Tensor:
-        key = dressed_tie_key(value)
+        key = parameter_tie_key(value)
         if key not in known:
             known[key] = snapshot_by(value, together.of)
         return known[key]

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from shardproof._core.gathering.sharded_leaves import Found, Leaf
+from shardproof._core.gathering.sharded_leaves import FoundLeaves, ShardedLeaf
 from shardproof._core.sharding.ranks import mesh_ranks, root_of
 
 
-def _destinations(
-    ranks_only: tuple[int, ...], pg: dist.ProcessGroup | None, found: Found
+def find_destinations(
+    ranks_only: tuple[int, ...], pg: dist.ProcessGroup | None, found: FoundLeaves
 ) -> frozenset[int] | None:
     """The global ranks that want results; None for all."""
     if not ranks_only:
@@ -20,19 +20,21 @@ def _destinations(
     size = dist.get_world_size(pg)
     takers = [rank for rank in ranks_only if 0 <= rank < size]
     if not takers:
-        found.fail(ValueError(f"ranks_only is {ranks_only}, expected ranks of a group of {size}"))
+        found.note_failure(
+            ValueError(f"ranks_only is {ranks_only}, expected ranks of a group of {size}")
+        )
         return None
     if pg is not None:
         takers = [dist.get_global_rank(pg, rank) for rank in takers]
     leaves = list(found.leaves.values())
-    lost = [leaf for leaf in leaves if _is_lost(leaf, takers)]
+    lost = [leaf for leaf in leaves if _has_no_taker(leaf, takers)]
     first = {leaf.layout.members[0] for leaf in lost}
     if lost and len(lost) == len(leaves) and len(first) == 1:
         # A model that lies on other ranks: the caller means the first of these.
         return frozenset(first)
     if lost:
         leaf = lost[0]
-        found.fail(
+        found.note_failure(
             ValueError(
                 f"{leaf.path!r} is on ranks {leaf.layout.members}, and none of them gets a result: "
                 f"the takers are ranks {takers} (ranks_only={ranks_only}); expected a taker that "
@@ -42,7 +44,7 @@ def _destinations(
     return frozenset(takers)
 
 
-def _is_lost(leaf: Leaf, takers: Sequence[int]) -> bool:
+def _has_no_taker(leaf: ShardedLeaf, takers: Sequence[int]) -> bool:
     """Whether nobody who could know of a leaf gets it.
 
     Where its mesh is a slice of one that has a taker, that one may hold the like: a replica.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from shardproof._core.comms.agreement import Failure, agree_on_failure, exchange, first_failure
 from shardproof._core.sharding.domain import Domain
 
-_AGAIN, _IN_BUCKETS, _OWN_WAY = 1, 2, 4
+_AGAIN, _IN_BUCKETS, _BY_CLASS = 1, 2, 4
 
 
 class Entry(NamedTuple):
@@ -35,23 +35,23 @@ class Entry(NamedTuple):
 Entries = Mapping[str, Entry]
 
 
-class Agreed(NamedTuple):
+class Agreement(NamedTuple):
     """What all ranks know of each other before tensors move.
 
     Attributes:
         failure: the error that all have to raise.
         details: the members' entries, in the domains where they are not all the same.
         in_buckets: the domains of which a member cannot take a large tensor but by the bucket.
-        own_way: the domains of which a member holds tensors that only their class can gather.
+        by_class: the domains of which a member holds tensors that only their class can gather.
 
     """
 
     failure: Failure | None
     details: Mapping[Domain, Sequence[Entries]]
     in_buckets: Sequence[Domain]
-    own_way: Sequence[Domain]
+    by_class: Sequence[Domain]
 
-    def whole(self, domain: Domain) -> bool:
+    def allows_whole(self, domain: Domain) -> bool:
         """Whether large tensors of the domain can travel whole, each by itself."""
         members = set(domain.members)
         return not any(members <= set(other.members) for other in self.in_buckets)
@@ -62,8 +62,8 @@ def agree_on_entries(
     plan: Columns,
     failure: Failure | None,
     in_buckets: bool,
-    own_way: bool,
-) -> Agreed:
+    by_class: bool,
+) -> Agreement:
     """Agree on the distributed leaves over several domains.
 
     Args:
@@ -71,34 +71,34 @@ def agree_on_entries(
         plan: this rank's leaves.
         failure: this rank's own error.
         in_buckets: whether this rank cannot take a large tensor but by the bucket.
-        own_way: whether it holds tensors that only their class can gather.
+        by_class: whether it holds tensors that only their class can gather.
 
     Nothing is raised before all domains were asked: other ranks wait in them.
 
     """
     details: dict[Domain, list[Entries]] = {}
     again: list[Domain] = []
-    flagged: dict[int, list[Domain]] = {_IN_BUCKETS: [], _OWN_WAY: []}
-    flags = _AGAIN * (len(domains) > 1) | _IN_BUCKETS * in_buckets | _OWN_WAY * own_way
+    flagged: dict[int, list[Domain]] = {_IN_BUCKETS: [], _BY_CLASS: []}
+    flags = _AGAIN * (len(domains) > 1) | _IN_BUCKETS * in_buckets | _BY_CLASS * by_class
     for domain in domains:
-        told, raised = exchange(domain, plan, failure, _digest(domain, plan), flags)
+        replies, raised = exchange(domain, plan, failure, _digest(domain, plan), flags)
         if raised & _AGAIN:
             again.append(domain)
         for flag, where in flagged.items():
             if raised & flag:
                 where.append(domain)
-        if told is None:
+        if replies is None:
             continue
-        found = first_failure(domain, told)
+        found = first_failure(domain, replies)
         if found is None:
-            details[domain] = [entries_of(columns) for _, columns in told]
-            others = [frozenset(columns.others) for _, columns in told]
+            details[domain] = [entries_of(columns) for _, columns in replies]
+            others = [frozenset(columns.others) for _, columns in replies]
             found = _entries_verdict(domain, details[domain], others)
         if found is not None:
             failure = failure if failure is not None and failure.shared else found
     # A rank may have learned of an error after it had agreed with others.
     failure = agree_on_failure(again, failure)
-    return Agreed(failure, details, flagged[_IN_BUCKETS], flagged[_OWN_WAY])
+    return Agreement(failure, details, flagged[_IN_BUCKETS], flagged[_BY_CLASS])
 
 
 class Columns(NamedTuple):
@@ -133,35 +133,35 @@ def _digest(domain: Domain, columns: Columns) -> bytes:
     """What members have to agree on."""
     mine = set(domain.members)
     # Ranks of sibling meshes hold the same leaf over other members: no reason to differ.
-    told = [
+    described = [
         (text, members if set(members) == mine else (), bool(peers))
         for text, members, peers in columns.kinds
     ]
     pairs = zip(columns.ties, columns.paths, strict=True)
     ties = [None if tie == path else tie for tie, path in pairs]  # "" is the name of a leaf
-    return json.dumps([told, columns.paths, columns.numbers, ties]).encode()
+    return json.dumps([described, columns.paths, columns.numbers, ties]).encode()
 
 
 def _entries_verdict(
-    domain: Domain, told: Sequence[Entries], others: Sequence[Set[str]]
+    domain: Domain, replies: Sequence[Entries], others: Sequence[Set[str]]
 ) -> Failure | None:
     """Whether the peers of each member know each leaf that it wants, and the same of it."""
-    for path in sorted(set().union(*told)):
-        for index, entries in enumerate(told):
+    for path in sorted(set().union(*replies)):
+        for index, entries in enumerate(replies):
             entry = entries.get(path)
             if entry is None:
                 continue
-            for other, theirs in enumerate(told):
+            for other, theirs in enumerate(replies):
                 if domain.members[other] not in entry.peers:
                     continue
                 found = theirs.get(path)
                 has = f"{domain.name(index)} has {entry.summary} on ranks {entry.members}"
                 if found is None and path in others[other]:
-                    said = f"{path!r}: {domain.name(other)} has it whole, or as no tensor; {has}"
-                    return Failure("ValueError", said, True)
+                    message = f"{path!r}: {domain.name(other)} has it whole, or as no tensor; {has}"
+                    return Failure("ValueError", message, True)
                 if found is None:
-                    said = f"{domain.name(other)} lacks {path!r}; {has}"
-                    return Failure("KeyError", said, True)
+                    message = f"{domain.name(other)} lacks {path!r}; {has}"
+                    return Failure("KeyError", message, True)
                 if (found.summary, found.members) != (entry.summary, entry.members):
                     return Failure(
                         "ValueError",

@@ -1,4 +1,4 @@
-"""What a gather copies on this rank: leaves of which nothing has to travel, and plain ones."""
+"""The copies that a gather makes on this rank alone, where no other rank holds a part."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardproof._core.comms.buckets import Piece, deliver, elements
+from shardproof._core.comms.buckets import Piece, deliver, row_major_elements
 from shardproof._core.containers.leaf_values import copy_leaf_value
-from shardproof._core.gathering.mesh_gather import carried_view, result_device, result_for
-from shardproof._core.gathering.sharded_leaves import Found, Leaf
+from shardproof._core.gathering.mesh_gather import carrier_view, result_device, result_for
+from shardproof._core.gathering.sharded_leaves import FoundLeaves, ShardedLeaf
 from shardproof._core.tensors import pinned_copy
-from shardproof._core.tensors.overlapping_copies import Together
+from shardproof._core.tensors.overlapping_copies import OverlappingCopies
 from shardproof._core.tensors.properties import CPU, local_of, requires_grad_of
 from shardproof._core.tensors.subclasses import PLAIN, is_custom, is_table
 from shardproof._core.tensors.ties import geometry, maybe_tied
-from shardproof._core.tensors.values import dress_like, fresh_copy
+from shardproof._core.tensors.values import as_parameter_like, fresh_copy
 
 
 class LocalCopies:
@@ -31,19 +31,23 @@ class LocalCopies:
 
     """
 
-    def __init__(self, found: Found, cpu_offload: bool) -> None:
+    def __init__(self, found: FoundLeaves, cpu_offload: bool) -> None:
         self.cpu_offload = cpu_offload
         self._found = found
         self._tied: frozenset[int] | None = None
-        self._together: dict[torch.device, Together] = {}
+        self._overlapping: dict[torch.device, OverlappingCopies] = {}
 
-    def of(self, leaves: Sequence[Leaf]) -> Iterator[tuple[str, torch.Tensor]]:
+    def of(self, leaves: Sequence[ShardedLeaf]) -> Iterator[tuple[str, torch.Tensor]]:
         """(path, whole tensor) of distributed leaves of which nothing has to travel."""
-        ready = pinned_copy.copies([leaf.tensor for leaf in leaves]) if self.cpu_offload else {}
-        for place, leaf in enumerate(leaves):
-            yield leaf.path, self._whole(leaf, ready.get(place))
+        ready = (
+            pinned_copy.copy_small_together([leaf.tensor for leaf in leaves])
+            if self.cpu_offload
+            else {}
+        )
+        for index, leaf in enumerate(leaves):
+            yield leaf.path, self._whole(leaf, ready.get(index))
 
-    def _whole(self, leaf: Leaf, made: torch.Tensor | None) -> torch.Tensor:
+    def _whole(self, leaf: ShardedLeaf, made: torch.Tensor | None) -> torch.Tensor:
         tensor, layout = leaf.tensor, leaf.layout
         if isinstance(tensor, DTensor) and (layout.domain is None or not layout.meta):
             if made is not None:
@@ -56,27 +60,27 @@ class LocalCopies:
             return self._copy(local_of(tensor), id(tensor))
         full = result_for(leaf, self.cpu_offload)
         if not layout.meta:
-            whole = carried_view(full)
-            for block, part in zip(layout.here, leaf.local, strict=True):
-                data = torch.cat(elements(part, 0, block.numel))
+            whole = carrier_view(full)
+            for block, part in zip(layout.local_blocks, leaf.local, strict=True):
+                data = torch.cat(row_major_elements(part, 0, block.numel))
                 piece = Piece(0, 0, 1, 0, 0, block.numel, 0, 0)
                 deliver(data, block, piece, partial(_write, whole))
         return full
 
-    def around(self, gathered: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def rebuild_around(self, gathered: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The containers of the state dict around what was gathered, and copies of the rest."""
         found = self._found
         leaves = list(zip(found.names, found.walk.leaves, strict=True))
         ready: dict[int, torch.Tensor] = {}
-        if self.cpu_offload and pinned_copy.in_use():
+        if self.cpu_offload and pinned_copy.gpu_in_use():
             # Not reached on a CPU: no tensor lies on a GPU.
-            ready = pinned_copy.copies(
+            ready = pinned_copy.copy_small_together(
                 [None if name in gathered else value for name, value in leaves]
             )
-        dressed: dict[Hashable, torch.Tensor] = {}
+        finished: dict[Hashable, torch.Tensor] = {}
         shared, offload = self._shared(), self.cpu_offload
         results: list[Any] = []
-        for place, (name, value) in enumerate(leaves):
+        for index, (name, value) in enumerate(leaves):
             if name in gathered:
                 results.append(gathered[name])
             elif not isinstance(value, torch.Tensor):
@@ -84,29 +88,29 @@ class LocalCopies:
             elif id(value) in shared or (type(value) not in PLAIN and is_custom(type(value))):
                 grad, parameter = requires_grad_of(value), isinstance(value, nn.Parameter)
                 key = geometry(value), type(value), grad, parameter
-                if key not in dressed:
-                    dressed[key] = self._dressed(value)
-                results.append(dressed[key])
+                if key not in finished:
+                    finished[key] = self._copy_like_leaf(value)
+                results.append(finished[key])
             else:
-                made = ready.get(place)
+                made = ready.get(index)
                 if made is None:
                     made = fresh_copy(value, CPU if offload else value.device)
-                results.append(dress_like(made, value))
+                results.append(as_parameter_like(made, value))
         result: dict[str, Any] = found.walk.rebuilt(results)
         return result
 
-    def _dressed(self, value: torch.Tensor) -> torch.Tensor:
+    def _copy_like_leaf(self, value: torch.Tensor) -> torch.Tensor:
         made = self._copy(value, id(value))
-        return value if made is value else dress_like(made, value)
+        return value if made is value else as_parameter_like(made, value)
 
     def _copy(self, memory: torch.Tensor, leaf: int) -> torch.Tensor:
         if leaf not in self._shared():
             return self._alone(memory)
         to = CPU if self.cpu_offload else memory.device
-        if to not in self._together:
+        if to not in self._overlapping:
             tied = [v for v in self._found.walk.leaves if id(v) in self._shared()]
-            self._together[to] = Together(tied, partial(fresh_copy, device=to))
-        return self._together[to].of(memory)
+            self._overlapping[to] = OverlappingCopies(tied, partial(fresh_copy, device=to))
+        return self._overlapping[to].of(memory)
 
     def _alone(self, memory: torch.Tensor) -> torch.Tensor:
         return fresh_copy(memory, CPU if self.cpu_offload else memory.device)

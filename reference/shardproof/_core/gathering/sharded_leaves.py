@@ -1,4 +1,4 @@
-"""The distributed leaves of a state dict: found, checked on this rank, and described to others."""
+"""The sharded leaves of a state dict: found, checked on this rank, described to other ranks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ from shardproof._core.gathering.leaf_entries import Columns
 from shardproof._core.sharding.domain import Domain, group_domain, mesh_domain
 from shardproof._core.sharding.ranks import my_coordinate
 from shardproof._core.sharding.table_shards import joined
-from shardproof._core.sharding.tensor_layout import Layout, layout_of
+from shardproof._core.sharding.tensor_layout import TensorLayout, layout_of
 from shardproof._core.tensors.properties import LEAF_TYPES, local_of, wrapper_of
-from shardproof._core.tensors.subclasses import has_own_operations, is_table, memory_of, settled
+from shardproof._core.tensors.subclasses import (
+    has_own_operations,
+    is_table,
+    memory_of,
+    wait_for_pending,
+)
 from shardproof._core.tensors.ties import tie_key
 
 
 @dataclass(slots=True)
-class Leaf:
+class ShardedLeaf:
     """One distributed tensor as this rank sees it.
 
     Attributes:
@@ -39,11 +44,11 @@ class Leaf:
 
     path: str
     tensor: torch.Tensor
-    layout: Layout
+    layout: TensorLayout
     local: list[torch.Tensor]
 
 
-class Found:
+class FoundLeaves:
     """What a walk over a state dict found.
 
     Attributes:
@@ -58,13 +63,13 @@ class Found:
     def __init__(self) -> None:
         self.walk: Walk
         self.names: list[str] = []
-        self.leaves: dict[str, Leaf] = {}
+        self.leaves: dict[str, ShardedLeaf] = {}
         self.domains: list[Domain] = []
         self.failure: Failure | None = None
         self._columns: Columns | None = None
 
-    def fail(self, error: Exception, name: str | None = None) -> None:
-        """Remember the first error: it is raised only after all ranks were told."""
+    def note_failure(self, error: Exception, name: str | None = None) -> None:
+        """Remember the first error: it is raised only after all ranks know of it."""
         if self.failure is None:
             failure = Failure.of(error)
             if name is not None:
@@ -81,7 +86,7 @@ class Found:
         paths = sorted(self.leaves)
         leaves = list(map(self.leaves.__getitem__, paths))
         kinds: dict[tuple[str, tuple[int, ...], tuple[int, ...]], int] = {}
-        known: dict[Layout, int] = {}
+        known: dict[TensorLayout, int] = {}
         numbers: list[int] = []
         for leaf in leaves:
             layout = leaf.layout
@@ -93,16 +98,16 @@ class Found:
                 known[layout] = number
             numbers.append(number)
         ties: list[str | None] = list(paths)
-        if not (all(layout.held for layout in known) and _apart(leaves)):
+        if not (all(layout.held for layout in known) and _have_own_memory(leaves)):
             first: dict[Hashable, str] = {}
-            for place, leaf in enumerate(leaves):
+            for index, leaf in enumerate(leaves):
                 key = tie_key(leaf.tensor) if leaf.layout.held else None
-                ties[place] = None if key is None else first.setdefault(key, leaf.path)
+                ties[index] = None if key is None else first.setdefault(key, leaf.path)
         others = [name for name in self.names if name not in self.leaves]
         return Columns(paths, list(kinds), numbers, ties, others)
 
 
-def _apart(leaves: Sequence[Leaf]) -> bool:
+def _have_own_memory(leaves: Sequence[ShardedLeaf]) -> bool:
     """Whether no two leaves are tied, by their addresses alone; False says nothing."""
     addresses: set[int] = set()
     for leaf in leaves:
@@ -114,23 +119,23 @@ def _apart(leaves: Sequence[Leaf]) -> bool:
     return len(addresses) == len(leaves)
 
 
-def find(
+def find_sharded_leaves(
     state_dict: Any,
     pg: dist.ProcessGroup | None,
     device: torch.device | None,
     type_check: bool,
-) -> Found:
+) -> FoundLeaves:
     """Find the distributed leaves of a state dict. Raises nothing, communicates nothing."""
-    found = Found()
-    found.walk = Walk(state_dict, refuse=found.fail)
+    found = FoundLeaves()
+    found.walk = Walk(state_dict, refuse=found.note_failure)
     found.names = found.walk.names()
     if type_check:
         try:
             check_leaf_types(found.walk)
         except ValueError as error:
-            found.fail(error)
+            found.note_failure(error)
     domains = _Domains(pg, device)
-    layouts: dict[Hashable, Layout] = {}
+    layouts: dict[Hashable, TensorLayout] = {}
     for name, value in zip(found.names, found.walk.leaves, strict=True):
         if type(value) in _NOT_DISTRIBUTED or not isinstance(value, (DTensor, ShardedTensor)):
             continue
@@ -153,20 +158,20 @@ def find(
                     # What stays on its rank may lie there whole, and on the others nothing.
                     parts = []
                     if layout.domain is not None and layout.cuts:
-                        parts = [joined(local, layout.here[0], layout.dtype)]
-                        _checked(layout, parts)
+                        parts = [joined(local, layout.local_blocks[0], layout.dtype)]
+                        _validate_parts(layout, parts)
                 elif known is None:
-                    layouts[key] = _checked(layout, [local])
+                    layouts[key] = _validate_parts(layout, [local])
                     if wrapper is not None and layout.travels:
                         _check_padding(value, local)
             else:
                 layout = layout_of(value, domains.of(value))
                 parts = _shards_of(value, layout)
-                _checked(layout, parts)
-            found.leaves[name] = Leaf(name, value, layout, parts)
+                _validate_parts(layout, parts)
+            found.leaves[name] = ShardedLeaf(name, value, layout, parts)
         except Exception as error:
             # Whatever it is, the others hear of it: they are about to wait for this rank.
-            found.fail(error, name)
+            found.note_failure(error, name)
     found.domains = domains.in_order()
     return found
 
@@ -212,29 +217,29 @@ class _Domains:
         return [self._by_key[key] for key in sorted(self._by_key)]
 
 
-def _shards_of(tensor: ShardedTensor, layout: Layout) -> list[torch.Tensor]:
+def _shards_of(tensor: ShardedTensor, layout: TensorLayout) -> list[torch.Tensor]:
     """This rank's parts, detached, in the order of its blocks."""
     held = {
         (tuple(s.metadata.shard_offsets), tuple(s.metadata.shard_sizes)): s.tensor
         for s in tensor.local_shards()
     }
     parts: list[torch.Tensor] = []
-    for block in layout.here:
+    for block in layout.local_blocks:
         part = held.get((block.starts or (), block.shape))
         if part is None:
             raise ValueError(f"the metadata has a shard at {block.starts} that is not here")
-        part = memory_of(settled(part))
+        part = memory_of(wait_for_pending(part))
         if has_own_operations(part):
             raise TypeError(f"a shard is a {type(part).__name__}, expected a plain tensor")
         parts.append(part.detach())
     return parts
 
 
-def _checked(layout: Layout, parts: Sequence[torch.Tensor]) -> Layout:
+def _validate_parts(layout: TensorLayout, parts: Sequence[torch.Tensor]) -> TensorLayout:
     """Refuse parts of another shape or dtype than the layout says."""
     if layout.domain is None:
         return layout
-    for part, block in zip(parts, layout.here, strict=True):
+    for part, block in zip(parts, layout.local_blocks, strict=True):
         if part.shape != block.shape:
             raise ValueError(
                 f"local shape {tuple(part.shape)} on this rank, expected {block.shape}"

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from shardproof._core.containers.leaf_values import check_leaf_types, copy_leaf_value
 from shardproof._core.containers.walk import Walk
 from shardproof._core.copies.snapshots import snapshot
-from shardproof._core.sharding.ranks import on_this_rank
-from shardproof._core.tensors.subclasses import settled_result
+from shardproof._core.sharding.ranks import wants_result_here
+from shardproof._core.tensors.subclasses import unwrap_pending
 
 
 def gather_simulated(
@@ -36,11 +36,11 @@ def gather_simulated(
             whole = value
             if isinstance(value, DTensor):
                 placements = [Replicate()] * value.device_mesh.ndim
-                whole = settled_result(value.redistribute(placements=placements).to_local())
+                whole = unwrap_pending(value.redistribute(placements=placements).to_local())
             device = torch.device("cpu") if cpu_offload else whole.device
             known[id(value)] = snapshot(whole, device)
         results.append(known[id(value)])
-    if not on_this_rank(ranks_only, pg):
+    if not wants_result_here(ranks_only, pg):
         return {}
     result: dict[str, Any] = walk.rebuilt(results)
     return result

@@ -13,15 +13,15 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from shardproof._core.comms.agreement import Failure, agree_on_failure
 from shardproof._core.comms.collectives import backend_of
-from shardproof._core.gathering.leaf_entries import Agreed, Entries, entries_of
+from shardproof._core.gathering.leaf_entries import Agreement, Entries, entries_of
 from shardproof._core.gathering.local_copies import LocalCopies
-from shardproof._core.gathering.mesh_gather import Line, result_device
-from shardproof._core.gathering.sharded_leaves import Found, Leaf
+from shardproof._core.gathering.mesh_gather import MeshGather, result_device
+from shardproof._core.gathering.sharded_leaves import FoundLeaves, ShardedLeaf
 from shardproof._core.sharding.domain import Domain
-from shardproof._core.tensors.subclasses import settled_result
+from shardproof._core.tensors.subclasses import unwrap_pending
 
 
-def _tied(found: Found, details: Mapping[Domain, Sequence[Entries]]) -> dict[str, str]:
+def _tied_paths(found: FoundLeaves, details: Mapping[Domain, Sequence[Entries]]) -> dict[str, str]:
     """Path -> the first path that is tied to it, another one; the same on every rank.
 
     A rank whose part of a tensor is empty cannot tell whether it is tied, so the others decide.
@@ -35,8 +35,8 @@ def _tied(found: Found, details: Mapping[Domain, Sequence[Entries]]) -> dict[str
     tied: dict[str, str] = {}
     for path, entry in entries_of(columns).items():
         ties: list[str | None] = [entry.tie]
-        for told in details.values() if entry.peers else ():
-            ties += [e[path].tie for e in told if path in e and e[path].members == entry.members]
+        for entries in details.values() if entry.peers else ():
+            ties += [e[path].tie for e in entries if path in e and e[path].members == entry.members]
         if any(tie is not None for tie in ties):
             key = (entry.summary, entry.members, tuple(ties))
             leader = first.setdefault(key, path)
@@ -45,47 +45,47 @@ def _tied(found: Found, details: Mapping[Domain, Sequence[Entries]]) -> dict[str
     return tied
 
 
-def _gather(
-    found: Found,
-    wanted: frozenset[int] | None,
-    agreed: Agreed,
+def gather_whole_tensors(
+    found: FoundLeaves,
+    destinations: frozenset[int] | None,
+    agreed: Agreement,
     copies: LocalCopies,
 ) -> dict[str, torch.Tensor]:
     """Path -> the whole tensor, for the leaves that this rank wants."""
-    tied = _tied(found, agreed.details)
+    tied = _tied_paths(found, agreed.details)
     columns = found.columns()
-    kinds: list[list[Leaf]] = [[] for _ in columns.kinds]
+    kinds: list[list[ShardedLeaf]] = [[] for _ in columns.kinds]
     for path, number in zip(columns.paths, columns.numbers, strict=True):
         if path not in tied:
             kinds[number].append(found.leaves[path])
-    here = wanted is None or dist.get_rank() in wanted
+    here = destinations is None or dist.get_rank() in destinations
     cpu_offload = copies.cpu_offload
     results: dict[str, torch.Tensor] = {}
-    staying: list[Leaf] = []
-    wrapped: list[Leaf] = []
-    streams: dict[Any, list[list[Leaf]]] = defaultdict(list)
+    staying: list[ShardedLeaf] = []
+    wrapped: list[ShardedLeaf] = []
+    by_bucket_key: dict[Any, list[list[ShardedLeaf]]] = defaultdict(list)
     for kind in kinds:
         layout = kind[0].layout
         if layout.travels:
-            if layout.own_way is not None:
+            if layout.by_class is not None:
                 wrapped += kind
             else:
-                streams[layout.stream].append(kind)
+                by_bucket_key[layout.bucket_key].append(kind)
         elif here:
             staying += kind
     results.update(copies.of(staying))
-    for key in sorted(streams):
-        Line(streams[key], wanted, agreed, cpu_offload).gather(results)
+    for key in sorted(by_bucket_key):
+        MeshGather(by_bucket_key[key], destinations, agreed, cpu_offload).gather(results)
     failure = None
     for leaf in sorted(wrapped, key=attrgetter("path")):
-        if wanted is None or not wanted.isdisjoint(leaf.layout.members):
+        if destinations is None or not destinations.isdisjoint(leaf.layout.members):
             try:
-                results[leaf.path] = _by_its_own_operations(leaf, cpu_offload)
+                results[leaf.path] = _gather_by_class(leaf, cpu_offload)
             except Exception as error:
                 # Other ranks may wait in what comes next: all hear of it when it is through.
-                said = f"{leaf.path!r}, {leaf.layout.summary}: {type(error).__name__}: {error}"
-                failure = failure or Failure("RuntimeError", said)
-    failure = agree_on_failure(agreed.own_way, failure)
+                message = f"{leaf.path!r}, {leaf.layout.summary}: {type(error).__name__}: {error}"
+                failure = failure or Failure("RuntimeError", message)
+    failure = agree_on_failure(agreed.by_class, failure)
     if failure is not None:
         raise failure.error()
     if not here:
@@ -94,7 +94,7 @@ def _gather(
     return results
 
 
-def _by_its_own_operations(leaf: Leaf, cpu_offload: bool) -> torch.Tensor:
+def _gather_by_class(leaf: ShardedLeaf, cpu_offload: bool) -> torch.Tensor:
     """The whole tensor of a DTensor, gathered as the class of what it holds or of its partial does.
 
     What a wrapper holds differs in shape and number from its elements, and a norm is no sum.
@@ -107,6 +107,6 @@ def _by_its_own_operations(leaf: Leaf, cpu_offload: bool) -> torch.Tensor:
         raise NotImplementedError(f"Gloo cannot gather it on {device.type}")
     # What full_tensor() does besides asks for one operation more, a view.
     placements = [Replicate()] * leaf.tensor.device_mesh.ndim
-    full = settled_result(leaf.tensor.redistribute(placements=placements).to_local())
+    full = unwrap_pending(leaf.tensor.redistribute(placements=placements).to_local())
     to = result_device(leaf.layout, cpu_offload)
     return full if full.device == to else full.to(to)

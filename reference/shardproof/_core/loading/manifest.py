@@ -1,4 +1,4 @@
-"""What the source of a broadcast has, told to all ranks before tensors move."""
+"""The manifest of a broadcast: what the source rank has, sent to all ranks first."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from shardproof._core.tensors.values import bits
 _LENGTH = struct.Struct("<q")
 
 
-class Offer(NamedTuple):
+class ManifestEntry(NamedTuple):
     """What the source has under a key, without the data.
 
     Attributes:
-        kind: ``tensor``, ``scalar`` (0-dim, its bytes travel with the offers), ``value``, or
+        kind: ``tensor``, ``scalar`` (0-dim, its bytes travel with the manifest), ``value``, or
             ``opaque``: a tensor that cannot be sent, and what it is as the value.
         size: of a tensor.
         dtype: of a tensor.
@@ -43,13 +43,13 @@ class Offer(NamedTuple):
 
 
 @dataclass
-class Offers:
+class Manifest:
     """All that the source has, by column: most keys are offered like another.
 
     Attributes:
         keys: in the order of the state dict.
-        numbers: of each key its offer.
-        kinds: the distinct offers.
+        numbers: of each key the index of its entry.
+        kinds: the distinct entries.
         roots: key -> the first key with the same memory, where that is another one.
         values: the bytes of scalars, and values.
         wholes: the full tensors, detached; on the source alone.
@@ -58,50 +58,50 @@ class Offers:
 
     keys: list[Any] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
-    kinds: list[Offer] = field(default_factory=list)
+    kinds: list[ManifestEntry] = field(default_factory=list)
     roots: dict[Any, Any] = field(default_factory=dict)
     values: dict[Any, Any] = field(default_factory=dict)
     wholes: dict[Any, torch.Tensor] = field(default_factory=dict)
 
-    def number(self, offer: Offer) -> int:
-        """That of an offer, a new one for a new offer."""
-        if offer not in self.kinds:
-            self.kinds.append(offer)
-        return self.kinds.index(offer)
+    def number(self, entry: ManifestEntry) -> int:
+        """The index of an entry, which is added where it is new."""
+        if entry not in self.kinds:
+            self.kinds.append(entry)
+        return self.kinds.index(entry)
 
-    def add(self, key: Any, offer: Offer, value: Any) -> None:
-        """Offer something whose value is told."""
+    def add(self, key: Any, entry: ManifestEntry, value: Any) -> None:
+        """Add a key whose value travels with the manifest."""
         self.keys.append(key)
-        self.numbers.append(self.number(offer))
+        self.numbers.append(self.number(entry))
         self.values[key] = value
 
-    def items(self) -> Iterator[tuple[Any, Offer]]:
-        """(key, offer) in the order of the state dict."""
+    def items(self) -> Iterator[tuple[Any, ManifestEntry]]:
+        """(key, entry) in the order of the state dict."""
         return zip(self.keys, map(self.kinds.__getitem__, self.numbers), strict=True)
 
-    def told(self) -> tuple[Any, ...]:
+    def to_columns(self) -> tuple[Any, ...]:
         """What is sent to the other ranks."""
         columns = list(zip(*self.kinds, strict=True))
         return self.keys, self.numbers, columns, self.roots, self.values
 
     @staticmethod
-    def heard(
+    def from_columns(
         keys: list[Any],
         numbers: list[int],
         columns: list[tuple[Any, ...]],
         roots: dict[Any, Any],
         values: dict[Any, Any],
-    ) -> Offers:
-        """What :meth:`told` was made of, without the tensors."""
-        kinds = list(map(Offer._make, zip(*columns, strict=True)))
-        return Offers(keys, numbers, kinds, roots, values)
+    ) -> Manifest:
+        """What :meth:`to_columns` was made of, without the tensors."""
+        kinds = list(map(ManifestEntry._make, zip(*columns, strict=True)))
+        return Manifest(keys, numbers, kinds, roots, values)
 
 
-def offers_of(
+def build_manifest(
     full: dict[str, Any], keys: list[str] | None, device: torch.device
-) -> tuple[Offers, Failure | None]:
+) -> tuple[Manifest, Failure | None]:
     """What the source has, in the order of its state dict. ``device`` is the transport's."""
-    offers = Offers()
+    manifest = Manifest()
     small: dict[Hashable, int] = {}
     try:
         for key in full if keys is None else dict.fromkeys(keys):
@@ -111,21 +111,21 @@ def offers_of(
             if not isinstance(value, torch.Tensor):
                 if keys is not None:
                     raise TypeError(f"{key!r}: expected a full tensor, got {type(value)}")
-                offers.add(key, Offer("value"), value)
+                manifest.add(key, ManifestEntry("value"), value)
                 continue
             plain = plain_full_tensor(key, value)
             size, dtype, ordinary = plain.shape, plain.dtype, is_ordinary(plain)
             if not ordinary:
                 inner = unwrapped(plain)
                 if inner is None or is_opaque(inner.layout, dtype):
-                    # Whether this is an error is seen where it is wanted.
-                    said = f"a {type(plain).__name__} of {dtype} and {plain.layout}"
-                    offers.add(key, Offer("opaque", tuple(size), dtype), said)
+                    # Whether this is an error is seen by the rank that has a target.
+                    description = f"a {type(plain).__name__} of {dtype} and {plain.layout}"
+                    manifest.add(key, ManifestEntry("opaque", tuple(size), dtype), description)
                     continue
                 plain, ordinary = inner, is_ordinary(inner)
             if not plain.dim() and keys is None:
                 raw = bits(plain).cpu().reshape(1).view(torch.uint8).numpy().tobytes()
-                offers.add(key, Offer("scalar", (), dtype), raw)
+                manifest.add(key, ManifestEntry("scalar", (), dtype), raw)
                 continue
             number = small.get((size, dtype))
             if number is None:
@@ -136,33 +136,33 @@ def offers_of(
                     and plain.is_contiguous()
                     and not (plain.is_conj() or plain.is_neg())
                 )
-                number = offers.number(Offer("tensor", tuple(size), dtype, flat))
+                number = manifest.number(ManifestEntry("tensor", tuple(size), dtype, flat))
                 if is_small:
                     small[size, dtype] = number
-            offers.keys.append(key)
-            offers.numbers.append(number)
-            offers.wholes[key] = plain
+            manifest.keys.append(key)
+            manifest.numbers.append(number)
+            manifest.wholes[key] = plain
     except Exception as error:
-        return Offers(), Failure.of(error)
-    wholes = offers.wholes
+        return Manifest(), Failure.of(error)
+    wholes = manifest.wholes
     tied = maybe_tied(list(wholes.values()))
     first: dict[Hashable, Any] = {}
     for (key, plain), ask in zip(wholes.items(), tied, strict=False):
         if ask and plain.numel():
             root = first.setdefault(geometry(plain), key)
             if root != key:
-                offers.roots[key] = root
-    return offers, None
+                manifest.roots[key] = root
+    return manifest, None
 
 
-def tell(
+def broadcast_manifest(
     domain: Domain,
     group: dist.ProcessGroup,
-    offers: Offers,
+    manifest: Manifest,
     failure: Failure | None,
     meanwhile: Callable[[], None],
-) -> tuple[Offers, Failure | None]:
-    """Send the source's offers, or its error, to all.
+) -> tuple[Manifest, Failure | None]:
+    """Send the source's manifest, or its error, to all.
 
     The source runs ``meanwhile``, which must not raise, while the bytes travel. Two broadcasts.
     """
@@ -174,7 +174,7 @@ def tell(
         finish(broadcast(group, data))
         body = data.cpu().numpy().tobytes()
     else:
-        body = _written(domain, offers, failure)
+        body = _pickle_manifest(domain, manifest, failure)
         head = _as_tensor(_LENGTH.pack(len(body)), domain.device)
         data = _as_tensor(body, domain.device)
         # Both at once: the others may still be looking at their targets.
@@ -183,27 +183,27 @@ def tell(
         for work in works:
             finish(work)
     # The peers of a process group run the same program: they are trusted as torch trusts them.
-    *told, refused = pickle.loads(body)  # noqa: S301
-    return Offers.heard(*told), refused
+    *columns, refusal = pickle.loads(body)  # noqa: S301
+    return Manifest.from_columns(*columns), refusal
 
 
-def _written(domain: Domain, offers: Offers, failure: Failure | None) -> bytes:
+def _pickle_manifest(domain: Domain, manifest: Manifest, failure: Failure | None) -> bytes:
     """What the source says."""
     if failure is not None:
         failure = Failure(failure.kind, f"{domain.name(0)}: {failure.message}", True)
     try:
-        return pickle.dumps((*offers.told(), failure))
+        return pickle.dumps((*manifest.to_columns(), failure))
     except Exception as error:
-        culprit = _unpicklable(offers)
+        culprit = _unpicklable(manifest)
         text = f"{domain.name(0)}: {culprit!r}: expected a value that can be pickled: {error}"
-        return pickle.dumps((*Offers().told(), Failure("TypeError", text, True)))
+        return pickle.dumps((*Manifest().to_columns(), Failure("TypeError", text, True)))
 
 
-def _unpicklable(offers: Offers) -> Any:
+def _unpicklable(manifest: Manifest) -> Any:
     """The first key that cannot be sent, or whose value cannot."""
-    for key in offers.keys:
+    for key in manifest.keys:
         try:
-            pickle.dumps((key, offers.values.get(key)))
+            pickle.dumps((key, manifest.values.get(key)))
         except Exception:
             return key
     return None

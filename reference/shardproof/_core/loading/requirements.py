@@ -1,4 +1,4 @@
-"""What the ranks need of the source's tensors, and how that can be cut."""
+"""Which shards of the source's tensors each rank requires, and whether they form a uniform grid."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from shardproof._core.sharding.blocks import Block, full_block
-from shardproof._core.sharding.target_part import Place
+from shardproof._core.sharding.target_part import TargetPart
 from shardproof._core.sharding.uniform_grid import grid_of
 
-Need = tuple[Place, bool]
+Requirement = tuple[TargetPart, bool]
 """(what is needed of a full tensor, whether it can be received right where it belongs)."""
 
 
-class Parts:
+class RequiredBlocks:
     """What the ranks need of tensors that are needed alike.
 
     Attributes:
@@ -30,14 +30,14 @@ class Parts:
         self,
         size: tuple[int, ...],
         ranks: tuple[int, ...],
-        needs: tuple[tuple[Need, ...], ...],
+        needs: tuple[tuple[Requirement, ...], ...],
     ) -> None:
         """``needs`` is per rank what it needs; one entry where all need the same."""
         held = {need[0]: need[0].blocks(size, ranks) for mine in set(needs) for need in mine}
         everyone = needs if len(needs) > 1 else needs * len(ranks)
         self.blocks: list[list[Block]] = []
         for index, mine in enumerate(everyone):
-            found = (held[place][index] for place, _ in mine)
+            found = (held[part][index] for part, _ in mine)
             self.blocks.append(list(dict.fromkeys(b for b in found if b is not None and b.numel)))
         others = self.blocks[1:]
         self.elsewhere = any(others)
@@ -49,18 +49,18 @@ class Parts:
         self.once = [whole]
 
 
-def parts_of(
+def required_blocks_of(
     size: tuple[int, ...],
     ranks: tuple[int, ...],
-    kinds: Sequence[Need],
+    kinds: Sequence[Requirement],
     wants: tuple[tuple[int, ...], ...],
-) -> Parts:
+) -> RequiredBlocks:
     """What the ranks need of tensors of one shape; remembered for small worlds."""
     needs = tuple([tuple([kinds[kind] for kind in mine]) for mine in wants])
-    make = _remembered_parts if len(ranks) <= _REMEMBERED else Parts
+    make = _cached_required_blocks if len(ranks) <= _CACHED_RANKS else RequiredBlocks
     return make(size, ranks, needs)
 
 
 # A large world's parts would fill the memory.
-_REMEMBERED = 64
-_remembered_parts = lru_cache(maxsize=1024)(Parts)
+_CACHED_RANKS = 64
+_cached_required_blocks = lru_cache(maxsize=1024)(RequiredBlocks)

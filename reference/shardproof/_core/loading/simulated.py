@@ -17,16 +17,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from shardproof._core.copies.snapshots import snapshot
 
 
-def land_simulated(
+def fill_simulated(
     held: DTensor, full: torch.Tensor, device: torch.device, in_place: bool
 ) -> DTensor:
     """The DTensor ``held`` with the values of a full tensor, where ranks are simulated."""
     full = full.to(device=device, dtype=held.dtype)
     # Each rank that is played cuts its part itself.
-    landed = distribute_tensor(full, held.device_mesh, held.placements, src_data_rank=None)
+    filled = distribute_tensor(full, held.device_mesh, held.placements, src_data_rank=None)
     if not in_place or held._local_tensor.is_meta:
-        return landed
-    held._local_tensor.copy_(landed._local_tensor)
+        return filled
+    held._local_tensor.copy_(filled._local_tensor)
     return held
 
 
@@ -38,17 +38,17 @@ def load_simulated(
     cpu_offload: bool,
 ) -> None:
     """What ``_broadcast_state_dict`` does for ``keys`` where ranks are simulated."""
-    landed: dict[Any, Any] = {}
+    filled: dict[Any, Any] = {}
     for key in keys:
         if key not in local:
             continue
         held, value = local[key], full[key]
         if not isinstance(value, torch.Tensor):
-            landed[key] = copy.deepcopy(value)
+            filled[key] = copy.deepcopy(value)
         elif isinstance(held, DTensor):
-            landed[key] = land_simulated(held, value, device, in_place=not cpu_offload)
+            filled[key] = fill_simulated(held, value, device, in_place=not cpu_offload)
         elif held is not None or not value.dim():
-            landed[key] = snapshot(value, device).detach()
-        if cpu_offload and isinstance(landed.get(key), torch.Tensor):
-            landed[key] = landed[key].cpu()
-    local.update(landed)
+            filled[key] = snapshot(value, device).detach()
+        if cpu_offload and isinstance(filled.get(key), torch.Tensor):
+            filled[key] = filled[key].cpu()
+    local.update(filled)

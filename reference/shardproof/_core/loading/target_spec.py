@@ -1,4 +1,4 @@
-"""How a target takes full tensors of one shape and dtype: what part, into which memory, as what.
+"""How targets that are alike take full tensors: which part, into which memory.
 
 A DTensor says by its placements what it takes, and refuses what does not fit. Any other target is
 replaced by the full tensor as it came: whether that fits is for the module to say, after its own
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from shardproof._core.sharding.blocks import Block, full_block
 from shardproof._core.sharding.dtensors import FSDP_FLATTENED
 from shardproof._core.sharding.table_shards import shards_in
-from shardproof._core.sharding.target_part import WHOLE, place_of
+from shardproof._core.sharding.target_part import WHOLE, target_part_of
 from shardproof._core.tensors.properties import (
     QUANTIZED,
     is_opaque,
@@ -24,11 +24,11 @@ from shardproof._core.tensors.properties import (
     kind_of,
     unwritable,
 )
-from shardproof._core.tensors.subclasses import is_custom, is_table, settled, shards_of
+from shardproof._core.tensors.subclasses import is_custom, is_table, shards_of, wait_for_pending
 from shardproof._core.tensors.values import MOVABLE
 
 
-class Model:
+class TargetSpec:
     """How targets that are alike take full tensors of one shape and dtype.
 
     Args:
@@ -50,7 +50,7 @@ class Model:
         is_opaque: whether they can but be copied as a whole.
         dtype: that of the results.
         device: where new tensors are made.
-        place: which part of a full tensor a target takes, on whatever rank.
+        part: which part of a full tensor a target takes, on whatever rank.
         block: this rank's part; None where the rank is outside the target's mesh.
         is_piece: whether the target is a piece of a flat parameter.
         keeps: whether values are written into the memory that is there.
@@ -63,7 +63,7 @@ class Model:
         copies: whether new memory of a target is but a copy of its part of the full tensor.
 
     Raises:
-        TypeError, ValueError: as :meth:`Targets.target` says.
+        TypeError, ValueError: as :meth:`TargetFactory.target` says.
 
     """
 
@@ -80,7 +80,7 @@ class Model:
         "like_target",
         "ordinary",
         "other_shape",
-        "place",
+        "part",
         "size",
         "source_dtype",
     )
@@ -102,7 +102,7 @@ class Model:
         self.layout = layout
         self.is_opaque = is_opaque(layout, dtype)
         self.device = device
-        self.place = WHOLE
+        self.part = WHOLE
         self.block: Block | None = None
         self.is_piece = not isinstance(value, DTensor) and getattr(value, FSDP_FLATTENED, False)
         self.keeps = self.by_class = self.like_target = False
@@ -138,13 +138,13 @@ class Model:
     def _plan_dtensor(self, value: DTensor, in_place: bool, cpu_offload: bool) -> None:
         self._check(value)
         spec = value._spec
-        self.place, self.block, pending = place_of(spec)
+        self.part, self.block, pending = target_part_of(spec)
         if pending:
             raise ValueError(
                 f"the target has placements {spec.placements}; a pending reduction "
                 "cannot take values"
             )
-        local = settled(value._local_tensor)
+        local = wait_for_pending(value._local_tensor)
         table = is_table(type(local))
         if table:
             if self.block is not None:

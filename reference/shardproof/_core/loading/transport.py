@@ -1,4 +1,4 @@
-"""From one rank to all: what each needs of the source's full tensors, and how it gets there.
+"""Full tensors from the source rank to all: broadcast whole, or scattered as shards.
 
 Broadcast where every rank needs a tensor whole, scattered where each needs a part. Small tensors
 share buckets; a large one is sent from where it lies to where it belongs.
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from shardproof._core import limits
-from shardproof._core.comms.buckets import Parcel, Piece, Stream, block_elements, rooms
+from shardproof._core.comms.buckets import BucketStream, Parcel, Piece, block_elements, piece_views
 from shardproof._core.comms.collectives import (
     broadcast,
     finish,
@@ -23,14 +23,19 @@ from shardproof._core.comms.collectives import (
     scatter_into,
     scatter_takes_room,
 )
-from shardproof._core.loading.manifest import Offer, Offers
-from shardproof._core.loading.requirements import Need, Parts, parts_of
-from shardproof._core.loading.target_spec import Model
+from shardproof._core.loading.manifest import Manifest, ManifestEntry
+from shardproof._core.loading.requirements import RequiredBlocks, Requirement, required_blocks_of
+from shardproof._core.loading.target_spec import TargetSpec
 from shardproof._core.loading.targets import Target
 from shardproof._core.sharding.blocks import Block
 from shardproof._core.sharding.domain import Domain
-from shardproof._core.sharding.uniform_grid import Grid
-from shardproof._core.tensors.pinned_copy import Outgoing, is_far, landed, sends
+from shardproof._core.sharding.uniform_grid import UniformGrid
+from shardproof._core.tensors.pinned_copy import (
+    PinnedUpload,
+    copy_to_pinned,
+    is_on_gpu,
+    uses_pinned_memory,
+)
 from shardproof._core.tensors.properties import CPU
 from shardproof._core.tensors.values import (
     MOVABLE,
@@ -69,52 +74,52 @@ class Transport:
         self.domain, self.group, self.wholes, self.targets = domain, group, wholes, targets
         self.me = domain.index()
         # By the identity of a parcel; all live until the call ends.
-        self._grids: dict[int, Grid | None] = {}
+        self._grids: dict[int, UniformGrid | None] = {}
         self._with_own_row: set[int] = set()
         # One copy of a bucket to the CPU instead of one per tensor.
-        self._lands = sends(domain.device) and {CPU} == {
-            target.model.device for each in targets.values() for target in each
+        self._lands_in_pinned = uses_pinned_memory(domain.device) and {CPU} == {
+            target.spec.device for each in targets.values() for target in each
         }
 
     def run(
         self,
-        offers: Offers,
-        kinds: Sequence[Need],
-        wanted: Sequence[Sequence[tuple[int, ...]]],
+        manifest: Manifest,
+        kinds: Sequence[Requirement],
+        required: Sequence[Sequence[tuple[int, ...]]],
     ) -> None:
         """Run the collectives.
 
         Args:
-            offers: what the source has.
+            manifest: what the source has.
             kinds: the distinct needs.
-            wanted: per rank, or once where all need the same, per key which kinds are needed.
+            required: per rank, or once where all need the same, per key which kinds are needed.
 
         """
         alike: dict[tuple[int, tuple[tuple[int, ...], ...]], list[Any]] = defaultdict(list)
-        told = zip(*wanted, strict=True)
-        for key, number, needed in zip(offers.keys, offers.numbers, told, strict=True):
+        columns = zip(*required, strict=True)
+        for key, number, needed in zip(manifest.keys, manifest.numbers, columns, strict=True):
             if any(needed):
                 alike[number, needed].append(key)
         together: list[Parcel] = []
         apart: list[Parcel] = []
-        for place, ((number, wants), keys) in enumerate(alike.items()):
-            offer = offers.kinds[number]
-            assert offer.dtype is not None
-            parts = parts_of(offer.size, self.domain.members, kinds, wants)
-            name = f"{place:012d}"
+        for index, ((number, wants), keys) in enumerate(alike.items()):
+            entry = manifest.kinds[number]
+            assert entry.dtype is not None
+            parts = required_blocks_of(entry.size, self.domain.members, kinds, wants)
+            name = f"{index:012d}"
             if not parts.elsewhere:
-                self._keep(keys)
+                self._copy_for_source(keys)
                 continue
-            if _travels_alone(offer, parts):
+            if _travels_alone(entry, parts):
                 for key in keys:
                     self._send_alone(key, scattered=not parts.everywhere)
                 continue
-            small = math.prod(offer.size) * offer.dtype.itemsize <= _SMALL
+            small = math.prod(entry.size) * entry.dtype.itemsize <= _SMALL
             if parts.everywhere:
-                parcel = Parcel(name, offer.dtype, parts.once, keys)
+                parcel = Parcel(name, entry.dtype, parts.once, keys)
                 together.append(parcel)
             else:
-                parcel = Parcel(name, offer.dtype, parts.blocks, keys)
+                parcel = Parcel(name, entry.dtype, parts.blocks, keys)
                 self._grids[id(parcel)] = parts.grid
                 apart.append(parcel)
             if small and len(keys) > 1:
@@ -122,7 +127,7 @@ class Transport:
         for parcels, scattered in ((together, False), (apart, True)):
             self._run_stream(parcels, scattered)
 
-    def _keep(self, keys: Sequence[Any]) -> None:
+    def _copy_for_source(self, keys: Sequence[Any]) -> None:
         """What the source needs itself of tensors that it has whole."""
         if self.wholes is None:
             return
@@ -131,20 +136,20 @@ class Transport:
         for key in keys:
             whole = self.wholes[key]
             for target in self.targets.get(key, ()):
-                model, block = target.model, target.model.block
+                spec, block = target.spec, target.spec.block
                 if block is None or block.region is None:
-                    target.take(whole)
-                elif model.dtype == whole.dtype and whole.dtype in MOVABLE:
-                    memories.append(target.open())
+                    target.take_part_of(whole)
+                elif spec.dtype == whole.dtype and whole.dtype in MOVABLE:
+                    memories.append(target.ensure_memory())
                     values.append(whole[block.region])
                 else:
-                    target.take(whole)
+                    target.take_part_of(whole)
         copy_all(memories, values)
 
     def _send_alone(self, key: Any, scattered: bool) -> None:
         memory = None
         for target in self.targets.get(key, ()):
-            memory = target.open().view(-1).view(torch.uint8)
+            memory = target.ensure_memory().view(-1).view(torch.uint8)
         data = None
         if self.wholes is not None:
             data = self.wholes[key].view(-1).view(torch.uint8)
@@ -153,7 +158,7 @@ class Transport:
             assert data is not None
             work = broadcast(self.group, data)
             # What is sent is only read, so the source may copy it for itself at the same time.
-            self._keep([key])
+            self._copy_for_source([key])
             finish(work)
             return
         assert memory is not None
@@ -166,13 +171,13 @@ class Transport:
         held = 2
         if scattered and scatter_takes_room(self.group, self.domain.device):
             held += 1  # Not reached on a CPU: its memory is given when it is written.
-        todo = Stream(parcels, participants, held=held * participants)
+        todo = BucketStream(parcels, participants, held=held * participants)
         if self.wholes is None:
             self._receive_stream(todo, scattered)
         else:
             self._send_stream(todo, scattered)
 
-    def _send_stream(self, todo: Stream, scattered: bool) -> None:
+    def _send_stream(self, todo: BucketStream, scattered: bool) -> None:
         work = None
         buffers = _Buffers(self.domain.device)
         outgoing = self._outgoing(todo.parcels)
@@ -193,23 +198,23 @@ class Transport:
             self._unpack(rows[0], pieces[0], todo.parcels, 0)
         # Large ones the source takes from where they are: its row was not looked at.
         rest = [parcel for parcel in todo.parcels if not self._own_row(parcel)]
-        self._keep([key for parcel in rest for key in parcel.items])
+        self._copy_for_source([key for parcel in rest for key in parcel.items])
         finish(work)
 
-    def _outgoing(self, parcels: Sequence[Parcel]) -> Outgoing | None:
+    def _outgoing(self, parcels: Sequence[Parcel]) -> PinnedUpload | None:
         """Where tensors are packed that lie on the CPU and travel from a device; None elsewhere."""
         assert self.wholes is not None
-        if not sends(self.domain.device):
+        if not uses_pinned_memory(self.domain.device):
             return None
         # Not reached on a CPU: nothing is sent to a device.
         wholes = [self.wholes[key] for parcel in parcels for key in parcel.items]
-        return None if any(map(is_far, wholes)) else Outgoing(self.domain.device)
+        return None if any(map(is_on_gpu, wholes)) else PinnedUpload(self.domain.device)
 
     def _own_row(self, parcel: Parcel) -> bool:
         """Whether the source packs its own part, too: of small tensors that saves work."""
         return id(parcel) in self._with_own_row
 
-    def _receive_stream(self, todo: Stream, scattered: bool) -> None:
+    def _receive_stream(self, todo: BucketStream, scattered: bool) -> None:
         column = self.me if scattered else 0
         here: tuple[torch.Tensor, Sequence[Piece]] | None = None
         buffers = _Buffers(self.domain.device)
@@ -232,11 +237,11 @@ class Transport:
         column: int,
     ) -> None:
         """Write what has arrived into the targets."""
-        if self._lands:
-            mine = landed(mine)  # Not reached on a CPU: there is no page-locked memory.
+        if self._lands_in_pinned:
+            mine = copy_to_pinned(mine)  # Not reached on a CPU: there is no page-locked memory.
         memories: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
-        for piece, room in rooms(mine, pieces, parcels):
+        for piece, room in piece_views(mine, pieces, parcels):
             parcel = parcels[piece.parcel]
             if self.wholes is not None and not self._own_row(parcel):
                 continue
@@ -246,19 +251,19 @@ class Transport:
             targets = [targets[0] for targets in held if len(targets) == 1]
             parts = room.view(len(keys), -1)
             if len(targets) == len(keys) and piece.stop - piece.start == block.numel:
-                models = {target.model for target in targets}
-                model = targets[0].model
-                if len(models) == 1 and _receives(model, block, room):
+                specs = {target.spec for target in targets}
+                spec = targets[0].spec
+                if len(specs) == 1 and _receives(spec, block, room):
                     parts = parts.view(len(keys), *block.shape)
-                    if model.copies and model.device == room.device:
+                    if spec.copies and spec.device == room.device:
                         for target, memory in zip(targets, copies_of_each(parts), strict=True):
                             target.memory = memory
                         continue
-                    if model.keeps and model.ordinary and not model.by_class:
+                    if spec.keeps and spec.ordinary and not spec.by_class:
                         opened = [target.value._local_tensor for target in targets]
                     else:
-                        opened = [target.open() for target in targets]
-                    alike = room.device == CPU == model.device and model.dtype is room.dtype
+                        opened = [target.ensure_memory() for target in targets]
+                    alike = room.device == CPU == spec.device and spec.dtype is room.dtype
                     if alike and len(keys) >= _MANY:
                         copy_each(parts, opened)
                         continue
@@ -267,8 +272,8 @@ class Transport:
                     continue
             for targets_of_key, part in zip(held, parts.unbind(), strict=True):
                 for target in targets_of_key:
-                    if target.model.block == block:
-                        for memory, value in target.landing(piece.start, piece.stop, part):
+                    if target.spec.block == block:
+                        for memory, value in target.copies_for_range(piece.start, piece.stop, part):
                             memories.append(memory)
                             values.append(value)
         copy_all(memories, values)
@@ -287,14 +292,14 @@ class Transport:
         several = len(rows) > 1
         if pieces[0] is not pieces[-1]:
             for taker, row in enumerate(rows):
-                for piece, room in rooms(row, pieces[taker], parcels):
+                for piece, room in piece_views(row, pieces[taker], parcels):
                     parcel = parcels[piece.parcel]
                     if taker or self._own_row(parcel):
                         self._fill_part(room, piece, parcel, 0, taker)
             return
         into: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
-        for piece, room in rooms(rows, pieces[0], parcels):
+        for piece, room in piece_views(rows, pieces[0], parcels):
             parcel = parcels[piece.parcel]
             first = 1 if several and not self._own_row(parcel) else 0
             keys = parcel.items[piece.first : piece.first + piece.count]
@@ -316,7 +321,7 @@ class Transport:
                     for taker, row in enumerate(part[first:], first):
                         self._fill_part(row, piece, parcel, index, taker)
                     continue
-                source = grid.of(whole)
+                source = grid.block_rows(whole)
                 space = grid.rows(part, source)
                 single = len(grid.parts) == 1 and grid.repeats == (1, 1)
                 if single and part.nbytes > _WORTH_A_VIEW:
@@ -359,18 +364,18 @@ class _Buffers:
 _SMALL = 1 << 16
 
 
-def _receives(model: Model, block: Block, room: torch.Tensor) -> bool:
+def _receives(spec: TargetSpec, block: Block, room: torch.Tensor) -> bool:
     """Whether the elements of a block are but to be copied into targets of this kind."""
-    return model.block == block and model.source_dtype is room.dtype
+    return spec.block == block and spec.source_dtype is room.dtype
 
 
-def _travels_alone(offer: Offer, parts: Parts) -> bool:
+def _travels_alone(entry: ManifestEntry, parts: RequiredBlocks) -> bool:
     """Whether a tensor is so large that it is sent from where it lies to where it belongs.
 
     That saves the copies into and out of a bucket. The answer rests on what all ranks know.
     """
     others, source = parts.direct
-    if not offer.flat or not others:
+    if not entry.flat or not others:
         return False
     if parts.everywhere:
         return True

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from shardproof._core.tensors.properties import kind_of
-from shardproof._core.tensors.subclasses import is_custom, memory_of, settled
+from shardproof._core.tensors.subclasses import is_custom, memory_of, wait_for_pending
 
 
 def plain_full_tensor(key: Any, value: torch.Tensor) -> torch.Tensor:
@@ -26,7 +26,7 @@ def plain_full_tensor(key: Any, value: torch.Tensor) -> torch.Tensor:
             raise TypeError(
                 f"{key!r}: the full state dict has a {kind_of(value)}, expected a full tensor"
             )
-        value = memory_of(settled(value))
+        value = memory_of(wait_for_pending(value))
     if value.is_meta:
         raise ValueError(f"{key!r}: the full tensor is on the meta device, expected values")
     return value.detach() if value.requires_grad and not is_custom(type(value)) else value

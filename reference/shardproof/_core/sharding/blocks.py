@@ -1,4 +1,4 @@
-"""Which elements of a global tensor each shard holds.
+"""Which elements of a global tensor each shard holds, by mesh coordinate and placements.
 
 Everything here is arithmetic on sizes: no tensor data, no process group, no communication. A
 shard is described per tensor dimension by *runs*, half-open intervals of global indices in the
@@ -114,9 +114,9 @@ def _cuts(ndim: int, placements: tuple[Placement, ...], order: Any) -> tuple[Cut
         return tuple(found)
     # The spec may have the mesh dimensions of one tensor dimension apply in another order.
     rank_of = {
-        (int(entry.tensor_dim), int(mesh_dim)): place
+        (int(entry.tensor_dim), int(mesh_dim)): order_in_dim
         for entry in order
-        for place, mesh_dim in enumerate(entry.mesh_dims)
+        for order_in_dim, mesh_dim in enumerate(entry.mesh_dims)
     }
     return tuple(
         sorted(found, key=lambda cut: rank_of.get((cut.tensor_dim, cut.mesh_dim), cut.mesh_dim))

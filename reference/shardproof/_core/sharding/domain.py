@@ -17,15 +17,18 @@ from shardproof._core.tensors.properties import CPU
 
 @dataclass(frozen=True)
 class Stage:
-    """One group to communicate over. ``places[i]`` is the position of group rank ``i``."""
+    """One group to communicate over: that of one mesh dimension.
+
+    ``coordinates[i]`` is the coordinate of group rank ``i`` along that dimension.
+    """
 
     group: dist.ProcessGroup
-    places: tuple[int, ...]
+    coordinates: tuple[int, ...]
 
     @property
     def in_order(self) -> bool:
         """Whether the group counts its ranks as the dimension does."""
-        return self.places == tuple(range(len(self.places)))
+        return self.coordinates == tuple(range(len(self.coordinates)))
 
 
 @dataclass(frozen=True)
@@ -63,33 +66,36 @@ class Domain:
         """The coordinate of a position, row-major."""
         found: list[int] = []
         for size in reversed(self.shape):
-            index, place = divmod(index, size)
-            found.append(place)
+            index, at = divmod(index, size)
+            found.append(at)
         return tuple(reversed(found))
 
     @cached_property
-    def here(self) -> tuple[int, ...]:
+    def my_coordinate(self) -> tuple[int, ...]:
         """This rank's coordinate."""
         return self.coordinate(self.index())
 
     def position(self, coordinate: Sequence[int]) -> int:
         """The position of a coordinate."""
         index = 0
-        for size, place in zip(self.shape, coordinate, strict=True):
-            index = index * size + place
+        for size, at in zip(self.shape, coordinate, strict=True):
+            index = index * size + at
         return index
 
     @cached_property
-    def _lines(self) -> dict[tuple[int, ...], tuple[int, ...]]:
+    def _members_along(self) -> dict[tuple[int, ...], tuple[int, ...]]:
         return {}
 
     def along(self, dims: tuple[int, ...]) -> tuple[int, ...]:
         """The members that differ from this rank in these dimensions alone, this rank included."""
-        found = self._lines.get(dims)
+        found = self._members_along.get(dims)
         if found is None:
-            ranges = [range(n) if d in dims else (self.here[d],) for d, n in enumerate(self.shape)]
-            places = map(self.position, product(*ranges))
-            found = self._lines[dims] = tuple([self.members[place] for place in places])
+            ranges = [
+                range(n) if d in dims else (self.my_coordinate[d],)
+                for d, n in enumerate(self.shape)
+            ]
+            indices = map(self.position, product(*ranges))
+            found = self._members_along[dims] = tuple([self.members[index] for index in indices])
         return found
 
     def stage(self, dim: int) -> Stage:

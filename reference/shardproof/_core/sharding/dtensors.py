@@ -19,7 +19,7 @@ STANDS_FOR = "_st_info"
 """Where a local Parameter keeps the spec of the DTensor that it stands for."""
 
 
-def dtensor(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
+def build_dtensor(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
     """The DTensor of ``spec`` around a local tensor, without ``requires_grad``.
 
     ``DTensor.__init__`` does nothing, behind a guard against Dynamo that costs more than making
@@ -31,10 +31,10 @@ def dtensor(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
 
 def with_local(like: DTensor, local: torch.Tensor, dtype: torch.dtype | None = None) -> DTensor:
     """The DTensor of ``like``'s spec around another local tensor. No collective runs."""
-    return dtensor(local, like._spec if dtype is None else spec_of_dtype(like._spec, dtype))
+    return build_dtensor(local, like._spec if dtype is None else spec_with_dtype(like._spec, dtype))
 
 
-def spec_of_dtype(spec: DTensorSpec, dtype: torch.dtype) -> DTensorSpec:
+def spec_with_dtype(spec: DTensorSpec, dtype: torch.dtype) -> DTensorSpec:
     """``spec``, or a copy of it where it says another dtype."""
     meta = spec.tensor_meta
     if meta is None or meta.dtype == dtype:
@@ -45,7 +45,7 @@ def spec_of_dtype(spec: DTensorSpec, dtype: torch.dtype) -> DTensorSpec:
     return spec
 
 
-def stood_for(value: Any) -> Any:
+def represented_dtensor(value: Any) -> Any:
     """The DTensor that a local Parameter of tensor parallelism stands in for; else the value.
 
     ``torch.distributed.checkpoint.state_dict`` hands the parameters of a module to the load
@@ -62,4 +62,4 @@ def stood_for(value: Any) -> Any:
         local = torch.empty(shape, dtype=value.dtype, device="meta")
     elif tuple(value.shape) != shape:
         return value
-    return dtensor(local, spec)
+    return build_dtensor(local, spec)

@@ -23,7 +23,7 @@ _UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})
 _LOW = (1 << 32) - 1
 
 
-def reduced(parts: Sequence[torch.Tensor], ops: Sequence[str], count: int) -> torch.Tensor:
+def reduce_partials(parts: Sequence[torch.Tensor], ops: Sequence[str], count: int) -> torch.Tensor:
     """Reduce contributions that were made over one or more mesh dimensions.
 
     Sums and products of integers wrap as torch's do. An average of integers is that of the exact
@@ -68,7 +68,7 @@ def _integer_average(parts: Sequence[torch.Tensor], count: int) -> torch.Tensor:
 
 
 def check_reductions(ops: Sequence[str], dtype: torch.dtype) -> None:
-    """Refuse what :func:`reduced` cannot do.
+    """Refuse what :func:`reduce_partials` cannot do.
 
     Raises:
         ValueError: names the reductions.

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 
-def on_this_rank(ranks_only: tuple[int, ...], pg: dist.ProcessGroup | None) -> bool:
+def wants_result_here(ranks_only: tuple[int, ...], pg: dist.ProcessGroup | None) -> bool:
     """Whether the caller wants a result here; ``ranks_only`` counts in the numbering of ``pg``."""
     return not ranks_only or dist.get_rank(pg) in ranks_only
 

@@ -1,4 +1,4 @@
-"""ShardedTensors around other shards, of the same sharding."""
+"""A ShardedTensor of the same sharding around other local shards."""
 
 from __future__ import annotations
 

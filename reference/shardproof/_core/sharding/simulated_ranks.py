@@ -1,7 +1,7 @@
-"""Ranks that one process plays: torch's LocalTensorMode.
+"""Ranks that one process plays: torch's LocalTensorMode, and tensors without values.
 
-Under it a tensor stands for one tensor a rank, and a mesh coordinate is a SymInt that stands for
-one number a rank. What depends on the rank has to be computed once for each.
+Under that mode a tensor stands for one tensor a rank, and a mesh coordinate is a SymInt that
+stands for one number a rank. What depends on the rank has to be computed once for each.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["for_each_rank", "plays_all_ranks", "with_real_ranks"]
+__all__ = ["for_each_rank", "plays_all_ranks", "simulates_ranks", "with_real_ranks"]
 
 P = ParamSpec("P")
 R = TypeVar("R")

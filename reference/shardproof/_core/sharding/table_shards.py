@@ -1,4 +1,4 @@
-"""DTensors whose local tensor is a wrapper of the shards of a sharded table.
+"""DTensors whose local tensor wraps the shards of a sharded embedding table.
 
 The wrapper's own dtype and device say nothing (a rank may hold no shard at all), its shards' do.
 """

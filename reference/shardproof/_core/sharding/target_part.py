@@ -1,4 +1,4 @@
-"""Which part of a full tensor a rank takes, by the sharding of what takes it."""
+"""Which part of a full tensor each rank takes, by the placements of its target."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shardproof._core.sharding.blocks import (
 from shardproof._core.sharding.ranks import mesh_ranks, my_coordinate
 
 
-class Place(NamedTuple):
+class TargetPart(NamedTuple):
     """Which part of full tensors a target takes, on whatever rank.
 
     Attributes:
@@ -40,26 +40,26 @@ class Place(NamedTuple):
         """What each global rank takes of a full tensor; None where it is outside the mesh."""
         if not self.members:
             return [full_block(size)] * len(ranks)
-        places = dict(zip(self.members, product(*map(range, self.mesh)), strict=True))
-        at = [places.get(rank) for rank in ranks]
+        coordinates = dict(zip(self.members, product(*map(range, self.mesh)), strict=True))
+        at = [coordinates.get(rank) for rank in ranks]
         return [None if c is None else block_at(size, self.mesh, self.cuts, c) for c in at]
 
 
-WHOLE = Place()
+WHOLE = TargetPart()
 
 # Weak: a mesh holds process groups.
-_PLACES: WeakKeyDictionary[DeviceMesh, dict[Hashable, tuple[Place, Block | None, bool]]]
-_PLACES = WeakKeyDictionary()
+_TARGET_PARTS: WeakKeyDictionary[DeviceMesh, dict[Hashable, tuple[TargetPart, Block | None, bool]]]
+_TARGET_PARTS = WeakKeyDictionary()
 
 
-def place_of(spec: DTensorSpec) -> tuple[Place, Block | None, bool]:
-    """(the place, this rank's block, whether a reduction is pending).
+def target_part_of(spec: DTensorSpec) -> tuple[TargetPart, Block | None, bool]:
+    """(the part, this rank's block, whether a reduction is pending).
 
     Models have few layouts, and loads ask for the same again and again.
     """
-    known = _PLACES.get(spec.mesh)
+    known = _TARGET_PARTS.get(spec.mesh)
     if known is None:
-        known = _PLACES[spec.mesh] = {}
+        known = _TARGET_PARTS[spec.mesh] = {}
     # The types, too: a kind of partial of its own may equal the plain one.
     kinds = tuple(map(type, spec.placements))
     # An equal mesh of an earlier world may still be there, in which this process was another rank.
@@ -67,7 +67,7 @@ def place_of(spec: DTensorSpec) -> tuple[Place, Block | None, bool]:
     key = coordinate, spec.placements, kinds, spec.shape, getattr(spec, "shard_order", None)
     found = known.get(key)
     if found is None:
-        place = Place(mesh_ranks(spec.mesh), tuple(spec.mesh.shape), cuts_of(spec))
+        part = TargetPart(mesh_ranks(spec.mesh), tuple(spec.mesh.shape), cuts_of(spec))
         block = None if coordinate is None else spec_block(spec, coordinate)
-        found = known[key] = place, block, bool(partial_dims(spec.placements))
+        found = known[key] = part, block, bool(partial_dims(spec.placements))
     return found

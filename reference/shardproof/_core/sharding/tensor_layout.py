@@ -1,4 +1,4 @@
-"""How distributed tensors are spread over ranks, and how that is put in words for other ranks."""
+"""How a DTensor or ShardedTensor is sharded over ranks, and a summary to compare between ranks."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from shardproof._core.sharding.blocks import Block, Cut, block_at, box_block, cu
 from shardproof._core.sharding.domain import Domain
 from shardproof._core.sharding.partial_reduction import check_reductions
 from shardproof._core.sharding.ranks import mesh_ranks
-from shardproof._core.sharding.uniform_grid import Grid, grid_of, line_of
+from shardproof._core.sharding.uniform_grid import UniformGrid, blocks_and_grid_at, grid_of
 from shardproof._core.tensors.properties import CPU, dtype_of, is_row_major, shape_of, wrapper_of
-from shardproof._core.tensors.subclasses import is_table, settled, shards_of
+from shardproof._core.tensors.subclasses import is_table, shards_of, wait_for_pending
 
 
 @dataclass(slots=True, eq=False)
-class Layout:
-    """How tensors are spread over ranks. Leaves of one call that are spread alike share it.
+class TensorLayout:
+    """How tensors are sharded over ranks. Leaves of one call that are sharded alike share it.
 
     Attributes:
         domain: the ranks that share the tensors; None where this rank is none of them.
@@ -37,17 +37,17 @@ class Layout:
         shape: the global shape.
         dtype: of the elements.
         stride: the global strides where they are not row-major.
-        device: of what this rank holds.
+        device: of this rank's local shards.
         summary: all of it in words.
         dims: the domain's dimensions over which the data differs.
         reductions: dimension -> pending reduction.
         cuts: how a DTensor is sharded; None for a ShardedTensor.
         shards: (global rank, block) of each shard of a ShardedTensor.
-        here: what this rank holds.
+        local_blocks: the blocks that this rank holds.
         nbytes: of a whole tensor.
         held: whether this rank holds any element.
-        own_way: the class that alone knows how it is gathered: the tensor subclass around what this
-            rank holds, or a kind of partial of its own.
+        by_class: the class whose own operations gather it: that of this rank's local tensor, or a
+            subclass of Partial.
 
     """
 
@@ -63,17 +63,17 @@ class Layout:
     reductions: dict[int, str] = field(default_factory=dict)
     cuts: tuple[Cut, ...] | None = None
     shards: list[tuple[int, Block]] = field(default_factory=list)
-    here: list[Block] = field(default_factory=list)
+    local_blocks: list[Block] = field(default_factory=list)
     held: bool = False
-    own_way: type | None = None
+    by_class: type | None = None
 
-    def line(
+    def blocks_and_grid(
         self, coordinates: tuple[tuple[int, ...], ...]
-    ) -> tuple[list[list[Block]], Grid | None]:
+    ) -> tuple[list[list[Block]], UniformGrid | None]:
         """What the members at these coordinates hold, and the grid that this makes, if any."""
         assert self.domain is not None
         if self.cuts is not None:
-            return line_of(self.shape, self.domain.shape, self.cuts, coordinates)
+            return blocks_and_grid_at(self.shape, self.domain.shape, self.cuts, coordinates)
         ranks = [self.domain.members[c[0]] for c in coordinates]
         held = [[block for rank, block in self.shards if rank == r] for r in ranks]
         return held, grid_of(self.shape, held)
@@ -100,7 +100,7 @@ class Layout:
         return self.nbytes >= limits.alone_bytes()
 
     @property
-    def stream(self) -> Hashable:
+    def bucket_key(self) -> Hashable:
         """Equal for leaves that travel together, and sorted the same way on every rank."""
         assert self.domain is not None
         return self.domain.key, self.dims, tuple(sorted(self.reductions.items()))
@@ -169,7 +169,7 @@ def _check_tiling(tensor: ShardedTensor) -> None:
         check_tensor(held or shards, size)
 
 
-class _Spread(NamedTuple):
+class _MeshLayout(NamedTuple):
     """How a DTensor is laid out on its mesh, whatever its memory.
 
     Attributes:
@@ -193,15 +193,15 @@ class _Spread(NamedTuple):
 
 
 # Weak: a mesh holds process groups.
-_SPREADS: WeakKeyDictionary[DeviceMesh, dict[Hashable, _Spread]] = WeakKeyDictionary()
+_MESH_LAYOUTS: WeakKeyDictionary[DeviceMesh, dict[Hashable, _MeshLayout]] = WeakKeyDictionary()
 
 
-def _spread_of(tensor: DTensor) -> _Spread:
+def _mesh_layout_of(tensor: DTensor) -> _MeshLayout:
     """Models have few layouts, and checkpoints ask for the same again and again."""
     spec, dtype = tensor._spec, dtype_of(tensor)
-    known = _SPREADS.get(spec.mesh)
+    known = _MESH_LAYOUTS.get(spec.mesh)
     if known is None:
-        known = _SPREADS[spec.mesh] = {}
+        known = _MESH_LAYOUTS[spec.mesh] = {}
     # The types, too: a kind of partial of its own may equal the plain one.
     kinds = tuple(map(type, spec.placements))
     order = getattr(spec, "shard_order", None)
@@ -221,12 +221,12 @@ def _spread_of(tensor: DTensor) -> _Spread:
     cuts = cuts_of(spec)
     split = {cut.mesh_dim for cut in cuts if sizes[cut.mesh_dim] > 1} | set(pending)
     nbytes, dims = math.prod(shape) * dtype.itemsize, tuple(sorted(split))
-    found = _Spread(stride, summary(tensor), nbytes, cuts, reductions, dims, partial)
+    found = _MeshLayout(stride, summary(tensor), nbytes, cuts, reductions, dims, partial)
     known[key] = found
     return found
 
 
-def layout_of(tensor: DTensor | ShardedTensor, domain: Domain | None) -> Layout:
+def layout_of(tensor: DTensor | ShardedTensor, domain: Domain | None) -> TensorLayout:
     """The layout of a tensor that the ranks of ``domain`` share; None where this is none of them.
 
     Raises:
@@ -238,29 +238,29 @@ def layout_of(tensor: DTensor | ShardedTensor, domain: Domain | None) -> Layout:
         if domain is None:
             # This rank takes no part, and a placement that it does not know is not its matter.
             ranks = mesh_ranks(tensor.device_mesh)
-            return Layout(None, ranks, shape, dtype, None, device, summary(tensor), 0)
-        stride, words, nbytes, cuts, reductions, dims, partial = _spread_of(tensor)
-        layout = Layout(domain, domain.members, shape, dtype, stride, device, words, nbytes)
+            return TensorLayout(None, ranks, shape, dtype, None, device, summary(tensor), 0)
+        stride, words, nbytes, cuts, reductions, dims, partial = _mesh_layout_of(tensor)
+        layout = TensorLayout(domain, domain.members, shape, dtype, stride, device, words, nbytes)
         layout.dims, layout.reductions, layout.cuts = dims, reductions, cuts
-        layout.here = [block_at(shape, domain.shape, cuts, domain.here)]
-        wrapper = wrapper_of(settled(tensor._local_tensor))
+        layout.local_blocks = [block_at(shape, domain.shape, cuts, domain.my_coordinate)]
+        wrapper = wrapper_of(wait_for_pending(tensor._local_tensor))
         if wrapper is not None and not is_table(wrapper):
             layout.summary += f", over {wrapper.__name__}"
-            layout.own_way = wrapper
-        layout.own_way = layout.own_way or partial
+            layout.by_class = wrapper
+        layout.by_class = layout.by_class or partial
     else:
         if domain is None:  # nothing of it is here
             raise ValueError("this rank is outside the group that gathers the ShardedTensor")
         members = domain.members
         nbytes = math.prod(shape) * dtype.itemsize
-        layout = Layout(domain, members, shape, dtype, None, device, summary(tensor), nbytes)
+        layout = TensorLayout(domain, members, shape, dtype, None, device, summary(tensor), nbytes)
         layout.shards = _shards(tensor)
         _check_tiling(tensor)
         strangers = sorted({rank for rank, _ in layout.shards} - set(members))
         if strangers:
             raise ValueError(f"shards on global ranks {strangers}, expected {members}")
         layout.dims = (0,) if len(members) > 1 else ()
-        mine = members[domain.here[0]]
-        layout.here = [block for rank, block in layout.shards if rank == mine]
-    layout.held = any(block.numel for block in layout.here)
+        mine = members[domain.my_coordinate[0]]
+        layout.local_blocks = [block for rank, block in layout.shards if rank == mine]
+    layout.held = any(block.numel for block in layout.local_blocks)
     return layout

@@ -1,4 +1,4 @@
-"""Shards of equal size, seen all at once.
+"""Shards of equal size, read or written by one operation on a view of the whole tensor.
 
 Most tensors are cut evenly. Then the parts of all participants are one view of the whole tensor,
 and one operation moves them, where rectangles would have to be moved one by one.
@@ -23,7 +23,7 @@ _NEAR = 1 << 18
 
 
 @dataclass(frozen=True)
-class Grid:
+class UniformGrid:
     """Equal blocks that tile a tensor, one a participant, in the participants' order.
 
     With it all blocks are read or written by one operation on a view of the whole tensor. Where
@@ -49,7 +49,7 @@ class Grid:
     _split: tuple[int, ...]
     _order: tuple[int, ...]
 
-    def of(self, full: torch.Tensor) -> torch.Tensor:
+    def block_rows(self, full: torch.Tensor) -> torch.Tensor:
         """A view of the tensor with one block a row.
 
         Of shape ``(*parts, *block)``, or flatter; ``(repeats, *parts, repeats, *block)`` where it
@@ -60,10 +60,10 @@ class Grid:
         return self._repeated(full.view(self._split).permute(self._order))
 
     def rows(self, data: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Rows of elements, shaped as the view ``like`` that :meth:`of` gave."""
+        """Rows of elements, shaped as the view ``like`` that :meth:`block_rows` gave."""
         return data if like.dim() == 2 and self.stacked else data.view(like.shape)
 
-    def fresh(self, data: torch.Tensor, count: int) -> list[torch.Tensor]:
+    def assemble(self, data: torch.Tensor, count: int) -> list[torch.Tensor]:
         """New whole tensors from rows that hold the blocks of ``count`` of them.
 
         They are put together many at a time in memory that the processor keeps at hand: a tensor
@@ -71,16 +71,20 @@ class Grid:
         """
         made: list[torch.Tensor] = []
         for at, number, near in self._near(data, count):
-            self._blocks_of(near).copy_(self._rows_of(data, count).narrow(self._at, at, number))
+            self._blocks_of(near).copy_(
+                self._rows_of(data, count).narrow(self._tensors_dim, at, number)
+            )
             made.extend(copies_of_each(near))
         return made
 
     def fill(self, data: torch.Tensor, wholes: Sequence[torch.Tensor]) -> None:
-        """Write the blocks of whole tensors into rows: the inverse of :meth:`fresh`."""
+        """Write the blocks of whole tensors into rows: the inverse of :meth:`assemble`."""
         count = len(wholes)
         for at, number, near in self._near(data, count):
             stack_into(near.view(-1), list(wholes[at : at + number]))
-            self._rows_of(data, count).narrow(self._at, at, number).copy_(self._blocks_of(near))
+            self._rows_of(data, count).narrow(self._tensors_dim, at, number).copy_(
+                self._blocks_of(near)
+            )
 
     def _repeated(self, blocks: torch.Tensor) -> torch.Tensor:
         """A view of shape ``(*parts, ...)`` that shows each block as often as it is needed."""
@@ -96,7 +100,7 @@ class Grid:
         return self.parts if self.repeats == (1, 1) else (outer, *self.parts, inner)
 
     @property
-    def _at(self) -> int:
+    def _tensors_dim(self) -> int:
         """Which dimension of :meth:`_rows_of` counts the tensors."""
         return len(self._participants)
 
@@ -120,34 +124,36 @@ class Grid:
 
 
 # Up to so many participants a line is remembered: more of them would fill the memory.
-_REMEMBERED = 64
+_CACHED_RANKS = 64
 
 
-def line_of(
+def blocks_and_grid_at(
     shape: tuple[int, ...],
     mesh_shape: tuple[int, ...],
     cuts: tuple[Cut, ...],
     coordinates: tuple[tuple[int, ...], ...],
-) -> tuple[list[list[Block]], Grid | None]:
+) -> tuple[list[list[Block]], UniformGrid | None]:
     """What each mesh coordinate holds of a tensor, and the grid that these blocks make, if any."""
-    find = _remembered_line if len(coordinates) <= _REMEMBERED else _line
-    return find(shape, mesh_shape, cuts, coordinates)
+    compute = (
+        _cached_blocks_and_grid if len(coordinates) <= _CACHED_RANKS else _find_blocks_and_grid
+    )
+    return compute(shape, mesh_shape, cuts, coordinates)
 
 
-def _line(
+def _find_blocks_and_grid(
     shape: tuple[int, ...],
     mesh_shape: tuple[int, ...],
     cuts: tuple[Cut, ...],
     coordinates: tuple[tuple[int, ...], ...],
-) -> tuple[list[list[Block]], Grid | None]:
+) -> tuple[list[list[Block]], UniformGrid | None]:
     blocks = [[block_at(shape, mesh_shape, cuts, coordinate)] for coordinate in coordinates]
     return blocks, grid_of(shape, blocks)
 
 
-_remembered_line = lru_cache(maxsize=4096)(_line)
+_cached_blocks_and_grid = lru_cache(maxsize=4096)(_find_blocks_and_grid)
 
 
-def grid_of(shape: Sequence[int], blocks: Sequence[Sequence[Block]]) -> Grid | None:
+def grid_of(shape: Sequence[int], blocks: Sequence[Sequence[Block]]) -> UniformGrid | None:
     """The grid that the participants' blocks make, None where they are no such thing.
 
     Args:
@@ -173,11 +179,11 @@ def grid_of(shape: Sequence[int], blocks: Sequence[Sequence[Block]]) -> Grid | N
         return None
     starts = [cell.starts for cell in cells[:: repeats[1]][:once]]
     for dims in permutations(cut):
-        places = product(*(range(counts[dim]) for dim in dims))
+        cells_in_order = product(*(range(counts[dim]) for dim in dims))
         expected = []
-        for place in places:
+        for cell in cells_in_order:
             start = [0] * len(size)
-            for dim, index in zip(dims, place, strict=True):
+            for dim, index in zip(dims, cell, strict=True):
                 start[dim] = index * size[dim]
             expected.append(tuple(start))
         if starts == expected:
@@ -195,7 +201,7 @@ def grid_of(shape: Sequence[int], blocks: Sequence[Sequence[Block]]) -> Grid | N
         split.append(part)
     follow = len(dims) == 1 and all(size[dim] == 1 for dim in range(dims[0]))
     order = (*(at[dim] for dim in dims), *rest)
-    return Grid(
+    return UniformGrid(
         shape=tuple(shape),
         parts=tuple(counts[dim] for dim in dims),
         block=size,

@@ -1,4 +1,4 @@
-"""Copies of tensors of one state dict that overlap in memory: they do so as well.
+"""Copies of tensors that share memory: the copies share memory in the same way.
 
 A weight and its transpose, a fused projection and its parts, a table and a slice of it: each copied
 by itself would take their memory twice, and no longer change with each other.
@@ -14,7 +14,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from shardproof._core.tensors.properties import is_ordinary
-from shardproof._core.tensors.subclasses import settled
+from shardproof._core.tensors.subclasses import wait_for_pending
 from shardproof._core.tensors.ties import extent, geometry
 from shardproof._core.tensors.values import allocate
 
@@ -22,7 +22,7 @@ from shardproof._core.tensors.values import allocate
 _ALIGNED = 16
 
 
-class Together:
+class OverlappingCopies:
     """Makes a copy of each memory once.
 
     Args:
@@ -93,10 +93,10 @@ class Together:
 
 def _memories(leaf: Any) -> list[torch.Tensor]:
     if isinstance(leaf, DTensor):
-        return [settled(leaf._local_tensor)]
+        return [wait_for_pending(leaf._local_tensor)]
     if isinstance(leaf, ShardedTensor):
         return [shard.tensor for shard in leaf.local_shards()]
-    return [settled(leaf)] if isinstance(leaf, torch.Tensor) else []
+    return [wait_for_pending(leaf)] if isinstance(leaf, torch.Tensor) else []
 
 
 def _is_lazy(memory: torch.Tensor) -> bool:

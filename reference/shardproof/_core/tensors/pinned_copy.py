@@ -1,4 +1,4 @@
-"""Between a GPU and host memory: many small tensors at once, and through page-locked memory.
+"""Copies between a GPU and the CPU: small tensors together, through page-locked memory.
 
 A copy of 4 KiB from an H100 into ordinary memory costs 12 us, as much as 500 KiB at the speed of
 the bus. So small tensors that are alike cross it as one, put together on the device, and land in
@@ -25,68 +25,68 @@ from shardproof._core.tensors.values import MOVABLE, copies_of_each, copy_all
 _SMALL, _FEW = 1 << 16, 4
 
 
-def in_use() -> bool:
+def gpu_in_use() -> bool:
     """Whether there can be tensors on a GPU at all: where not, nobody need look for one."""
     return torch.cuda.is_initialized()
 
 
-def sends(device: torch.device) -> bool:
+def uses_pinned_memory(device: torch.device) -> bool:
     """Whether the device reads and writes page-locked memory by itself."""
     return device.type == "cuda"
 
 
-def is_far(tensor: torch.Tensor) -> bool:
+def is_on_gpu(tensor: torch.Tensor) -> bool:
     """Whether the tensor lies on such a device."""
-    return sends(tensor.device)
+    return uses_pinned_memory(tensor.device)
 
 
 # Not reached on a CPU: there is page-locked memory only beside a GPU.
-def page_locked(nbytes: int) -> torch.Tensor:
+def empty_pinned(nbytes: int) -> torch.Tensor:
     """New bytes that a GPU reads and writes directly; torch keeps what is freed for the next."""
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 # Not reached on a CPU: there is page-locked memory only beside a GPU.
-def landed(data: torch.Tensor) -> torch.Tensor:
+def copy_to_pinned(data: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor of a device in page-locked memory, when it is there."""
-    near = page_locked(data.nbytes).view(data.dtype).view(data.shape)
+    near = empty_pinned(data.nbytes).view(data.dtype).view(data.shape)
     near.copy_(data, non_blocking=True)
-    _mark(data.device).synchronize()
+    _record_event(data.device).synchronize()
     return near
 
 
 # Not reached on a CPU: there is page-locked memory only beside a GPU.
-def _mark(device: torch.device) -> torch.Event:
+def _record_event(device: torch.device) -> torch.Event:
     """An event that is over when all work so far on the device's current stream is."""
     event: torch.Event = torch.accelerator.current_stream(device).record_event()
     return event
 
 
-def copies(leaves: Sequence[Any]) -> dict[int, torch.Tensor]:
+def copy_small_together(leaves: Sequence[Any]) -> dict[int, torch.Tensor]:
     """Place of a leaf -> a copy of its memory in new CPU memory, made together with others.
 
     For plain tensors and the local tensors of DTensors that lie on a GPU, are small, and of which
     there are several alike. Besides the results it takes up to half a bucket of page-locked
     memory, and as much on the device.
     """
-    if not in_use():
+    if not gpu_in_use():
         return {}
     # Not reached on a CPU: no tensor lies on a GPU.
     groups: dict[Hashable, list[tuple[int, torch.Tensor]]] = defaultdict(list)
-    for place, leaf in enumerate(leaves):
+    for index, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
             memory = local_of(leaf) if isinstance(leaf, DTensor) else leaf
-            if is_far(memory) and _is_small(memory):
-                groups[memory.device, memory.dtype, memory.size()].append((place, memory.detach()))
+            if is_on_gpu(memory) and _is_small(memory):
+                groups[memory.device, memory.dtype, memory.size()].append((index, memory.detach()))
     made: dict[int, torch.Tensor] = {}
     for alike in groups.values():
         for part in _buckets(alike):
-            near = landed(torch.stack([memory for _, memory in part]))
-            made.update(zip([place for place, _ in part], copies_of_each(near), strict=True))
+            near = copy_to_pinned(torch.stack([memory for _, memory in part]))
+            made.update(zip([index for index, _ in part], copies_of_each(near), strict=True))
     return made
 
 
-def into_host(
+def copy_across_devices(
     targets: list[torch.Tensor], sources: list[torch.Tensor], non_blocking: bool = False
 ) -> None:
     """Copy each source into its target, as ``copy_all`` does, whatever device each is on.
@@ -94,7 +94,7 @@ def into_host(
     What goes from a GPU into page-locked memory is under way all at once, and small tensors for
     ordinary memory go together.
     """
-    if not in_use() or not any(map(_is_cuda, sources)):
+    if not gpu_in_use() or not any(map(_is_cuda, sources)):
         copy_all(targets, sources, non_blocking)
     # Not reached on a CPU: no source lies on a GPU.
     elif targets[0].is_pinned():
@@ -106,17 +106,21 @@ def into_host(
         copy_all(targets, sources, non_blocking=True)
         if not non_blocking:
             # Of the targets, too: what one of them still reads the caller may change.
-            for device in filter(sends, {*map(_device, sources), *map(_device, targets)}):
-                _mark(device).synchronize()
+            for device in filter(
+                uses_pinned_memory, {*map(_device, sources), *map(_device, targets)}
+            ):
+                _record_event(device).synchronize()
     else:
-        _together(targets, sources, non_blocking)
+        _copy_together(targets, sources, non_blocking)
 
 
 _is_cuda, _device = attrgetter("is_cuda"), attrgetter("device")
 
 
 # Not reached on a CPU: there is page-locked memory only beside a GPU.
-def _together(targets: list[torch.Tensor], sources: list[torch.Tensor], non_blocking: bool) -> None:
+def _copy_together(
+    targets: list[torch.Tensor], sources: list[torch.Tensor], non_blocking: bool
+) -> None:
     memories = [target.untyped_storage().data_ptr() for target in targets if target.numel()]
     if len(set(memories)) < len(memories):  # where targets overlap the last one wins: in order
         copy_all(targets, sources, non_blocking)
@@ -126,7 +130,7 @@ def _together(targets: list[torch.Tensor], sources: list[torch.Tensor], non_bloc
     for pair in zip(targets, sources, strict=True):
         target, source = pair
         if (
-            is_far(source)
+            is_on_gpu(source)
             and _is_small(source)
             and target.device.type == "cpu"
             and target.dtype is source.dtype
@@ -139,7 +143,7 @@ def _together(targets: list[torch.Tensor], sources: list[torch.Tensor], non_bloc
     copy_all([target for target, _ in rest], [source for _, source in rest], non_blocking)
     for alike in groups.values():
         for part in _buckets(alike):
-            near = landed(torch.stack([source.detach() for _, source in part]))
+            near = copy_to_pinned(torch.stack([source.detach() for _, source in part]))
             copy_all([target for target, _ in part], list(near.unbind()))
 
 
@@ -166,7 +170,7 @@ def _buckets(alike: list[tuple[Any, torch.Tensor]]) -> Iterator[list[tuple[Any, 
 
 
 # Not reached on a CPU: there is page-locked memory only beside a GPU.
-class Outgoing:
+class PinnedUpload:
     """Page-locked memory for bytes that are packed on the CPU and then sent to a device.
 
     Two buckets in turn: one may still be read by the device while the other is packed.
@@ -183,7 +187,7 @@ class Outgoing:
         if read is not None:
             read.synchronize()
         if made.numel() < nbytes:
-            made = page_locked(nbytes)
+            made = empty_pinned(nbytes)
         self._made.append(made)
         self._read.append(None)
         return made[:nbytes]
@@ -191,4 +195,4 @@ class Outgoing:
     def send(self, packed: torch.Tensor, into: torch.Tensor) -> None:
         """Start what brings the bytes of the last :meth:`next` into memory of the device."""
         into.copy_(packed, non_blocking=True)
-        self._read[-1] = _mark(self._device)
+        self._read[-1] = _record_event(self._device)

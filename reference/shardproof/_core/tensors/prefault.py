@@ -1,4 +1,4 @@
-"""New host memory that is about to be written in full: mapped in one call, not page by page.
+"""Page faults of new host memory, taken in one call before it is written in full.
 
 The C library maps large memory anew for each tensor, and the kernel gives each of its pages at the
 first write to it: on a virtual machine 64 MiB take 50 ms so, of which the bytes themselves take 8.
@@ -32,7 +32,7 @@ def _kernel() -> ctypes.CDLL:
 _LIBC = _kernel() if sys.platform == "linux" else None
 
 
-def map_ahead(tensor: torch.Tensor, *, alone: bool = False) -> torch.Tensor:
+def prefault(tensor: torch.Tensor, *, alone: bool = False) -> torch.Tensor:
     """Map the memory of a dense tensor of LARGE bytes or more, whose contents do not matter yet.
 
     Returns the same tensor. Nothing happens where that would not help: on a device, where the

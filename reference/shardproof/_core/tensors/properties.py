@@ -18,7 +18,7 @@ from shardproof._core.tensors.subclasses import (
     first_shard,
     has_own_dispatch,
     is_custom,
-    settled,
+    wait_for_pending,
 )
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def local_of(tensor: DTensor) -> torch.Tensor:
     """The finished local tensor of a DTensor, detached, over the same storage."""
     local = tensor._local_tensor
     if type(local) is not torch.Tensor:
-        local = settled(local)
+        local = wait_for_pending(local)
     return local.detach() if local.requires_grad else local
 
 

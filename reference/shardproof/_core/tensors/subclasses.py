@@ -1,4 +1,4 @@
-"""Tensor subclasses that decide by themselves what an operation does, or refuse it.
+"""Tensor subclasses that implement operations themselves, or refuse them.
 
 Quantised weights, 8-bit optimizer state, float8 weights, sharded tables: such a class implements
 the operations that its users need and no others. So it is asked for nothing but what torch's own
@@ -80,7 +80,7 @@ def memory_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensors that a class with ``__tensor_flatten__`` holds, in an order that it fixes."""
-    return shards_of(tensor) or [value for _, value in _held(tensor)]
+    return shards_of(tensor) or [value for _, value in _held_attributes(tensor)]
 
 
 def _attributes(tensor: torch.Tensor) -> Iterator[tuple[str, Any]]:
@@ -95,19 +95,19 @@ def _attributes(tensor: torch.Tensor) -> Iterator[tuple[str, Any]]:
                 yield name, getattr(tensor, name)
 
 
-def settled(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor``, waited for if a collective is still writing it, or a part of what it holds."""
+def wait_for_pending(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, once no collective writes to it, or to a tensor that it holds, any more."""
     if type(tensor) in PLAIN:
         return tensor
     if isinstance(tensor, AsyncCollectiveTensor):
-        return settled(tensor.wait())
+        return wait_for_pending(tensor.wait())
     if has_own_operations(tensor):
-        for _, value in _held(tensor):
-            _wait(value)
+        for _, value in _held_attributes(tensor):
+            _wait_in(value)
     return tensor
 
 
-def _held(tensor: torch.Tensor) -> Iterator[tuple[str, Any]]:
+def _held_attributes(tensor: torch.Tensor) -> Iterator[tuple[str, Any]]:
     if hasattr(type(tensor), "__tensor_flatten__"):
         names, _ = cast(Any, tensor).__tensor_flatten__()
         yield from [(name, getattr(tensor, name)) for name in names]
@@ -115,40 +115,43 @@ def _held(tensor: torch.Tensor) -> Iterator[tuple[str, Any]]:
         yield from _attributes(tensor)
 
 
-def _wait(value: Any) -> None:
+def _wait_in(value: Any) -> None:
     if isinstance(value, DTensor):
-        settled(value._local_tensor)
+        wait_for_pending(value._local_tensor)
     elif isinstance(value, torch.Tensor):
-        settled(value)
+        wait_for_pending(value)
     elif type(value) in (list, tuple):
         for item in value:
-            _wait(item)
+            _wait_in(item)
     elif type(value) is dict:
-        _wait(list(value.values()))
+        _wait_in(list(value.values()))
 
 
-def settled_result(tensor: torch.Tensor) -> torch.Tensor:
-    """As :func:`settled`, for a tensor of our own: nothing in it stands for a collective then."""
-    tensor = settled(tensor)
+def unwrap_pending(tensor: torch.Tensor) -> torch.Tensor:
+    """As :func:`wait_for_pending`, and no tensor in it is an ``AsyncCollectiveTensor`` any more.
+
+    Only for a tensor of our own, since what it holds is replaced.
+    """
+    tensor = wait_for_pending(tensor)
     if has_own_operations(tensor):
-        for name, value in list(_held(tensor)):
-            finished = _finished(value)
+        for name, value in list(_held_attributes(tensor)):
+            finished = _unwrap_value(value)
             if finished is not value:
                 setattr(tensor, name, finished)
     return tensor
 
 
-def _finished(value: Any) -> Any:
+def _unwrap_value(value: Any) -> Any:
     if isinstance(value, AsyncCollectiveTensor):
-        return settled_result(value.wait())
+        return unwrap_pending(value.wait())
     if isinstance(value, torch.Tensor):
-        return settled_result(value)
+        return unwrap_pending(value)
     if type(value) in (list, tuple):
-        found = [_finished(item) for item in value]
+        found = [_unwrap_value(item) for item in value]
         same = all(new is old for new, old in zip(found, value, strict=True))
         return value if same else type(value)(found)
     if type(value) is dict:
-        finished = {key: _finished(item) for key, item in value.items()}
+        finished = {key: _unwrap_value(item) for key, item in value.items()}
         return value if all(finished[key] is value[key] for key in value) else finished
     return value
 
@@ -158,7 +161,7 @@ _UNSUPPORTED = (NotImplementedError, TypeError, ValueError, AttributeError, Asse
 
 
 @torch.no_grad()
-def own_copy(tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+def copy_by_class(tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
     """A copy by the operations of the tensor's class, on ``device`` or where the tensor is.
 
     The tensor itself where it is there already and its class has no way to copy: so did torch.
@@ -180,14 +183,14 @@ def own_copy(tensor: torch.Tensor, device: torch.device | None = None) -> torch.
 def _rebuilt(tensor: torch.Tensor) -> torch.Tensor:
     """A wrapper of the same class around copies of what it holds."""
     names, context = cast(Any, tensor).__tensor_flatten__()
-    inner = {name: own_copy(getattr(tensor, name)) for name in names}
+    inner = {name: copy_by_class(getattr(tensor, name)) for name in names}
     unflatten: Any = type(tensor).__tensor_unflatten__  # type: ignore[attr-defined]
     made: torch.Tensor = unflatten(inner, context, tensor.size(), tensor.stride())
     return made
 
 
 @torch.no_grad()
-def own_buffer(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def buffer_by_class(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """New memory of the tensor's class on ``device`` that can take its values.
 
     A copy where the class makes no other, and the tensor itself where it makes no copy.
@@ -197,11 +200,11 @@ def own_buffer(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
             return make(tensor, device=device)
         except _UNSUPPORTED:
             continue
-    return own_copy(tensor, device)
+    return copy_by_class(tensor, device)
 
 
 @torch.no_grad()
-def own_put(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> None:
+def put_by_class(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> None:
     """Write ``source`` into ``target`` as the class of one of them does it."""
     if is_table(type(target)) and is_table(type(source)):
         for ours, theirs in zip(shards_of(target), shards_of(source), strict=True):

@@ -18,8 +18,8 @@ _nbytes = attrgetter("nbytes")
 Span = tuple[int, int]
 
 
-def dressed_tie_key(tensor: torch.Tensor) -> Hashable:
-    """As :func:`tie_key`, but a Parameter and a detached view of it are told apart."""
+def parameter_tie_key(tensor: torch.Tensor) -> Hashable:
+    """As :func:`tie_key`, but a Parameter and a detached view of it have different keys."""
     return tie_key(tensor), type(tensor), requires_grad_of(tensor)
 
 

@@ -15,9 +15,15 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardproof._core.tensors.prefault import LARGE, map_ahead
+from shardproof._core.tensors.prefault import LARGE, prefault
 from shardproof._core.tensors.properties import is_ordinary, is_row_major
-from shardproof._core.tensors.subclasses import PLAIN, is_custom, own_copy, own_put, settled
+from shardproof._core.tensors.subclasses import (
+    PLAIN,
+    copy_by_class,
+    is_custom,
+    put_by_class,
+    wait_for_pending,
+)
 
 # For these torch has every kernel that moving takes, and copying them copies their bits: they need
 # not be disguised as integers, which would cost a view a tensor.
@@ -50,7 +56,7 @@ def bit_dtype(dtype: torch.dtype) -> torch.dtype:
     return _INTEGER_OF_WIDTH[dtype.itemsize]
 
 
-def carrier(dtype: torch.dtype) -> torch.dtype:
+def carrier_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype as which values of ``dtype`` are moved: itself, or integers of its width."""
     return dtype if dtype in MOVABLE else _INTEGER_OF_WIDTH[dtype.itemsize]
 
@@ -74,7 +80,7 @@ def allocate(
 ) -> torch.Tensor:
     """An uninitialised tensor; ``stride`` is kept where it is dense."""
     # torch warns of some dtypes when it makes a tensor of them, but not when it views one.
-    made = carrier(dtype)
+    made = carrier_dtype(dtype)
     if stride is not None and not is_row_major(shape, stride):
         ghost = torch.empty_strided(shape, stride, dtype=torch.uint8, device="meta")
         stride = torch.empty_like(ghost).stride()
@@ -107,7 +113,7 @@ def put(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) 
     )
     # Detached, so that nothing is recorded: that is cheaper than a no_grad block a tensor.
     if is_custom(type(target)) or is_custom(type(source)):
-        own_put(target, source, non_blocking)
+        put_by_class(target, source, non_blocking)
     elif direct:
         target.detach().view(bit_dtype(dtype)).copy_(bits(source), non_blocking=non_blocking)
     elif target.layout is torch.strided:
@@ -148,9 +154,9 @@ def fresh_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The values of a plain tensor in new memory on ``device``, detached, strides kept."""
     usual = type(tensor) in PLAIN
     if not usual:
-        tensor = settled(tensor)
+        tensor = wait_for_pending(tensor)
         if is_custom(type(tensor)):
-            return own_copy(tensor, device)
+            return copy_by_class(tensor, device)
     if tensor.dtype in MOVABLE or not is_ordinary(tensor) or tensor.is_meta:
         plain = tensor.detach() if tensor.requires_grad or not usual else tensor
         if (
@@ -161,7 +167,7 @@ def fresh_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
             and (plain.device == device or plain.is_cuda)
         ):
             fresh = torch.empty_like(plain, device=device)
-            return map_ahead(fresh, alone=plain.is_cuda).copy_(plain)
+            return prefault(fresh, alone=plain.is_cuda).copy_(plain)
         if plain.device != device:
             # Not reached on a CPU: there is no other device.
             return plain.to(device, copy=True)
@@ -169,7 +175,7 @@ def fresh_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return bits(tensor).to(device, copy=True).view(tensor.dtype)
 
 
-def dress_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def as_parameter_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Give ``tensor`` the ``requires_grad`` and the Parameter-ness of ``like``."""
     # Asking for the very type first: nn.Parameter has an instance check of its own, in Python. It
     # goes by the mark that a Parameter of another type of tensor bears.
@@ -197,6 +203,6 @@ def stack_into(room: torch.Tensor, parts: list[torch.Tensor]) -> None:
     torch.stack(parts, out=room.view(len(parts), *parts[0].shape))
 
 
-def carried(tensor: torch.Tensor) -> torch.Tensor:
+def as_carrier(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in the dtype that carries its dtype between ranks: mostly itself."""
     return tensor if tensor.dtype in MOVABLE else bits(tensor)

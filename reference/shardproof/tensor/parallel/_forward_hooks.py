@@ -1,4 +1,4 @@
-"""Around every forward of a localized module tree: DTensors in at the first, out at the last.
+"""Hooks around every forward of a tensor-parallel module: DTensors in before, out after.
 
 The hooks stand on each module that has localized parameters in or below it, so that one that is
 called alone, or again by activation checkpointing, computes with DTensors. Within the forward of
@@ -21,14 +21,14 @@ from torch.distributed.tensor import DTensor
 
 from shardproof.tensor.parallel import _local_parameters, _optimizers, _replicate_groups
 
-SEAM = "_shardproof_seam"
+FORWARD_STATE = "_shardproof_seam"
 IGNORED = "_shardproof_not_localized"
 _STATE_DICT = "_shardproof_seam_state_dict"
 _ONE_AT_A_TIME = threading.RLock()
 """Held while DTensors go in or out: another thread may evaluate, or save, what one trains."""
 
 
-class Seam:
+class ForwardState:
     """What a hooked module knows of the forwards around it; a copy of it knows of none."""
 
     def __init__(self) -> None:
@@ -39,78 +39,78 @@ class Seam:
         self.waiting: nn.Module | None = None
         """A module around this one that was localized after its forward had begun."""
 
-    def __reduce__(self) -> tuple[type[Seam], tuple[()]]:
-        return Seam, ()
+    def __reduce__(self) -> tuple[type[ForwardState], tuple[()]]:
+        return ForwardState, ()
 
 
-def before(module: Any, _input: Any) -> None:
+def pre_forward_hook(module: Any, _input: Any) -> None:
     """Put DTensors in, unless they are: the forward pre-hook."""
-    seam = module._shardproof_seam
-    if seam.inside and not seam.depth:
+    state = module._shardproof_seam
+    if state.inside and not state.depth:
         return
-    begin(module)
+    enter_forward(module)
 
 
-def after(module: Any, _input: Any, _output: Any) -> None:
+def post_forward_hook(module: Any, _input: Any, _output: Any) -> None:
     """Take them out where this module's forward put them in: the forward hook."""
     if module._shardproof_seam.depth:
-        end(module)
+        leave_forward(module)
 
 
 @_disable_dynamo(recursive=True)
-def begin(module: nn.Module) -> None:
+def enter_forward(module: nn.Module) -> None:
     with _ONE_AT_A_TIME:
-        _begin(module)
+        _enter_forward(module)
 
 
-def _begin(module: nn.Module) -> None:
-    seam = seam_of(module)
-    if seam is None:
+def _enter_forward(module: nn.Module) -> None:
+    state = forward_state_of(module)
+    if state is None:
         enter(module)
         return
-    if seam.depth and calls_of(module) > 1:
-        seam.depth += 1
+    if state.depth and calls_of(module) > 1:
+        state.depth += 1
         if torch.is_grad_enabled():
             _let_train(module)
         return
-    if seam.depth:
+    if state.depth:
         # An interrupt left without hooks (Module calls them for an Exception only).
-        seam.depth = 0
+        state.depth = 0
         leave(module)
-    if not seam.inside:
-        around, seam.waiting = seam.waiting, None
+    if not state.inside:
+        around, state.waiting = state.waiting, None
         if around is None or not calls_of(around):
             around = module
         if enter(around):
-            around.__dict__[SEAM].depth = 1
-            _local_parameters.last(around._forward_hooks, after)
+            around.__dict__[FORWARD_STATE].depth = 1
+            _local_parameters.move_hooks_last(around._forward_hooks, post_forward_hook)
 
 
 @_disable_dynamo(recursive=True)
-def end(module: nn.Module) -> None:
+def leave_forward(module: nn.Module) -> None:
     with _ONE_AT_A_TIME:
-        seam = module.__dict__[SEAM]
-        seam.depth -= 1
-        if not seam.depth:
+        state = module.__dict__[FORWARD_STATE]
+        state.depth -= 1
+        if not state.depth:
             leave(module)
 
 
 def enter(module: nn.Module) -> bool:
     """Put DTensors into the places of local Parameters; whether there were any."""
-    parts = _local_parameters.parts_of(module)
-    _replicate_groups.prepare(parts)
-    if not _put_in(module, parts):
+    submodules = _local_parameters.submodules_of(module)
+    _replicate_groups.prepare(submodules)
+    if not _put_dtensors_in(module, submodules):
         return False
-    for part in parts:
-        if (seam := seam_of(part)) is not None:
-            seam.inside += 1
+    for submodule in submodules:
+        if (state := forward_state_of(submodule)) is not None:
+            state.inside += 1
     return True
 
 
 def _let_train(module: nn.Module) -> None:
     """Renew DTensors that a forward around this one, or in another thread, put in without grad."""
     renewed: dict[int, DTensor] = {}
-    for owner in _local_parameters.parts_of(module):
+    for owner in _local_parameters.submodules_of(module):
         for name, entry in _local_parameters.records_of(owner).items():
             slots, held, local = _local_parameters.slots_of(owner, name), entry.inside, entry.local
             if held is None or slots.get(name) is not held:
@@ -123,18 +123,18 @@ def _let_train(module: nn.Module) -> None:
 
 def complete(module: nn.Module) -> None:
     """The same within a forward, for what is not there."""
-    parts = _local_parameters.parts_of(module)
-    if _put_in(module, parts):
-        for part in parts:
-            if (seam := seam_of(part)) is not None:
-                seam.inside = seam.inside or 1
+    submodules = _local_parameters.submodules_of(module)
+    if _put_dtensors_in(module, submodules):
+        for submodule in submodules:
+            if (state := forward_state_of(submodule)) is not None:
+                state.inside = state.inside or 1
 
 
-def _put_in(module: nn.Module, parts: Iterable[nn.Module]) -> bool:
+def _put_dtensors_in(module: nn.Module, submodules: Iterable[nn.Module]) -> bool:
     built: dict[int, DTensor] = {}
     found: list[tuple[_local_parameters.Slots, str, _local_parameters.Localized, Any]] = []
     moved: list[_local_parameters.Localized] = []
-    for owner in parts:
+    for owner in submodules:
         for name, entry in _local_parameters.records_of(owner).items():
             slots = _local_parameters.slots_of(owner, name)
             held = slots.get(name)
@@ -147,7 +147,7 @@ def _put_in(module: nn.Module, parts: Iterable[nn.Module]) -> bool:
             found.append((slots, name, entry, held))
     if moved:
         _follow(module, moved)
-        return _put_in(module, _local_parameters.parts_of(module))
+        return _put_dtensors_in(module, _local_parameters.submodules_of(module))
     for slots, name, entry, held in found:
         if entry.local is not held:
             entry.stand_in(held)
@@ -161,29 +161,29 @@ def _follow(module: nn.Module, moved: list[_local_parameters.Localized]) -> None
     for entry in moved:
         entry.moved = True
         sought[id(entry.local)] = entry
-    parts = _local_parameters.parts_of(module)
-    for part in parts:
-        tables: tuple[Any, Any] = part._parameters, part._buffers
+    submodules = _local_parameters.submodules_of(module)
+    for submodule in submodules:
+        tables: tuple[Any, Any] = submodule._parameters, submodule._buffers
         for slots in tables:
             for name, held in slots.items():
-                if id(held) in sought and name not in _local_parameters.records_of(part):
-                    _local_parameters.record(part, name, held, sought[id(held)].spec)
-    attach(_local_parameters.parts_of(module))
+                if id(held) in sought and name not in _local_parameters.records_of(submodule):
+                    _local_parameters.record(submodule, name, held, sought[id(held)].spec)
+    attach(_local_parameters.submodules_of(module))
 
 
 def leave(module: nn.Module) -> None:
     """Take the DTensors out of all parts that no other forward holds them in."""
-    parts = []
-    for part in _local_parameters.parts_of(module):
-        seam = seam_of(part)
-        if seam is not None and seam.inside:
-            seam.inside -= 1
-        if seam is None or not seam.inside:
-            parts.append(part)
-    localize(module, parts)
+    submodules = []
+    for submodule in _local_parameters.submodules_of(module):
+        state = forward_state_of(submodule)
+        if state is not None and state.inside:
+            state.inside -= 1
+        if state is None or not state.inside:
+            submodules.append(submodule)
+    localize(module, submodules)
 
 
-def localize(module: nn.Module, parts: Iterable[nn.Module]) -> bool:
+def localize(module: nn.Module, submodules: Iterable[nn.Module]) -> bool:
     """Put local Parameters into the places of DTensors in some parts of a module.
 
     The first time for a DTensor this makes the Parameter, and hooks the module; whether it did.
@@ -192,7 +192,7 @@ def localize(module: nn.Module, parts: Iterable[nn.Module]) -> bool:
     made: dict[int, tuple[Any, Any]] = {}
     found: list[tuple[nn.Module, str, DTensor]] = []
     inside: list[tuple[_local_parameters.Slots, str, _local_parameters.Localized]] = []
-    for owner in parts:
+    for owner in submodules:
         records = _local_parameters.records_of(owner)
         tables: tuple[Any, Any] = owner._parameters, owner._buffers
         for slots in tables:
@@ -204,47 +204,47 @@ def localize(module: nn.Module, parts: Iterable[nn.Module]) -> bool:
                     inside.append((slots, name, entry))
                 elif id(held) not in left_out:
                     if id(held) not in made:
-                        made[id(held)] = _local_parameters.localized(held)
+                        made[id(held)] = _local_parameters.local_tensor_for(held)
                     found.append((owner, name, held))
     for slots, name, entry in inside:
         slots[name], entry.inside = entry.local, None
     for owner, name, held in found:
         _local_parameters.record(owner, name, *made[id(held)])
     # Parts of it may have been localized, and hooked, on their own before.
-    if made or SEAM not in module.__dict__:
-        attach(_local_parameters.parts_of(module))
+    if made or FORWARD_STATE not in module.__dict__:
+        attach(_local_parameters.submodules_of(module))
     if made:
         replaced = [(held, made[id(held)][0]) for _, _, held in found]
         del held, found
-        _optimizers.hand_over(replaced)
+        _optimizers.update_optimizers(replaced)
     return bool(made)
 
 
 def wait_for(module: nn.Module) -> None:
     """Let the first part that is called enter the module: its own forward began without."""
-    for part in _local_parameters.parts_of(module):
-        if part is not module and (seam := seam_of(part)) is not None:
-            seam.waiting = module
+    for submodule in _local_parameters.submodules_of(module):
+        if submodule is not module and (state := forward_state_of(submodule)) is not None:
+            state.waiting = module
 
 
-def attach(parts: Mapping[nn.Module, bool]) -> None:
+def attach(submodules: Mapping[nn.Module, bool]) -> None:
     """Hook every module of a tree that has localized parameters in or below it, once."""
     # Dynamo has been imported by now, to disable it. It traces a hook that it meets in a module's
     # call, and starts with none: before a compiled module of `fullgraph=True` they run as they are.
     from torch._dynamo.eval_frame import skip_code
 
-    skip_code(before.__code__)
-    skip_code(after.__code__)
-    hooks = _local_parameters.Hooks(before, after)
-    for part, holds in parts.items():
+    skip_code(pre_forward_hook.__code__)
+    skip_code(post_forward_hook.__code__)
+    hooks = _local_parameters.Hooks(pre_forward_hook, post_forward_hook)
+    for submodule, holds in submodules.items():
         if not holds:
             continue
-        if SEAM not in part.__dict__:
-            part.__dict__[SEAM] = Seam()
-            hooks.around_forward(part)
-        if _local_parameters.records_of(part) and _STATE_DICT not in part.__dict__:
-            part.__dict__[_STATE_DICT] = True
-            hooks.around_state_dict(part)
+        if FORWARD_STATE not in submodule.__dict__:
+            submodule.__dict__[FORWARD_STATE] = ForwardState()
+            hooks.around_forward(submodule)
+        if _local_parameters.records_of(submodule) and _STATE_DICT not in submodule.__dict__:
+            submodule.__dict__[_STATE_DICT] = True
+            hooks.around_state_dict(submodule)
 
 
 def ignored_by(module: nn.Module) -> set[int]:
@@ -252,8 +252,8 @@ def ignored_by(module: nn.Module) -> set[int]:
     return {id(reference()) for reference in module.__dict__.get(IGNORED, ())}
 
 
-def seam_of(module: nn.Module) -> Seam | None:
-    found: Seam | None = module.__dict__.get(SEAM)
+def forward_state_of(module: nn.Module) -> ForwardState | None:
+    found: ForwardState | None = module.__dict__.get(FORWARD_STATE)
     return found
 
 

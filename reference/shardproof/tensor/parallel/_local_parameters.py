@@ -1,4 +1,4 @@
-"""Local tensors that stand in for a module's DTensors, and where they are recorded.
+"""Local Parameters that stand in for a module's DTensors between its forwards.
 
 Data parallelism knows plain tensors only. So between forwards each DTensor parameter of a
 tensor-parallel module gives its place to a Parameter over its local tensor, and takes it again
@@ -22,12 +22,16 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.utils.hooks import RemovableHandle
 
 from shardproof._core.sharding.blocks import spec_block
-from shardproof._core.sharding.dtensors import stood_for
+from shardproof._core.sharding.dtensors import represented_dtensor
 from shardproof._core.sharding.ranks import my_coordinate
-from shardproof._core.tensors.subclasses import settled
+from shardproof._core.tensors.subclasses import wait_for_pending
 from shardproof._core.tensors.values import allocate, put
-from shardproof.tensor.parallel._data_parallel_utils import _flatten_tensor, around, unflattened
-from shardproof.tensor.parallel._redistribution import moved
+from shardproof.tensor.parallel._data_parallel_utils import (
+    _flatten_tensor,
+    unflatten_eagerly,
+    wrap_local,
+)
+from shardproof.tensor.parallel._redistribution import move_by_dtensor
 from shardproof.tensor.parallel._subclasses import alias
 
 _RECORDS = "_shardproof_localized"
@@ -83,7 +87,7 @@ def records_of(owner: nn.Module) -> dict[str, Localized]:
     return found
 
 
-def parts_of(module: nn.Module) -> dict[nn.Module, bool]:
+def submodules_of(module: nn.Module) -> dict[nn.Module, bool]:
     """A module and all below it, each once, as ``modules()`` has them.
 
     With each whether anything is recorded on it or below. ``modules()`` makes up a name for each
@@ -108,7 +112,7 @@ def record(owner: nn.Module, name: str, local: torch.Tensor, spec: DTensorSpec) 
     slots_of(owner, name)[name] = local
 
 
-def localized(whole: DTensor) -> tuple[torch.Tensor, DTensorSpec]:
+def local_tensor_for(whole: DTensor) -> tuple[torch.Tensor, DTensorSpec]:
     """A tensor over the local tensor of a DTensor; of a Parameter one with all the user gave it.
 
     It trains where the DTensor does, carries its attributes, and a gradient that lies ready.
@@ -116,7 +120,7 @@ def localized(whole: DTensor) -> tuple[torch.Tensor, DTensorSpec]:
     if torch.is_inference_mode_enabled():
         # The first forward may find us there, where a wrapper cannot be detached.
         with torch.inference_mode(mode=False):
-            return localized(whole)
+            return local_tensor_for(whole)
     plain, spec = _flatten_tensor(whole)
     assert spec is not None
     if not isinstance(whole, nn.Parameter):
@@ -126,16 +130,16 @@ def localized(whole: DTensor) -> tuple[torch.Tensor, DTensorSpec]:
     local.__dict__.update(whole.__dict__)
     grad = whole.grad
     if grad is not None and isinstance(grad, DTensor) and grad.placements == spec.placements:
-        local.grad = settled(grad._local_tensor)
+        local.grad = wait_for_pending(grad._local_tensor)
     return local, spec
 
 
 def as_dtensor(value: torch.Tensor, entry: Localized, key: str) -> DTensor:
     """The DTensor around a local tensor; an error names the parameter."""
     if value.shape == entry.fits:
-        return around(value, entry.spec)
+        return wrap_local(value, entry.spec)
     try:
-        whole = unflattened(value, entry.spec)
+        whole = unflatten_eagerly(value, entry.spec)
     except ValueError as error:
         raise ValueError(f"parameter {key!r}: {error}") from None
     entry.fits = whole._local_tensor.shape
@@ -151,8 +155,10 @@ def local_part(value: torch.Tensor, spec: DTensorSpec) -> torch.Tensor:
     value = value.detach()
     if isinstance(value, DTensor):
         if value.device_mesh == spec.mesh:
-            return moved(value, lambda v: v.redistribute(placements=spec.placements).to_local())
-        value = moved(value, lambda v: v.full_tensor())
+            return move_by_dtensor(
+                value, lambda v: v.redistribute(placements=spec.placements).to_local()
+            )
+        value = move_by_dtensor(value, lambda v: v.full_tensor())
     coordinate = my_coordinate(spec.mesh)
     if coordinate is None:
         return value.new_empty((0,))
@@ -163,7 +169,7 @@ def local_part(value: torch.Tensor, spec: DTensorSpec) -> torch.Tensor:
     return part
 
 
-def last(hooks: Any, ours: Callable[..., None]) -> None:
+def move_hooks_last(hooks: Any, ours: Callable[..., None]) -> None:
     """Let our hook come after those that were registered since."""
     if hooks and hooks[next(reversed(hooks))] is ours:
         return
@@ -290,7 +296,7 @@ def load_state_dict_hook(
     for name, entry in records_of(module).items():
         key = prefix + name
         # A model that is loaded in part is handed its own tensors for the rest.
-        value = stood_for(state_dict.get(key))
+        value = represented_dtensor(state_dict.get(key))
         held = slots_of(module, name).get(name)
         if not isinstance(value, torch.Tensor) or held is None or isinstance(held, DTensor):
             continue

@@ -1,4 +1,4 @@
-"""DTensor's own collectives for tensors of any dtype, which may travel as the bits that they are.
+"""Redistribution of DTensors of any dtype, as bits where a backend refuses the dtype.
 
 A backend may refuse a dtype (Gloo: unsigned and 16-bit integers, 8-bit floats), and torch may lack
 a kernel that splits or concatenates it. Neither happens to a common dtype of the same width.
@@ -11,12 +11,12 @@ from collections.abc import Callable
 import torch
 from torch.distributed.tensor import DTensor
 
-from shardproof._core.sharding.dtensors import dtensor, spec_of_dtype
+from shardproof._core.sharding.dtensors import build_dtensor, spec_with_dtype
 from shardproof._core.tensors.properties import is_ordinary
-from shardproof._core.tensors.subclasses import settled, settled_result
+from shardproof._core.tensors.subclasses import unwrap_pending, wait_for_pending
 from shardproof._core.tensors.values import bits
 
-__all__ = ["moved"]
+__all__ = ["move_by_dtensor"]
 
 _MOVABLE = frozenset(
     {
@@ -35,19 +35,21 @@ _CARRIERS = {1: torch.uint8, 2: torch.float16, 4: torch.int32, 8: torch.int64}
 """Bytes of an element -> a dtype of that width that every backend moves."""
 
 
-def moved(tensor: DTensor, move: Callable[[DTensor], torch.Tensor]) -> torch.Tensor:
+def move_by_dtensor(tensor: DTensor, move: Callable[[DTensor], torch.Tensor]) -> torch.Tensor:
     """What ``move`` gives of a DTensor, finished, of the dtype that the DTensor has.
 
     All ranks of its mesh have to call it. A pending reduction is left to the dtype itself.
     """
-    local = settled(tensor._local_tensor)
-    carrier = _CARRIERS.get(local.dtype.itemsize)
+    local = wait_for_pending(tensor._local_tensor)
+    carrier_dtype = _CARRIERS.get(local.dtype.itemsize)
     if (
         local.dtype in _MOVABLE
-        or carrier is None
+        or carrier_dtype is None
         or not is_ordinary(local)
         or any(placement.is_partial() for placement in tensor._spec.placements)
     ):
-        return settled_result(move(tensor))
-    carried = dtensor(bits(local).view(carrier), spec_of_dtype(tensor._spec, carrier))
-    return settled_result(move(carried)).view(local.dtype)
+        return unwrap_pending(move(tensor))
+    as_bits = build_dtensor(
+        bits(local).view(carrier_dtype), spec_with_dtype(tensor._spec, carrier_dtype)
+    )
+    return unwrap_pending(move(as_bits)).view(local.dtype)

@@ -1,4 +1,4 @@
-"""What data parallelism is about to do with a module, looked at before its forward."""
+"""A check before the forward: the ranks of DDP or ``replicate`` must hold the same shards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shardproof.tensor.parallel import _local_parameters
 _SEEN: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
 
-def prepare(parts: Iterable[nn.Module]) -> None:
+def prepare(submodules: Iterable[nn.Module]) -> None:
     """Let ``replicate`` take the local Parameters while they are there; refuse a wrong group.
 
     ``replicate`` looks for them in the first forward, after the hooks that stood there before.
@@ -29,11 +29,11 @@ def prepare(parts: Iterable[nn.Module]) -> None:
     """
     active = DistributedDataParallel._active_ddp_module
     wrappers = [] if active is None or active in _SEEN else [active]
-    for part in parts:
-        if STATE_KEY in part.__dict__:
-            wrappers += _replicated(part)
+    for submodule in submodules:
+        if STATE_KEY in submodule.__dict__:
+            wrappers += _replicated(submodule)
     for wrapper in wrappers:
-        _check(wrapper, parts)
+        _check(wrapper, submodules)
         _SEEN.add(wrapper)
 
 
@@ -49,10 +49,10 @@ def _replicated(module: nn.Module) -> list[DistributedDataParallel]:
     return [] if wrapper is None or wrapper in _SEEN else [wrapper]
 
 
-def _check(wrapper: DistributedDataParallel, parts: Iterable[nn.Module]) -> None:
+def _check(wrapper: DistributedDataParallel, submodules: Iterable[nn.Module]) -> None:
     ranks = dist.get_process_group_ranks(wrapper.process_group)
     managed = {id(param) for param in wrapper._module_parameters}
-    for owner in parts:
+    for owner in submodules:
         for name, entry in _local_parameters.records_of(owner).items():
             if id(entry.local) in managed and (others := _other_parts(entry.spec, ranks)):
                 raise RuntimeError(

@@ -1,4 +1,4 @@
-"""What FSDP1 and tensor parallelism ask of tensors of classes with operations of their own.
+"""Views and pieces of tensors whose class implements operations itself.
 
 Nothing is asked here but what torch's twin of the function asks; where one operation more would
 keep the live weight apart from a copy, it is tried, and done without.

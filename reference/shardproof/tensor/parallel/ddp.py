@@ -124,11 +124,11 @@ def _reconstruct_dtensor(module: nn.Module, _input: Any = None) -> None:
     Local: no collective runs.
 
     """
-    seam = _forward_hooks.seam_of(module)
-    if seam is not None and seam.inside:
+    state = _forward_hooks.forward_state_of(module)
+    if state is not None and state.inside:
         _forward_hooks.complete(module)
     else:
-        _forward_hooks.begin(module)
+        _forward_hooks.enter_forward(module)
 
 
 @_disable_dynamo(recursive=True)
@@ -167,20 +167,20 @@ def _localize_dtensor(
     """
     if ignored_params is not None:
         module.__dict__[_forward_hooks.IGNORED] = [weakref.ref(p) for p in ignored_params]
-    seam = _forward_hooks.seam_of(module)
-    if _ and seam is not None and seam.inside:
+    state = _forward_hooks.forward_state_of(module)
+    if _ and state is not None and state.inside:
         # A forward hook. Ours comes after it, here or with a forward around this one.
-        if seam.depth and not _forward_hooks.calls_of(module):
-            _forward_hooks.end(module)
+        if state.depth and not _forward_hooks.calls_of(module):
+            _forward_hooks.leave_forward(module)
         return
-    parts = _local_parameters.parts_of(module)
-    for part in parts:
-        if (seam := _forward_hooks.seam_of(part)) is not None:
-            seam.inside = seam.depth = 0
+    submodules = _local_parameters.submodules_of(module)
+    for submodule in submodules:
+        if (state := _forward_hooks.forward_state_of(submodule)) is not None:
+            state.inside = state.depth = 0
     late = ignored_params is not None and _has_begun(module)
     if late:
         _refuse_own(module)
-    if _forward_hooks.localize(module, parts) and late:
+    if _forward_hooks.localize(module, submodules) and late:
         _forward_hooks.wait_for(module)
 
 

@@ -13,9 +13,9 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
 from shardproof._core.sharding.blocks import local_shape
-from shardproof._core.sharding.dtensors import dtensor
+from shardproof._core.sharding.dtensors import build_dtensor
 from shardproof._core.sharding.simulated_ranks import for_each_rank
-from shardproof._core.tensors.subclasses import has_own_operations, settled_result
+from shardproof._core.tensors.subclasses import has_own_operations, unwrap_pending
 from shardproof._core.tensors.values import fresh_copy
 from shardproof.tensor.parallel._subclasses import alias, piece
 from shardproof.tensor.parallel.fsdp.root_mesh import (
@@ -71,7 +71,7 @@ def _chunk_dtensor(
         raise TypeError("expected a tensor or a DTensor to chunk, got a ShardedTensor")
     dims = fsdp_dims(root, device_mesh)
     held = _placements_on(root, tensor, dims) if isinstance(tensor, DTensor) else {}
-    local = alias(settled_result(tensor._local_tensor if isinstance(tensor, DTensor) else tensor))
+    local = alias(unwrap_pending(tensor._local_tensor if isinstance(tensor, DTensor) else tensor))
     mesh_shape = tuple(int(size) for size in root.shape)
     placements, tensor_dim, over = chunk_placements(tuple(tensor.shape), mesh_shape, held, dims)
     if tensor_dim is not None:
@@ -81,7 +81,7 @@ def _chunk_dtensor(
         local = _chunk(local, tensor_dim, [(mesh_shape[d], coordinate[d]) for d in over])
     copied = fresh_copy(local, local.device)
     meta = TensorMeta(torch.Size(tensor.shape), _dense_stride(tensor), tensor.dtype)
-    return dtensor(copied, DTensorSpec(root, placements, tensor_meta=meta))
+    return build_dtensor(copied, DTensorSpec(root, placements, tensor_meta=meta))
 
 
 def _chunk_in_a_graph(tensor: torch.Tensor, root: DeviceMesh) -> DTensor:
@@ -118,9 +118,9 @@ def _placements_on(root: DeviceMesh, tensor: DTensor, dims: Sequence[int]) -> di
 
 
 @for_each_rank
-def _chunk(local: torch.Tensor, dim: int, places: Sequence[tuple[int, int]]) -> torch.Tensor:
+def _chunk(local: torch.Tensor, dim: int, cuts: Sequence[tuple[int, int]]) -> torch.Tensor:
     """A view of the piece that ``torch.chunk`` gives to each (parts, index) in turn."""
-    for parts, index in places:
+    for parts, index in cuts:
         if has_own_operations(local):
             local = piece(local, dim, parts, index)
             continue

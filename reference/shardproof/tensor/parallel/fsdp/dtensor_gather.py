@@ -22,14 +22,13 @@ from shardproof._core.sharding.domain import Domain, Stage, mesh_domain
 from shardproof._core.sharding.ranks import my_coordinate
 from shardproof._core.sharding.simulated_ranks import plays_all_ranks
 from shardproof._core.tensors.properties import is_ordinary
-from shardproof._core.tensors.subclasses import has_own_operations, own_copy, settled_result
-from shardproof._core.tensors.values import allocate, carried, carrier, fresh_copy
-from shardproof.tensor.parallel._redistribution import moved
-from shardproof.tensor.parallel.fsdp.dtensor_chunks import _chunk_dtensor
+from shardproof._core.tensors.subclasses import copy_by_class, has_own_operations, unwrap_pending
+from shardproof._core.tensors.values import allocate, as_carrier, carrier_dtype, fresh_copy
+from shardproof.tensor.parallel._redistribution import move_by_dtensor
 from shardproof.tensor.parallel.fsdp.gather_routes import Route, route_of
 from shardproof.tensor.parallel.fsdp.root_mesh import mesh_name
 
-__all__ = ["_all_gather_dtensor", "_chunk_dtensor"]
+__all__ = ["_all_gather_dtensor"]
 
 # Each rank sends its verdict along with its bytes: what it says of the whole if its local tensor is
 # what the others expect, its type where only the type's own operations move it, and its shape. A
@@ -75,26 +74,26 @@ def _all_gather_dtensor(tensor: DTensor, parent_mesh: DeviceMesh | None) -> torc
             f"the DTensor is on {mesh_name(mesh)}, expected the root mesh, {mesh_name(parent_mesh)}"
         )
     if plays_all_ranks():
-        return _by_redistribution(tensor)
+        return _redistribute_by_dtensor(tensor)
     spec = tensor._spec
     coordinate = my_coordinate(mesh)
     if coordinate is None:
         raise ValueError(f"this rank is not on {mesh_name(mesh)}")
     route = route_of(tuple(spec.shape), tuple(mesh.shape), cuts_of(spec), coordinate)
-    local = settled_result(tensor._local_tensor)
+    local = unwrap_pending(tensor._local_tensor)
     own = has_own_operations(local) or not is_ordinary(local)
     scattered = route.dims and route.target.region is None
     if isinstance(local, FakeTensor):
-        return _by_redistribution(tensor)
+        return _redistribute_by_dtensor(tensor)
     if scattered or _reduces(spec.placements):
         _agree_on_mesh(tensor, local)
-        return _by_redistribution(tensor)
+        return _redistribute_by_dtensor(tensor)
     if not route.dims:
         _check_local(tensor, local)
         return fresh_copy(local, local.device)
     if own:
         _agree_on_route(route, tensor, local)
-        return _by_redistribution(tensor)
+        return _redistribute_by_dtensor(tensor)
     local = local.detach() if local.requires_grad else local
     whole = allocate(route.target.shape, local.dtype, local.device, tuple(spec.stride))
     if not local.is_meta:
@@ -108,13 +107,13 @@ def _reduces(placements: tuple[Placement, ...]) -> bool:
     return any(isinstance(placement, Partial) for placement in placements[:-1])
 
 
-def _by_redistribution(tensor: DTensor) -> torch.Tensor:
+def _redistribute_by_dtensor(tensor: DTensor) -> torch.Tensor:
     """By way of DTensor's own collectives, for what is more than moving rectangles."""
     placements = [*([Replicate()] * (tensor.device_mesh.ndim - 1)), tensor.placements[-1]]
-    local = moved(tensor, lambda t: t.redistribute(placements=placements)._local_tensor)
+    local = move_by_dtensor(tensor, lambda t: t.redistribute(placements=placements)._local_tensor)
     if not has_own_operations(local):
         return fresh_copy(local, local.device)
-    return own_copy(local) if local is tensor._local_tensor else local
+    return copy_by_class(local) if local is tensor._local_tensor else local
 
 
 def _expected(tensor: DTensor) -> tuple[tuple[int, ...], torch.dtype]:
@@ -133,7 +132,7 @@ def _check_local(tensor: DTensor, local: torch.Tensor) -> None:
 
 
 def _gather_into(whole: torch.Tensor, route: Route, tensor: DTensor, local: torch.Tensor) -> None:
-    """Gather as ``route`` says, and write what is wanted into ``whole``."""
+    """Gather as ``route`` says, and write this rank's part into ``whole``."""
     domain = mesh_domain(tensor.device_mesh)
     dtype = _expected(tensor)[1]
     stages = [domain.stage(d) for d in route.dims]
@@ -145,7 +144,7 @@ def _gather_into(whole: torch.Tensor, route: Route, tensor: DTensor, local: torc
     if in_place:
         _gather_in_place(whole, local, stages[0], domain.device)
         return
-    moved = carrier(dtype)
+    moved = carrier_dtype(dtype)
     memory = whole if moved is dtype else whole.view(moved)
     values = rows.view(moved)[:, _HEADER_BYTES // dtype.itemsize :]
     if route.stacked and memory.is_contiguous():
@@ -192,19 +191,21 @@ def _check_verdicts(
         return
     verdicts = rows[:, :_HEADER_BYTES].contiguous().view(torch.int64).tolist()
     first = domain.name(domain.position(coordinates[0]))
-    said = f"{_expected(tensor)[1]} of {tuple(tensor._spec.shape)} with {tuple(tensor.placements)}"
+    message = (
+        f"{_expected(tensor)[1]} of {tuple(tensor._spec.shape)} with {tuple(tensor.placements)}"
+    )
     for (word, kind, ndim, *sizes), coordinate in zip(verdicts, coordinates, strict=True):
         member = domain.name(domain.position(coordinate))
         if not word:
             raise ValueError(
                 f"{member}: the local tensor has shape {tuple(sizes[:ndim])}, another dtype, or "
                 f"a type that cannot be padded; expected "
-                f"{spec_block(tensor._spec, coordinate).shape}, {said}"
+                f"{spec_block(tensor._spec, coordinate).shape}, {message}"
             )
         if word >> 8 != verdicts[0][0] >> 8:
             raise ValueError(
                 f"{member}: the tensor has another shape, dtype or placements than that of "
-                f"{first}; expected the same on all, here {said}"
+                f"{first}; expected the same on all, here {message}"
             )
         if kind != verdicts[0][1]:
             raise ValueError(
@@ -217,13 +218,13 @@ def _gather_in_place(
     whole: torch.Tensor, local: torch.Tensor, stage: Stage, device: torch.device
 ) -> None:
     """Gather rows of equal size into ``whole``, through other memory only where it must be."""
-    payload = carried(local).contiguous().view(-1).view(torch.uint8).to(device)
+    payload = as_carrier(local).contiguous().view(-1).view(torch.uint8).to(device)
     if whole.is_contiguous() and whole.device == device:
-        into = whole.view(carrier(whole.dtype)).view(-1).view(torch.uint8)
+        into = whole.view(carrier_dtype(whole.dtype)).view(-1).view(torch.uint8)
         all_gather(stage.group, payload, into)
         return
-    rows = all_gather(stage.group, payload).view(-1).view(carrier(whole.dtype))
-    whole.view(carrier(whole.dtype)).copy_(rows.view(whole.shape))
+    rows = all_gather(stage.group, payload).view(-1).view(carrier_dtype(whole.dtype))
+    whole.view(carrier_dtype(whole.dtype)).copy_(rows.view(whole.shape))
 
 
 def _verdict(tensor: DTensor, local: torch.Tensor) -> torch.Tensor:
@@ -242,9 +243,9 @@ def _verdict(tensor: DTensor, local: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _digest(*said: object) -> int:
+def _digest(*message: object) -> int:
     """What a rank says of the whole, in the bytes behind the first."""
-    return zlib.crc32(repr(said).encode()) << 8
+    return zlib.crc32(repr(message).encode()) << 8
 
 
 def _can_be_padded(tensor: DTensor, local: torch.Tensor) -> bool:
@@ -269,7 +270,7 @@ def _can_be_padded(tensor: DTensor, local: torch.Tensor) -> bool:
 def _message(local: torch.Tensor, verdict: torch.Tensor, width: int) -> torch.Tensor:
     """What a rank sends: its verdict, and behind it its bytes if they fit."""
     nbytes = local.numel() * local.dtype.itemsize
-    values = carried(local)
+    values = as_carrier(local)
     # One element passes for contiguous whatever its stride, and is no row of bytes then.
     row = values.is_contiguous() and values.numel() > 1
     if nbytes == width and values.device == verdict.device and row:

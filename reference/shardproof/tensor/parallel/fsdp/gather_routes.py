@@ -1,4 +1,4 @@
-"""What has to move between ranks so that one gets its part of a tensor over the root mesh.
+"""Which ranks hold the elements that one rank gathers from a DTensor over the root mesh.
 
 Arithmetic on sizes: no tensor data, no process group, no communication. A model has few distinct
 sizes, so it is remembered.
@@ -26,7 +26,7 @@ class Route(NamedTuple):
         blocks: what each of them holds.
         width: elements of the largest block.
         stacked: whether the rows, one after the other, are the part.
-        writes: for each row, (where in the part, from where in the block) of what is wanted.
+        writes: for each row, (where in the part, from where in the block) of what it contributes.
 
     """
 
@@ -65,9 +65,9 @@ def route_of(
     if not _line_holds_target(shape, mesh_shape, cuts, kept):
         dims.append(kept)
     coordinates = []
-    for place in product(*(range(mesh_shape[d]) for d in dims)):
+    for indices in product(*(range(mesh_shape[d]) for d in dims)):
         coordinate = list(here)
-        for dim, value in zip(dims, place, strict=True):
+        for dim, value in zip(dims, indices, strict=True):
             coordinate[dim] = value
         coordinates.append(tuple(coordinate))
     blocks = tuple(block_at(shape, mesh_shape, cuts, c) for c in coordinates)
@@ -77,12 +77,12 @@ def route_of(
         tuple(coordinates),
         blocks,
         max(block.numel for block in blocks),
-        _stacked(blocks, target),
-        tuple(tuple(_wanted(target, block)) for block in blocks),
+        _rows_are_target(blocks, target),
+        tuple(tuple(_common_regions(target, block)) for block in blocks),
     )
 
 
-def _wanted(target: Block, block: Block) -> Iterator[tuple[Region, Region]]:
+def _common_regions(target: Block, block: Block) -> Iterator[tuple[Region, Region]]:
     """(region of ``target``, region of ``block``) of what is in both."""
     assert target.region is not None
     for there, source in block.regions(tuple((0, size) for size in block.shape)):
@@ -98,7 +98,7 @@ def _wanted(target: Block, block: Block) -> Iterator[tuple[Region, Region]]:
             yield tuple(into), tuple(out)
 
 
-def _stacked(blocks: Sequence[Block], target: Block) -> bool:
+def _rows_are_target(blocks: Sequence[Block], target: Block) -> bool:
     """Whether equal blocks, one after the other, are the row-major bytes of ``target``."""
     start, size = target.starts, blocks[0].shape
     if start is None or any(block.shape != size for block in blocks):
@@ -133,13 +133,13 @@ def _line_holds_target(
             for d, size in enumerate(mesh_shape)
         ]
         alone = tuple(c for c in along if c.mesh_dim == kept)
-        for place in range(mesh_shape[kept]):
+        for index in range(mesh_shape[kept]):
             held = 0
             mine = [0] * len(mesh_shape)
-            mine[kept] = place
+            mine[kept] = index
             (want,) = block_at((shape[dim],), mesh_shape, alone, tuple(mine)).runs
             for other in product(*ranges):
-                coordinate = (*other[:kept], place, *other[kept + 1 :])
+                coordinate = (*other[:kept], index, *other[kept + 1 :])
                 (runs,) = block_at((shape[dim],), mesh_shape, along, coordinate).runs
                 held += sum(max(min(b, d) - max(a, c), 0) for a, b in want for c, d in runs)
             if held < sum(b - a for a, b in want):

@@ -1,4 +1,4 @@
-"""Where FSDP and tensor parallelism sit on the root mesh, and what placement says so truthfully.
+"""FSDP's and tensor parallelism's dimensions of the root mesh, and the placements of a chunk.
 
 FSDP cuts what tensor parallelism has left on a rank. DTensor reads placements from left to right,
 so FSDP, which is to the left of tensor parallelism, seems to cut first. Where both cut the same
@@ -78,7 +78,9 @@ def root_dims(root: DeviceMesh, mesh: DeviceMesh) -> tuple[tuple[int, ...], ...]
 
 def _root_dims(root: DeviceMesh, mesh: DeviceMesh, here: tuple[int, ...]) -> list[tuple[int, ...]]:
     members = mesh_ranks(root)
-    places = {rank: _coordinate(index, tuple(root.shape)) for index, rank in enumerate(members)}
+    coordinates = {
+        rank: _coordinate(index, tuple(root.shape)) for index, rank in enumerate(members)
+    }
     ranks = mesh_ranks(mesh)
     found: list[tuple[int, ...]] = []
     names = root.mesh_dim_names or ()
@@ -89,9 +91,13 @@ def _root_dims(root: DeviceMesh, mesh: DeviceMesh, here: tuple[int, ...]) -> lis
             continue
         # A flattened mesh, or one that was built on its own: the ranks tell.
         step = math.prod(tuple(mesh.shape)[dim + 1 :])
-        line = [places.get(rank) for rank in ranks[: step * size : step]]
+        coordinates_along = [coordinates.get(rank) for rank in ranks[: step * size : step]]
         found.append(
-            tuple(d for d in range(root.ndim) if len({p[d] for p in line if p is not None}) > 1)
+            tuple(
+                d
+                for d in range(root.ndim)
+                if len({p[d] for p in coordinates_along if p is not None}) > 1
+            )
         )
     free = [d for dims in found for d in dims]
     want = tuple(root.shape[d] for d in free)
@@ -180,13 +186,13 @@ def _placement(
     outer, cut = dims[0], inner[0]
     if cut < outer:
         return plainly
-    if not _told_by_stride(size, int(mesh_shape[cut]), int(mesh_shape[outer])):
+    if not _strided_shard_describes(size, int(mesh_shape[cut]), int(mesh_shape[outer])):
         return None
     return _StridedShard(tensor_dim, split_factor=int(mesh_shape[cut]))
 
 
 @lru_cache(maxsize=4096)
-def _told_by_stride(size: int, inner: int, outer: int) -> bool:
+def _strided_shard_describes(size: int, inner: int, outer: int) -> bool:
     """Whether ``[_StridedShard, Shard]`` describes shards of shards of a dimension.
 
     Read from left to right it concatenates piece ``i`` of every inner shard and cuts the result
@@ -217,18 +223,18 @@ def _cut_dim(placement: Placement) -> int | None:
 def _coordinate(index: int, shape: Sequence[int]) -> tuple[int, ...]:
     found: list[int] = []
     for size in reversed(shape):
-        index, place = divmod(index, size)
-        found.append(place)
+        index, at = divmod(index, size)
+        found.append(at)
     return tuple(reversed(found))
 
 
 def _position(
-    here: Sequence[int], free: Sequence[int], place: Sequence[int], shape: Sequence[int]
+    here: Sequence[int], free: Sequence[int], coordinate: Sequence[int], shape: Sequence[int]
 ) -> int:
-    coordinate = list(here)
-    for dim, value in zip(free, place, strict=True):
-        coordinate[dim] = value
+    whole = list(here)
+    for dim, value in zip(free, coordinate, strict=True):
+        whole[dim] = value
     index = 0
-    for size, value in zip(shape, coordinate, strict=True):
+    for size, value in zip(shape, whole, strict=True):
         index = index * size + value
     return index

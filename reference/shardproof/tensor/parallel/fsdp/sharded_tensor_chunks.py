@@ -26,7 +26,7 @@ from torch.distributed.remote_device import _remote_device
 from torch.distributed.tensor import DTensor
 
 from shardproof._core.tensors.properties import is_ordinary
-from shardproof._core.tensors.subclasses import has_own_operations, own_copy, settled_result
+from shardproof._core.tensors.subclasses import copy_by_class, has_own_operations, unwrap_pending
 from shardproof._core.tensors.values import bits
 from shardproof.tensor.parallel._subclasses import piece
 from shardproof.tensor.parallel.fsdp.boxes import (
@@ -59,24 +59,24 @@ def _rewrite_spec_if_needed(spec: ShardingSpec, tensor: Tensor, rank: int) -> Sh
 
     """
     if isinstance(spec, ChunkShardingSpec):
-        found = [_moved(p, tensor.device, rank) for p in spec.placements]
+        found = [_on_device(p, tensor.device, rank) for p in spec.placements]
         if all(new is old for new, old in zip(found, spec.placements, strict=True)):
             return spec
         return ChunkShardingSpec(dim=spec.dim, placements=found)
     if isinstance(spec, EnumerableShardingSpec):
-        places = [_moved(shard.placement, tensor.device, rank) for shard in spec.shards]
-        if all(new is s.placement for new, s in zip(places, spec.shards, strict=True)):
+        placements = [_on_device(shard.placement, tensor.device, rank) for shard in spec.shards]
+        if all(new is s.placement for new, s in zip(placements, spec.shards, strict=True)):
             return spec
         return EnumerableShardingSpec(
             [
-                ShardMetadata(list(s.shard_offsets), list(s.shard_sizes), place)
-                for s, place in zip(spec.shards, places, strict=True)
+                ShardMetadata(list(s.shard_offsets), list(s.shard_sizes), placement)
+                for s, placement in zip(spec.shards, placements, strict=True)
             ]
         )
     return spec
 
 
-def _moved(placement: Any, device: torch.device, rank: int) -> Any:
+def _on_device(placement: Any, device: torch.device, rank: int) -> Any:
     if placement is None or placement.rank() != rank or placement.device() == device:
         return placement
     return _remote_device(f"rank:{rank}/{device}")
@@ -126,15 +126,15 @@ def _chunk_tensor(
     if isinstance(tensor, ShardedTensor):
         return _chunk_sharded(tensor, num_devices_per_node, pg)
     if not isinstance(tensor, DTensor):
-        return _chunk_rows(settled_result(tensor), num_devices_per_node, pg)
-    local = settled_result(tensor._local_tensor)
+        return _chunk_rows(unwrap_pending(tensor), num_devices_per_node, pg)
+    local = unwrap_pending(tensor._local_tensor)
     # Its metadata name one owner, but FSDP needs the values of this rank's own group: it can
     # only get them from chunks that do not hang below the owner's shard.
     if sharded_dim(tensor) is None:
         return _chunk_rows(local, num_devices_per_node, pg)
     shard = _create_shard_md_from_dt(tensor, dist.get_rank())
     group = _get_dt_pg(tensor)
-    return _around(
+    return _wrap_chunk(
         _chunk_rows(local, num_devices_per_node, pg, everywhere=True),
         shard,
         _create_sharded_tensor_md_from_dt(tensor, group),
@@ -157,15 +157,15 @@ def _chunk_sharded(
     shard = tensor.local_shards()[0]
     if isinstance(shard.tensor, ShardedTensor):
         raise ValueError("the shards of the ShardedTensor are sharded already")
-    return _around(
-        _chunk_rows(settled_result(shard.tensor), num_devices_per_node, pg, everywhere=True),
+    return _wrap_chunk(
+        _chunk_rows(unwrap_pending(shard.tensor), num_devices_per_node, pg, everywhere=True),
         copy.deepcopy(shard.metadata),
         copy.deepcopy(metadata),
         group,
     )
 
 
-def _around(
+def _wrap_chunk(
     inner: ShardedTensor,
     shard: ShardMetadata,
     metadata: ShardedTensorMetadata,
@@ -199,8 +199,8 @@ def _chunk_rows(
             continue
         offsets = [start, *([0] * (tensor.dim() - 1))] if tensor.dim() else []
         sizes = [stop - start, *tensor.shape[1:]] if tensor.dim() else []
-        place = remote_device(owner, tensor.device, num_devices_per_node)
-        shards.append(ShardMetadata(offsets, sizes, place))
+        placement = remote_device(owner, tensor.device, num_devices_per_node)
+        shards.append(ShardMetadata(offsets, sizes, placement))
         if index == me:
             here = ShardMetadata(list(offsets), list(sizes), f"rank:{owner}/{tensor.device}")
             local.append(Shard(_row_chunk(tensor, len(ranks), me, start, stop), here))
@@ -226,7 +226,7 @@ def _chunk_rows(
 def _row_chunk(tensor: Tensor, parts: int, index: int, start: int, stop: int) -> Tensor:
     if has_own_operations(tensor):
         with torch.no_grad():
-            return own_copy(piece(tensor, 0, parts, index) if tensor.dim() else tensor)
+            return copy_by_class(piece(tensor, 0, parts, index) if tensor.dim() else tensor)
     part = tensor.detach()
     return _compact(part[start:stop] if tensor.dim() else part)
 
