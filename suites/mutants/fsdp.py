@@ -152,8 +152,10 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "a rank's box follows its number in the group, not its place on the mesh",
         "tensor/parallel/fsdp/boxes.py",
         "    count = spec.mesh.size(0)\n    if type(coordinate)",
-        "    count, coordinate = spec.mesh.size(0), spec.mesh.get_group().rank()\n"
-        "    if type(coordinate)",
+        (
+            "    count, coordinate = spec.mesh.size(0), spec.mesh.get_group().rank()\n"
+            "    if type(coordinate)"
+        ),
         "sweep_meshes",
     ),
     (

@@ -101,8 +101,10 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "offloaded_at_the_end",
         "the whole result is held where it was gathered, and then once more on the CPU",
         "_core/gathering/whole_tensors.py",
-        "        MeshGather(by_bucket_key[key], destinations, agreed, cpu_offload)"
-        ".gather(results)\n",
+        (
+            "        MeshGather(by_bucket_key[key], destinations, agreed, cpu_offload)"
+            ".gather(results)\n"
+        ),
         (
             "        MeshGather(by_bucket_key[key], destinations, agreed, False).gather(results)\n"
             "    if cpu_offload:\n"
@@ -246,8 +248,10 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "the tensors of the last call live until the next",
         "_state_dict_utils/gather.py",
         "    destinations = find_destinations(ranks_only, pg, found)\n",
-        "    destinations = find_destinations(ranks_only, pg, found)\n"
-        "    dist.last_gathered = found\n",
+        (
+            "    destinations = find_destinations(ranks_only, pg, found)\n"
+            "    dist.last_gathered = found\n"
+        ),
         "process_state",
     ),
     # --- values -------------------------------------------------------------------------------
