@@ -8,6 +8,13 @@ is written in their docstrings and judged by the suites.
     shardproof.install()
 
 puts the reference under torch's public API, in every process that calls it.
+
+Its parts, in reading order:
+
+- ``_install``: the functions of this package in the place of torch's, and out again.
+- ``_state_dict_utils``: state dicts between sharded and whole.
+- ``tensor``: tensor parallelism below DDP and FSDP.
+- ``_core``: what the functions with upstream's names are made of.
 """
 
 from shardproof._install import install, installed, uninstall

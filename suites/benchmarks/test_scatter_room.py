@@ -18,7 +18,8 @@ from benchmarks.run.counting import Traffic
 from benchmarks.run.peaks import Settled, peak_bytes
 from benchmarks.settings import Leaf
 from conformance.kit.layouts import S, dtensor
-from shardproof._state_dict_utils import _broadcast_state_dict, wire
+from shardproof._core.comms import collectives
+from shardproof._state_dict_utils import _broadcast_state_dict
 
 CPU = torch.device("cpu")
 
@@ -32,7 +33,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_counted_in(world: Any, rank: int, name: str, monkeypatch: Any) -> None:
     """At most a bucket of memory, in no more collectives than the cost model says; all arrives."""
-    monkeypatch.setattr(wire, "_LAZY", set())
+    monkeypatch.setattr(collectives, "_LAZY", set())
     leaves = MODELS[name]
     mesh = DeviceMesh("cpu", torch.arange(4))
     wholes = {

@@ -216,7 +216,7 @@ class TestBucket:
         """SHARDPROOF_BUCKET_MIB must be a whole number of MiB, and is refused by name if not."""
         monkeypatch.setenv("SHARDPROOF_BUCKET_MIB", text)
         package = judged.__module__.partition(".")[0]
-        spec = importlib.util.find_spec(f"{package}._state_dict_utils.stream")
+        spec = importlib.util.find_spec(f"{package}._core.limits")
         assert spec is not None
         assert spec.loader is not None
         again = importlib.util.module_from_spec(spec)

@@ -1,7 +1,7 @@
 """Why automatic mutants survive: `suites/mutants/survivors.toml`, an entry for each.
 
     [[survivor]]
-    file = "_state_dict_utils/layout.py"
+    file = "_core/sharding/blocks.py"
     function = "same_ranks"
     operator = "boolean"
     old = "ours is theirs or ours == theirs"

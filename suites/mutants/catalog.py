@@ -24,7 +24,6 @@ from mutants import (
 )
 from mutants.judge import SUBJECT, CannotPlantError
 
-_UTILS = "_state_dict_utils/"
 _SUITE = "state_dict_utils/"
 
 
@@ -70,7 +69,7 @@ def _mutant(
     name: str, fault: str, file: str, old: str, new: str, *checks: str, accelerator: bool = False
 ) -> Mutant:
     files = tuple(f"{_SUITE}test_{check}.py" for check in checks)
-    return Mutant(name, fault, _UTILS + file, old, new, files, accelerator)
+    return Mutant(name, fault, file, old, new, files, accelerator)
 
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -78,7 +77,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "uneven_chunks",
         "uneven shards are cut by floor instead of ceiling",
-        "layout.py",
+        "_core/sharding/blocks.py",
         "step = -(-size // parts)",
         "step = max(size // parts, 1)",
         "gather_state_dict",
@@ -87,7 +86,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "strided_as_plain",
         "_StridedShard is taken for Shard",
-        "layout.py",
+        "_core/sharding/blocks.py",
         "splits = int(placement.split_factor)",
         "splits = 1",
         "gather_state_dict",
@@ -95,7 +94,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "cuts_right_to_left",
         "placements apply right to left",
-        "layout.py",
+        "_core/sharding/blocks.py",
         "        return tuple(found)\n",
         "        return tuple(reversed(found))\n",
         "gather_state_dict",
@@ -103,7 +102,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "rows_in_group_order",
         "gathered rows stay in the group's order",
-        "wire.py",
+        "_core/comms/collectives.py",
         "    return rows[order]",
         "    return rows",
         "gather_state_dict",
@@ -113,7 +112,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "grid_in_any_order",
         "even shards are put in the wrong place where ranks and shards are ordered differently",
-        "grid.py",
+        "_core/sharding/uniform_grid.py",
         "        if starts == expected:",
         "        if sorted(starts) == sorted(expected):",
         "gather_state_dict",
@@ -123,7 +122,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "large_in_group_order",
         "large tensors are gathered in the group's order, whatever the mesh's",
-        "line.py",
+        "_core/gathering/mesh_gather.py",
         "return grid is not None and grid.stacked and self.stages[0].in_order",
         "return grid is not None and grid.stacked",
         "large_tensors",
@@ -131,7 +130,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "large_alone_on_some_ranks",
         "a rank with a strided part of a large tensor is not waited for with a bucket",
-        "gather.py",
+        "_core/gathering/agree_on_leaves.py",
         "    limited = bool(large) and any(\n",
         "    limited = not layouts and any(\n",
         "large_tensors",
@@ -139,7 +138,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "scatter_from_global_rank_0",
         "the source is global rank 0, not the group's first",
-        "wire.py",
+        "_core/comms/collectives.py",
         "dist.scatter(into, parts, group=group, group_src=0,",
         "dist.scatter(into, parts, group=group, src=0,",
         "broadcast_state_dict",
@@ -148,7 +147,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "broadcast_from_global_rank_0",
         "the source is global rank 0, not the group's first",
-        "wire.py",
+        "_core/comms/collectives.py",
         "dist.broadcast(data, group=group, group_src=0,",
         "dist.broadcast(data, group=group, src=0,",
         "broadcast_state_dict",
@@ -157,7 +156,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "silent_disagreement",
         "ranks whose plans differ go on",
-        "agreement.py",
+        "_core/comms/agreement.py",
         "same = len({row[0] for row in rows}) == 1 and not failed",
         "same = not failed",
         "gather_state_dict_manners",
@@ -165,7 +164,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "private_errors",
         "an error of one rank is not told to the others",
-        "agreement.py",
+        "_core/comms/agreement.py",
         "same = len({row[0] for row in rows}) == 1 and not failed",
         "same = len({row[0] for row in rows}) == 1",
         "gather_state_dict_manners",
@@ -175,8 +174,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "gather_for_everyone",
         "ranks outside ranks_only get the dict, too",
-        "gather.py",
-        "    if wanted is not None and dist.get_rank() not in wanted:\n"
+        "_state_dict_utils/gather.py",
+        "    if destinations is not None and dist.get_rank() not in destinations:\n"
         "        return {}\n    return copies",
         "    return copies",
         "gather_state_dict",
@@ -185,7 +184,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "gather_unties",
         "tied tensors travel twice and come apart",
-        "gather.py",
+        "_core/gathering/whole_tensors.py",
         "            leader = first.setdefault(key, path)\n",
         "            leader = path\n",
         "gather_state_dict",
@@ -194,7 +193,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "gather_aliases_replicas",
         "a gathered replicated leaf is the live weight",
-        "local_copies.py",
+        "_core/gathering/local_copies.py",
         "            return self._copy(local_of(tensor), id(tensor))\n",
         "            return tensor._local_tensor.detach()\n",
         "gather_state_dict",
@@ -203,17 +202,17 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "gather_a_leaf_at_a_time",
         "one collective per tensor",
-        "gather.py",
-        "                streams[layout.stream].append(kind)\n",
+        "_core/gathering/whole_tensors.py",
+        "                by_bucket_key[layout.bucket_key].append(kind)\n",
         "                for leaf in kind:\n"
-        "                    streams[layout.stream, leaf.path].append([leaf])\n",
+        "                    by_bucket_key[layout.bucket_key, leaf.path].append([leaf])\n",
         "gather_state_dict",
         "gather_state_dict_manners",
     ),
     _mutant(
         "partial_is_not_reduced",
         "a pending reduction is lost",
-        "reduction.py",
+        "_core/sharding/partial_reduction.py",
         "    total = reduce(_FOLDS[op], values)",
         "    total = values[-1]",
         "gather_state_dict",
@@ -222,7 +221,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "strict_keeps_keys",
         "strict leaves keys that the full state dict lacks",
-        "broadcast.py",
+        "_core/loading/plan.py",
         "    if strict:\n",
         "    if False:\n",
         "broadcast_state_dict",
@@ -231,7 +230,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "offers_every_key",
         "keys that nobody wants travel",
-        "transport.py",
+        "_core/loading/transport.py",
         "            if any(needed):\n",
         "            needed = tuple([mine or (0,) for mine in needed])\n            if kinds:\n",
         "broadcast_state_dict",
@@ -240,17 +239,17 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "everyone_gets_everything",
         "sharded targets receive whole tensors by broadcast",
-        "transport.py",
+        "_core/loading/transport.py",
         "                apart.append(parcel)\n",
-        "                together.append(Parcel(name, offer.dtype, parts.once, keys))\n",
+        "                together.append(Parcel(name, entry.dtype, parts.once, keys))\n",
         "broadcast_state_dict",
         "broadcast_state_dict_manners",
     ),
     _mutant(
         "source_keeps_nothing",
         "the source's own shards stay as they were",
-        "transport.py",
-        "        self._keep([key for parcel in rest for key in parcel.items])\n",
+        "_core/loading/transport.py",
+        "        self._copy_for_source([key for parcel in rest for key in parcel.items])\n",
         "",
         "broadcast_state_dict",
         "large_tensors",
@@ -258,7 +257,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "offload_stays_on_device",
         "cpu_offload is forgotten",
-        "targets.py",
+        "_core/loading/targets.py",
         "        device = CPU if self._cpu_offload else device\n",
         "",
         "broadcast_state_dict",
@@ -268,7 +267,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "source_dtype_wins",
         "a bf16 meta target becomes what the full tensor is",
-        "target_model.py",
+        "_core/loading/target_spec.py",
         "        if assigned and _same_kind(value.dtype, self.source_dtype):\n",
         "        if False:\n",
         "broadcast_state_dict",
@@ -277,7 +276,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "shapes_unchecked",
         "a full tensor of the wrong shape is taken for a DTensor",
-        "target_model.py",
+        "_core/loading/target_spec.py",
         "if value.size() != self.size and not",
         "if value.dim() != len(self.size) and not",
         "broadcast_state_dict_manners",
@@ -286,23 +285,23 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "broadcast_unifies_tied_objects",
         "of two DTensors over one memory the caller gets one twice, and loses a Parameter so",
-        "broadcast.py",
-        " if not found[key].model.keeps",
+        "_state_dict_utils/broadcast.py",
+        " if not found[key].spec.keeps",
         "",
         "broadcast_state_dict",
     ),
     _mutant(
         "distribute_unifies_tied_objects",
         "of two DTensors over one memory the caller gets one twice, and loses a Parameter so",
-        "distribute.py",
-        "        elif model.keeps:\n",
+        "_state_dict_utils/distribute.py",
+        "        elif spec.keeps:\n",
         "        elif False:\n",
         "distribute_tensors",
     ),
     _mutant(
         "distribute_adds_keys",
         "keys that the target lacks appear",
-        "distribute.py",
+        "_state_dict_utils/distribute.py",
         "        if key not in local_state_dict:\n            continue\n",
         "        if key not in local_state_dict:\n            values[key] = value\n"
         "            continue\n",
@@ -370,7 +369,7 @@ MUTANTS: tuple[Mutant, ...] = (
             (
                 "sync_returns_pending",
                 "a gradient in flight is handed on",
-                "    if compute_stream is None:\n        return settled_result(grad)",
+                "    if compute_stream is None:\n        return unwrap_pending(grad)",
                 "    if compute_stream is None:\n        return grad",
             ),
         )
@@ -379,7 +378,7 @@ MUTANTS: tuple[Mutant, ...] = (
         Mutant(
             name,
             fault,
-            "tensor/parallel/" + file,
+            file,
             old,
             new,
             (f"tensor_parallel/test_{check}.py",),
@@ -390,7 +389,7 @@ MUTANTS: tuple[Mutant, ...] = (
         Mutant(
             name,
             fault,
-            "tensor/parallel/fsdp/" + file,
+            file,
             old,
             new,
             (f"tensor_parallel/test_{check}.py",),

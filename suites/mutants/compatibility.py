@@ -1,6 +1,6 @@
 """Faults against callers of upstream's functions: what works with torch, and no longer would.
 
-As in the catalog: name, fault, file below _state_dict_utils, text, its replacement, check files.
+As in the catalog: name, fault, file below shardproof, text, its replacement, check files.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "class_asked_for_more",
         "a quantised tensor cannot be saved: its class is asked for an operation that it lacks",
-        "tensors.py",
-        "            return own_copy(tensor, device)\n",
+        "_core/tensors/values.py",
+        "            return copy_by_class(tensor, device)\n",
         "            return torch.empty_like(tensor, device=device).copy_(tensor)\n",
         "custom_classes",
     ),
     (
         "pending_inside",
         "the parts of a gathered 8-bit moment are still on their way",
-        "subclasses.py",
-        "        for name, value in list(_held(tensor)):\n",
+        "_core/tensors/subclasses.py",
+        "        for name, value in list(_held_attributes(tensor)):\n",
         "        for name, value in []:\n",
         "custom_classes",
     ),
     (
         "names_known_everywhere",
         "experts that each rank has under a name of its own cannot be gathered",
-        "agreement.py",
+        "_core/gathering/leaf_entries.py",
         "if domain.members[other] not in entry.peers:\n",
         "if domain.members[other] not in entry.members:\n",
         "compatibility",
@@ -33,7 +33,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "shape_refused_early",
         "a module never sees the checkpoint that its own hook would pad",
-        "target_model.py",
+        "_core/loading/target_spec.py",
         "            self.other_shape = shape\n",
         '            raise ValueError(f"shape {shape}, expected {self.size}")\n',
         "compatibility",
@@ -41,7 +41,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "shape_of_one_rank_taken",
         "a plain target of another shape on one rank alone is replaced without a word",
-        "broadcast.py",
+        "_core/loading/plan.py",
         "        if len(set(shapes)) > 1:\n",
         "        if False:\n",
         "compatibility",
@@ -49,7 +49,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "converted_early",
         "a module that reads packed bits out of a checkpoint gets converted numbers",
-        "target_model.py",
+        "_core/loading/target_spec.py",
         "        if assigned and _same_kind(value.dtype, self.source_dtype):\n",
         "        if True:\n",
         "compatibility",
@@ -57,7 +57,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "number_for_a_weight",
         "a weight becomes a number without a word",
-        "targets.py",
+        "_core/loading/value_checks.py",
         "    if wrong:\n        raise TypeError(",
         "    if False:\n        raise TypeError(",
         "compatibility",
@@ -65,7 +65,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "nobody_is_told",
         "weights that no taker holds a part of are gone, and nobody is told",
-        "gather.py",
+        "_core/gathering/destinations.py",
         "    if lost and len(lost) == len(leaves) and len(first) == 1:\n",
         "    if lost:\n        return frozenset(takers)\n    if False:\n",
         "compatibility",
@@ -73,7 +73,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "views_come_apart",
         "a weight and its transpose are two after a snapshot",
-        "together.py",
+        "_core/tensors/overlapping_copies.py",
         "                if len(group) > 1:\n",
         "                if False:\n",
         "ties",
@@ -81,7 +81,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "memory_used_again",
         "the snapshot of a new tensor is that of one that lay in its memory before",
-        "traverse.py",
+        "_state_dict_utils/iterate.py",
         "of(result) if shared and result is value else snapshot_by(result, cpu_copy)",
         "of(result)",
         "compatibility",
@@ -89,7 +89,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "mapping_orders",
         "a flat dict that was sorted comes back in the old order",
-        "flatten.py",
+        "_state_dict_utils/flatten.py",
         "    return [(mapping[name], value) for name, value in state_dict.items()]",
         "    return [(p, state_dict[name]) for name, p in mapping.items() if name in state_dict]",
         "key_order",
@@ -97,15 +97,15 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "nothing_yet_is_the_live_tensor",
         "what the buffers have no place for is staged as the live tensor",
-        "traverse.py",
-        "snapshot(values[place], values[place].device)",
-        "values[place]",
+        "_core/copies/companions.py",
+        "snapshot(values[index], values[index].device)",
+        "values[index]",
         "compatibility",
     ),
     (
         "table_of_another_dtype",
         "a table is read as what its wrapper says, not as what its shards are",
-        "tensors.py",
+        "_core/tensors/properties.py",
         "return tensor.dtype if shard is None else shard.dtype",
         "return tensor.dtype",
         "tables",
@@ -113,7 +113,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "nobody_plays_the_ranks",
         "simulated ranks fail on the first symbolic size",
-        "gather.py",
+        "_state_dict_utils/gather.py",
         "    if simulates_ranks():\n        return gather_simulated",
         "    if False:\n        return gather_simulated",
         "simulated_ranks",
@@ -121,7 +121,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "threads_have_a_backend",
         "ranks that are threads fail for want of a backend's name",
-        "wire.py",
+        "_core/comms/collectives.py",
         "    except RuntimeError:\n        return",
         "    except KeyError:\n        return",
         "simulated_ranks",
@@ -129,7 +129,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "meshes_by_name",
         "a copy between meshes that differ in their names alone is refused",
-        "layout.py",
+        "_core/sharding/ranks.py",
         "    return alike and mesh_ranks(ours) == mesh_ranks(theirs)\n",
         "    return False\n",
         "other_meshes",
@@ -137,7 +137,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "meshes_by_shape",
         "a copy into a DTensor whose mesh has its ranks in another order is accepted",
-        "layout.py",
+        "_core/sharding/ranks.py",
         "    return alike and mesh_ranks(ours) == mesh_ranks(theirs)\n",
         "    return alike\n",
         "other_meshes",

@@ -1,6 +1,6 @@
 """Faults of the reference in what one rank does alone, listed as catalog.py takes them.
 
-Each: name, fault, file below _state_dict_utils, old text, new text, and the checks below
+Each: name, fault, file below shardproof, old text, new text, and the checks below
 conformance/state_dict_utils, of which one must fail.
 """
 
@@ -10,7 +10,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "snapshot_aliases",
         "an offloaded CPU tensor is the live one",
-        "tensors.py",
+        "_core/tensors/values.py",
         "return bits(tensor).to(device, copy=True).view(tensor.dtype)",
         "return bits(tensor).to(device).view(tensor.dtype)",
         "offload_state_dict_to_cpu",
@@ -18,16 +18,16 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "large_copy_left_empty",
         "new memory for a large tensor is mapped, and nothing is written into it",
-        "tensors.py",
-        "return map_ahead(fresh, alone=plain.is_cuda).copy_(plain)",
-        "return map_ahead(fresh, alone=plain.is_cuda)",
+        "_core/tensors/values.py",
+        "return prefault(fresh, alone=plain.is_cuda).copy_(plain)",
+        "return prefault(fresh, alone=plain.is_cuda)",
         "large_tensors",
         "offload_state_dict_to_cpu",
     ),
     (
         "copy_truncates",
         "another dtype is accepted and converted",
-        "pairs.py",
+        "_core/copies/copy_into.py",
         "    if dtype_of(ours) != dtype_of(theirs) and not _by_class(theirs):\n",
         "    if False:\n",
         "copy_state_dict",
@@ -36,7 +36,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "copy_before_check",
         "a mismatch is found after half the copies",
-        "traverse.py",
+        "_core/copies/companions.py",
         "            if reason := pairs.add(other, value):\n",
         "            if (reason := pairs.add(other, value)) or pairs.copy(non_blocking):\n",
         "copy_state_dict",
@@ -44,7 +44,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "buffers_lose_strides",
         "staging buffers are always row-major",
-        "staging.py",
+        "_state_dict_utils/staging.py",
         "        return torch.empty_like(tensor, device=CPU, pin_memory=pinnable)\n    tensor =",
         "        return torch.empty(tensor.size(), dtype=tensor.dtype)\n    tensor =",
         "create_cpu_state_dict",
@@ -52,7 +52,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "buffers_untied",
         "tied tensors get a buffer each",
-        "staging.py",
+        "_state_dict_utils/staging.py",
         "            if key not in made:\n",
         "            if True:\n",
         "create_cpu_state_dict",
@@ -60,7 +60,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "iterate_loses_metadata",
         "OrderedDict loses its _metadata",
-        "containers.py",
+        "_core/containers/container_types.py",
         '    if hasattr(like, "__dict__"):\n',
         "    if False:\n",
         "iterate_state_dict",
@@ -69,7 +69,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "iterate_lets_anything_in",
         "type_check lets any leaf through",
-        "traverse.py",
+        "_state_dict_utils/iterate.py",
         "    if type_check:\n        check_leaf_types(walk)\n",
         "",
         "iterate_state_dict",
@@ -77,7 +77,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "flatten_merges_collisions",
         "colliding keys overwrite each other",
-        "flatten.py",
+        "_state_dict_utils/flatten.py",
         "    if len(flat) != len(names):\n",
         "    if False:\n",
         "flatten_state_dict",
@@ -85,7 +85,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "flatten_drops_empties",
         "empty containers vanish",
-        "flatten.py",
+        "_core/containers/flat_names.py",
         "not (kind in _USUAL or is_branch(value)) or len(value) == 0:\n",
         "not (kind in _USUAL or is_branch(value)):\n",
         "flatten_state_dict",
@@ -94,7 +94,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "unflatten_makes_lists",
         "tuples come back as lists",
-        "containers.py",
+        "_core/containers/container_types.py",
         "    if kind is tuple:\n        return tuple(items)\n",
         "    if kind is tuple:\n        return items\n",
         "flatten_state_dict",
@@ -102,7 +102,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "set_element_overwrites",
         "_set_element does not extend a list",
-        "flatten.py",
+        "_state_dict_utils/flatten.py",
         "        holder.extend([None] * (item + 1 - len(holder)))\n",
         "",
         "traverse_state_dict",

@@ -6,7 +6,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "update_moves_to_the_end",
         "replaced parameters move to the end of the order",
-        "ddp.py",
+        "tensor/parallel/ddp.py",
         "        owner._parameters[name] = tensor",
         "        owner._parameters.pop(name)\n        owner._parameters[name] = tensor",
         "update_module_param",
@@ -14,7 +14,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "path_leaf_unchecked",
         "a path to a parameter that does not exist is taken",
-        "ddp.py",
+        "tensor/parallel/ddp.py",
         "if not name or not hasattr(owner, name):",
         "if not name:",
         "get_submodule_n_params",
@@ -22,15 +22,15 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "localize_unties",
         "tied parameters come apart",
-        "_seam.py",
-        "_localized.record(owner, name, *made[id(held)])",
-        "_localized.record(owner, name, *_localized.localized(held))",
+        "tensor/parallel/_forward_hooks.py",
+        "_local_parameters.record(owner, name, *made[id(held)])",
+        "_local_parameters.record(owner, name, *_local_parameters.local_tensor_for(held))",
         "localize_dtensor",
     ),
     (
         "localize_trains_frozen",
         "a frozen weight starts to train",
-        "_localized.py",
+        "tensor/parallel/_local_parameters.py",
         "requires_grad=whole.requires_grad)",
         "requires_grad=plain.is_floating_point())",
         "pre_dp_module_transform_training",
@@ -38,7 +38,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "localize_ignores_nothing",
         "parameters that another part manages are localized all the same",
-        "_seam.py",
+        "tensor/parallel/_forward_hooks.py",
         "elif id(held) not in left_out:",
         "else:",
         "localize_dtensor",
@@ -46,7 +46,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "new_parameters_each_forward",
         "the optimizer holds Parameters that the module has dropped",
-        "_seam.py",
+        "tensor/parallel/_forward_hooks.py",
         "slots[name], entry.inside = entry.local, None",
         "slots[name], entry.inside = type(entry.local)(entry.local.detach()), None",
         "pre_dp_module_transform",
@@ -54,7 +54,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "reconstruct_half_way",
         "after an error some parameters are DTensors",
-        "_seam.py",
+        "tensor/parallel/_forward_hooks.py",
         "            found.append((slots, name, entry, held))\n",
         (
             "            found.append((slots, name, entry, held))\n"
@@ -65,7 +65,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "failure_leaves_dtensors",
         "after an exception in forward the module holds DTensors",
-        "_localized.py",
+        "tensor/parallel/_local_parameters.py",
         "        module._forward_hooks_always_called[self._number] = True\n",
         "",
         "pre_dp_module_transform",
@@ -73,15 +73,15 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "inner_forward_decides",
         "a module that calls itself ends its outer forward with local tensors",
-        "_seam.py",
-        "        seam.depth += 1\n        if torch",
+        "tensor/parallel/_forward_hooks.py",
+        "        state.depth += 1\n        if torch",
         "        if torch",
         "pre_dp_module_transform_manners",
     ),
     (
         "transform_adds_hooks",
         "a second transform adds hooks",
-        "ddp.py",
+        "tensor/parallel/ddp.py",
         '    """\n    _localize_dtensor(module)\n',
         (
             '    """\n    _localize_dtensor(module)\n'
@@ -92,7 +92,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "buffers_stay_dtensors",
         "DDP meets a DTensor among the buffers",
-        "_seam.py",
+        "tensor/parallel/_forward_hooks.py",
         "tables: tuple[Any, Any] = owner._parameters, owner._buffers",
         "tables: tuple[Any, ...] = (owner._parameters,)",
         "pre_dp_module_transform_ddp",
@@ -100,7 +100,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "state_dict_of_shards",
         "the state dict holds this rank's shards as if they were the whole",
-        "_localized.py",
+        "tensor/parallel/_local_parameters.py",
         "            state_dict[key] = as_dtensor(value, entry, key)",
         "            state_dict[key] = value",
         "pre_dp_module_transform_state",
@@ -108,7 +108,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "full_tensor_taken_for_shard",
         "a full tensor is taken for this rank's shard",
-        "_localized.py",
+        "tensor/parallel/_local_parameters.py",
         "            state_dict[key] = local_part(value, entry.spec)\n            continue\n",
         "            continue\n",
         "pre_dp_module_transform_state",
@@ -116,7 +116,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "copies_share_records",
         "a copy and its original change each other's parameters",
-        "_localized.py",
+        "tensor/parallel/_local_parameters.py",
         "return Localized(copy.deepcopy(self.local, memo), self.spec)",
         "return self",
         "pre_dp_module_transform_changes",
@@ -124,23 +124,23 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "hooks_break_graphs",
         "a compiled block refuses its hooks, or is cut into pieces",
-        "_seam.py",
-        "    if seam.inside and not seam.depth:\n        return\n",
+        "tensor/parallel/_forward_hooks.py",
+        "    if state.inside and not state.depth:\n        return\n",
         "",
         "pre_dp_module_transform_compiled",
     ),
     (
         "hooks_are_compiled",
         "a module that was compiled after the transform refuses its first hook",
-        "_seam.py",
-        "    skip_code(before.__code__)\n",
+        "tensor/parallel/_forward_hooks.py",
+        "    skip_code(pre_forward_hook.__code__)\n",
         "",
         "pre_dp_module_transform_compiled",
     ),
     (
         "keep_vars_gives_others",
         "who looks for a parameter in the state dict finds another",
-        "_localized.py",
+        "tensor/parallel/_local_parameters.py",
         "if keep_vars and value is slots_of(module, name).get(name):",
         "if False:",
         "pre_dp_module_transform_adapting",
@@ -148,7 +148,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "cut_before_others_adapt",
         "a load hook that came later is given this rank's part",
-        "_localized.py",
+        "tensor/parallel/_local_parameters.py",
         "{**self.data, None: self._load}",
         "{None: self._load, **self.data}",
         "pre_dp_module_transform_adapting",
@@ -156,7 +156,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "saved_after_others_adapt",
         "a state dict hook from before is given this rank's part",
-        "_localized.py",
+        "tensor/parallel/_local_parameters.py",
         "        if len(saved) > 1:\n            saved.move_to_end(self._number, last=False)\n",
         "",
         "pre_dp_module_transform_adapting",
@@ -164,7 +164,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "copies_refused",
         "copies of the module's own parameters cannot be loaded back",
-        "_localized.py",
+        "tensor/parallel/_local_parameters.py",
         "        if _is_local(value, held, entry.spec):\n            continue\n",
         "",
         "pre_dp_module_transform_adapting",
@@ -172,7 +172,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "scalar_refused",
         "one element is not taken for a scalar",
-        "_localized.py",
+        "tensor/parallel/_local_parameters.py",
         "if value.shape == (1,) and not entry.spec.shape:",
         "if False:",
         "pre_dp_module_transform_adapting",
@@ -180,15 +180,15 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "early_optimizer_idle",
         "an optimizer from before the transform steps and changes nothing",
-        "_seam.py",
-        "        _optimizers.hand_over(replaced)\n",
+        "tensor/parallel/_forward_hooks.py",
+        "        _optimizers.update_optimizers(replaced)\n",
         "",
         "pre_dp_module_transform_adapting",
     ),
     (
         "early_optimizer_forgets",
         "an optimizer from before the transform loses its momentum",
-        "_optimizers.py",
+        "tensor/parallel/_optimizers.py",
         "_localized(optimizer.state.pop(held), held)",
         "optimizer.state.pop(held) and {}",
         "pre_dp_module_transform_adapting",
@@ -196,15 +196,15 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "interrupt_stops_training",
         "after an interrupted evaluation a step trains nothing",
-        "_seam.py",
-        "        seam.depth = 0\n        leave(module)\n",
-        "        seam.depth = 1\n",
+        "tensor/parallel/_forward_hooks.py",
+        "        state.depth = 0\n        leave(module)\n",
+        "        state.depth = 1\n",
         "pre_dp_module_transform_adapting",
     ),
     (
         "parametrized_stays_local",
         "a weight that is parametrized later meets DTensors",
-        "_seam.py",
+        "tensor/parallel/_forward_hooks.py",
         "    if moved:\n",
         "    if moved and False:\n",
         "pre_dp_module_transform_adapting",
@@ -212,15 +212,15 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "later_hooks_see_shards",
         "a forward hook that came later sees this rank's shards",
-        "_seam.py",
-        "            _localized.last(around._forward_hooks, after)\n",
+        "tensor/parallel/_forward_hooks.py",
+        "            _local_parameters.move_hooks_last(around._forward_hooks, post_forward_hook)\n",
         "",
         "pre_dp_module_transform_adapting",
     ),
     (
         "replicate_takes_too_late",
         "replicate by a group takes the DTensors out of the first forward",
-        "_replicas.py",
+        "tensor/parallel/_replicate_groups.py",
         "        state.lazy_init()\n",
         "        pass\n",
         "pre_dp_module_transform_ddp",
@@ -228,7 +228,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "shards_are_averaged",
         "data parallelism over all ranks takes the mean of different shards",
-        "_replicas.py",
+        "tensor/parallel/_replicate_groups.py",
         "if id(entry.local) in managed and (",
         "if False and (",
         "pre_dp_module_transform_ddp",
@@ -236,7 +236,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "another_thread_ends_a_forward",
         "a forward in one thread takes the DTensors out of a forward in another",
-        "_seam.py",
+        "tensor/parallel/_forward_hooks.py",
         "    for top in sys._current_frames().values():\n",
         "    for top in [sys._getframe(1)]:\n",
         "sweep_sequence",
@@ -244,7 +244,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "another_thread_takes_gradients",
         "while one thread evaluates, what another trains gets no gradient",
-        "_seam.py",
+        "tensor/parallel/_forward_hooks.py",
         "        if torch.is_grad_enabled():\n            _let_train(module)\n",
         "",
         "sweep_sequence",
@@ -252,7 +252,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "paths_by_table",
         "a path through a compiled module is not found",
-        "ddp.py",
+        "tensor/parallel/ddp.py",
         "            child = getattr(owner, step, None)\n",
         "            pass\n",
         "sweep_modules",
@@ -260,15 +260,15 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "gradients_left_behind",
         "a gradient that lay ready when the module was transformed is lost",
-        "_localized.py",
-        "        local.grad = settled(grad._local_tensor)\n",
+        "tensor/parallel/_local_parameters.py",
+        "        local.grad = wait_for_pending(grad._local_tensor)\n",
         "        pass\n",
         "sweep_modules",
     ),
     (
         "wrappers_in_inference_mode",
         "a wrapper cannot be localized in a first forward of inference mode",
-        "_localized.py",
+        "tensor/parallel/_local_parameters.py",
         "    if torch.is_inference_mode_enabled():\n",
         "    if False:\n",
         "sweep_process",
@@ -276,15 +276,15 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "zeros_lose_their_sign",
         "a local tensor is computed with on its way into the DTensor",
-        "_data_parallel_utils.py",
-        "        return dtensor(local.detach(), spec)\n",
-        "        return dtensor(local.detach().add(0), spec)\n",
+        "tensor/parallel/_data_parallel_utils.py",
+        "        return build_dtensor(local.detach(), spec)\n",
+        "        return build_dtensor(local.detach().add(0), spec)\n",
         "sweep_values",
     ),
     (
         "gradients_lose_their_sign",
         "a gradient is computed with on its way to the Parameter",
-        "_data_parallel_utils.py",
+        "tensor/parallel/_data_parallel_utils.py",
         "return ctx.finish(grad.to_local()), None, None",
         "return ctx.finish(grad.to_local() + 0), None, None",
         "sweep_values",
@@ -292,11 +292,11 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "nothing_untied",
         "on a rank that holds nothing of them tied parameters come apart",
-        "_seam.py",
-        "_localized.record(owner, name, *made[id(held)])",
+        "tensor/parallel/_forward_hooks.py",
+        "_local_parameters.record(owner, name, *made[id(held)])",
         (
-            "_localized.record(owner, name, *(made[id(held)] if held._local_tensor.numel() "
-            "else _localized.localized(held)))"
+            "_local_parameters.record(owner, name, *(made[id(held)] if held._local_tensor.numel() "
+            "else _local_parameters.local_tensor_for(held)))"
         ),
         "sweep_sequence",
     ),

@@ -10,10 +10,10 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "negative_zeros_gathered_as_zeros",
         "a gather that goes through arithmetic loses -0.0",
-        "line.py",
-        "            data = parts[0].view(carrier(dtype))\n",
+        "_core/gathering/mesh_gather.py",
+        "            data = parts[0].view(carrier_dtype(dtype))\n",
         (
-            "            data = parts[0].view(carrier(dtype))\n"
+            "            data = parts[0].view(carrier_dtype(dtype))\n"
             "            if data.is_floating_point():\n"
             "                data = data + 0.0\n"
         ),
@@ -22,7 +22,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "nans_made_canonical",
         "a broadcast hands on every NaN as the same one",
-        "transport.py",
+        "_core/loading/transport.py",
         "        found = block_elements(whole, block, piece.start, piece.stop)\n",
         (
             "        found = block_elements(whole, block, piece.start, piece.stop)\n"
@@ -35,7 +35,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "unsigned_maximum_by_sign",
         "the largest unsigned number loses against the smallest",
-        "reduction.py",
+        "_core/sharding/partial_reduction.py",
         "    flips = dtype is torch.uint64 and op in _OF_ORDER\n",
         "    flips = False\n",
         "reductions",
@@ -43,7 +43,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "average_of_a_wrapped_sum",
         "the average of large integers is that of what is left of their sum",
-        "reduction.py",
+        "_core/sharding/partial_reduction.py",
         (
             '    if op == "avg" and not (wide.is_floating_point or wide.is_complex):\n'
             "        return _integer_average(parts, count)\n"
@@ -58,7 +58,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "average_rounded_down",
         "the average of negative integers is rounded away from zero",
-        "reduction.py",
+        "_core/sharding/partial_reduction.py",
         "    return (average + up).to(dtype)\n",
         "    return average.to(dtype)\n",
         "reductions",
@@ -66,7 +66,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "small_halves_summed_in_halves",
         "256 + 1 + 1 + 1 is 256 in bfloat16",
-        "reduction.py",
+        "_core/sharding/partial_reduction.py",
         "        return torch.float32 if dtype.itemsize < 4 else dtype\n",
         "        return torch.float32 if dtype.itemsize < 2 else dtype\n",
         "reductions",
@@ -74,7 +74,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "undefined_reductions_found_out_late",
         "a maximum of complex numbers fails on the takers alone",
-        "reduction.py",
+        "_core/sharding/partial_reduction.py",
         "    if (fraction and not _OF_BITS.isdisjoint(ops)) or (\n",
         "    if (False and not _OF_BITS.isdisjoint(ops)) or (\n",
         "reductions",
@@ -83,7 +83,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "zero_becomes_its_text",
         "the numbers of an optimizer's parameters become strings",
-        "walk.py",
+        "_core/containers/walk.py",
         "    pairs = zip(container, items, strict=False)\n",
         (
             "    named = [str(key) if type(key) is int else key for key in container]\n"
@@ -94,7 +94,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "keys_read_as_paths",
         "of two leaves whose names are written alike one is lost",
-        "containers.py",
+        "_core/containers/container_types.py",
         '    plain = type(first) is str and "[" not in first and (first or not rest)\n',
         "    plain = type(first) is str\n",
         "every_key",
@@ -102,7 +102,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "parameters_as_keys_by_their_text",
         "state under parameters is refused, for their text differs from rank to rank",
-        "containers.py",
+        "_core/containers/container_types.py",
         "    if _WORDS.issuperset(map(type, path)):\n        return path\n",
         "    if path is not None:\n        return path\n",
         "every_key",
@@ -110,7 +110,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "pickled_paths_forget",
         "a mapping that was written and read again leads to dicts and lists",
-        "paths.py",
+        "_core/containers/typed_paths.py",
         "        return TypedPath.of, (tuple(self), self.keys, self.through)\n",
         "        return tuple, (tuple(self),)\n",
         "every_key",
@@ -118,7 +118,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "a_tensor_taken_for_its_rows",
         "a tensor in the place of a state dict is flattened row by row",
-        "flatten.py",
+        "_core/containers/flat_names.py",
         "    if not is_branch(root):\n",
         "    if root is None:\n",
         "every_key",
@@ -127,7 +127,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "shards_tied_by_object",
         "a shard of a ShardedTensor and a plain tensor over its memory come apart",
-        "ties.py",
+        "_core/tensors/ties.py",
         "        return (min(starts), max(ends)) if spans else (id(leaf), id(leaf))\n",
         "        return id(leaf), id(leaf)\n",
         "every_tie",
@@ -136,7 +136,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "the_last_of_hundreds_is_lost",
         "of more than 512 tensors that are alike the rest has the values of the first",
-        "grid.py",
+        "_core/sharding/uniform_grid.py",
         "            made.extend(copies_of_each(near))\n        return made\n",
         (
             "            made.extend(copies_of_each(near))\n"
@@ -148,7 +148,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "places_of_another_world",
         "a process that is another rank of an equal mesh takes its old part",
-        "places.py",
+        "_core/sharding/target_part.py",
         "    key = coordinate, spec.placements,",
         "    key = 0, spec.placements,",
         "every_sequence",
@@ -156,7 +156,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "places_remembered_without_a_shape",
         "what was found out for one shape answers for another",
-        "places.py",
+        "_core/sharding/target_part.py",
         "spec.placements, kinds, spec.shape, getattr",
         "spec.placements, kinds, getattr",
         "every_sequence",
@@ -165,10 +165,10 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "returns_before_it_is_sent",
         "what the source writes next arrives in place of what it had",
-        "transport.py",
-        "            self._keep([key])\n            finish(work)\n            return\n",
+        "_core/loading/transport.py",
+        "            self._copy_for_source([key])\n            finish(work)\n            return\n",
         (
-            "            self._keep([key])\n"
+            "            self._copy_for_source([key])\n"
             "            if self.wholes is None:\n"
             "                finish(work)\n"
             "            return\n"
@@ -179,15 +179,15 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "one_round_is_enough",
         "a rank three meshes away from an error waits for those that raised",
-        "agreement.py",
-        "            if awaited & ~heard == 0:\n                todo.remove(domain)\n",
+        "_core/comms/agreement.py",
+        "            if expected_ranks & ~known_ranks == 0:\n                todo.remove(domain)\n",
         "            todo.remove(domain)\n",
         "several_meshes",
     ),
     (
         "never_told_again",
         "an error in one mesh is not heard of in another with a rank in common",
-        "agreement.py",
+        "_core/gathering/leaf_entries.py",
         "    failure = agree_on_failure(again, failure)\n",
         "    failure = agree_on_failure([], failure)\n",
         "several_meshes",
@@ -196,7 +196,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "gaps_between_shards",
         "what no shard holds comes out as whatever was in memory",
-        "spread.py",
+        "_core/sharding/tensor_layout.py",
         "        _check_tiling(tensor)\n",
         "",
         "every_claim",
@@ -204,7 +204,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "bytes_of_another_dtype",
         "a target gets the bytes of the dtype that it says, not of the one that it has",
-        "target_model.py",
+        "_core/loading/target_spec.py",
         "as_bits = table or not self.keeps or local.dtype == value.dtype",
         "as_bits = True",
         "every_claim",
@@ -212,7 +212,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "copied_into_another_dtype",
         "a local tensor of another dtype than its DTensor says is converted in silence",
-        "pairs.py",
+        "_core/copies/copy_into.py",
         "theirs._local_tensor.dtype and not _by_class(theirs):\n",
         "theirs._local_tensor.dtype and False:\n",
         "every_claim",
@@ -221,7 +221,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "the_graph_is_off_for_good",
         "gradients stay off after a copy",
-        "pairs.py",
+        "_core/copies/copy_into.py",
         "            torch._C._set_grad_enabled(recording)\n",
         "            pass\n",
         "every_effect",
@@ -229,7 +229,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "leaves_are_remembered",
         "tensors of a state dict live on after the call",
-        "walk.py",
+        "_core/containers/walk.py",
         "        self.leaves: list[Any] = []\n",
         (
             "        self.leaves: list[Any] = []\n"
@@ -240,7 +240,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "a_mark_on_parameters",
         "a parameter that was copied has an attribute more",
-        "tensors.py",
+        "_core/tensors/values.py",
         "        return nn.Parameter(tensor, requires_grad=like.requires_grad)\n",
         (
             "        like.was_copied = True  # type: ignore[attr-defined]\n"
@@ -252,7 +252,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "numbers_for_tensors",
         "a number lands where a matrix was",
-        "targets.py",
+        "_core/loading/value_checks.py",
         "        wrong = offered in numbers and isinstance(held, torch.Tensor)",
         "        wrong = False and isinstance(held, torch.Tensor)",
         "every_refusal",

@@ -6,7 +6,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "chunk_over_replicas",
         "with hybrid sharding the chunks are cut over the replicas",
-        "meshes.py",
+        "tensor/parallel/fsdp/root_mesh.py",
         "    return dims[-1]\n",
         "    return dims[0]\n",
         "chunk_dtensor",
@@ -14,7 +14,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "chunk_told_plainly",
         "FSDP is said to cut before tensor parallelism, and the rows change places",
-        "meshes.py",
+        "tensor/parallel/fsdp/root_mesh.py",
         "    return _StridedShard(tensor_dim, split_factor=int(mesh_shape[cut]))",
         "    return plainly",
         "chunk_dtensor",
@@ -22,7 +22,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "chunk_aliases",
         "a state dict holds views of the live weights",
-        "dtensors.py",
+        "tensor/parallel/fsdp/dtensor_chunks.py",
         "    copied = fresh_copy(local, local.device)\n",
         "    copied = local.detach()\n",
         "chunk_dtensor",
@@ -30,7 +30,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "gather_over_tp_too",
         "loading gets the whole weight instead of its TP shard",
-        "routes.py",
+        "tensor/parallel/fsdp/gather_routes.py",
         "    inner = tuple(cut for cut in cuts if cut.mesh_dim == kept)\n    target",
         "    inner: tuple[Cut, ...] = ()\n    target",
         "all_gather_dtensor",
@@ -38,7 +38,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "wrong_chunk_unsaid",
         "a chunk of the wrong shape is gathered as if it were right",
-        "dtensors.py",
+        "tensor/parallel/fsdp/dtensor_gather.py",
         "    if words[0][0] == _SENT_AS_BYTES and words.count(words[0]) == len(words):\n",
         "    if True:\n",
         "all_gather_dtensor",
@@ -46,7 +46,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "large_chunks_in_group_order",
         "large chunks are gathered in the group's order, whatever the mesh's",
-        "dtensors.py",
+        "tensor/parallel/fsdp/dtensor_gather.py",
         "len(stages) == 1 and stages[0].in_order and",
         "len(stages) == 1 and",
         "all_gather_dtensor",
@@ -54,7 +54,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "large_chunks_stacked_blindly",
         "large chunks that interleave are taken for rows that follow each other",
-        "routes.py",
+        "tensor/parallel/fsdp/gather_routes.py",
         "    return all(block.starts == at for block, at in zip(blocks, expected, strict=True))\n",
         "    return True\n",
         "all_gather_dtensor",
@@ -62,7 +62,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "boxes_by_floor",
         "boxes of uneven shards overlap or leave gaps",
-        "boxes.py",
+        "tensor/parallel/fsdp/boxes.py",
         "    return -(-size // count)",
         "    return size // count",
         "get_box",
@@ -70,7 +70,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "shards_on_other_ranks",
         "ranks differ about who holds which shard",
-        "boxes.py",
+        "tensor/parallel/fsdp/boxes.py",
         "    owners = mesh_ranks(dt._spec.mesh)\n",
         "    owners = mesh_ranks(dt._spec.mesh)[::-1 if dist.get_rank() % 2 else 1]\n",
         "create_sharded_tensor_md_from_dt",
@@ -78,7 +78,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "rewrite_in_place",
         "the caller's sharding spec is changed",
-        "sharded.py",
+        "tensor/parallel/fsdp/sharded_tensor_chunks.py",
         "        return ChunkShardingSpec(dim=spec.dim, placements=found)\n",
         "        spec.placements[:] = found\n        return spec\n",
         "rewrite_spec_if_needed",
@@ -86,7 +86,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "devices_of_this_machine",
         "num_devices_per_node is ignored",
-        "sharded.py",
+        "tensor/parallel/fsdp/sharded_tensor_chunks.py",
         "remote_device(owner, tensor.device, num_devices_per_node)",
         "remote_device(owner, tensor.device, torch.accelerator.device_count())",
         "chunk_tensor",
@@ -94,7 +94,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "shard_on_the_groups_rank",
         "a local shard names its rank in FSDP's group as if it were one of the world",
-        "sharded.py",
+        "tensor/parallel/fsdp/sharded_tensor_chunks.py",
         'f"rank:{owner}/{tensor.device}"',
         'f"rank:{index}/{tensor.device}"',
         "chunk_tensor",
@@ -102,7 +102,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "inner_shards_stay_wrapped",
         "a nested ShardedTensor is loaded as if it were flat",
-        "sharded.py",
+        "tensor/parallel/fsdp/sharded_tensor_chunks.py",
         "    return _pre_load_state_dict(inner)\n",
         "    return tensor, [shard]\n",
         "pre_load_state_dict",
@@ -110,7 +110,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "unflattened_unmarked",
         "an outer FSDP flattens once more what an inner one has flattened",
-        "__init__.py",
+        "tensor/parallel/fsdp/__init__.py",
         "            _set_fsdp_flattened(result)\n",
         "",
         "dtensor_extensions",
@@ -118,7 +118,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "unflatten_is_traced",
         "the compiler traces hooks and streams into the model's graph",
-        "__init__.py",
+        "tensor/parallel/fsdp/__init__.py",
         "    @torch.compiler.disable\n",
         "",
         "dtensor_extensions",
@@ -126,23 +126,23 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "compute_stream_forgotten",
         "gradients in flight are waited for on another stream than they are used on",
-        "__init__.py",
-        "param_extension, self.device_handle, self.compute_stream)",
-        "param_extension, self.device_handle)",
+        "tensor/parallel/fsdp/__init__.py",
+        "                tensor, param_extension, self.device_handle, self.compute_stream\n",
+        "                tensor, param_extension, self.device_handle\n",
         "dtensor_extensions",
     ),
     (
         "other_cuts_unnoticed",
         "ranks whose chunks are cut otherwise mix them, if they are equally large",
-        "dtensors.py",
-        "    return zlib.crc32(repr(said).encode()) << 8\n",
+        "tensor/parallel/fsdp/dtensor_gather.py",
+        "    return zlib.crc32(repr(message).encode()) << 8\n",
         "    return 256\n",
         "sweep_claims",
     ),
     (
         "boxes_by_claim",
         "the box of a shard is what its placement says, whatever it holds",
-        "boxes.py",
+        "tensor/parallel/fsdp/boxes.py",
         "    if tensor._local_tensor.size() != box[1]:\n",
         "    if tensor._local_tensor.numel() != box[1].numel():\n",
         "sweep_claims",
@@ -150,18 +150,21 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "boxes_in_group_order",
         "a rank's box follows its number in the group, not its place on the mesh",
-        "boxes.py",
-        "    count = spec.mesh.size(0)\n    if type(place)",
-        "    count, place = spec.mesh.size(0), spec.mesh.get_group().rank()\n    if type(place)",
+        "tensor/parallel/fsdp/boxes.py",
+        "    count = spec.mesh.size(0)\n    if type(coordinate)",
+        (
+            "    count, coordinate = spec.mesh.size(0), spec.mesh.get_group().rank()\n"
+            "    if type(coordinate)"
+        ),
         "sweep_meshes",
     ),
     (
         "chunks_before_they_arrive",
         "a weight that is still being gathered is chunked as memory was before",
-        "sharded.py",
-        "    local = settled_result(tensor._local_tensor)\n",
+        "tensor/parallel/fsdp/sharded_tensor_chunks.py",
+        "    local = unwrap_pending(tensor._local_tensor)\n",
         '    local = getattr(tensor._local_tensor, "elem", tensor._local_tensor)\n',
         "sweep_sequence",
     ),
 )
-"""(name, fault, file below tensor/parallel/fsdp, old, new, check file without test_)."""
+"""(name, fault, file below shardproof, old, new, check file without test_)."""

@@ -11,7 +11,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "refusal_without_words",
         "every rank raises, and none names the leaf",
-        "agreement.py",
+        "_core/comms/agreement.py",
         _SHARED,
         '        return kinds[self.kind]("failed")\n',
         "gather_state_dict_manners",
@@ -20,7 +20,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "refusal_is_a_warning",
         "a warning is raised on every rank instead of an error",
-        "agreement.py",
+        "_core/comms/agreement.py",
         _SHARED,
         "        return FutureWarning(self.message)\n",
         "gather_state_dict_manners",
@@ -29,7 +29,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "refusal_is_an_accident",
         "every rank ends in an error of the implementation's own making",
-        "agreement.py",
+        "_core/comms/agreement.py",
         _SHARED,
         "        return TypeError(\"'NoneType' object is not subscriptable\")\n",
         "gather_state_dict_manners",
@@ -38,7 +38,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "refusal_is_a_lost_key",
         "a shape that does not fit is told as a key that is not there",
-        "targets.py",
+        "_core/loading/targets.py",
         '            raise type(error)(f"{key!r}: {error}") from None\n',
         "            raise KeyError(key) from None\n",
         "distribute_state_dict",

@@ -10,7 +10,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "placements_unagreed",
         "ranks whose placements differ mix parts of different cuts",
-        "agreement.py",
+        "_core/gathering/leaf_entries.py",
         "if (found.summary, found.members) != (entry.summary, entry.members):",
         'if found.summary.split(", (")[0] != entry.summary.split(", (")[0]:',
         "agreement",
@@ -18,7 +18,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "reductions_unagreed",
         "ranks of which one sums and one takes the maximum get two answers",
-        "agreement.py",
+        "_core/gathering/leaf_entries.py",
         "if (found.summary, found.members) != (entry.summary, entry.members):",
         'if found.summary.replace("(max)", "(sum)") != entry.summary.replace("(max)", "(sum)"):',
         "agreement",
@@ -26,7 +26,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "owners_unagreed",
         "shards that ranks think to be on different ranks are put in different places",
-        "spread.py",
+        "_core/sharding/tensor_layout.py",
         ", m.placement and m.placement.rank())",
         ")",
         "agreement",
@@ -34,7 +34,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "mesh_order_unagreed",
         "ranks whose meshes count the ranks in another order mix the parts",
-        "agreement.py",
+        "_core/gathering/leaf_entries.py",
         "if (found.summary, found.members) != (entry.summary, entry.members):",
         "if found.summary != entry.summary:",
         "agreement",
@@ -42,7 +42,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "leaves_in_the_dicts_order",
         "leaves are told to others in the order of each rank's dict",
-        "leaves.py",
+        "_core/gathering/sharded_leaves.py",
         "paths = sorted(self.leaves)",
         "paths = list(self.leaves)",
         "order_of_collectives",
@@ -50,7 +50,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "first_where_it_is_first",
         "ranks in several meshes wait for each other in a circle",
-        "gather.py",
+        "_core/gathering/agree_on_leaves.py",
         'return sorted(chosen.values(), key=attrgetter("key"))',
         "return sorted(chosen.values(), key=lambda domain: (domain.index(), domain.key))",
         "order_of_collectives",
@@ -58,8 +58,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "strange_leaf_raises_alone",
         "a leaf of an unsupported type on one rank raises there, and the others wait",
-        "leaves.py",
-        "        except ValueError as error:\n            found.fail(error)\n",
+        "_core/gathering/sharded_leaves.py",
+        "        except ValueError as error:\n            found.note_failure(error)\n",
         "        except ValueError:\n            raise\n",
         "gather_state_dict_manners",
     ),
@@ -67,7 +67,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "tied_by_object",
         "a parameter and its detached twin come apart",
-        "tensors.py",
+        "_core/tensors/ties.py",
         "return id(tensor) if isinstance(tensor, ShardedTensor) else geometry(tensor)",
         "return id(tensor)",
         "ties",
@@ -75,7 +75,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "dtensors_tied_by_object",
         "a DTensor and its detached twin come apart",
-        "tensors.py",
+        "_core/tensors/ties.py",
         'return ("DTensor", geometry(tensor._local_tensor), spec.placements, spec.shape)',
         'return ("DTensor", id(tensor), spec.placements, spec.shape)',
         "ties",
@@ -83,7 +83,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "views_copied_apart",
         "a weight and its transpose no longer change with each other",
-        "together.py",
+        "_core/tensors/overlapping_copies.py",
         "self._make(tensor) if region is None else self._within(tensor, region)",
         "self._make(tensor)",
         "ties",
@@ -91,7 +91,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "whole_storages_copied",
         "of a large storage all is copied for the sake of two pieces",
-        "together.py",
+        "_core/tensors/overlapping_copies.py",
         "held[geometry(memory)] = start, start + extent(memory)",
         "held[geometry(memory)] = 0, memory.untyped_storage().nbytes()",
         "ties",
@@ -100,19 +100,23 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "offloaded_at_the_end",
         "the whole result is held where it was gathered, and then once more on the CPU",
-        "gather.py",
-        "        Line(streams[key], wanted, agreed, cpu_offload).gather(results)\n",
+        "_core/gathering/whole_tensors.py",
         (
-            "        Line(streams[key], wanted, agreed, False).gather(results)\n"
+            "        MeshGather(by_bucket_key[key], destinations, agreed, cpu_offload)"
+            ".gather(results)\n"
+        ),
+        (
+            "        MeshGather(by_bucket_key[key], destinations, agreed, False).gather(results)\n"
             "    if cpu_offload:\n"
-            "        results = {at: full.to(CPU, copy=True) for at, full in results.items()}\n"
+            "        cpu = torch.device('cpu')\n"
+            "        results = {at: full.to(cpu, copy=True) for at, full in results.items()}\n"
         ),
         "memory_options",
     ),
     (
         "shard_of_a_copy",
         "a shard is a view of a copy of the full tensor, which lives as long as it does",
-        "targets.py",
+        "_core/loading/targets.py",
         "self.memory = full[block.region].clone(memory_format=torch.contiguous_format)",
         "self.memory = full.clone()[block.region].view(block.shape)",
         "memory_options",
@@ -122,12 +126,12 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         (
             f"a_collective_per_{kind}",
             f"leaves that are {kind} are gathered one by one",
-            "gather.py",
-            "                streams[layout.stream].append(kind)\n",
+            "_core/gathering/whole_tensors.py",
+            "                by_bucket_key[layout.bucket_key].append(kind)\n",
             (
                 "                for leaf in kind:\n"
                 f'                    own = leaf.path if {condition} else ""\n'
-                "                    streams[*layout.stream, own].append([leaf])\n"
+                "                    by_bucket_key[*layout.bucket_key, own].append([leaf])\n"
             ),
             "cost_kinds",
         )
@@ -141,7 +145,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "a_broadcast_per_shape",
         "whole tensors of different shapes travel one by one",
-        "transport.py",
+        "_core/loading/transport.py",
         "                together.append(parcel)\n",
         "                self._run_stream([parcel], False)\n",
         "cost_kinds",
@@ -149,7 +153,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "a_scatter_per_shape",
         "shards of tensors of different shapes travel one by one",
-        "transport.py",
+        "_core/loading/transport.py",
         "                apart.append(parcel)\n",
         "                self._run_stream([parcel], True)\n",
         "cost_kinds",
@@ -158,7 +162,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "source_lends_its_values",
         "a list of the full dict is in the local dict of the source, too",
-        "broadcast.py",
+        "_state_dict_utils/broadcast.py",
         "    local.update(plan.values)\n",
         "    local.update({key: full.get(key, plan.values[key]) for key in plan.values})\n",
         "own_objects",
@@ -166,7 +170,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "distribute_lends_its_values",
         "a list of the full dict is in the local dict, too",
-        "distribute.py",
+        "_state_dict_utils/distribute.py",
         "values[key] = copy.deepcopy(value)",
         "values[key] = copy.copy(value)",
         "own_objects",
@@ -174,7 +178,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "values_copied_shallowly",
         "what a list holds is shared with the snapshot",
-        "traverse.py",
+        "_core/containers/leaf_values.py",
         "    return copy.deepcopy(value)\n",
         "    return copy.copy(value)\n",
         "own_objects",
@@ -182,26 +186,26 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "scalars_are_lent",
         "a 0-dim tensor that was distributed is the full dict's own",
-        "targets.py",
-        "        elif model.is_opaque:\n            self.memory =",
+        "_core/loading/targets.py",
+        "        elif spec.is_opaque:\n            self.memory =",
         (
             "        elif not full.dim():\n            self.memory = full\n"
-            "        elif model.is_opaque:\n            self.memory ="
+            "        elif spec.is_opaque:\n            self.memory ="
         ),
         "own_objects",
     ),
     (
         "large_source_not_waited_for",
         "the source returns while its memory is still being sent",
-        "transport.py",
-        "            self._keep([key])\n            finish(work)\n",
-        "            self._keep([key])\n            self.unfinished = work\n",
+        "_core/loading/transport.py",
+        "            self._copy_for_source([key])\n            finish(work)\n",
+        "            self._copy_for_source([key])\n            self.unfinished = work\n",
         "process_state",
     ),
     (
         "grad_mode_forgotten",
         "after a copy gradients are recorded where the caller had turned that off",
-        "pairs.py",
+        "_core/copies/copy_into.py",
         "            torch._C._set_grad_enabled(recording)",
         "            torch._C._set_grad_enabled(True)",
         "process_state",
@@ -209,20 +213,21 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "seeds_the_generator",
         "each gather starts the random numbers anew",
-        "gather.py",
-        "    wanted = _destinations(ranks_only, pg, found)\n",
-        "    wanted = _destinations(ranks_only, pg, found)\n    torch.manual_seed(0)\n",
+        "_state_dict_utils/gather.py",
+        "    destinations = find_destinations(ranks_only, pg, found)\n",
+        "    destinations = find_destinations(ranks_only, pg, found)\n    torch.manual_seed(0)\n",
         "process_state",
     ),
     (
         "second_call_is_the_first",
         "a second gather of the same dict gives what the first gave",
-        "gather.py",
-        "    gathered = _gather(found, wanted, agreed, copies)\n",
+        "_state_dict_utils/gather.py",
+        "    gathered = gather_whole_tensors(found, destinations, agreed, copies)\n",
         (
             "    known = vars(dist).setdefault('known', {})\n"
             "    if id(state_dict) not in known:\n"
-            "        known[id(state_dict)] = _gather(found, wanted, agreed, copies)\n"
+            "        whole = gather_whole_tensors(found, destinations, agreed, copies)\n"
+            "        known[id(state_dict)] = whole\n"
             "    gathered = known[id(state_dict)]\n"
         ),
         "process_state",
@@ -230,7 +235,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "default_device_is_used",
         "under a default device results are made there",
-        "tensors.py",
+        "_core/tensors/values.py",
         "        fresh = torch.empty(shape, dtype=made, device=device)\n",
         (
             "        fresh = torch.empty(shape, dtype=made, "
@@ -241,24 +246,27 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "inputs_are_kept",
         "the tensors of the last call live until the next",
-        "gather.py",
-        "    wanted = _destinations(ranks_only, pg, found)\n",
-        "    wanted = _destinations(ranks_only, pg, found)\n    dist.last_gathered = found\n",
+        "_state_dict_utils/gather.py",
+        "    destinations = find_destinations(ranks_only, pg, found)\n",
+        (
+            "    destinations = find_destinations(ranks_only, pg, found)\n"
+            "    dist.last_gathered = found\n"
+        ),
         "process_state",
     ),
     # --- values -------------------------------------------------------------------------------
     (
         "zeros_added",
         "gathered as a sum with zeros: -0.0 becomes 0.0, a NaN another",
-        "stream.py",
-        "            values.append(carried(parts[0]))\n",
-        "            values.append(carried(parts[0]) + 0)\n",
+        "_core/comms/buckets.py",
+        "            values.append(as_carrier(parts[0]))\n",
+        "            values.append(as_carrier(parts[0]) + 0)\n",
         "bits",
     ),
     (
         "stacked_with_zeros",
         "many small ones gathered as a sum with zeros",
-        "stream.py",
+        "_core/tensors/values.py",
         "    torch.stack(parts, out=room.view(len(parts), *parts[0].shape))\n",
         "    torch.stack(parts, out=room.view(len(parts), *parts[0].shape)).add_(0)\n",
         "bits",
@@ -266,7 +274,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "scattered_as_a_sum",
         "shards of a large tensor are sent as a sum with zeros",
-        "transport.py",
+        "_core/loading/transport.py",
         "torch.cat([part.to(room.device) for part in found], out=room)",
         "torch.cat([part.to(room.device) + 0 for part in found], out=room)",
         "bits",
@@ -274,7 +282,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "copied_through_double",
         "integers beyond 2^53 lose their last digits on their way into another memory",
-        "tensors.py",
+        "_core/tensors/values.py",
         "        target.detach().copy_(source.detach(), non_blocking=non_blocking)\n",
         (
             "        wide = source.detach() if source.is_complex() else source.detach().double()\n"
@@ -285,7 +293,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "conjugate_forgotten",
         "a lazily conjugated tensor arrives without the conjugation",
-        "tensors.py",
+        "_core/tensors/values.py",
         "    if plain.is_conj() or plain.is_neg():\n",
         "    if plain.is_conj():\n        plain = plain.conj()\n    if plain.is_neg():\n",
         "bits",
@@ -294,7 +302,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "gathered_requires_grad",
         "what was gathered from parameters requires grad",
-        "local_copies.py",
+        "_core/gathering/local_copies.py",
         "                results.append(gathered[name])\n",
         "                results.append(gathered[name].requires_grad_(value.requires_grad))\n",
         "process_state",
@@ -302,7 +310,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "ranks_only_in_world_numbers",
         "ranks_only counts in the world's numbers whatever the group",
-        "traverse.py",
+        "_core/sharding/ranks.py",
         "return not ranks_only or dist.get_rank(pg) in ranks_only",
         "return not ranks_only or dist.get_rank() in ranks_only",
         "gather_state_dict_manners",
@@ -311,15 +319,15 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "none_takes_a_tensor",
         "a local None is replaced by a tensor",
-        "broadcast.py",
-        'if value is None and (key not in local or offer.kind in ("tensor", "opaque")):',
+        "_core/loading/plan.py",
+        'if value is None and (key not in local or entry.kind in ("tensor", "opaque")):',
         "if key not in local:",
         "own_objects",
     ),
     (
         "companion_may_have_more",
         "a companion with keys of its own is taken for the same structure",
-        "walk.py",
+        "_core/containers/walk.py",
         "        if companion.keys() != value.keys():\n",
         "        if not companion.keys() >= value.keys():\n",
         "copy_state_dict",
@@ -328,7 +336,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "companion_may_be_longer",
         "a companion with a longer list is taken for the same structure",
-        "walk.py",
+        "_core/containers/walk.py",
         "    if len(companion) != len(value):\n",
         "    if len(companion) < len(value):\n",
         "copy_state_dict",
@@ -337,7 +345,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "keys_become_text",
         "numbers as keys come back as text",
-        "walk.py",
+        "_core/containers/walk.py",
         "    pairs = zip(container, items, strict=False)\n",
         "    pairs = zip(map(str, container), items, strict=False)\n",
         "gather_state_dict",
@@ -346,7 +354,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "namedtuples_become_tuples",
         "a namedtuple comes back as a tuple",
-        "containers.py",
+        "_core/containers/container_types.py",
         '    if hasattr(kind, "_make"):\n        return kind._make(items)\n',
         '    if hasattr(kind, "_make"):\n        return tuple(items)\n',
         "iterate_state_dict",
@@ -355,7 +363,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "strides_forgotten",
         "a transposed tensor comes back row-major",
-        "line.py",
+        "_core/gathering/mesh_gather.py",
         "return allocate(layout.shape, layout.dtype, device, layout.stride)",
         "return allocate(layout.shape, layout.dtype, device)",
         "gather_state_dict",
@@ -363,7 +371,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "scalar_buffers_are_the_tensors",
         "the buffer of a 0-dim tensor is the tensor itself",
-        "staging.py",
+        "_state_dict_utils/staging.py",
         "    pinnable = pin_memory and tensor.numel() > 0\n",
         (
             "    pinnable = pin_memory and tensor.numel() > 0\n"
@@ -374,7 +382,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "mesh_of_a_companion_unread",
         "values are copied into a DTensor whose parts are those of other ranks",
-        "pairs.py",
+        "_core/copies/copy_into.py",
         "        and all(map(same_ranks, map(_mesh, ours), map(_mesh, theirs)))\n",
         "",
         "other_meshes",
@@ -382,7 +390,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "similar_whatever_the_reduction",
         "a DTensor whose reduction is pending is similar to a whole one",
-        "pairs.py",
+        "_core/copies/copy_into.py",
         "        list(map(_placements, ours)) == list(map(_placements, theirs))\n        and ",
         "        ",
         "other_meshes",
@@ -390,7 +398,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "mapping_decides_the_order",
         "a flat dict that was sorted comes back in the order of the original",
-        "flatten.py",
+        "_state_dict_utils/flatten.py",
         "    return [(mapping[name], value) for name, value in state_dict.items()]\n",
         (
             "    return [(path, state_dict[name]) for name, path in mapping.items() "

@@ -1,6 +1,6 @@
 """Faults between FSDP1 and tensor parallelism with tensors of a kind of their own, and others.
 
-Fields as in ddp.py: name, fault, file below tensor/parallel, old, new, check file without test_.
+Fields as in ddp.py: name, fault, file below shardproof, old, new, check file without test_.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "subclass_is_narrowed",
         "a type that can be chunked but not sliced is refused",
-        "fsdp/dtensors.py",
+        "tensor/parallel/fsdp/dtensor_chunks.py",
         "        if has_own_operations(local):\n            local = piece(",
         "        if False:\n            local = piece(",
         "fsdp_subclasses",
@@ -17,7 +17,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "subclass_is_detached",
         "a type without detach is refused where upstream views it",
-        "_subclasses.py",
+        "tensor/parallel/_subclasses.py",
         "    with suppress(Exception):\n        return tensor.detach()\n",
         "    return tensor.detach()\n",
         "local_subclasses",
@@ -25,7 +25,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "inner_is_pending",
         "what a wrapper holds is handed on before it has arrived",
-        "../../_state_dict_utils/subclasses.py",
+        "_core/tensors/subclasses.py",
         "                setattr(tensor, name, finished)\n",
         "                pass\n",
         "fsdp_subclasses",
@@ -33,7 +33,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "closed_is_pending",
         "what a wrapper holds that tells nobody what is not waited for",
-        "../../_state_dict_utils/subclasses.py",
+        "_core/tensors/subclasses.py",
         "    yield from vars(tensor).items()\n",
         "    yield from ()\n",
         "fsdp_subclasses",
@@ -41,7 +41,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "types_not_compared",
         "of a wrapper on one rank and a plain tensor on the other a part is gathered, or they hang",
-        "fsdp/dtensors.py",
+        "tensor/parallel/fsdp/dtensor_gather.py",
         "        if kind != verdicts[0][1]:\n",
         "        if False:\n",
         "fsdp_subclasses",
@@ -49,7 +49,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "short_shard_alone",
         "the rank whose shard is short raises, and the others wait for it",
-        "fsdp/dtensors.py",
+        "tensor/parallel/fsdp/dtensor_gather.py",
         "        good = good and _can_be_padded(tensor, local)\n",
         "",
         "fsdp_subclasses",
@@ -57,7 +57,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "subclass_is_lent",
         "the live weight is handed out where there is nothing to gather",
-        "fsdp/dtensors.py",
+        "tensor/parallel/fsdp/dtensor_gather.py",
         "        _check_local(tensor, local)\n        return fresh_copy(local, local.device)",
         "        _check_local(tensor, local)\n        return local if own else local.clone()",
         "fsdp_subclasses",
@@ -65,7 +65,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "played_on_one_place",
         "where one process plays all ranks all of them get the chunk of one",
-        "fsdp/dtensors.py",
+        "tensor/parallel/fsdp/dtensor_chunks.py",
         "        coordinate = root.get_coordinate()\n",
         "        with with_real_ranks():\n            coordinate = root.get_coordinate()\n",
         "fsdp_simulated",
@@ -73,7 +73,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "chunk_is_a_break",
         "the compiler gives up in the tables of meshes",
-        "fsdp/dtensors.py",
+        "tensor/parallel/fsdp/dtensor_chunks.py",
         "    if torch.compiler.is_compiling():\n",
         "    if False:\n",
         "chunk_dtensor",
@@ -81,7 +81,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "chunk_forgets_strides",
         "a weight that is laid out by columns is said to be by rows",
-        "fsdp/dtensors.py",
+        "tensor/parallel/fsdp/dtensor_chunks.py",
         "    return tuple(torch.empty_like(ghost).stride())\n",
         "    return tuple(torch.empty(ghost.shape, device='meta').stride())\n",
         "fsdp_details",
@@ -89,7 +89,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "chunk_loses_the_sign_of_zero",
         "negative zeros and the payload of NaNs are lost in a chunk",
-        "fsdp/dtensors.py",
+        "tensor/parallel/fsdp/dtensor_chunks.py",
         "    copied = fresh_copy(local",
         (
             "    local = local + 0 if local.is_floating_point() and local.itemsize > 1 else local\n"
@@ -100,7 +100,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "rows_lose_the_sign_of_zero",
         "negative zeros and the payload of NaNs are lost in a ShardedTensor's chunk",
-        "fsdp/sharded.py",
+        "tensor/parallel/fsdp/sharded_tensor_chunks.py",
         "        return part.clone(memory_format=torch.contiguous_format)\n    return bits",
         (
             "        return part.clone(memory_format=torch.contiguous_format)\n"
@@ -112,7 +112,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "large_chunk_unverified",
         "of a large weight a chunk of the wrong shape is gathered as if it were right",
-        "fsdp/dtensors.py",
+        "tensor/parallel/fsdp/dtensor_gather.py",
         "    _check_verdicts(rows, tensor, domain, route.coordinates)\n    if in_place:\n",
         (
             "    if not in_place:\n"
@@ -124,7 +124,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "partial_is_forgotten",
         "values that are still to be summed over TP are said to be whole",
-        "fsdp/dtensors.py",
+        "tensor/parallel/fsdp/dtensor_chunks.py",
         "        if isinstance(placement, Replicate) or not part:\n",
         "        if isinstance(placement, (Replicate, Partial)) or not part:\n",
         "fsdp_details",
@@ -132,7 +132,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "device_kinds_compared",
         "a shard that is on another device of the same kind keeps its place in the spec",
-        "fsdp/sharded.py",
+        "tensor/parallel/fsdp/sharded_tensor_chunks.py",
         "or placement.device() == device:",
         "or placement.device().type == device.type:",
         "fsdp_details",
@@ -140,7 +140,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "empty_shards_unlisted",
         "a rank to which FSDP leaves nothing has no shard for the checkpoint's planner",
-        "fsdp/sharded.py",
+        "tensor/parallel/fsdp/sharded_tensor_chunks.py",
         "        _chunk_rows(local, num_devices_per_node, pg, everywhere=True),\n",
         "        _chunk_rows(local, num_devices_per_node, pg),\n",
         "fsdp_details",
@@ -148,8 +148,8 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "spec_is_retyped",
         "the caller's spec takes the dtype of what was unflattened last",
-        "_data_parallel_utils.py",
-        "    spec = spec_of_dtype(spec, local.dtype)\n    if type",
+        "tensor/parallel/_data_parallel_utils.py",
+        "    spec = spec_with_dtype(spec, local.dtype)\n    if type",
         (
             "    if spec.tensor_meta is not None:\n"
             "        spec.tensor_meta = spec.tensor_meta._replace(dtype=local.dtype)\n    if type"
@@ -159,7 +159,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
     (
         "flattened_trains_in_no_grad",
         "a chunk is part of a graph unless somebody forbids it",
-        "fsdp/dtensors.py",
+        "tensor/parallel/fsdp/dtensor_chunks.py",
         "    meta = TensorMeta(torch.Size(tensor.shape), _dense_stride(tensor), tensor.dtype)\n",
         (
             "    meta = TensorMeta(torch.Size(tensor.shape), _dense_stride(tensor), tensor.dtype)\n"

@@ -6,7 +6,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "results_share_a_bucket",
         "gathered tensors are views of one memory: saving one saves all",
-        "grid.py",
+        "_core/sharding/uniform_grid.py",
         "            made.extend(copies_of_each(near))\n",
         "            made.extend(near.clone().unbind())\n",
         "many_alike",
@@ -14,7 +14,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "new_targets_share_a_bucket",
         "what is made for targets on meta are views of one memory",
-        "transport.py",
+        "_core/loading/transport.py",
         "copies_of_each(parts), strict=True)",
         "parts.clone().unbind(), strict=True)",
         "many_alike",
@@ -22,7 +22,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "alike_in_the_order_of_the_dict",
         "ranks with another order of keys get each other's tensors",
-        "leaves.py",
+        "_core/gathering/sharded_leaves.py",
         "        paths = sorted(self.leaves)\n",
         "        paths = list(self.leaves)\n",
         "many_alike",
@@ -30,7 +30,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "source_forgets_its_row",
         "the source's own shards of small tensors stay as they were",
-        "transport.py",
+        "_core/loading/transport.py",
         "            if self.wholes is not None and not self._own_row(parcel):\n",
         "            if self.wholes is not None:\n",
         "many_alike",
@@ -38,7 +38,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "lost_between_buckets",
         "the tensor that does not fit into the rest of a bucket never travels",
-        "stream.py",
+        "_core/comms/buckets.py",
         "                    at = (bucket + 1) * width\n",
         "                    at, first = (bucket + 1) * width, first + 1\n",
         "many_alike",
@@ -46,15 +46,15 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "first_ones_again",
         "of many tensors later ones have the values of the first ones",
-        "grid.py",
-        "copy_(self._rows_of(data, count).narrow(self._at, at, number))",
-        "copy_(self._rows_of(data, count).narrow(self._at, 0, number))",
+        "_core/sharding/uniform_grid.py",
+        "                self._rows_of(data, count).narrow(self._tensors_dim, at, number)\n",
+        "                self._rows_of(data, count).narrow(self._tensors_dim, 0, number)\n",
         "many_alike",
     ),
     (
         "leaves_alike_by_shape",
         "tensors of one shape are taken for laid out alike, however they are sharded",
-        "leaves.py",
+        "_core/gathering/sharded_leaves.py",
         (
             "*(id(spec.mesh), spec.placements, spec.tensor_meta),\n"
             '                    getattr(spec, "shard_order", None),\n'
@@ -65,7 +65,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "distributed_share_a_stack",
         "what is cut together of full tensors are views of one memory",
-        "distribute.py",
+        "_state_dict_utils/distribute.py",
         "copies_of_each(stacked[:, *block.region])",
         "stacked[:, *block.region].clone().unbind()",
         "many_alike",
@@ -73,7 +73,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "distributed_change_places",
         "of small full tensors that are cut together each target gets the values of another",
-        "distribute.py",
+        "_state_dict_utils/distribute.py",
         "        stacked = torch.stack([full for _, full in some])\n",
         "        stacked = torch.stack([full for _, full in reversed(some)])\n",
         "many_alike",
@@ -81,15 +81,15 @@ FAULTS: tuple[tuple[str, ...], ...] = (
     (
         "targets_alike_by_shape",
         "targets of one shape are taken for alike, however they are sharded",
-        "targets.py",
-        "        place = id(spec.mesh), spec.placements, spec.tensor_meta, order\n",
-        "        place = id(spec.mesh), spec.tensor_meta\n",
+        "_core/loading/targets.py",
+        "        sharding = id(spec.mesh), spec.placements, spec.tensor_meta, order\n",
+        "        sharding = id(spec.mesh), spec.tensor_meta\n",
         "many_alike",
     ),
     (
         "targets_change_places",
         "of many small targets that are alike each gets the values of another",
-        "transport.py",
+        "_core/loading/transport.py",
         "                        copy_each(parts, opened)\n",
         "                        copy_each(parts, opened[::-1])\n",
         "many_alike",
@@ -100,15 +100,15 @@ ON_A_DEVICE: tuple[tuple[str, ...], ...] = (
     (
         "snapshots_change_places",
         "of small tensors that leave a device together each gets the values of another",
-        "host.py",
-        "[place for place, _ in part], copies_of_each(near)",
-        "[place for place, _ in reversed(part)], copies_of_each(near)",
+        "_core/tensors/pinned_copy.py",
+        "[index for index, _ in part], copies_of_each(near)",
+        "[index for index, _ in reversed(part)], copies_of_each(near)",
         "many_alike",
     ),
     (
         "copies_change_places",
         "small tensors that leave a device together land in each other's targets",
-        "host.py",
+        "_core/tensors/pinned_copy.py",
         "copy_all([target for target, _ in part], list(near.unbind()))",
         "copy_all([target for target, _ in reversed(part)], list(near.unbind()))",
         "many_alike",

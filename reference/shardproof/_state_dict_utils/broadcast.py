@@ -1,4 +1,4 @@
-"""One rank's full state dict -> every rank's local state dict, sharded as the targets are.
+"""From one rank's full state dict to every rank's local one, sharded as its targets are.
 
 The source tells what it has, every rank tells what it needs of that, and then bytes travel:
 broadcast where every rank needs a tensor whole, scattered where each needs a part. Only the source
@@ -7,28 +7,19 @@ ever holds a full tensor of a sharded target.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
-from shardproof._state_dict_utils.agreement import Failure, exchange, first_failure
-from shardproof._state_dict_utils.needs import Need
-from shardproof._state_dict_utils.offers import Offer, Offers, offers_of, tell
-from shardproof._state_dict_utils.places import WHOLE, Place
-from shardproof._state_dict_utils.simulation import load_simulated, simulates_ranks
-from shardproof._state_dict_utils.target_model import Model
-from shardproof._state_dict_utils.targets import (
-    Target,
-    Targets,
-    check_kinds,
-    winners,
-)
-from shardproof._state_dict_utils.tensors import CPU
-from shardproof._state_dict_utils.transport import Transport
-from shardproof._state_dict_utils.wire import Domain, group_domain
+from shardproof._core.comms.agreement import Failure, exchange, first_failure
+from shardproof._core.loading.manifest import Manifest, broadcast_manifest, build_manifest
+from shardproof._core.loading.plan import LoadPlan, find_unlike_shapes, make_plan, merge_columns
+from shardproof._core.loading.simulated import load_simulated
+from shardproof._core.loading.targets import TargetFactory
+from shardproof._core.loading.transport import Transport
+from shardproof._core.sharding.domain import group_domain
+from shardproof._core.sharding.simulated_ranks import simulates_ranks
 
 
 class _TensorInfo(NamedTuple):
@@ -36,69 +27,6 @@ class _TensorInfo(NamedTuple):
 
     size: torch.Size
     dtype: torch.dtype
-
-
-@dataclass
-class _Plan:
-    """What this rank will do with what the source offers.
-
-    Attributes:
-        values: key -> what replaces the local value.
-        removed: keys to remove.
-        found: key -> target.
-        leaders: key of a tied target -> the key whose values are in it, too.
-        targets: root key -> the targets that it fills.
-        scalars: targets, each with the 0-dim tensor that fills it.
-
-    """
-
-    values: dict[Any, Any] = field(default_factory=dict)
-    removed: list[Any] = field(default_factory=list)
-    found: dict[Any, Target] = field(default_factory=dict)
-    leaders: dict[Any, Any] = field(default_factory=dict)
-    targets: dict[Any, list[Target]] = field(default_factory=dict)
-    scalars: list[tuple[Target, torch.Tensor]] = field(default_factory=list)
-
-    def other_shapes(self) -> dict[Any, tuple[int, ...]]:
-        """Key -> the shape of a plain target, where it is not the full tensor's."""
-        shapes = ((key, target.model.other_shape) for key, target in self.found.items())
-        return {key: shape for key, shape in shapes if shape is not None}
-
-    def columns(self, offers: Offers, domain: Domain) -> _Columns:
-        """What this rank needs, told alike on all ranks where it is alike."""
-        every = set(domain.members)
-        # A replicated target on a mesh of all these ranks needs what a plain one needs.
-        seen: dict[Place, Place] = {WHOLE: WHOLE}
-        known: dict[Model, Need] = {}
-        numbers: dict[Need, int] = {}
-        told: dict[Model, tuple[int, ...]] = {}
-
-        def need(model: Model) -> Need:
-            found = known.get(model)
-            if found is None:
-                place = seen.get(model.place)
-                if place is None:
-                    place = model.place
-                    whole = not place.cuts and every <= set(place.members)
-                    place = seen[place] = WHOLE if whole else place
-                found = known[model] = place, model.receives_directly(domain.device)
-            return found
-
-        wanted: list[tuple[int, ...]] = []
-        for key in offers.keys:
-            targets = self.targets.get(key)
-            if not targets:
-                wanted.append(())
-            elif len(targets) == 1:
-                model = targets[0].model
-                mine = told.get(model)
-                if mine is None:
-                    mine = told[model] = (numbers.setdefault(need(model), len(numbers)),)
-                wanted.append(mine)
-            else:
-                needs = dict.fromkeys((need(target.model)[0], False) for target in targets)
-                wanted.append(tuple([numbers.setdefault(n, len(numbers)) for n in needs]))
-        return list(numbers), wanted, self.other_shapes()
 
 
 @torch.no_grad()
@@ -140,14 +68,14 @@ def _broadcast_state_dict(
         ValueError: shape, dtype or layout of a full tensor do not fit a DTensor, or plain targets
             have its shape on some ranks only.
 
-    All ranks of the group have to call it. Collectives: two broadcasts for the offer, one
+    All ranks of the group have to call it. Collectives: two broadcasts for the manifest, one
     all-gather to agree, over Gloo an all-to-all (two where the ranks need different parts, or one
     refuses), and one broadcast or scatter per bucket, or per tensor of a 16th of a bucket or more
     that can be sent from where it lies to where it belongs (over Gloo from a device per bucket of
     such a tensor that is scattered).
 
     """
-    _run(
+    _load(
         full_state_dict, local_state_dict, None, device, pg, strict=strict, cpu_offload=cpu_offload
     )
 
@@ -180,10 +108,10 @@ def _broadcast_tensors(
     :func:`_broadcast_state_dict`.
 
     """
-    _run(full_state_dict, local_state_dict, list(keys), device, pg)
+    _load(full_state_dict, local_state_dict, list(keys), device, pg)
 
 
-def _run(
+def _load(
     full: dict[str, Any],
     local: dict[str, Any],
     keys: list[str] | None,
@@ -203,164 +131,69 @@ def _run(
         return
     domain = group_domain(group, device)
     source = dist.get_rank(group) == 0
-    offers, failure = offers_of(full, keys, domain.device) if source else (Offers(), None)
-    wholes = offers.wholes
-    targets = Targets(in_place=True, cpu_offload=cpu_offload)
+    manifest, failure = build_manifest(full, keys, domain.device) if source else (Manifest(), None)
+    wholes = manifest.wholes
+    targets = TargetFactory(in_place=True, cpu_offload=cpu_offload)
 
-    def look() -> None:
+    def classify() -> None:
         nonlocal failure
         try:
-            targets.look(local)
+            targets.classify(local)
         except Exception as error:
             failure = Failure.of(error)
 
     # The source does so while the others hear of its tensors, they while it looks at those.
     if not source:
-        look()
-    offers, refused = tell(domain, group, offers, failure, look)
-    if refused is not None:
-        raise refused.error()
-    plan = _Plan()
+        classify()
+    manifest, refusal = broadcast_manifest(domain, group, manifest, failure, classify)
+    if refusal is not None:
+        raise refusal.error()
+    plan = LoadPlan()
     try:
         if keys is not None:
-            _check_infos(full, keys, offers, source)
-        plan = _plan(offers, local, targets, device, strict and keys is None)
+            _check_infos(full, keys, manifest, source)
+        plan = make_plan(manifest, local, targets, device, strict and keys is None)
     except Exception as error:
         # Whatever it is, the others hear of it: they are about to wait for this rank.
         failure = Failure.of(error)
-    columns = plan.columns(offers, domain)
-    told, _ = exchange(domain, columns, failure, repr(columns).encode())
-    kinds, wanted = columns[0], [columns[1]]
-    if told is not None:
-        failed = first_failure(domain, told)
+    columns = plan.columns(manifest, domain)
+    replies, _ = exchange(domain, columns, failure, repr(columns).encode())
+    kinds, required = columns[0], [columns[1]]
+    if replies is not None:
+        failed = first_failure(domain, replies)
         if failed is None:
-            failed = _unlike_shapes(domain, offers, [theirs for _, theirs in told])
+            failed = find_unlike_shapes(domain, manifest, [theirs for _, theirs in replies])
         if failed is not None:
             raise failed.error()
-        kinds, wanted = _merged([theirs for _, theirs in told])
+        kinds, required = merge_columns([theirs for _, theirs in replies])
 
     for target, value in plan.scalars:
-        target.take(value)
+        target.take_part_of(value)
     transport = Transport(domain, group, wholes if source else None, plan.targets)
-    transport.run(offers, kinds, wanted)
+    transport.run(manifest, kinds, required)
     leaders, found = plan.leaders, plan.found
     results = {
-        key: target.value if target.model.keeps and not target.model.by_class else target.result()
+        key: target.value if target.spec.keeps and not target.spec.by_class else target.result()
         for key, target in found.items()
         if key not in leaders
     }
     local.update(plan.values)
     local.update(results)
     # What is written in place stays the caller's object, also where another shares its memory.
-    local.update({key: results[at] for key, at in leaders.items() if not found[key].model.keeps})
+    local.update({key: results[at] for key, at in leaders.items() if not found[key].spec.keeps})
     for key in plan.removed:
         del local[key]
 
 
-_Columns = tuple[list[Need], list[tuple[int, ...]], dict[Any, tuple[int, ...]]]
-"""(the distinct needs, per offered key which of them, plain targets of another shape than the full
-tensor), the same on ranks with the same needs."""
-
-
-def _unlike_shapes(domain: Domain, offers: Offers, told: list[_Columns]) -> Failure | None:
-    """A plain target that only some ranks have in another shape than the full tensor.
-
-    Where all have, their modules adapt what they are given, or refuse it on every rank.
-    """
-    sizes: dict[Any, tuple[int, ...]] = {}
-    for key in sorted(set().union(*[theirs[2] for theirs in told]), key=str):
-        if not sizes:
-            sizes = {key: offer.size for key, offer in offers.items()}
-        place = offers.keys.index(key)
-        having = [index for index, theirs in enumerate(told) if theirs[1][place]]
-        shapes = [told[index][2].get(key, sizes[key]) for index in having]
-        if len(set(shapes)) > 1:
-            odd = next(i for i, shape in zip(having, shapes, strict=True) if shape != sizes[key])
-            return Failure(
-                "ValueError",
-                f"{domain.name(odd)}: {key!r}: the target has shape {told[odd][2][key]}, expected "
-                f"{sizes[key]} as the full tensor has, and as other ranks have",
-                True,
-            )
-    return None
-
-
-def _merged(told: list[_Columns]) -> tuple[list[Need], list[list[tuple[int, ...]]]]:
-    """One numbering for what several ranks told."""
-    numbers: dict[Need, int] = {}
-    merged = []
-    for kinds, wanted, _ in told:
-        new = [numbers.setdefault(need, len(numbers)) for need in kinds]
-        merged.append([tuple([new[number] for number in needs]) for needs in wanted])
-    return list(numbers), merged
-
-
-def _check_infos(full: dict[str, Any], keys: list[str], offers: Offers, source: bool) -> None:
-    if set(keys) != set(offers.keys):
-        mine, first = (sorted(some, key=repr) for some in (keys, offers.keys))  # of any types
+def _check_infos(full: dict[str, Any], keys: list[str], manifest: Manifest, source: bool) -> None:
+    if set(keys) != set(manifest.keys):
+        mine, first = (sorted(some, key=repr) for some in (keys, manifest.keys))  # of any types
         raise ValueError(f"keys {mine}, expected the first rank's {first}")
-    offered = {} if source else dict(offers.items())
+    entries = {} if source else dict(manifest.items())
     for key in keys if not source else ():
         if key not in full:
             raise KeyError(f"the full state dict lacks {key!r}")
-        info, offer = full[key], offered[key]
-        said = (tuple(getattr(info, "size", ())), getattr(info, "dtype", None))
-        if isinstance(info, _TensorInfo) and said != (offer.size, offer.dtype):
-            raise ValueError(f"{key!r}: expected {said}, the first rank has {offer.size}")
-
-
-def _plan(
-    offers: Offers,
-    local: dict[str, Any],
-    targets: Targets,
-    device: torch.device,
-    strict: bool,
-) -> _Plan:
-    plan = _Plan()
-    found, kinds = plan.found, offers.kinds
-    scalars: dict[Any, Offer] = {}
-    for key, number in zip(offers.keys, offers.numbers, strict=True):
-        value, offer = local.get(key), kinds[number]
-        if value is None and (key not in local or offer.kind in ("tensor", "opaque")):
-            continue
-        if offer.kind == "value":
-            check_kinds(key, value, type(offers.values[key]).__name__, 0)
-            plan.values[key] = offers.values[key]
-            continue
-        if offer.kind == "opaque":
-            raise TypeError(
-                f"{key!r}: the full tensor is {offers.values[key]}, expected a torch.strided one "
-                "that is neither quantized nor a wrapper of several tensors"
-            )
-        here = device
-        if offer.kind == "scalar":
-            scalars[key] = offer
-            if not isinstance(value, DTensor) and not getattr(value, "is_meta", False):
-                here = CPU
-        if not isinstance(value, torch.Tensor):
-            check_kinds(key, value, "Tensor", len(offer.size))
-        assert offer.dtype is not None
-        found[key] = targets.target(key, value, offer.size, offer.dtype, here, number)
-    plan.leaders = winners(found)
-    if plan.leaders or offers.roots or scalars:
-        _sort(plan, offers, scalars)
-    else:
-        plan.targets = {key: [target] for key, target in found.items()}
-    if strict:
-        known = set(offers.keys)
-        plan.removed = [key for key in local if key not in known]
-    return plan
-
-
-def _sort(plan: _Plan, offers: Offers, scalars: dict[Any, Offer]) -> None:
-    """Which targets are filled together, or by a scalar: where any tensors are tied, or scalars."""
-    for key, target in plan.found.items():
-        if key in plan.leaders:
-            continue
-        if key not in scalars:
-            plan.targets.setdefault(offers.roots.get(key, key), []).append(target)
-        elif target.model.block is not None:
-            raw = torch.frombuffer(bytearray(offers.values[key]), dtype=torch.uint8)
-            dtype = scalars[key].dtype
-            assert dtype is not None
-            plan.scalars.append((target, raw.view(dtype).view(())))
+        info, entry = full[key], entries[key]
+        expected = (tuple(getattr(info, "size", ())), getattr(info, "dtype", None))
+        if isinstance(info, _TensorInfo) and expected != (entry.size, entry.dtype):
+            raise ValueError(f"{key!r}: expected {expected}, the first rank has {entry.size}")

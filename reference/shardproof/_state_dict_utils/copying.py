@@ -10,21 +10,16 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from shardproof._state_dict_utils import host
-from shardproof._state_dict_utils.containers import is_container
-from shardproof._state_dict_utils.pairs import all_matching, difference, matching
-from shardproof._state_dict_utils.tensors import unwrapped
-from shardproof._state_dict_utils.ties import maybe_tied
-from shardproof._state_dict_utils.traverse import (
-    check_leaf_types,
-    copy_leaf_value,
-    cpu_copy,
-    on_this_rank,
-    snapshot_by,
-    snapshots,
-    take,
-)
-from shardproof._state_dict_utils.walk import CompanionMismatch, Walk
+from shardproof._core.containers.container_types import is_container
+from shardproof._core.containers.leaf_values import check_leaf_types, copy_leaf_value
+from shardproof._core.containers.walk import CompanionMismatch, Walk
+from shardproof._core.copies.companions import copy_into_companions
+from shardproof._core.copies.copy_into import all_matching, difference, matching
+from shardproof._core.copies.snapshots import cpu_copy, snapshot_by, snapshots_of_tied
+from shardproof._core.sharding.ranks import wants_result_here
+from shardproof._core.tensors import pinned_copy
+from shardproof._core.tensors.properties import unwrapped
+from shardproof._core.tensors.ties import maybe_tied
 
 
 def _offload_state_dict_to_cpu(
@@ -57,19 +52,19 @@ def _offload_state_dict_to_cpu(
     walk = Walk(state_dict)
     if type_check:
         check_leaf_types(walk)
-    if not on_this_rank(ranks_only, None):
+    if not wants_result_here(ranks_only, None):
         return {}
-    ready = host.copies(walk.leaves)
+    ready = pinned_copy.copy_small_together(walk.leaves)
     tied = list(maybe_tied(walk.leaves))
-    of = snapshots(walk.leaves, tied)
+    of = snapshots_of_tied(walk.leaves, tied)
     results: list[Any] = []
-    for place, (value, shared) in enumerate(zip(walk.leaves, tied, strict=True)):
+    for index, (value, shared) in enumerate(zip(walk.leaves, tied, strict=True)):
         if not isinstance(value, torch.Tensor):
             results.append(copy_leaf_value(value))
         elif shared:
             results.append(of(value))
         else:
-            results.append(snapshot_by(value, cpu_copy, made=ready.get(place)))
+            results.append(snapshot_by(value, cpu_copy, made=ready.get(index)))
     result: dict[str, Any] = walk.rebuilt(results)
     return result
 
@@ -103,7 +98,7 @@ def _copy_state_dict(
     walk = Walk(state_dict, copy_state_dict)
     if type_check:
         check_leaf_types(walk)
-    result: dict[str, Any] = walk.rebuilt(take(walk, walk.leaves, non_blocking))
+    result: dict[str, Any] = walk.rebuilt(copy_into_companions(walk, walk.leaves, non_blocking))
     return result
 
 

@@ -1,4 +1,4 @@
-"""Full tensors that every rank holds -> each rank's own part. Nothing communicates."""
+"""From full tensors that every rank holds to each rank's shards. Nothing communicates."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from shardproof._state_dict_utils.layout import same_ranks
-from shardproof._state_dict_utils.simulation import land_simulated, simulates_ranks
-from shardproof._state_dict_utils.subclasses import PLAIN
-from shardproof._state_dict_utils.target_model import Model
-from shardproof._state_dict_utils.targets import (
-    Target,
-    Targets,
-    check_kinds,
-    plain_full_tensor,
-    winners,
-)
-from shardproof._state_dict_utils.tensors import CPU, copies_of_each, fresh_copy, with_local
+from shardproof._core.loading.simulated import fill_simulated
+from shardproof._core.loading.target_spec import TargetSpec
+from shardproof._core.loading.targets import Target, TargetFactory, last_of_tied
+from shardproof._core.loading.value_checks import check_kinds, plain_full_tensor
+from shardproof._core.sharding.dtensors import with_local
+from shardproof._core.sharding.ranks import same_ranks
+from shardproof._core.sharding.simulated_ranks import simulates_ranks
+from shardproof._core.tensors.properties import CPU
+from shardproof._core.tensors.subclasses import PLAIN
+from shardproof._core.tensors.values import copies_of_each, fresh_copy
 
 
 @torch.no_grad()
@@ -60,8 +58,8 @@ def _distribute_state_dict(
     """
     device = torch.device(device)
     values: dict[str, Any] = {}
-    targets = Targets(in_place=False)
-    targets.look(local_state_dict)
+    targets = TargetFactory(in_place=False)
+    targets.classify(local_state_dict)
     simulated = simulates_ranks()
     found: dict[str, tuple[Target, torch.Tensor]] = {}
     for key, value in full_state_dict.items():
@@ -73,13 +71,13 @@ def _distribute_state_dict(
             values[key] = copy.deepcopy(value)
             continue
         if isinstance(value, DTensor):
-            values[key] = _placed_already(key, value, held, device)
+            values[key] = _copy_of_placed(key, value, held, device)
             continue
         full = plain_full_tensor(key, value)
         if not isinstance(held, torch.Tensor):
             check_kinds(key, held, "Tensor", full.dim())
         elif simulated and isinstance(held, DTensor):
-            values[key] = land_simulated(held, full, device, in_place=False)
+            values[key] = fill_simulated(held, full, device, in_place=False)
             continue
         if held is None and full.dim():
             continue
@@ -88,7 +86,7 @@ def _distribute_state_dict(
         where = CPU if scalar else device
         size, dtype, layout = alike = full.size(), full.dtype, full.layout
         found[key] = targets.target(key, held, size, dtype, where, alike, layout), full
-    results = _filled(found)
+    results = _fill_targets(found)
     local_state_dict.update(values)
     local_state_dict.update(results)
 
@@ -118,9 +116,9 @@ def _distribute_tensors(
 
     """
     device = torch.device(device)
-    targets = Targets(in_place=True)
+    targets = TargetFactory(in_place=True)
     simulated = simulates_ranks()
-    landed: dict[str, DTensor] = {}
+    filled: dict[str, DTensor] = {}
     found: dict[str, tuple[Target, torch.Tensor]] = {}
     for key in keys:
         pair = local_state_dict.get(key)
@@ -129,15 +127,15 @@ def _distribute_tensors(
         held, value = pair
         full = plain_full_tensor(key, value)
         if simulated:
-            landed[key] = land_simulated(held, full, device, in_place=True)
+            filled[key] = fill_simulated(held, full, device, in_place=True)
             continue
         size, dtype, layout = alike = full.size(), full.dtype, full.layout
         found[key] = targets.target(key, held, size, dtype, device, alike, layout), full
-    local_state_dict.update(_filled(found))
-    local_state_dict.update(landed)
+    local_state_dict.update(_fill_targets(found))
+    local_state_dict.update(filled)
 
 
-def _placed_already(key: Any, value: DTensor, held: Any, device: torch.device) -> DTensor:
+def _copy_of_placed(key: Any, value: DTensor, held: Any, device: torch.device) -> DTensor:
     """A copy of a DTensor that the full state dict has in place of a full tensor."""
     alike = not isinstance(held, DTensor) or (
         same_ranks(value.device_mesh, held.device_mesh) and value.placements == held.placements
@@ -150,46 +148,46 @@ def _placed_already(key: Any, value: DTensor, held: Any, device: torch.device) -
     return with_local(value, fresh_copy(value._local_tensor, device))
 
 
-SMALL = 8 << 10
+_SMALL = 8 << 10
 """Bytes of a full tensor up to which it is cut together with others that are laid out alike: to
 copy all of it costs less than to look at its part alone."""
-TOGETHER = 16
+_AT_ONCE = 16
 """So many at once, through 128 KiB at most: more would not be faster."""
 
 
-def _filled(found: dict[str, tuple[Target, torch.Tensor]]) -> dict[str, Any]:
+def _fill_targets(found: dict[str, tuple[Target, torch.Tensor]]) -> dict[str, Any]:
     """The results by key; of tied targets the last key's values are in all of them."""
-    leaders = winners({key: target for key, (target, _) in found.items()})
+    leaders = last_of_tied({key: target for key, (target, _) in found.items()})
     results: dict[str, Any] = {}
-    alike: dict[Model, list[str]] = {}
+    alike: dict[TargetSpec, list[str]] = {}
     for key, (target, full) in found.items():
-        model = target.model
+        spec = target.spec
         if key not in leaders:
-            if model.copies and full.device == model.device and _is_small(full):
-                alike.setdefault(model, []).append(key)
+            if spec.copies and full.device == spec.device and _is_small(full):
+                alike.setdefault(spec, []).append(key)
             else:
-                results[key] = target.filled(full)
-        elif model.keeps:
+                results[key] = target.fill_from(full)
+        elif spec.keeps:
             # The leader's values are in its memory, and it stays the caller's object.
             results[key] = target.value
-    for model, keys in alike.items():
-        results.update(zip(keys, _cut(model, [found[key] for key in keys]), strict=True))
+    for spec, keys in alike.items():
+        results.update(zip(keys, _fill_alike(spec, [found[key] for key in keys]), strict=True))
     return {key: results[key if key in results else leaders[key]] for key in found}
 
 
 def _is_small(full: torch.Tensor) -> bool:
     """Whether it is of no kind of its own, and small."""
-    return type(full) in PLAIN and full.nbytes <= SMALL
+    return type(full) in PLAIN and full.nbytes <= _SMALL
 
 
-def _cut(model: Model, pairs: list[tuple[Target, torch.Tensor]]) -> Iterator[Any]:
+def _fill_alike(spec: TargetSpec, pairs: list[tuple[Target, torch.Tensor]]) -> Iterator[Any]:
     """The results of targets of one model whose new memory is a copy of a part of full tensors."""
-    block = model.block
+    block = spec.block
     if block is None or block.region is None or len(pairs) == 1:
-        yield from [target.filled(full) for target, full in pairs]
+        yield from [target.fill_from(full) for target, full in pairs]
         return
-    for begin in range(0, len(pairs), TOGETHER):
-        some = pairs[begin : begin + TOGETHER]
+    for begin in range(0, len(pairs), _AT_ONCE):
+        some = pairs[begin : begin + _AT_ONCE]
         stacked = torch.stack([full for _, full in some])
         for (target, _), part in zip(some, copies_of_each(stacked[:, *block.region]), strict=True):
             target.memory = part

@@ -1,4 +1,4 @@
-"""Nested state dict <-> flat dict with dotted keys, without loss.
+"""From a nested state dict to a flat one with dotted keys, and back, without loss.
 
 The flat keys are upstream's: the path's items joined by dots. The mapping from flat key to path
 holds tuples that equal upstream's, so it can be merged, pickled and read by code that knows
@@ -9,18 +9,14 @@ only.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from operator import eq
 from typing import Any, cast
 
-from shardproof._state_dict_utils.containers import (
-    LEAF_TYPES,
-    is_branch,
-    path_name,
-)
-from shardproof._state_dict_utils.nest import Nest
-from shardproof._state_dict_utils.paths import (
+from shardproof._core.containers.builder import NestBuilder
+from shardproof._core.containers.container_types import path_name
+from shardproof._core.containers.flat_names import escape_collisions, leaves_with_names
+from shardproof._core.containers.typed_paths import (
     ANY_DICT,
     FLATTEN_MAPPING,
     OBJ_PATH,
@@ -28,13 +24,12 @@ from shardproof._state_dict_utils.paths import (
     PLAIN,
     SAME,
     STATE_DICT_TYPE,
-    Branch,
-    Container,
     TypedMapping,
     TypedPath,
     container_of,
-    own_empty,
+    renew_if_empty,
 )
+from shardproof._core.tensors.properties import LEAF_TYPES
 
 
 def _traverse_state_dict(
@@ -55,7 +50,7 @@ def _traverse_state_dict(
     No collective runs.
 
     """
-    paths, _, values = _leaves(state_dict)
+    paths, _, values = leaves_with_names(state_dict)
     for path, value in zip(paths, values, strict=True):
         visitor(path, value)
 
@@ -82,15 +77,15 @@ def _flatten_state_dict(
     No collective runs.
 
     """
-    paths, names, values = _leaves(state_dict)
+    paths, names, values = leaves_with_names(state_dict)
     flat = dict(zip(names, values, strict=True))
     if len(flat) != len(names):
-        names = _told_apart(names, paths)
+        names = escape_collisions(names, paths)
         flat = dict(zip(names, values, strict=True))
     if not LEAF_TYPES.issuperset(map(type, values)):
         for name, value in flat.items():
             if type(value) not in LEAF_TYPES:
-                flat[name] = own_empty(value)
+                flat[name] = renew_if_empty(value)
     root = container_of(state_dict)
     mapping: FLATTEN_MAPPING = {} if root is ANY_DICT else TypedMapping.of(root)
     mapping.update(zip(names, paths, strict=True))
@@ -116,23 +111,23 @@ def _unflatten_state_dict(state_dict: STATE_DICT_TYPE, mapping: FLATTEN_MAPPING)
     No collective runs.
 
     """
-    nest = Nest(getattr(mapping, "root", None) or ANY_DICT)
+    nest = NestBuilder(getattr(mapping, "root", None) or ANY_DICT)
     # Leaves of one container mostly stand together.
     held: dict[Any, Any] = nest.root
     above: Any = ()
-    for path, value in _placed(state_dict, mapping):
+    for path, value in _paired_with_paths(state_dict, mapping):
         if type(path) is TypedPath:
             key = path.key
             if key is SAME:
                 key = path[-1]
             if path.branch is not above:
                 above = path.branch
-                held = nest.of_branch(path)
+                held = nest.holder_of_branch(path)
         else:
             holder, key = path[:-1], path[-1]
             if holder != above:
                 above = holder
-                held = nest.of_path(path)
+                held = nest.holder_of_path(path)
         if type(value) not in LEAF_TYPES:
             value = nest.leaf(value)
         if held.setdefault(key, value) is not value:
@@ -142,7 +137,7 @@ def _unflatten_state_dict(state_dict: STATE_DICT_TYPE, mapping: FLATTEN_MAPPING)
     return cast(STATE_DICT_TYPE, nest.build())
 
 
-def _placed(
+def _paired_with_paths(
     state_dict: STATE_DICT_TYPE, mapping: FLATTEN_MAPPING
 ) -> Iterable[tuple[OBJ_PATH, Any]]:
     """(path, value) of each entry of a flat dict, in its order."""
@@ -185,7 +180,7 @@ def _set_element(root_dict: STATE_DICT_TYPE, path: OBJ_PATH, value: Any) -> None
         elif type(holder) is list and type(item) is int and 0 <= item < len(holder):
             child = holder[item]
         if type(child) not in PLAIN:
-            child = _existing(holder, item)
+            child = _existing_container(holder, item)
             if child is None:
                 break
         holder = child
@@ -210,7 +205,7 @@ def _set_element(root_dict: STATE_DICT_TYPE, path: OBJ_PATH, value: Any) -> None
     holder[item] = value
 
 
-def _existing(holder: Any, item: PATH_ITEM) -> Any:
+def _existing_container(holder: Any, item: PATH_ITEM) -> Any:
     """The container at ``item``, None where one has to be made."""
     if isinstance(holder, (dict, Mapping)):
         if item not in holder:
@@ -225,113 +220,3 @@ def _existing(holder: Any, item: PATH_ITEM) -> Any:
     if not isinstance(child, (dict, list, MutableMapping)):
         raise TypeError(f"the value at {item!r} is a {type(child).__name__}, no container")
     return child
-
-
-# What is shared below containers whose paths need no types; one each is a twentieth of all time.
-_UNTYPED: dict[str, Branch | None] = {"branch": None}
-_NAMED = frozenset({dict, OrderedDict})
-_USUAL = _NAMED | {list, tuple}
-"""The types of nearly all containers: asking whether a value is one takes a while."""
-
-
-def _leaves(root: Any) -> tuple[list[OBJ_PATH], list[str], list[Any]]:
-    """Path, flat key and value of each leaf, depth first.
-
-    A path is typed where it leads through more than dicts with str keys and lists.
-    """
-    paths: list[OBJ_PATH] = []
-    names: list[str] = []
-    values: list[Any] = []
-    if not is_branch(root):
-        raise TypeError(f"expected a mapping, a list or a tuple, got a {type(root).__name__}")
-    named = isinstance(root, Mapping)
-    holder, steps = root, iter(root.items()) if named else enumerate(root)
-    items: OBJ_PATH = ()
-    prefix = ""
-    branch = None if type(root) is dict else Branch(None, None, container_of(root))
-    # Siblings share their paths' attributes: an own dict each would cost more than the path.
-    shared = {"branch": branch}
-    stack: list[_Level] = []
-    while True:
-        # Runs of leaves are left in this loop: it is all that a wide dict costs.
-        for key, value in steps:
-            item = key if type(key) is str or not named else str(key)
-            kind = type(value)
-            if kind in LEAF_TYPES or not (kind in _USUAL or is_branch(value)) or len(value) == 0:
-                names.append(f"{prefix}{item}")
-                values.append(value)
-                if branch is None and item is key:
-                    paths.append((*items, item))
-                    continue
-                if branch is None:
-                    branch = Branch.plain(items, container_of(holder))
-                    shared = {"branch": branch}
-                path = TypedPath((*items, item))
-                path.__dict__ = shared if item is key else {"branch": branch, "key": key}
-                paths.append(path)
-                continue
-            if branch is not None or item is not key or kind not in PLAIN:
-                if branch is None:
-                    branch = Branch.plain(items, container_of(holder))
-                    shared = {"branch": branch}
-                below = Branch(branch, key, container_of(value))
-            else:
-                below = None
-            stack.append((holder, steps, named, items, prefix, branch, shared))
-            if len(stack) % _ROUND == 0:
-                _refuse_rings(stack)
-            items, prefix = (*items, item), f"{prefix}{item}."
-            branch, shared = below, _UNTYPED if below is None else {"branch": below}
-            named = kind in _NAMED or (kind not in _USUAL and isinstance(value, Mapping))
-            holder, steps = value, iter(value.items()) if named else enumerate(value)
-            break
-        else:
-            if not stack:
-                return paths, names, values
-            holder, steps, named, items, prefix, branch, shared = stack.pop()
-
-
-_Level = tuple[
-    Any, Iterator[tuple[Any, Any]], bool, OBJ_PATH, str, Branch | None, dict[str, Branch | None]
-]
-"""A container that is being walked, while the walk is in one below it."""
-
-_ROUND = 64
-"""Every so many levels the walk asks for containers that hold themselves: they make it endless,
-and asking at each container would be a third of what small ones cost."""
-
-
-def _refuse_rings(stack: list[_Level]) -> None:
-    met: set[int] = set()
-    for holder, _, _, items, *_ in stack:
-        if id(holder) in met:
-            raise ValueError(f"the container at {path_name(items)!r} holds itself")
-        met.add(id(holder))
-
-
-def _escaped(key: Any, holder: Container) -> str:
-    if isinstance(key, str):
-        return key.replace("\\", "\\\\").replace(".", "\\.")
-    if holder.example is None:
-        return str(key)
-    return f"\\{type(key).__name__}:{_escaped(str(key), holder)}"
-
-
-def _told_apart(names: Sequence[str], paths: Iterable[OBJ_PATH]) -> list[str]:
-    """Escape the names that collide, until none does."""
-    typed = map(TypedPath.typed, paths)
-    escaped = [".".join(map(_escaped, path.keys, path.through)) for path in typed]
-    plain, names = names, list(names)
-    while True:
-        counts = Counter(names)
-        changed = False
-        for index, name in enumerate(names):
-            if counts[name] > 1 and name != escaped[index]:
-                names[index] = escaped[index]
-                changed = True
-        if changed:
-            continue
-        for index, name in enumerate(names):
-            if counts[name] > 1:
-                raise ValueError(f"several entries share the flat key {plain[index]!r}")
-        return names

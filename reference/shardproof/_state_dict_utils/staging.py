@@ -15,30 +15,22 @@ import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-from shardproof._state_dict_utils.containers import path_name
-from shardproof._state_dict_utils.sharded_tensors import with_shards
-from shardproof._state_dict_utils.subclasses import (
+from shardproof._core.containers.container_types import path_name
+from shardproof._core.containers.leaf_values import copy_leaf_value
+from shardproof._core.containers.walk import Walk
+from shardproof._core.sharding.dtensors import with_local
+from shardproof._core.sharding.sharded_tensors import with_shards
+from shardproof._core.tensors.overlapping_copies import OverlappingCopies
+from shardproof._core.tensors.properties import CPU, is_ordinary, local_of, wrapper_of
+from shardproof._core.tensors.subclasses import (
+    buffer_by_class,
     is_custom,
     is_table,
-    own_buffer,
-    settled,
     shards_of,
+    wait_for_pending,
 )
-from shardproof._state_dict_utils.tensors import (
-    CPU,
-    MOVABLE,
-    allocate_like,
-    bit_dtype,
-    is_ordinary,
-    local_of,
-    tie_key,
-    with_local,
-    wrapper_of,
-)
-from shardproof._state_dict_utils.ties import maybe_tied
-from shardproof._state_dict_utils.together import Together
-from shardproof._state_dict_utils.traverse import copy_leaf_value
-from shardproof._state_dict_utils.walk import Walk
+from shardproof._core.tensors.ties import maybe_tied, tie_key
+from shardproof._core.tensors.values import MOVABLE, allocate_like, bit_dtype
 
 # cudaHostRegisterPortable: pinned for every context of the process.
 _PORTABLE = 1
@@ -77,7 +69,9 @@ def _create_cpu_state_dict(
     fill = partial(_buffer_like, pin_memory=pin_memory, share_memory=share_memory)
     walk = Walk(state_dict)
     tied = list(maybe_tied(walk.leaves))
-    together = Together((leaf for leaf, ask in zip(walk.leaves, tied, strict=True) if ask), fill)
+    together = OverlappingCopies(
+        (leaf for leaf, ask in zip(walk.leaves, tied, strict=True) if ask), fill
+    )
     made: dict[Hashable, torch.Tensor] = {}
     results: list[Any] = []
     try:
@@ -111,7 +105,7 @@ def _buffer_like(tensor: torch.Tensor, *, pin_memory: bool, share_memory: bool) 
     pinnable = pin_memory and tensor.numel() > 0
     if not share_memory and tensor.dtype in MOVABLE and is_ordinary(tensor):
         return torch.empty_like(tensor, device=CPU, pin_memory=pinnable)
-    tensor = settled(tensor)
+    tensor = wait_for_pending(tensor)
     if is_table(type(tensor)):
         shards = [
             _buffer_like(shard, pin_memory=pin_memory, share_memory=share_memory)
@@ -120,7 +114,7 @@ def _buffer_like(tensor: torch.Tensor, *, pin_memory: bool, share_memory: bool) 
         table: Any = tensor
         return type(table)(shards, table.local_offsets()) if shards else tensor
     if is_custom(type(tensor)) and not hasattr(type(tensor), "__tensor_flatten__"):
-        own = own_buffer(tensor, CPU)
+        own = buffer_by_class(tensor, CPU)
         if share_memory:
             cast(Any, own.share_memory_)()
         return own.pin_memory() if pinnable and not share_memory else own

@@ -1,1 +1,4 @@
-"""The twin of ``torch.distributed.tensor``."""
+"""The twin of ``torch.distributed.tensor``.
+
+- ``parallel``: tensor parallelism below DDP and FSDP.
+"""

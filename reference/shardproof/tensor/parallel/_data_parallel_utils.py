@@ -16,9 +16,10 @@ from torch._C._functorch import unwrap_if_dead
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-from shardproof._state_dict_utils.layout import local_shape, my_coordinate
-from shardproof._state_dict_utils.subclasses import PLAIN, settled_result
-from shardproof._state_dict_utils.tensors import dtensor, spec_of_dtype
+from shardproof._core.sharding.blocks import local_shape
+from shardproof._core.sharding.dtensors import build_dtensor, spec_with_dtype
+from shardproof._core.sharding.ranks import my_coordinate
+from shardproof._core.tensors.subclasses import PLAIN, unwrap_pending
 from shardproof.tensor.parallel._subclasses import alias
 
 __all__ = ["_flatten_tensor", "_unflatten_tensor", "sync_grad_hook"]
@@ -42,9 +43,9 @@ def sync_grad_hook(grad: Any, *, device_handle: Any = None, compute_stream: Any 
     if type(grad) in PLAIN or not isinstance(grad, torch.Tensor):
         return grad
     if compute_stream is None:
-        return settled_result(grad)
+        return unwrap_pending(grad)
     with device_handle.stream(compute_stream):
-        return settled_result(grad)
+        return unwrap_pending(grad)
 
 
 def _flatten_tensor(tensor: torch.Tensor) -> tuple[torch.Tensor, DTensorSpec | None]:
@@ -65,7 +66,7 @@ def _flatten_tensor(tensor: torch.Tensor) -> tuple[torch.Tensor, DTensorSpec | N
     if isinstance(tensor, DTensor):
         local = tensor._local_tensor
         if type(local) is not torch.Tensor:
-            local = settled_result(local)
+            local = unwrap_pending(local)
             if local.requires_grad or tensor.requires_grad:
                 local = alias(local)
         elif local.requires_grad or tensor.requires_grad:
@@ -111,10 +112,10 @@ def _unflatten_tensor(
             shape=spec.shape,
             stride=spec.stride,
         )
-    return unflattened(tensor, spec, device_handle, compute_stream)
+    return unflatten_eagerly(tensor, spec, device_handle, compute_stream)
 
 
-def unflattened(
+def unflatten_eagerly(
     tensor: torch.Tensor, spec: DTensorSpec, device_handle: Any = None, compute_stream: Any = None
 ) -> DTensor:
     """As :func:`_unflatten_tensor`, for callers that the compiler does not look into either."""
@@ -127,15 +128,15 @@ def unflattened(
                 f"{tuple(spec.mesh.shape)} gives this rank {expected}"
             )
         tensor = tensor.new_empty(expected, requires_grad=tensor.requires_grad)
-    return around(tensor, spec, device_handle, compute_stream)
+    return wrap_local(tensor, spec, device_handle, compute_stream)
 
 
-def around(
+def wrap_local(
     tensor: torch.Tensor, spec: DTensorSpec, device_handle: Any = None, compute_stream: Any = None
 ) -> DTensor:
-    """As :func:`unflattened`, for a tensor that is known to have the local shape."""
+    """As :func:`unflatten_eagerly`, for a tensor that is known to have the local shape."""
     if not (tensor.requires_grad and torch.is_grad_enabled()):
-        return _whole(tensor, spec)
+        return _wrap_detached(tensor, spec)
     finish: Callable[[Any], Any] = sync_grad_hook
     if compute_stream is not None:
         finish = partial(sync_grad_hook, device_handle=device_handle, compute_stream=compute_stream)
@@ -147,10 +148,10 @@ def around(
     return apply(tensor, spec, finish)
 
 
-def _whole(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
-    spec = spec_of_dtype(spec, local.dtype)
+def _wrap_detached(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
+    spec = spec_with_dtype(spec, local.dtype)
     if type(local) in PLAIN:
-        return dtensor(local.detach(), spec)
+        return build_dtensor(local.detach(), spec)
     local = alias(local)
     # A type that can be viewed but not detached goes on to say that it trains.
     made = DTensor(local, spec, requires_grad=local.requires_grad)
@@ -171,7 +172,7 @@ class _Unflatten(torch.autograd.Function):
     ) -> DTensor:
         ctx.spec, ctx.finish = spec, finish
         ctx.set_materialize_grads(False)
-        return _whole(local, spec)
+        return _wrap_detached(local, spec)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, None, None]:

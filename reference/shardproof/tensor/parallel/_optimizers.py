@@ -1,4 +1,4 @@
-"""Optimizers that were made before a module was localized, and hold its DTensors.
+"""Optimizers that hold DTensors which local Parameters have replaced.
 
 These would never see a gradient again: the module trains other Parameters from then on, and the
 optimizer would do nothing, without a word. ``replicate`` localizes in the first forward only, so
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from shardproof.tensor.parallel._data_parallel_utils import _flatten_tensor
 
 
-def hand_over(replaced: list[tuple[DTensor, torch.Tensor]]) -> None:
+def update_optimizers(replaced: list[tuple[DTensor, torch.Tensor]]) -> None:
     """Give the local Parameters to every optimizer that holds the DTensors they replace.
 
     Args:

@@ -1,4 +1,4 @@
-"""What FSDP1 and tensor parallelism ask of tensors of classes with operations of their own.
+"""Views and pieces of tensors whose class implements operations itself.
 
 Nothing is asked here but what torch's twin of the function asks; where one operation more would
 keep the live weight apart from a copy, it is tried, and done without.
@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import torch
 
-from shardproof._state_dict_utils.subclasses import has_own_operations
+from shardproof._core.tensors.subclasses import has_own_operations
 
 __all__ = ["alias", "piece"]
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.distributed.tensor import DTensor
 
-from shardproof.tensor.parallel import _localized, _seam
+from shardproof.tensor.parallel import _forward_hooks, _local_parameters
 
 __all__: list[str] = []
 
@@ -124,11 +124,11 @@ def _reconstruct_dtensor(module: nn.Module, _input: Any = None) -> None:
     Local: no collective runs.
 
     """
-    seam = _seam.seam_of(module)
-    if seam is not None and seam.inside:
-        _seam.complete(module)
+    state = _forward_hooks.forward_state_of(module)
+    if state is not None and state.inside:
+        _forward_hooks.complete(module)
     else:
-        _seam.begin(module)
+        _forward_hooks.enter_forward(module)
 
 
 @_disable_dynamo(recursive=True)
@@ -166,22 +166,22 @@ def _localize_dtensor(
 
     """
     if ignored_params is not None:
-        module.__dict__[_seam.IGNORED] = [weakref.ref(p) for p in ignored_params]
-    seam = _seam.seam_of(module)
-    if _ and seam is not None and seam.inside:
+        module.__dict__[_forward_hooks.IGNORED] = [weakref.ref(p) for p in ignored_params]
+    state = _forward_hooks.forward_state_of(module)
+    if _ and state is not None and state.inside:
         # A forward hook. Ours comes after it, here or with a forward around this one.
-        if seam.depth and not _seam.calls_of(module):
-            _seam.end(module)
+        if state.depth and not _forward_hooks.calls_of(module):
+            _forward_hooks.leave_forward(module)
         return
-    parts = _localized.parts_of(module)
-    for part in parts:
-        if (seam := _seam.seam_of(part)) is not None:
-            seam.inside = seam.depth = 0
+    submodules = _local_parameters.submodules_of(module)
+    for submodule in submodules:
+        if (state := _forward_hooks.forward_state_of(submodule)) is not None:
+            state.inside = state.depth = 0
     late = ignored_params is not None and _has_begun(module)
     if late:
         _refuse_own(module)
-    if _seam.localize(module, parts) and late:
-        _seam.wait_for(module)
+    if _forward_hooks.localize(module, submodules) and late:
+        _forward_hooks.wait_for(module)
 
 
 def _pre_dp_module_transform(module: nn.Module) -> None:
@@ -206,12 +206,12 @@ def _pre_dp_module_transform(module: nn.Module) -> None:
 def _has_begun(module: nn.Module) -> bool:
     """Whether a forward of the module is past the moment at which it would put DTensors in."""
     return _reconstruct_dtensor not in module._forward_pre_hooks.values() and bool(
-        _seam.calls_of(module)
+        _forward_hooks.calls_of(module)
     )
 
 
 def _refuse_own(module: nn.Module) -> None:
-    ignored = _seam.ignored_by(module)
+    ignored = _forward_hooks.ignored_by(module)
     for name, held in (*module._parameters.items(), *module._buffers.items()):
         if isinstance(held, DTensor) and id(held) not in ignored:
             raise RuntimeError(

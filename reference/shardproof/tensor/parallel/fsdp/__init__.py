@@ -2,6 +2,13 @@
 
 ``DTensorExtensions`` is what FSDP calls. While training it hands FSDP the local tensors and takes
 them back; in a state dict it cuts them (``chunk_*``) and, on loading, puts them together again.
+
+- ``boxes``: the offset and size of each shard of a 1-D DTensor, and the metadata that say so.
+- ``root_mesh``: FSDP's dimensions of the root mesh, and the placements of a chunk.
+- ``gather_routes``: which ranks hold the elements that one rank gathers.
+- ``sharded_tensor_chunks``: FSDP's chunks as ShardedTensors.
+- ``dtensor_chunks``: FSDP's chunks as DTensors over the root mesh.
+- ``dtensor_gather``: from such chunks back to the local tensors of tensor parallelism.
 """
 
 from __future__ import annotations
@@ -21,8 +28,8 @@ from torch.distributed.fsdp._common_utils import _set_fsdp_flattened
 from torch.distributed.fsdp._fsdp_extensions import FSDPExtensions
 from torch.distributed.tensor import DTensor
 
-from shardproof._state_dict_utils.subclasses import has_own_operations
-from shardproof.tensor.parallel._data_parallel_utils import _flatten_tensor, unflattened
+from shardproof._core.tensors.subclasses import has_own_operations
+from shardproof.tensor.parallel._data_parallel_utils import _flatten_tensor, unflatten_eagerly
 from shardproof.tensor.parallel.fsdp.boxes import (
     _create_shard_md_from_dt,
     _create_sharded_tensor_md_from_dt,
@@ -31,8 +38,9 @@ from shardproof.tensor.parallel.fsdp.boxes import (
     _get_dt_pg,
     _get_local_box,
 )
-from shardproof.tensor.parallel.fsdp.dtensors import _all_gather_dtensor, _chunk_dtensor
-from shardproof.tensor.parallel.fsdp.sharded import (
+from shardproof.tensor.parallel.fsdp.dtensor_chunks import _chunk_dtensor
+from shardproof.tensor.parallel.fsdp.dtensor_gather import _all_gather_dtensor
+from shardproof.tensor.parallel.fsdp.sharded_tensor_chunks import (
     _chunk_tensor,
     _pre_load_state_dict,
     _rewrite_spec_if_needed,
@@ -115,7 +123,9 @@ class DTensorExtensions(FSDPExtensions):
 
         """
         with self._on_compute_stream():
-            result = unflattened(tensor, param_extension, self.device_handle, self.compute_stream)
+            result = unflatten_eagerly(
+                tensor, param_extension, self.device_handle, self.compute_stream
+            )
             _set_fsdp_flattened(result)
             return result
 

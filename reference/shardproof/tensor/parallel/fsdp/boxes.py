@@ -1,4 +1,4 @@
-"""Which part of the global tensor a shard of a 1-D DTensor is, and how to say so in metadata.
+"""The offset and size of each shard of a 1-D DTensor, and the metadata that say so.
 
 A box is (offset, size). The boxes of all ranks tile the tensor; a rank without elements has an
 empty box at the end of the tensor. Nothing here depends on the rank that asks, except what is
@@ -22,8 +22,8 @@ from torch.distributed.remote_device import _remote_device
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
 
-from shardproof._state_dict_utils.layout import mesh_ranks
-from shardproof._state_dict_utils.simulated import for_each_rank
+from shardproof._core.sharding.ranks import mesh_ranks
+from shardproof._core.sharding.simulated_ranks import for_each_rank
 
 __all__ = [
     "_create_shard_md_from_dt",
@@ -172,14 +172,14 @@ def _get_local_box(tensor: DTensor) -> Box:
     return _local_box(tensor, dim, coordinate[0])
 
 
-def _local_box(tensor: DTensor, dim: int | None, place: int) -> Box:
-    """The box at this rank's place, once the local tensor was found to be of its size."""
+def _local_box(tensor: DTensor, dim: int | None, coordinate: int) -> Box:
+    """The box of this rank's shard, once the local tensor was found to be of its size."""
     spec = tensor._spec
     count = spec.mesh.size(0)
-    if type(place) is not int:
+    if type(coordinate) is not int:
         # Where one process plays all ranks it stands for all of them, and has no hash.
-        return torch.Size(_offsets(spec.shape, dim, count, place)), tensor._local_tensor.size()
-    box = _box_at(spec.shape, dim, count, place)
+        return torch.Size(_offsets(spec.shape, dim, count, coordinate)), tensor._local_tensor.size()
+    box = _box_at(spec.shape, dim, count, coordinate)
     if tensor._local_tensor.size() != box[1]:
         raise ValueError(
             f"rank {dist.get_rank()} has a local tensor of shape "

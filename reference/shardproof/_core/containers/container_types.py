@@ -1,0 +1,159 @@
+"""Containers of a state dict: what counts as one, and how to build another of the same type."""
+
+from __future__ import annotations
+
+import copy
+import enum
+from collections import OrderedDict, UserDict, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from shardproof._core.tensors.properties import LEAF_TYPES
+
+Path = tuple[Any, ...]
+
+_STRING = frozenset({str})
+
+
+def is_container(value: Any) -> bool:
+    """Whether a walk goes into ``value``. A ``torch.Size`` is a value, not a container."""
+    return is_branch(value) and not isinstance(value, torch.Size)
+
+
+def is_branch(value: Any) -> bool:
+    """Whether ``value`` has elements of its own: Mapping, list or tuple, torch.Size included."""
+    # Asking an abstract class is slow, and nearly every leaf is of one of these types.
+    if type(value) in LEAF_TYPES:
+        return False
+    if isinstance(value, (dict, list, tuple)):
+        return True
+    return not isinstance(value, (torch.Tensor, int, float, str)) and isinstance(value, Mapping)
+
+
+def path_name(path: Iterable[Any]) -> str:
+    """A path as people write it: its items joined by dots."""
+    return ".".join(str(item) for item in path) or "<root>"
+
+
+_WORDS = frozenset({str, int, float, complex, bool, bytes, type(None)})
+"""Types of keys that are written alike on all ranks, and two of them never alike."""
+
+
+class Nameless:
+    """Stands for a key whose text differs from rank to rank: its type, and its number."""
+
+    def __init__(self, key: Any, number: int) -> None:
+        self._name = f"<{type(key).__name__} {number}>"
+
+    def __repr__(self) -> str:
+        return self._name
+
+
+def named_path(path: Path, nameless: dict[int, Nameless]) -> Path:
+    """``path`` with a :class:`Nameless` for each key whose text differs from rank to rank.
+
+    The state of an optimizer has such keys: its parameters. ``nameless`` keeps, by the id of the
+    key, those that were met before.
+    """
+    if _WORDS.issuperset(map(type, path)):
+        return path
+    return tuple(
+        [
+            key if _is_word(key) else nameless.setdefault(id(key), Nameless(key, len(nameless)))
+            for key in path
+        ]
+    )
+
+
+def _is_word(key: Any) -> bool:
+    if isinstance(key, tuple):
+        return all(map(_is_word, key))
+    return type(key) in _WORDS or isinstance(key, (str, enum.Enum, torch.dtype, torch.device))
+
+
+def leaf_name(path: Path) -> str:
+    """A name for a leaf that no other leaf of the state dict has: ``key['inner'][0]``.
+
+    A first key that could be taken for such a name is quoted: ``{"a[0]": x, "a": [y]}``.
+    """
+    first, *rest = path or ("<root>",)
+    plain = type(first) is str and "[" not in first and (first or not rest)
+    head = first if plain else f"[{first!r}]"
+    return head + "".join(f"[{item!r}]" for item in rest)
+
+
+def are_leaf_names(keys: list[Any]) -> bool:
+    """Whether these keys of a flat state dict are the names of their leaves."""
+    return _STRING.issuperset(map(type, keys)) and "[" not in "".join(keys)
+
+
+def empty_like_mapping(like: Mapping[Any, Any]) -> Any:
+    """An empty mapping of the type of ``like``, attributes such as ``_metadata`` included.
+
+    A type that cannot be made without knowing its constructor, for example a read-only view,
+    becomes a dict.
+    """
+    kind = type(like)
+    if kind is dict:
+        return {}
+    if kind is OrderedDict and not vars(like):
+        return OrderedDict()
+    if isinstance(like, UserDict):
+        fresh: Any = UserDict.__new__(kind)
+        fresh.__dict__.update({k: _own(v) for k, v in vars(like).items() if k != "data"})
+        fresh.__dict__["data"] = {}
+        return fresh
+    if not isinstance(like, dict):
+        return {}
+    fresh = kind.__new__(kind)
+    if isinstance(like, defaultdict):
+        fresh.default_factory = like.default_factory
+    if hasattr(like, "__dict__"):
+        fresh.__dict__.update({k: _own(v) for k, v in vars(like).items()})
+    return fresh
+
+
+def filled_like(like: Mapping[Any, Any], items: Iterable[tuple[Any, Any]]) -> Any:
+    """A mapping of the type of ``like``, as :func:`empty_like_mapping`, with other items.
+
+    Methods that its class overrides have no say: a Counter's ``update`` counts what it is given.
+    """
+    fresh = empty_like_mapping(like)
+    kind = type(fresh)
+    if kind is dict or kind is OrderedDict or not isinstance(fresh, dict):
+        fresh.update(items)
+        return fresh
+    put: Any = OrderedDict.__setitem__ if isinstance(fresh, OrderedDict) else dict.__setitem__
+    for key, value in items:
+        put(fresh, key, value)
+    # Dicts whose items are attributes as well hold each of them twice.
+    own = getattr(fresh, "__dict__", {})
+    for name in own.keys() & fresh.keys():
+        if vars(like)[name] is like[name]:
+            own[name] = fresh[name]
+    return fresh
+
+
+def sequence_of(kind: type[Any], items: list[Any]) -> Any:
+    """A sequence of type ``kind`` that holds ``items``."""
+    if kind is list:
+        return items
+    if kind is tuple:
+        return tuple(items)
+    if issubclass(kind, list):
+        fresh = kind.__new__(kind)
+        fresh.extend(items)
+        return fresh
+    if hasattr(kind, "_make"):
+        return kind._make(items)
+    try:
+        return kind(items)
+    except TypeError:
+        # A tuple type with a constructor of its own, or torch.Size of something else than ints.
+        return tuple(items)
+
+
+def _own(value: Any) -> Any:
+    return copy.deepcopy(value) if isinstance(value, Mapping) else value

@@ -1,0 +1,73 @@
+"""Which part of a full tensor each rank takes, by the placements of its target."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from itertools import product
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+
+from shardproof._core.sharding.blocks import (
+    Block,
+    Cut,
+    block_at,
+    cuts_of,
+    full_block,
+    partial_dims,
+    spec_block,
+)
+from shardproof._core.sharding.ranks import mesh_ranks, my_coordinate
+
+
+class TargetPart(NamedTuple):
+    """Which part of full tensors a target takes, on whatever rank.
+
+    Attributes:
+        members: the global ranks of the target's mesh, row-major; none for a plain target.
+        mesh: the mesh's shape.
+        cuts: how it is sharded.
+
+    """
+
+    members: tuple[int, ...] = ()
+    mesh: tuple[int, ...] = ()
+    cuts: tuple[Cut, ...] = ()
+
+    def blocks(self, size: tuple[int, ...], ranks: Sequence[int]) -> list[Block | None]:
+        """What each global rank takes of a full tensor; None where it is outside the mesh."""
+        if not self.members:
+            return [full_block(size)] * len(ranks)
+        coordinates = dict(zip(self.members, product(*map(range, self.mesh)), strict=True))
+        at = [coordinates.get(rank) for rank in ranks]
+        return [None if c is None else block_at(size, self.mesh, self.cuts, c) for c in at]
+
+
+WHOLE = TargetPart()
+
+# Weak: a mesh holds process groups.
+_TARGET_PARTS: WeakKeyDictionary[DeviceMesh, dict[Hashable, tuple[TargetPart, Block | None, bool]]]
+_TARGET_PARTS = WeakKeyDictionary()
+
+
+def target_part_of(spec: DTensorSpec) -> tuple[TargetPart, Block | None, bool]:
+    """(the part, this rank's block, whether a reduction is pending).
+
+    Models have few layouts, and loads ask for the same again and again.
+    """
+    known = _TARGET_PARTS.get(spec.mesh)
+    if known is None:
+        known = _TARGET_PARTS[spec.mesh] = {}
+    # The types, too: a kind of partial of its own may equal the plain one.
+    kinds = tuple(map(type, spec.placements))
+    # An equal mesh of an earlier world may still be there, in which this process was another rank.
+    coordinate = my_coordinate(spec.mesh)
+    key = coordinate, spec.placements, kinds, spec.shape, getattr(spec, "shard_order", None)
+    found = known.get(key)
+    if found is None:
+        part = TargetPart(mesh_ranks(spec.mesh), tuple(spec.mesh.shape), cuts_of(spec))
+        block = None if coordinate is None else spec_block(spec, coordinate)
+        found = known[key] = part, block, bool(partial_dims(spec.placements))
+    return found

@@ -1,0 +1,103 @@
+"""Copies of tensors that share memory: the copies share memory in the same way.
+
+A weight and its transpose, a fused projection and its parts, a table and a slice of it: each copied
+by itself would take their memory twice, and no longer change with each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
+
+from shardproof._core.tensors.properties import is_ordinary
+from shardproof._core.tensors.subclasses import wait_for_pending
+from shardproof._core.tensors.ties import extent, geometry
+from shardproof._core.tensors.values import allocate
+
+# Storages begin where any dtype may.
+_ALIGNED = 16
+
+
+class OverlappingCopies:
+    """Makes a copy of each memory once.
+
+    Args:
+        leaves: those of which copies may be asked that are tied to each other. A leaf that is
+            left out is copied by itself.
+        make: gives a copy of a plain tensor, or new memory like it.
+
+    """
+
+    def __init__(self, leaves: Iterable[Any], make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._make = make
+        self._made: dict[Hashable, torch.Tensor] = {}
+        self._regions: dict[Hashable, tuple[int, int]] = {}
+        self._bases: dict[Hashable, torch.Tensor] = {}
+        self._find_regions(leaves)
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The copy of a plain tensor, detached, a new object."""
+        key = geometry(tensor)
+        if key not in self._made:
+            region = self._regions.get(key)
+            self._made[key] = self._make(tensor) if region is None else self._within(tensor, region)
+            return self._made[key]
+        made = self._made[key]
+        return made.detach() if is_ordinary(made) else made
+
+    def _find_regions(self, leaves: Iterable[Any]) -> None:
+        by_storage: dict[Hashable, dict[Hashable, tuple[int, int]]] = {}
+        for leaf in leaves:
+            for memory in _memories(leaf):
+                if is_ordinary(memory) and memory.numel() and not _is_lazy(memory):
+                    start = int(memory.storage_offset()) * memory.element_size()
+                    held = by_storage.setdefault(memory.untyped_storage()._cdata, {})
+                    held[geometry(memory)] = start, start + extent(memory)
+        for held in by_storage.values():
+            if len(held) > 1:
+                self._merge(held)
+
+    def _merge(self, held: dict[Hashable, tuple[int, int]]) -> None:
+        """Views whose extents overlap make up one region."""
+        group: list[Hashable] = []
+        begin = end = 0
+        for key, (lo, hi) in [*sorted(held.items(), key=lambda item: item[1]), (None, (-1, -1))]:
+            if group and (key is None or lo >= end):
+                if len(group) > 1:
+                    self._regions.update(dict.fromkeys(group, (begin, end)))
+                group = []
+            if not group:
+                begin, end = lo // _ALIGNED * _ALIGNED, hi
+            group.append(key)
+            end = max(end, hi)
+
+    def _within(self, tensor: torch.Tensor, region: tuple[int, int]) -> torch.Tensor:
+        storage, (begin, end) = tensor.untyped_storage(), region
+        at: Hashable = (storage._cdata, begin)
+        base = self._bases.get(at)
+        if base is None:
+            source = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+            source.set_(storage, begin, (end - begin,), (1,))
+            base = self._bases[at] = self._make(source)
+        offset = tensor.storage_offset() - begin // tensor.element_size()
+        made = allocate((0,), tensor.dtype, base.device)
+        made.set_(base.untyped_storage(), offset, tensor.size(), tensor.stride())
+        # Memory that was registered with a device is given back with this object.
+        made._shardproof_region = base  # type: ignore[attr-defined]
+        return made
+
+
+def _memories(leaf: Any) -> list[torch.Tensor]:
+    if isinstance(leaf, DTensor):
+        return [wait_for_pending(leaf._local_tensor)]
+    if isinstance(leaf, ShardedTensor):
+        return [shard.tensor for shard in leaf.local_shards()]
+    return [wait_for_pending(leaf)] if isinstance(leaf, torch.Tensor) else []
+
+
+def _is_lazy(memory: torch.Tensor) -> bool:
+    return memory.is_meta or memory.is_conj() or memory.is_neg()

@@ -1,0 +1,270 @@
+"""Hooks around every forward of a tensor-parallel module: DTensors in before, out after.
+
+The hooks stand on each module that has localized parameters in or below it, so that one that is
+called alone, or again by activation checkpointing, computes with DTensors. Within the forward of
+another they have nothing to do, and say so in two plain lines: ``torch.compile`` traces these into
+a block's graph with ``fullgraph=True``, too. What they do otherwise lies outside of graphs.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterable, Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._compile import _disable_dynamo
+from torch.distributed.tensor import DTensor
+
+from shardproof.tensor.parallel import _local_parameters, _optimizers, _replicate_groups
+
+FORWARD_STATE = "_shardproof_seam"
+IGNORED = "_shardproof_not_localized"
+_STATE_DICT = "_shardproof_seam_state_dict"
+_ONE_AT_A_TIME = threading.RLock()
+"""Held while DTensors go in or out: another thread may evaluate, or save, what one trains."""
+
+
+class ForwardState:
+    """What a hooked module knows of the forwards around it; a copy of it knows of none."""
+
+    def __init__(self) -> None:
+        self.inside = 0
+        """How many forwards hold DTensors in this module: its own, and those around it."""
+        self.depth = 0
+        """Within how many forwards of this very module we are, if the outermost put them in."""
+        self.waiting: nn.Module | None = None
+        """A module around this one that was localized after its forward had begun."""
+
+    def __reduce__(self) -> tuple[type[ForwardState], tuple[()]]:
+        return ForwardState, ()
+
+
+def pre_forward_hook(module: Any, _input: Any) -> None:
+    """Put DTensors in, unless they are: the forward pre-hook."""
+    state = module._shardproof_seam
+    if state.inside and not state.depth:
+        return
+    enter_forward(module)
+
+
+def post_forward_hook(module: Any, _input: Any, _output: Any) -> None:
+    """Take them out where this module's forward put them in: the forward hook."""
+    if module._shardproof_seam.depth:
+        leave_forward(module)
+
+
+@_disable_dynamo(recursive=True)
+def enter_forward(module: nn.Module) -> None:
+    with _ONE_AT_A_TIME:
+        _enter_forward(module)
+
+
+def _enter_forward(module: nn.Module) -> None:
+    state = forward_state_of(module)
+    if state is None:
+        enter(module)
+        return
+    if state.depth and calls_of(module) > 1:
+        state.depth += 1
+        if torch.is_grad_enabled():
+            _let_train(module)
+        return
+    if state.depth:
+        # An interrupt left without hooks (Module calls them for an Exception only).
+        state.depth = 0
+        leave(module)
+    if not state.inside:
+        around, state.waiting = state.waiting, None
+        if around is None or not calls_of(around):
+            around = module
+        if enter(around):
+            around.__dict__[FORWARD_STATE].depth = 1
+            _local_parameters.move_hooks_last(around._forward_hooks, post_forward_hook)
+
+
+@_disable_dynamo(recursive=True)
+def leave_forward(module: nn.Module) -> None:
+    with _ONE_AT_A_TIME:
+        state = module.__dict__[FORWARD_STATE]
+        state.depth -= 1
+        if not state.depth:
+            leave(module)
+
+
+def enter(module: nn.Module) -> bool:
+    """Put DTensors into the places of local Parameters; whether there were any."""
+    submodules = _local_parameters.submodules_of(module)
+    _replicate_groups.prepare(submodules)
+    if not _put_dtensors_in(module, submodules):
+        return False
+    for submodule in submodules:
+        if (state := forward_state_of(submodule)) is not None:
+            state.inside += 1
+    return True
+
+
+def _let_train(module: nn.Module) -> None:
+    """Renew DTensors that a forward around this one, or in another thread, put in without grad."""
+    renewed: dict[int, DTensor] = {}
+    for owner in _local_parameters.submodules_of(module):
+        for name, entry in _local_parameters.records_of(owner).items():
+            slots, held, local = _local_parameters.slots_of(owner, name), entry.inside, entry.local
+            if held is None or slots.get(name) is not held:
+                continue
+            if local.requires_grad and not held.requires_grad:
+                if id(local) not in renewed:
+                    renewed[id(local)] = _local_parameters.as_dtensor(local, entry, name)
+                entry.inside = slots[name] = renewed[id(local)]
+
+
+def complete(module: nn.Module) -> None:
+    """The same within a forward, for what is not there."""
+    submodules = _local_parameters.submodules_of(module)
+    if _put_dtensors_in(module, submodules):
+        for submodule in submodules:
+            if (state := forward_state_of(submodule)) is not None:
+                state.inside = state.inside or 1
+
+
+def _put_dtensors_in(module: nn.Module, submodules: Iterable[nn.Module]) -> bool:
+    built: dict[int, DTensor] = {}
+    found: list[tuple[_local_parameters.Slots, str, _local_parameters.Localized, Any]] = []
+    moved: list[_local_parameters.Localized] = []
+    for owner in submodules:
+        for name, entry in _local_parameters.records_of(owner).items():
+            slots = _local_parameters.slots_of(owner, name)
+            held = slots.get(name)
+            if held is None or isinstance(held, DTensor):
+                if name not in slots and not entry.moved:
+                    moved.append(entry)
+                continue
+            if id(held) not in built:
+                built[id(held)] = _local_parameters.as_dtensor(held, entry, name)
+            found.append((slots, name, entry, held))
+    if moved:
+        _follow(module, moved)
+        return _put_dtensors_in(module, _local_parameters.submodules_of(module))
+    for slots, name, entry, held in found:
+        if entry.local is not held:
+            entry.stand_in(held)
+        entry.inside = slots[name] = built[id(held)]
+    return bool(found)
+
+
+def _follow(module: nn.Module, moved: list[_local_parameters.Localized]) -> None:
+    """Record Parameters where they are now, as a parametrization that came later moves them."""
+    sought = {}
+    for entry in moved:
+        entry.moved = True
+        sought[id(entry.local)] = entry
+    submodules = _local_parameters.submodules_of(module)
+    for submodule in submodules:
+        tables: tuple[Any, Any] = submodule._parameters, submodule._buffers
+        for slots in tables:
+            for name, held in slots.items():
+                if id(held) in sought and name not in _local_parameters.records_of(submodule):
+                    _local_parameters.record(submodule, name, held, sought[id(held)].spec)
+    attach(_local_parameters.submodules_of(module))
+
+
+def leave(module: nn.Module) -> None:
+    """Take the DTensors out of all parts that no other forward holds them in."""
+    submodules = []
+    for submodule in _local_parameters.submodules_of(module):
+        state = forward_state_of(submodule)
+        if state is not None and state.inside:
+            state.inside -= 1
+        if state is None or not state.inside:
+            submodules.append(submodule)
+    localize(module, submodules)
+
+
+def localize(module: nn.Module, submodules: Iterable[nn.Module]) -> bool:
+    """Put local Parameters into the places of DTensors in some parts of a module.
+
+    The first time for a DTensor this makes the Parameter, and hooks the module; whether it did.
+    """
+    left_out = ignored_by(module)
+    made: dict[int, tuple[Any, Any]] = {}
+    found: list[tuple[nn.Module, str, DTensor]] = []
+    inside: list[tuple[_local_parameters.Slots, str, _local_parameters.Localized]] = []
+    for owner in submodules:
+        records = _local_parameters.records_of(owner)
+        tables: tuple[Any, Any] = owner._parameters, owner._buffers
+        for slots in tables:
+            for name, held in slots.items():
+                if not isinstance(held, DTensor):
+                    continue
+                entry = records.get(name)
+                if entry is not None and entry.inside is held:
+                    inside.append((slots, name, entry))
+                elif id(held) not in left_out:
+                    if id(held) not in made:
+                        made[id(held)] = _local_parameters.local_tensor_for(held)
+                    found.append((owner, name, held))
+    for slots, name, entry in inside:
+        slots[name], entry.inside = entry.local, None
+    for owner, name, held in found:
+        _local_parameters.record(owner, name, *made[id(held)])
+    # Parts of it may have been localized, and hooked, on their own before.
+    if made or FORWARD_STATE not in module.__dict__:
+        attach(_local_parameters.submodules_of(module))
+    if made:
+        replaced = [(held, made[id(held)][0]) for _, _, held in found]
+        del held, found
+        _optimizers.update_optimizers(replaced)
+    return bool(made)
+
+
+def wait_for(module: nn.Module) -> None:
+    """Let the first part that is called enter the module: its own forward began without."""
+    for submodule in _local_parameters.submodules_of(module):
+        if submodule is not module and (state := forward_state_of(submodule)) is not None:
+            state.waiting = module
+
+
+def attach(submodules: Mapping[nn.Module, bool]) -> None:
+    """Hook every module of a tree that has localized parameters in or below it, once."""
+    # Dynamo has been imported by now, to disable it. It traces a hook that it meets in a module's
+    # call, and starts with none: before a compiled module of `fullgraph=True` they run as they are.
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(pre_forward_hook.__code__)
+    skip_code(post_forward_hook.__code__)
+    hooks = _local_parameters.Hooks(pre_forward_hook, post_forward_hook)
+    for submodule, holds in submodules.items():
+        if not holds:
+            continue
+        if FORWARD_STATE not in submodule.__dict__:
+            submodule.__dict__[FORWARD_STATE] = ForwardState()
+            hooks.around_forward(submodule)
+        if _local_parameters.records_of(submodule) and _STATE_DICT not in submodule.__dict__:
+            submodule.__dict__[_STATE_DICT] = True
+            hooks.around_state_dict(submodule)
+
+
+def ignored_by(module: nn.Module) -> set[int]:
+    """Identities of the DTensors that the module is not to localize."""
+    return {id(reference()) for reference in module.__dict__.get(IGNORED, ())}
+
+
+def forward_state_of(module: nn.Module) -> ForwardState | None:
+    found: ForwardState | None = module.__dict__.get(FORWARD_STATE)
+    return found
+
+
+def calls_of(module: nn.Module) -> int:
+    """How many frames, of any thread, are calls of this module; we look for two at most."""
+    calls = 0
+    for top in sys._current_frames().values():
+        frame: FrameType | None = top
+        while frame is not None and calls < 2:
+            code = frame.f_code
+            if code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
+                calls += 1
+            frame = frame.f_back
+    return calls

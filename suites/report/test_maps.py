@@ -1,0 +1,25 @@
+"""Each package of the reference lists its modules in its docstring, and no other."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+REFERENCE = Path(__file__).parents[2] / "reference" / "shardproof"
+PACKAGES = sorted(path.parent for path in REFERENCE.rglob("__init__.py"))
+_LISTED = re.compile(r"^- ``(\w+)``: \S", re.MULTILINE)
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda p: str(p.relative_to(REFERENCE.parent)))
+def test_a_package_lists_its_modules(package: Path) -> None:
+    docstring = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
+    modules |= {path.parent.name for path in package.glob("*/__init__.py")}
+    listed = _LISTED.findall(docstring)
+    assert sorted(listed) == sorted(modules), (
+        f"{package.relative_to(REFERENCE.parents[1])}/__init__.py: expected a line "
+        "'- ``module``: what is in it' for each module, in reading order"
+    )
