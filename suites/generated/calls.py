@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from generated.tensor_texts import group_name, meshes, tensor_text
+
 Step = dict[str, Any]
 Case = dict[str, Any]
 
@@ -29,8 +31,6 @@ class Call:
 
 
 def _pg(case: Case, step: Step) -> list[str]:
-    from generated.emit import group_name
-
     return [f"pg={group_name(case, step['pg'])}"] if step.get("pg") else []
 
 
@@ -54,8 +54,6 @@ def _tensor(step: Step) -> list[str]:
 
 
 def _mesh(case: Case, step: Step) -> str:
-    from generated.emit import meshes
-
     return f"m{meshes(case).index(step['mesh'])}"
 
 
@@ -64,8 +62,6 @@ def _module(_: Step) -> list[str]:
 
 
 def _loaded(case: Case, step: Step) -> str:
-    from generated.emit import tensor_text
-
     items = []
     for name, number in step["names"]:
         entry = {**case["pool"][number]}

@@ -28,8 +28,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from generated.calls import CALLS
-
-Case = dict[str, Any]
+from generated.tensor_texts import Case, groups, meshes, tensor_text
 
 LITERAL = 64
 """Bytes of a tensor up to which a script writes them out."""
@@ -44,29 +43,12 @@ def source(case: Case) -> str:
     return f"def run(rank, subject, tell, watch):\n{body}\n"
 
 
-def meshes(case: Case) -> list[tuple[Any, ...]]:
-    """Its meshes, each once, in the order in which all ranks make them."""
-    named = [e.get("mesh") for e in case["pool"]] + [s.get("mesh") for s in case["steps"]]
-    return list(dict.fromkeys(mesh for mesh in named if mesh))
-
-
-def groups(case: Case) -> list[tuple[int, ...]]:
-    """Its groups."""
-    named = [e.get("group") for e in case["pool"]] + [s.get("pg") for s in case["steps"]]
-    return list(dict.fromkeys(g for g in named if g))
-
-
 def _shared(case: Case) -> Iterator[str]:
     for number, (shape, ranks, line) in enumerate(meshes(case)):
         more = "" if line is None else f", {line}"
         yield f"m{number} = mesh({shape}, {ranks}{more})"
     for number, ranks in enumerate(groups(case)):
         yield f"g{number} = group({ranks})"
-
-
-def group_name(case: Case, ranks: tuple[int, ...] | None) -> str:
-    """The variable of a group."""
-    return "None" if not ranks else f"g{groups(case).index(ranks)}"
 
 
 def _tensors(case: Case) -> Iterator[str]:
@@ -103,36 +85,6 @@ def tensors_of(case: Case) -> int:
 
 
 MAPPINGS = ("dict", "OrderedDict", "with_metadata", "counted", "module")
-
-
-def _values(entry: dict[str, Any], fill: str) -> str:
-    if entry.get("meta"):
-        return f"torch.empty({entry['shape']}, dtype=torch.{entry['dtype']}, device='meta')"
-    if entry.get("pending"):
-        return f"contribution({entry['dtype']!r}, {entry['shape']}, rank)"
-    return f"pattern({entry['dtype']!r}, {entry['shape']}, {fill})"
-
-
-def tensor_text(case: Case, entry: dict[str, Any], fill: str, wrong: str = "") -> str:
-    kind = entry["kind"]
-    how = entry.get("layout", "contiguous")
-    if kind == "view":
-        return f"view_of(t{entry['of']}, {entry['how']!r})"
-    text = _values(entry, fill)
-    if kind == "dtensor":
-        more = [f"how={how!r}"] if how != "contiguous" and not entry.get("meta") else []
-        more += [f"wrong={wrong}"] if wrong else []
-        over = f"m{meshes(case).index(entry['mesh'])}"
-        text = f"dtensor({', '.join([text, over, repr(entry['placements']), *more])})"
-    elif kind == "sharded":
-        more = [f"wrong={wrong}"] if wrong else []
-        seat = group_name(case, entry.get("group"))
-        text = f"sharded({', '.join([text, repr(entry['boxes']), seat, *more])})"
-    elif how != "contiguous" and not entry.get("meta"):
-        text = f"laid_out({text}, {how!r})"
-    if "trains" in entry:
-        text = f"parameter({text}, {entry['trains']})"
-    return text
 
 
 def _trees(case: Case) -> Iterator[str]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from generated.compare import Comparison
-from generated.emit import Case, source, tensors_of
-from generated.oracle.steps import simulate
+from generated.emit import source, tensors_of
+from generated.oracle.simulation import simulate
 from generated.oracle.tell import Expecting
+from generated.tensor_texts import Case
 from generated.world import Stage, Told
 
 LIMIT, LAG = 20.0, 6.0

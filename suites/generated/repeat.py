@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from generated.emit import Case, source
+from generated.emit import source
 from generated.judge import Difference, expected
+from generated.tensor_texts import Case
 
 HERE = Path(__file__).parent
 _MARK = "CASE = "

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from generated import command, emit, judge, repeat
+from generated import command, judge, repeat
 from generated.compare import Comparison
 from generated.oracle import sims
 from generated.oracle.steps import connected
 from generated.search import functions
+from generated.tensor_texts import Case
 
 ROOT = Path(__file__).parents[2]
 MESH = ((2,), (0, 1), None)
@@ -37,7 +38,7 @@ def fuzz(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def case(**more: Any) -> emit.Case:
+def case(**more: Any) -> Case:
     """A row-sharded tensor that two ranks gather."""
     entry = {"kind": "dtensor", "dtype": "float32", "shape": (3, 2), "fill": 1, "mesh": MESH}
     return {

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from conformance.kit import fsdp1
 from conformance.kit.compare import assert_same, local
 from conformance.kit.data import numbers
+from conformance.kit.effects import Watched
 from conformance.kit.layouts import R, S
 from conformance.kit.tensor_parallel import backward, net
 from conformance.kit.tp_kinds import Seat, laid
@@ -48,15 +49,13 @@ def _nothing_is_kept(function: Function, judged: Any, seat: Seat) -> None:
     todo = list(function.roads(numbers(8, 4), seat))
     while todo:
         name, road = todo.pop()
-        held = [weakref.ref(t) for t in road.inputs.values()]
-        held += [weakref.ref(local(t)) for t in road.inputs.values()]
+        watched = Watched(dict(road.inputs))
         got = road.call(judged)
         road.check(got, numbers(8, 4))
-        held += [weakref.ref(t) for t in _tensors(got)]
+        results = Watched(dict(enumerate(_tensors(got))))
         del road, got
-        gc.collect()
-        kept = [tuple(t.shape) for ref in held if (t := ref()) is not None]
-        assert not kept, f"{name}: tensors of the shapes {kept} are held after the call"
+        kept = watched.kept() + [f"result {name}" for name in results.kept()]
+        assert not kept, f"{name}: {', '.join(kept)}: held after the call"
 
 
 def _tensors(got: Any) -> list[torch.Tensor]:

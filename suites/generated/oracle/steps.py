@@ -1,15 +1,12 @@
-"""The simulation of a case: all ranks at once, one call after the other."""
+"""What simulates a call: the scene that it is given, and the rules by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from generated import data
-from generated.calls import CALLS
-from generated.oracle import sims
-from generated.oracle.sims import Case, Sim
+from generated.oracle.sims import Case
 from generated.oracle.tell import Outcome
 
 Env = dict[str, Any]
@@ -38,7 +35,7 @@ class Scene:
 
 
 Rule = Callable[[Scene], list[Outcome]]
-_rules: dict[str, Rule] = {}
+RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -46,58 +43,10 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
     def register(body: Rule) -> Rule:
         for name in names:
-            _rules[name] = body
+            RULES[name] = body
         return body
 
     return register
-
-
-def simulate(case: Case) -> Iterator[list[Outcome]]:
-    """For each call in turn what it must come to on each rank.
-
-    An outcome holds the simulated values themselves, which the next call changes.
-    """
-    from generated.oracle import flat, gather, load, local, modules, seams  # noqa: F401
-
-    envs = [sims.build(case, rank) for rank in range(case["world"])]
-    for step in case["steps"]:
-        if "rewrite" in step:
-            _rewrite(case, envs, step)
-        elif "freeze" in step:
-            for env in envs:
-                env["module"][step["freeze"]].grad = False
-        elif "train" in step:
-            modules.train(case, envs, step)
-        elif "put" in step:
-            tree, key, number = step["put"]
-            for env in envs:
-                env[tree][key] = env[f"t{number}"]
-        else:
-            outcomes = _rules[step["call"]](Scene(case, envs, step))
-            for number, fill in step.get("then", ()):
-                _rewrite(case, envs, {"rewrite": number, "fill": fill})
-            for rank, outcome in enumerate(outcomes):
-                if outcome.given:
-                    continue
-                names = CALLS[step["call"]].given(step)
-                outcome.given = {name: envs[rank][name] for name in names}
-            yield outcomes
-            if "into" in step:
-                for env, outcome in zip(envs, outcomes, strict=True):
-                    if outcome.raises is None:
-                        env[step["into"]] = outcome.result
-
-
-def _rewrite(case: Case, envs: list[Env], step: Step) -> None:
-    entry = case["pool"][step["rewrite"]]
-    whole = data.pattern(entry["dtype"], entry["shape"], step["fill"])
-    for rank, env in enumerate(envs):
-        sim: Sim = env[f"t{step['rewrite']}"]
-        values = whole
-        if sim.mesh is not None:
-            values = sims.cut(whole, sim.mesh, sim.placements, rank)
-        if sim.local is not None and sim.local.numel():
-            data.written(sim.local, values)
 
 
 def connected(members: list[tuple[int, ...]], size: int) -> list[set[int]]:
