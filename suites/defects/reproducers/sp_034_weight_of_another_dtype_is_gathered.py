@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 sp_034_weight_of_another_dtype_is_gathered.py
 
-Rank 0 holds its half of a weight in bfloat16, rank 1 in float32. A full state dict is taken. Needs
-torch alone. Ends with 0 where torch is right, with 1 where not.
+Rank 0 holds its half of a weight of ones in float16, rank 1 in bfloat16. A full state dict is
+taken. Needs torch alone. Ends with 0 where torch is right, with 1 where not.
 """
 
 import os
@@ -26,13 +26,13 @@ limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
 mesh = init_device_mesh("cpu", (size,))
-ones = torch.ones(2, 1, dtype=torch.bfloat16 if rank == 0 else torch.float32)
+ones = torch.ones(2, 1, dtype=torch.float16 if rank == 0 else torch.bfloat16)
 model = nn.Linear(1, 4, bias=False)
 model.weight = nn.Parameter(DTensor.from_local(ones, mesh, [Shard(0)]))
-expected = "an error that names 'weight'"
+expected = "an error that names 'weight', or a weight of ones"
 try:
-    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    came = f"a weight of {full['weight'].flatten().tolist()}"
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))["weight"]
+    came = expected if bool(full.eq(1).all()) else f"a weight of {full.flatten().tolist()}"
 except Exception as error:
     came = expected if "weight" in str(error) else f"{type(error).__name__}: {error}"
 

@@ -1,10 +1,10 @@
 """SP-028: a ShardedTensor is gathered as if its shards were equal chunks of rows.
 
-    torchrun --standalone --nproc-per-node 2 sp_028_uneven_sharded_tensor_is_permuted.py
+    torchrun --standalone --nproc-per-node 2 sp_028_shards_of_other_ranks_are_permuted.py
 
-A table of 4 rows is a ShardedTensor, whose first shard is the last 2 rows. A full state dict is
-taken. torch has private names for the ShardedTensor alone. Needs torch alone. Ends with 0 where
-torch is right, with 1 where not.
+A table of 4 rows is a ShardedTensor. Rank 0 holds the last 2 rows, rank 1 the first ones. A full
+state dict is taken. torch has private names alone for the ShardedTensor. Needs torch alone. Ends
+with 0 where torch is right, with 1 where not.
 """
 
 import os
