@@ -1,4 +1,4 @@
-"""SP-002: a full state dict of a model under TP x DDP holds this rank's shard as if it were the whole.
+"""SP-002: a full state dict under TP x DDP holds this rank's shard as the whole tensor.
 
     torchrun --standalone --nproc-per-node 4 sp_002_full_state_dict_holds_a_shard.py
 

@@ -41,7 +41,7 @@ mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
 model = DistributedDataParallel(
     Sum(distribute_tensor(torch.ones(8, 8), mesh["tp"], [Shard(0)])), device_mesh=mesh["dp"]
 )
-expected = f"a sum of {64.0}"
+expected = "a sum of 64.0"
 came = f"a sum of {copy.deepcopy(model.module)().item()}"
 
 store.set(f"rank {rank}", came)

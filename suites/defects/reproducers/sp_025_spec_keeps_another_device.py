@@ -2,9 +2,9 @@
 
     torchrun --standalone --nproc-per-node 2 sp_025_spec_keeps_another_device.py
 
-The state of a table on a GPU was moved to the CPU, and its spec is to follow, as FSDP1 does it. All
-names are private: no public one takes such a spec. No GPU is needed. Needs torch alone. Ends with 0
-where torch is right, with 1 where not.
+The state of a table was moved from a GPU to the CPU, and its spec is to follow. All names are
+private, as torch has no public one for such a spec. No GPU is needed. Needs torch alone. Ends with
+0 where torch is right, with 1 where not.
 """
 
 import os
