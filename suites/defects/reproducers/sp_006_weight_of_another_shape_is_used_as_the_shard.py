@@ -31,11 +31,11 @@ model = nn.Sequential(nn.Linear(8, 16, bias=False))
 parallelize_module(model, mesh["tp"], {"0": ColwiseParallel()})
 ddp = DistributedDataParallel(model, device_mesh=mesh["dp"])
 model[0].weight.data = torch.ones(16, 8)  # where this rank's shard has the shape (8, 8)
-expected = "an error"
+expected = "an error that names the shape"
 try:
     came = f"an output of {ddp(torch.ones(1, 8)).shape[1]} columns on a rank that computes 8 of 16"
-except Exception:
-    came = "an error"
+except Exception as error:
+    came = expected if "shape" in str(error) else f"{type(error).__name__}: {error}"
 
 store.set(f"rank {rank}", came)
 answers = [store.get(f"rank {r}").decode() for r in range(size)]

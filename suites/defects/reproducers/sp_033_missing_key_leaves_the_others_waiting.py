@@ -28,16 +28,16 @@ dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout
 
 mesh = init_device_mesh("cpu", (size,))
 model = nn.Module()
-for name in ("ones", "more"):
+for name in ("ones", "twos"):
     weight = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
     if name == "ones" or rank == 0:
         model.register_parameter(name, weight)
-expected = "an error that names 'more'"
+expected = "an error that names 'twos'"
 try:
     get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     came = "no error"
 except Exception as error:
-    came = expected if "more" in str(error) else f"{type(error).__name__}: {error}"
+    came = expected if "twos" in str(error) else f"{type(error).__name__}: {error}"
 
 store.set(f"rank {rank}", came)
 answers = [store.get(f"rank {r}").decode() for r in range(size)]
