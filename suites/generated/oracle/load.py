@@ -164,13 +164,30 @@ def _filled(value: Sim, target: Sim, rank: int, in_place: bool, assigned: bool) 
         # torch itself gives a Parameter on meta memory outside of its mesh.
         loose = OPEN_RESULT | ({"kind", "object", "grad"} if target.meta else set())
         return replace(target, kind="DTensor", grad=False, local=outside, open=loose)
-    whole = _converted(value.local, target.dtype).reshape(target.size)
+    kept = in_place and not target.meta
+    dtype = target.dtype if kept or not _overflows(value.dtype, target.dtype) else value.dtype
+    whole = _converted(value.local, dtype).reshape(target.size)
     mine = sims.cut(whole, target.mesh, target.placements, rank)
-    if in_place and not target.meta:
+    if kept:
         if mine.numel() and not target.wrong:
             data.written(target.local, mine)
         return target
-    return replace(target, kind="DTensor", grad=False, local=mine, open=OPEN_RESULT, wrong="")
+    return replace(
+        target, kind="DTensor", dtype=dtype, grad=False, local=mine, open=OPEN_RESULT, wrong=""
+    )
+
+
+def _overflows(theirs: str, mine: str) -> bool:
+    """Whether values of one dtype do not fit into the other, which has integers."""
+    if _floats(mine):
+        return False
+    extremes = [torch.tensor([0, 1])] if theirs == "bool" else []
+    if not _floats(theirs) and theirs != "bool":
+        info = torch.iinfo(getattr(torch, theirs))
+        extremes = [torch.tensor([info.min, info.max], dtype=getattr(torch, theirs))]
+    return not extremes or any(
+        one.to(getattr(torch, mine)).to(one.dtype).tolist() != one.tolist() for one in extremes
+    )
 
 
 def _floats(name: str) -> str:

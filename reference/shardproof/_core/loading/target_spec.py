@@ -175,7 +175,7 @@ class TargetSpec:
             self.by_class = self.keeps
             return
         # What is made anew need not be of an integer dtype that its values do not fit into.
-        if self.keeps or _same_kind(value.dtype, self.source_dtype):
+        if self.keeps or _can_hold(value.dtype, self.source_dtype):
             self.dtype = value.dtype
         # A local part of another dtype than the target claims takes the values, not their bits.
         as_bits = table or not self.keeps or local.dtype == value.dtype
@@ -216,3 +216,20 @@ def _same_kind(ours: torch.dtype, theirs: torch.dtype) -> bool:
         theirs.is_floating_point,
         theirs.is_complex,
     ) and (ours.is_floating_point or ours.is_complex)
+
+
+def _can_hold(ours: torch.dtype, theirs: torch.dtype) -> bool:
+    """Whether every value of one dtype has its like in the other, rounded where that has floats."""
+    if ours.is_floating_point or ours.is_complex:
+        return True
+    if theirs.is_floating_point or theirs.is_complex:
+        return False
+    (low, high), (least, most) = _range(ours), _range(theirs)
+    return low <= least and most <= high
+
+
+def _range(integers: torch.dtype) -> tuple[int, int]:
+    if integers is torch.bool:
+        return 0, 1
+    info = torch.iinfo(integers)
+    return info.min, info.max
