@@ -2,8 +2,9 @@
 
     torchrun --standalone --nproc-per-node 2 sp_064_default_device_of_meta_breaks_the_load.py
 
-Rank 0 broadcasts a full state dict into a model inside of the context in which large models are
-made, torch.device("meta"). Needs torch alone. Ends with 0 where torch is right, with 1 where not.
+Rank 0 broadcasts a full state dict into a sharded model inside of the context in which large models
+are made, torch.device("meta"). Needs torch alone. Ends with 0 where torch is right, with 1 where
+not.
 """
 
 import os
@@ -13,7 +14,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 store, rank, size = next(dist.rendezvous("env://"))
 watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
@@ -22,9 +26,10 @@ watchdog.start()
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
-model = torch.nn.Linear(2, 2, bias=False)
+model = nn.Linear(2, 2, bias=False)
+fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
 full = {"weight": torch.ones(2, 2)} if rank == 0 else {}
-expected = "a weight of ones"
+expected = "a row of [1.0, 1.0]"
 try:
     with torch.device("meta"):
         set_model_state_dict(
@@ -32,7 +37,7 @@ try:
             full,
             options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
         )
-    came = expected if bool(model.weight.eq(1).all()) else f"a weight of {model.weight.tolist()}"
+    came = f"a row of {model.weight.to_local()[0].tolist()}"
 except Exception as error:
     came = f"{type(error).__name__}: {str(error)[:90]}"
 
