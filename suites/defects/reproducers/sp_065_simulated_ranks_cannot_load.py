@@ -3,8 +3,8 @@
     torchrun --standalone --nproc-per-node 1 sp_065_simulated_ranks_cannot_load.py
 
 One process plays two ranks, in torch's LocalTensorMode, which lies in a private module. A full
-state dict is loaded into a sharded parameter, each played rank is to get its row. Needs torch
-alone. Ends with 0 where torch is right, with 1 where not.
+state dict is loaded into a sharded parameter, of which each rank that is played is to get its row.
+Needs torch alone. Ends with 0 where torch is right, with 1 where not.
 """
 
 import os
@@ -31,7 +31,7 @@ dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout
 dist.destroy_process_group()
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
 mesh = init_device_mesh("cpu", (2,))
-expected = "ranks that are played have the whole weight, [[0.0, 1.0], [2.0, 3.0]]"
+expected = "the whole weight is [[0.0, 1.0], [2.0, 3.0]]"
 try:
     with LocalTensorMode(2):
         model = nn.Module()
@@ -41,8 +41,8 @@ try:
             {"weight": torch.arange(4.0).reshape(2, 2)},
             options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
         )
-        got = model.weight.full_tensor().reconcile().tolist()
-    came = f"ranks that are played have the whole weight, {got}"
+        got = model.weight.full_tensor().reconcile()
+    came = f"the whole weight is {got.tolist()}"
 except Exception as error:
     came = f"{type(error).__name__}: {str(error)[:90]}"
 

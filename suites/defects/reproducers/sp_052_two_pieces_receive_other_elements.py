@@ -1,10 +1,11 @@
 """SP-052: _StridedShard targets, and shards in another order of mesh dimensions, receive other rows.
 
-    torchrun --standalone --nproc-per-node 2 sp_052_flattened_columns_receive_other_elements.py
+    torchrun --standalone --nproc-per-node 2 sp_052_two_pieces_receive_other_elements.py
 
-A weight is sharded by columns and flattened, so that each rank holds two pieces of it, which torch
-calls a _StridedShard. Rank 0 broadcasts a full state dict into the model; ranks take one piece that
-is as long. Needs torch alone. Ends with 0 where torch is right, with 1 where not.
+Each rank holds two pieces of a weight, which DTensor calls a _StridedShard: flatten() of a weight
+that is sharded by columns makes one since torch 2.12. The class is private. Rank 0 broadcasts a
+full state dict into the model; ranks take one piece that is as long as both. Needs torch alone.
+Ends with 0 where torch is right, with 1 where not.
 """
 
 import os
@@ -17,7 +18,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 store, rank, size = next(dist.rendezvous("env://"))
 watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
@@ -27,15 +29,19 @@ limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
 mesh = init_device_mesh("cpu", (size,))
+placements = [_StridedShard(0, split_factor=2)]
 model = nn.Module()
-model.weight = nn.Parameter(distribute_tensor(torch.zeros(2, 4), mesh, [Shard(1)]).flatten())
+model.weight = nn.Parameter(DTensor.from_local(torch.zeros(4), mesh, placements, run_check=False))
+full = torch.arange(8.0)
 set_model_state_dict(
     model,
-    {"weight": torch.arange(8.0)} if rank == 0 else {},
+    {"weight": full} if rank == 0 else {},
     options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
 )
-expected = f"elements {[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]}"
-came = f"elements {model.weight.full_tensor().tolist()}"
+mine = f"elements {full.reshape(2, 2, 2)[:, rank].flatten().tolist()}"
+got = f"elements {model.weight.to_local().tolist()}"
+expected = "the elements of this rank's two pieces"
+came = expected if got == mine else f"{got} where {mine} lie"
 
 store.set(f"rank {rank}", came)
 answers = [store.get(f"rank {r}").decode() for r in range(size)]
