@@ -26,9 +26,7 @@ dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout
 
 expected = "a RuntimeError or ValueError, or memory that is pinned and shared"
 try:
-    buffers = _create_cpu_state_dict(
-        {"weight": torch.zeros(2)}, pin_memory=True, share_memory=True
-    )
+    buffers = _create_cpu_state_dict({"weight": torch.zeros(2)}, pin_memory=True, share_memory=True)
     good = buffers["weight"].is_pinned() and buffers["weight"].is_shared()
     came = expected if good else "memory of another kind"
 except (RuntimeError, ValueError):

@@ -14,8 +14,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint.state_dict as dcp_state
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -29,9 +33,9 @@ dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout
 model = nn.Linear(4, 4)
 fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
 optimizer = torch.optim.Adam(model.parameters())
-options = dcp_state.StateDictOptions(full_state_dict=True)
-full = dcp_state.get_optimizer_state_dict(model, optimizer, options=options)
-dcp_state.set_optimizer_state_dict(model, optimizer, full, options=options)
+options = StateDictOptions(full_state_dict=True)
+full = get_optimizer_state_dict(model, optimizer, options=options)
+set_optimizer_state_dict(model, optimizer, full, options=options)
 expected = "betas (0.9, 0.999)"
 came = f"betas {optimizer.param_groups[0]['betas']}"
 

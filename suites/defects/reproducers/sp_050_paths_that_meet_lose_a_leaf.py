@@ -12,7 +12,6 @@ import sys
 import threading
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from torch.distributed._state_dict_utils import _unflatten_state_dict
 

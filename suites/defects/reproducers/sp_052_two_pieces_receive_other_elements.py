@@ -1,4 +1,4 @@
-"""SP-052: _StridedShard targets, and shards in another order of mesh dimensions, receive other rows.
+"""SP-052: targets that hold several pieces of a weight (_StridedShard) receive other elements.
 
     torchrun --standalone --nproc-per-node 2 sp_052_two_pieces_receive_other_elements.py
 

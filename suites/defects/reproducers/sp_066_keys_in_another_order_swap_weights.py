@@ -1,4 +1,4 @@
-"""SP-066: loading a full state dict that every rank holds waits for a scatter of it.
+"""SP-066: a full state dict that every rank holds is scattered by rank 0, tensor by tensor.
 
     torchrun --standalone --nproc-per-node 2 sp_066_keys_in_another_order_swap_weights.py
 

@@ -32,11 +32,10 @@ model = nn.Sequential(nn.Linear(8, 16, bias=False))
 parallelize_module(model, mesh["tp"], {"0": ColwiseParallel()})
 model = DistributedDataParallel(model, device_mesh=mesh["dp"])
 optimizer = torch.optim.Adam(model.parameters())
-state = get_optimizer_state_dict(
-    model, optimizer, options=StateDictOptions(full_state_dict=True)
-)["state"]
+options = StateDictOptions(full_state_dict=True)
+moments = get_optimizer_state_dict(model, optimizer, options=options)["state"]["0.weight"]
 expected = "moments of shape (16, 8)"
-came = f"moments of shape {tuple(state['0.weight']['exp_avg'].shape)}"
+came = f"moments of shape {tuple(moments['exp_avg'].shape)}"
 
 store.set(f"rank {rank}", came)
 answers = [store.get(f"rank {r}").decode() for r in range(size)]

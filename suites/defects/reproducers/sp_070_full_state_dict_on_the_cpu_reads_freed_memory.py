@@ -1,6 +1,6 @@
 """SP-070: FSDP1 reads freed memory after a full state dict on the CPU.
 
-    torchrun --standalone --nproc-per-node 4 sp_070_full_state_dict_on_the_cpu_reads_freed_memory.py
+    torchrun --standalone --nproc-per-node 2 sp_070_full_state_dict_on_the_cpu_reads_freed_memory.py
 
 A model of FSDP1 on the CPU is asked for its full state dict with cpu_offload. Needs torch alone.
 Ends with 0 where torch is right, with 1 where not: values are wrong, or the process ends by

@@ -38,9 +38,7 @@ moments = {"step": torch.tensor(1.0), "exp_avg": rows, "exp_avg_sq": rows.clone(
 optimizer = torch.optim.Adam(model.parameters())
 group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
 full = {"state": {"0.weight": moments}, "param_groups": [{**group, "params": ["0.weight"]}]}
-set_optimizer_state_dict(
-    model, optimizer, full, options=StateDictOptions(full_state_dict=True)
-)
+set_optimizer_state_dict(model, optimizer, full, options=StateDictOptions(full_state_dict=True))
 (state,) = optimizer.state.values()
 first = 4 * mesh["tp"].get_local_rank() + 2 * mesh["dp"].get_local_rank()
 mine = f"rows {[float(first), first + 1.0]}"

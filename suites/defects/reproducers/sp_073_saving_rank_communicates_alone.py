@@ -1,4 +1,4 @@
-"""SP-073: a full optimizer state of FSDP1 over tensor parallelism communicates on the rank that saves alone.
+"""SP-073: one rank alone communicates for a full optimizer state of FSDP1 over tensor parallelism.
 
     torchrun --standalone --nproc-per-node 8 sp_073_saving_rank_communicates_alone.py
 

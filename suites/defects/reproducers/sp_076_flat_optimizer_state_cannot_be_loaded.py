@@ -13,8 +13,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint.state_dict as dcp_state
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -28,11 +32,11 @@ dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout
 model = nn.Linear(4, 4, bias=False)
 fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
 optimizer = torch.optim.Adam(model.parameters())
-options = dcp_state.StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)
-full = dcp_state.get_optimizer_state_dict(model, optimizer, options=options)
+options = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)
+full = get_optimizer_state_dict(model, optimizer, options=options)
 expected = "a load without an error"
 try:
-    dcp_state.set_optimizer_state_dict(model, optimizer, full, options=options)
+    set_optimizer_state_dict(model, optimizer, full, options=options)
     came = expected
 except Exception as error:
     came = f"{type(error).__name__}: {str(error)[:90]}"
