@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 sp_067_strided_shards_cannot_be_gathered.py
 
-A weight is sharded by columns and flattened, so that each rank holds two pieces of it, which DTensor
-calls a _StridedShard, a private class. get_model_state_dict() is to give the weight whole. Affects
+A weight is sharded by columns and flattened, so that each rank holds two pieces of it: a
+_StridedShard, which is a private class. get_model_state_dict() is to give the weight whole. Affects
 torch before 2.12. Needs torch alone. Ends with 0 where torch is right, with 1 where not.
 """
 
