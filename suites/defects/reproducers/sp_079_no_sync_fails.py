@@ -1,0 +1,52 @@
+"""SP-079: no_sync() fails under FSDP1 over tensor parallelism.
+
+    torchrun --standalone --nproc-per-node 4 sp_079_no_sync_fails.py
+
+A model under tensor parallelism and FSDP1 accumulates the gradients of two batches, the first
+without synchronisation. Needs torch alone. Ends with 0 where torch is right, with 1 where not.
+"""
+
+import os
+import sys
+import threading
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+store, rank, size = next(dist.rendezvous("env://"))
+watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
+watchdog.daemon = True
+watchdog.start()
+limit = timedelta(seconds=5)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+
+mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+model = nn.Sequential(nn.Linear(8, 8, bias=False))
+parallelize_module(model, mesh["tp"], {"0": ColwiseParallel()})
+model = FullyShardedDataParallel(
+    model, device_mesh=mesh["dp"], device_id=torch.device("cpu"), use_orig_params=True
+)
+expected = "two backwards without an error"
+try:
+    with model.no_sync():
+        model(torch.ones(1, 8)).sum().backward()
+    model(torch.ones(1, 8)).sum().backward()
+    came = expected
+except Exception as error:
+    came = f"{type(error).__name__}: {str(error)[:90]}"
+
+store.set(f"rank {rank}", came)
+answers = [store.get(f"rank {r}").decode() for r in range(size)]
+shows = any(answer != expected for answer in answers)
+if rank == 0:
+    for r, answer in enumerate(answers):
+        print(f"rank {r}: expected {expected}; came {answer}")
+    print("SP-079 shows" if shows else "SP-079 does not show", flush=True)
+    store.set("told", "")
+store.wait(["told"])
+sys.exit(shows)
