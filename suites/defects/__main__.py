@@ -8,6 +8,7 @@ import sys
 from defects import catalogue, seen
 from defects.listing import chosen, in_full
 from defects.page import PAGE, page
+from defects.reproduce import reproduced
 from defects.summary import line
 from defects.words import ROADS, SEVERITIES
 from harness.system import pipes
@@ -29,7 +30,7 @@ def main() -> int:
     if unknown := [i for i in options.ids if i not in defects]:
         parser.error(f"{unknown[0]}: there is no such defect; ci/defects lists them")
     if options.write:
-        PAGE.write_text(page(defects, what_was_seen))
+        PAGE.write_text(page(defects, what_was_seen, reproduced()))
         return 0
     if options.words:
         for word, text in (SEVERITIES | ROADS).items():

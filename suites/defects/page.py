@@ -39,7 +39,19 @@ corrupts, loses, hangs or crashes; a legal call may still be refused.
 """
 
 
-def page(defects: dict[str, Defect], seen: dict[str, Any]) -> str:
+_REPRODUCED = """
+## Reproducers
+
+Each defect has a script that needs nothing but torch: `ci/reproduce SP-001` prints it. This is what
+they showed under torch {torch}, by `ci/reproduce --all --write`: as torch is, and after
+`shardproof.install()`.
+
+| id | torch alone | after install |
+| --- | --- | --- |
+"""
+
+
+def page(defects: dict[str, Defect], seen: dict[str, Any], reproduced: dict[str, Any]) -> str:
     """The whole page."""
     lines = [_HEAD.format(torch=seen["torch"].partition("+")[0])]
     counts = {i: one["checks"] for i, one in seen["defects"].items()}
@@ -47,6 +59,9 @@ def page(defects: dict[str, Defect], seen: dict[str, Any]) -> str:
         of_word = [d for d in chosen(defects.values()) if d.worst == word]
         lines += [f"### {word}", "", rule, "", *_table(of_word, counts), ""]
     lines += [_ROADS.strip("\n"), "", *_by_road(defects)]
+    lines += [_REPRODUCED.format(torch=reproduced["torch"].partition("+")[0]).rstrip("\n")]
+    said = reproduced["defects"].items()
+    lines += [f"| {i} | {one['plain']} | {one['installed']} |" for i, one in said]
     return "\n".join(lines) + "\n"
 
 

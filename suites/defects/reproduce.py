@@ -8,16 +8,21 @@ the defect shows, and with 0 where torch is right. A new one starts as a copy of
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from defects import catalogue
 from defects.runs import ByTorchrun, Ended, Warm
 from harness.system import pipes
 
 FOLDER = Path(__file__).parent / "reproducers"
+REPRODUCED = Path(__file__).parent / "reproduced.json"
+"""What each reproducer said in the last `ci/reproduce --all --write`."""
+_EXIT = {"does not show": 0, "shows": 1, "broke": 3}
 _RANKS = re.compile(r"torchrun --standalone --nproc-per-node (\d+) (\S+)\n")
 
 
@@ -40,7 +45,13 @@ def verdict(identity: str, ended: Ended) -> str:
         return "does not show"
     if ended.code and f"{identity} shows" in ended.output:
         return "shows"
-    return "shows" if ended.signal else "broke"
+    crashes = "crashes" in catalogue.read()[identity].severity
+    return "shows" if ended.signal and crashes else "broke"
+
+
+def reproduced() -> dict[str, Any]:
+    """What each reproducer said, as it is kept."""
+    return dict(json.loads(REPRODUCED.read_text()))
 
 
 def main() -> int:
@@ -50,8 +61,15 @@ def main() -> int:
     parser.add_argument("--run", action="store_true", help="run it with torchrun")
     parser.add_argument("--install", action="store_true", help="run after shardproof.install()")
     parser.add_argument("--all", action="store_true", help="run all, and print a table")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="with --all: run all twice, plain and after install, and keep it for docs/defects.md",
+    )
     parser.add_argument("--warm", action="store_true", help="run in forks of one process: faster")
     options = parser.parse_args()
+    if options.write and not (options.all and not options.install):
+        parser.error("--write is for --all, without --install")
     known, found = catalogue.read(), files()
     if not options.ids and not options.all:
         parser.error("name a defect, as SP-001, or --all")
@@ -66,11 +84,32 @@ def main() -> int:
     if not (options.run or options.all):
         print("\n".join(found[i].read_text() for i in wanted), end="")
         return 0
-    return _run(wanted, install=options.install, warm=options.warm, brief=options.all)
+    if options.write:
+        return _write(wanted, warm=options.warm)
+    said = _run(wanted, install=options.install, warm=options.warm, brief=options.all)
+    return max(_EXIT[word] for word in said.values())
 
 
-def _run(wanted: Iterable[str], *, install: bool, warm: bool, brief: bool) -> int:
-    found, worst = files(), 0
+def _write(wanted: Sequence[str], *, warm: bool) -> int:
+    """Run all with torch as it is, and after install; keep what each said."""
+    import torch
+
+    sides = {
+        side: _run(wanted, install=side == "installed", warm=warm, brief=True)
+        for side in ("plain", "installed")
+    }
+    if "broke" in {word for said in sides.values() for word in said.values()}:
+        print("ci/reproduce: a reproducer broke: nothing is written", file=sys.stderr)
+        return 3
+    defects = {i: {side: said[i] for side, said in sides.items()} for i in wanted}
+    kept = {"torch": str(torch.__version__), "defects": defects}
+    REPRODUCED.write_text(json.dumps(kept, indent=1) + "\n")
+    print(f"{REPRODUCED}: written; ci/defects --write puts it on the page")
+    return 0
+
+
+def _run(wanted: Iterable[str], *, install: bool, warm: bool, brief: bool) -> dict[str, str]:
+    found, verdicts = files(), {}
     with (Warm if warm else ByTorchrun)(install) as runs:
         for identity in wanted:
             ended = runs.run(found[identity], ranks(found[identity]))
@@ -79,8 +118,8 @@ def _run(wanted: Iterable[str], *, install: bool, warm: bool, brief: bool) -> in
                 print(ended.output + ended.errors * (said == "broke"), end="")
             signal = f" (a rank was ended by {ended.signal})" if ended.signal else ""
             print(f"{identity} {said}{signal}", flush=True)
-            worst = max(worst, {"does not show": 0, "shows": 1, "broke": 3}[said])
-    return worst
+            verdicts[identity] = said
+    return verdicts
 
 
 if __name__ == "__main__":

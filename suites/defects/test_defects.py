@@ -12,6 +12,7 @@ import pytest
 from defects import catalogue, seen
 from defects.listing import chosen, in_full
 from defects.page import PAGE, page
+from defects.reproduce import reproduced
 from defects.summary import lines
 from defects.words import FOR_A_CHOICE, IN_WORDS, SEVERITIES
 from report.laws import LAWS
@@ -139,7 +140,9 @@ def test_every_severity_has_a_phrase() -> None:
 
 
 def test_the_page_is_current() -> None:
-    assert PAGE.read_text() == page(DEFECTS, seen.kept()), "ci/defects --write writes it"
+    assert PAGE.read_text() == page(DEFECTS, seen.kept(), reproduced()), (
+        "ci/defects --write writes it"
+    )
 
 
 def test_defects_are_chosen_by_every_filter() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from defects import catalogue
-from defects.reproduce import files, ranks, verdict
+from defects.reproduce import files, ranks, reproduced, verdict
 from defects.runs import ByTorchrun, Ended
 
 FILES = files()
@@ -94,4 +94,21 @@ def test_an_exit_that_was_not_meant_is_no_verdict() -> None:
     assert verdict("SP-001", Ended(1, "", "", "ImportError")) == "broke"
     assert verdict("SP-001", Ended(0, "", "", "")) == "broke"
     assert verdict("SP-001", Ended(0, "", "SP-001 shows", "")) == "broke"
-    assert verdict("SP-001", Ended(6, "SIGABRT", "", "")) == "shows"
+    assert verdict("SP-001", Ended(6, "SIGABRT", "", "")) == "broke"
+    assert verdict("SP-020", Ended(6, "SIGABRT", "", "")) == "shows", "its severity has crashes"
+
+
+def test_every_defect_has_a_reproducer() -> None:
+    assert FILES.keys() == DEFECTS.keys()
+
+
+def test_what_is_kept_for_the_page_is_of_all_defects() -> None:
+    """`ci/reproduce --all --write` keeps it, and it is what the catalogue says of that torch."""
+    kept = reproduced()
+    assert kept["defects"].keys() == DEFECTS.keys()
+    for identity, said in kept["defects"].items():
+        defect = DEFECTS[identity]
+        there = defect.is_in(kept["torch"])
+        assert said["plain"] == ("shows" if there else "does not show"), identity
+        left = there and "install" not in defect.mended_by
+        assert said["installed"] == ("shows" if left else "does not show"), identity

@@ -15,7 +15,7 @@ DOCS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.gl
 PAGES = [*DOCS, *sorted(ROOT.glob("suites/**/*.md"))]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<!!)\[[^\]\[]*\]\(([^)\s]+)\)")
-_COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(ci/[\w-]+)\b(.*)")
+_COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(ci/[\w-]+)(?![\w.-])(.*)")
 _TAKE_PYTEST = ("ci/conformance", "ci/integration", "ci/ecosystem", "ci/test")
 """Commands that hand what they do not know on to pytest, with the harness as its plugin."""
 

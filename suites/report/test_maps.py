@@ -26,7 +26,7 @@ def test_a_package_lists_its_modules(package: Path) -> None:
 
 
 SUITES = Path(__file__).parents[1]
-_IN_A_TABLE = re.compile(r"^ {4}(\w+)/? {2,}\S", re.MULTILINE)
+_IN_A_TABLE = re.compile(r"^(?: {4})?(\w+)/? {2,}\S", re.MULTILINE)
 MAPPED = [
     SUITES / "harness",
     *sorted(path.parent for path in (SUITES / "harness").glob("*/__init__.py")),

@@ -87,3 +87,36 @@ def test_integers_that_do_not_fit(
         given = {"w": full} if world.rank == 0 or not function.talks else {}
         if attempt(lambda: judged(given, into, device)) is None:  # noqa: B023
             assert_same(local(into["w"]), part(full, mesh(2), [S(0)]), str(dtype))
+
+
+@pytest.mark.judges("_state_dict_utils._distribute_state_dict")
+class TestDistributeIntegers:
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    def test_integers_that_fit(self, judged: Any, mesh: Any, device: torch.device) -> None:
+        """A target on meta that can hold the integers must keep its own dtype."""
+        _assert_taken(lambda full, into: judged(full, into, device), mesh)
+
+
+@pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
+class TestBroadcastIntegers:
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    def test_integers_that_fit(
+        self, judged: Any, mesh: Any, rank: int, device: torch.device
+    ) -> None:
+        """A target on meta that can hold the integers must keep its own dtype."""
+        _assert_taken(lambda full, into: judged({} if rank else full, into, device), mesh)
+
+
+def _assert_taken(load: Any, mesh: Any) -> None:
+    for theirs, ours in (
+        (torch.uint8, torch.bfloat16),
+        (torch.int16, torch.float32),
+        (torch.int32, torch.int64),
+        (torch.bool, torch.int8),
+    ):
+        full = torch.arange(4).to(theirs)
+        into = {"w": dtensor(full.to(ours), mesh(2), [S(0)]).to("meta")}
+        load({"w": full}, into)
+        assert_same(local(into["w"]), part(full.to(ours), mesh(2), [S(0)]), f"{theirs} -> {ours}")

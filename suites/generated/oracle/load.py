@@ -113,9 +113,7 @@ def _fits(value: Sim, target: Sim) -> bool:
     sizes = value.size == target.size or (not target.size and value.size == (1,))
     theirs, mine = getattr(torch, value.dtype), getattr(torch, target.dtype)
     pending = any(name.startswith("P") for name in target.placements)
-    # A local part of another dtype takes the values, converted.
-    lies = {"shape", "turned"}
-    wrong = target.wrong in lies and not target.outside
+    wrong = bool(target.wrong) and not target.outside
     return sizes and not pending and not wrong and not (theirs.is_complex and not mine.is_complex)
 
 
