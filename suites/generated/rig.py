@@ -110,8 +110,13 @@ def dtensor(
 def _lie(local: torch.Tensor, wrong: str) -> torch.Tensor:
     """Another local tensor than the placements give: of another shape, size or dtype."""
     if wrong == "dtype":
-        other = torch.int32 if local.dtype != torch.int32 else torch.float32
-        return torch.ones(local.shape, dtype=other)
+        of_its_size = {
+            1: (torch.int8, torch.uint8),
+            2: (torch.int16, torch.bfloat16),
+            8: (torch.int64, torch.float64),
+        }
+        one, other = of_its_size.get(local.element_size(), (torch.int32, torch.float32))
+        return torch.ones(local.shape, dtype=one if local.dtype != one else other)
     if wrong == "turned":  # as many elements
         return local.unsqueeze(0).clone() if local.dim() < 2 else local.movedim(0, -1).clone()
     return local.new_ones((*local.shape[:-1], local.shape[-1] + 1))
