@@ -40,6 +40,8 @@ class Changes:
     appeared: dict[str, list[str]]
     """Id of a defect that was not met before, to its checks."""
     vanished: dict[str, list[str]]
+    renamed: dict[str, list[str]]
+    """Id of a defect that was not met before, to its checks that failed then as well."""
     new_failures: list[Changed]
     """Checks that fail now, did not, and lead to no defect."""
     mended: list[Changed]
@@ -78,6 +80,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     return Changes(
         appeared=_only(met_now, met_before, old),
         vanished=_only(met_before, met_now, new),
+        renamed=_renamed(met_now, met_before, old),
         new_failures=[p for p in nameless if p.before == "holds" != p.now]
         + [p for p in pairs if _defects(old[p.check]) and _unnamed(new[p.check])],
         mended=[p for p in nameless if p.before != "holds" == p.now],
@@ -96,6 +99,9 @@ def lines(found: Changes, first: str, second: str) -> Iterator[str]:
         yield f"{title}: {len(group)} defect{'s' if len(group) != 1 else ''}"
         for identity in sorted(group, key=lambda i: _rank(known, i)):
             yield f"  {_told(known, identity)} ({len(group[identity])} checks)"
+    for identity, ids in found.renamed.items():
+        count = f"{len(ids)} check{'s' if len(ids) != 1 else ''}"
+        yield f"met now by {count} that failed before, too: {_told(known, identity)}"
     for title, several in (
         ("fail now, and lead to no defect", found.new_failures),
         ("hold now, and led to no defect", found.mended),
@@ -138,6 +144,14 @@ def _only(
         if defect not in others
     }
     return {defect: ids for defect, ids in found.items() if ids}
+
+
+def _renamed(
+    met: Mapping[str, list[str]], others: Mapping[str, object], other: Mapping[str, dict[str, Any]]
+) -> dict[str, list[str]]:
+    """New defects whose checks all failed before: for another reason, or without a name."""
+    new = {defect: ids for defect, ids in met.items() if defect not in others}
+    return {d: ids for d, ids in new.items() if all(_kind(other[i]) != "holds" for i in ids)}
 
 
 def _defects(check: Mapping[str, Any]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -16,6 +17,7 @@ from report.read import BadResultsError, read
 
 ROOT = Path(__file__).parents[2]
 _TORCH = "torch=="
+_VERSION = re.compile(r"torch==\d+\.\d+\.\d+\S*")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
         "(default: out/compare)",
     )
     options = parser.parse_args(arguments)
+    for name in (options.before, options.now):
+        if not _VERSION.fullmatch(name) and not Path(name).exists():
+            parser.error(f"{name}: expected a folder with results.json, or torch==2.13.0")
     try:
         folders = [_folder(name, options.runs) for name in (options.before, options.now)]
         found = changes(*(read(folder) for folder in folders))

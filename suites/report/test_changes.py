@@ -63,10 +63,14 @@ def test_a_defect_that_is_met_by_other_checks_is_not_new() -> None:
     assert not found.appeared
 
 
-def test_a_failure_that_is_named_now_is_not_new() -> None:
-    found = changes(run(check("a", "fail")), run(known("a", "SP-001")))
+@pytest.mark.parametrize("before", [check("a", "fail"), known("a", "SP-002")])
+def test_a_failure_that_has_another_name_now_is_told_apart(before: Any) -> None:
+    """Whether it got worse cannot be known: the check failed before, too."""
+    found = changes(run(before), run(known("a", "SP-001")))
     assert not found.appeared
+    assert found.renamed == {"SP-001": ["a"]}
     assert not found.worse
+    assert "met now by 1 check that failed before, too" in "\n".join(lines(found, "A", "B"))
 
 
 @pytest.mark.parametrize(("fate", "kind"), [("silent", "hangs"), ("died", "crashes")])
@@ -89,7 +93,10 @@ def test_a_failure_without_a_defect_is_worse() -> None:
 def test_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     runs = {"A": run(check("a")), "B": run(known("a", "SP-001"))}
+    for name in runs:
+        Path(name).touch()
     monkeypatch.setattr(comparison, "read", lambda path: runs[path.name])
     file = tmp_path / "changes.json"
     assert comparison.main(["A", "B", "--json", str(file)]) == 1
@@ -101,3 +108,7 @@ def test_the_command(
 def test_a_run_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert comparison.main([str(tmp_path), str(tmp_path)]) == 3
     assert "there is no such file" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        comparison.main(["torch=2.13.0", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "expected a folder with results.json, or torch==2.13.0" in capsys.readouterr().err
