@@ -68,7 +68,7 @@ def use_large_pages() -> None:
     """Have the kernel put this process's heap into large pages, which a fork shares as one entry.
 
     A fork copies an entry for each page of the heap and drops it again when the child ends: half of
-    what a rank costs that does little. A kernel before 6.1, or one that has no room, says no.
+    what a rank costs that does little. A kernel before 6.1 refuses, and so does one without room.
     """
     madvise = ctypes.CDLL(None).madvise
     for line in Path("/proc/self/maps").read_text().splitlines():
