@@ -37,8 +37,8 @@ def lines(data: dict[str, Any]) -> Iterator[str]:
         yield line(defect, len(found[defect]))
     if choices:
         yield (
-            f"In {_ways(len(choices))} breaks what is this project's choice alone (SHOULD), "
-            "which makes no implementation wrong:"
+            f"In {_ways(len(choices))} it breaks what is this project's choice (SHOULD); "
+            "no implementation is wrong for that:"
         )
         for defect in sorted(choices, key=lambda d: d.rank):
             yield line(defect, len(found[defect]))

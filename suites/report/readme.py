@@ -41,6 +41,9 @@ def _short_progress(text: str) -> str:
     return "\n".join(lines)
 
 
+_DEFECT = re.compile(r"\w+ +SP-\d{3}  ")
+
+
 def _short_matrix(text: str) -> str:
     """The first rows of the first table, and what stands below the last one."""
     lines = _short_progress(text).splitlines()
@@ -48,7 +51,10 @@ def _short_matrix(text: str) -> str:
     if heads:
         end = next(n for n in range(heads[-1], len(lines)) if lines[n].startswith("✓ n"))
         lines[heads[0] + 4 : end] = ["...", ""]
-    return "\n".join(lines)
+    defects = [n for n, line in enumerate(lines) if _DEFECT.match(line)]
+    if defects:
+        lines[defects[3] : defects[-1] + 1] = ["..."]
+    return "\n".join(line for line in lines if not line.startswith("the subject warned in "))
 
 
 def _without_matrix(text: str) -> str:
