@@ -113,11 +113,14 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "large_chunk_unverified",
         "of a large weight a chunk of the wrong shape is gathered as if it were right",
         "tensor/parallel/fsdp/dtensor_gather.py",
-        "    _check_verdicts(rows, tensor, domain, route.coordinates)\n    if in_place:\n",
         (
-            "    if not in_place:\n"
+            "    _check_verdicts(rows, tensor, domain, route.coordinates)\n"
+            "    moved = carrier_dtype(whole.dtype)\n"
+        ),
+        (
+            "    if along:\n"
             "        _check_verdicts(rows, tensor, domain, route.coordinates)\n"
-            "    if in_place:\n"
+            "    moved = carrier_dtype(whole.dtype)\n"
         ),
         "fsdp_details",
     ),

@@ -189,23 +189,27 @@ class TestAllGatherDTensor:
             assert_same(got, tp_local(full, root, held), str(size))
 
     @pytest.mark.law("cost")
-    @pytest.mark.should("ranks that also agree on their errors need a second one")
+    @pytest.mark.should("ranks that also agree on their errors need a second one for any size")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
-    def test_one_collective(self, judged: Any, mesh: Any, held: Any) -> None:
-        """FSDP's chunks are gathered in one collective; what lies here is not sent for at all."""
+    @pytest.mark.parametrize(("rows", "most"), [(32, 1), (1024, 2)], ids=["small", "large"])
+    def test_number_of_collectives(
+        self, judged: Any, mesh: Any, held: Any, rows: int, most: int
+    ) -> None:
+        """Small chunks take one collective and large ones two; what lies here is not sent for."""
         for shape in (2, 2), (4, 1), (2, 2, 1), (1, 2, 2):
             root = mesh(*shape)
-            tensor = dtensor(numbers(256, 64), root, sharded(root, held))
+            tensor = dtensor(numbers(rows, 64), root, sharded(root, held))
             whole = dtensor(numbers(8, 4), root, [*[R] * (len(shape) - 1), held or R])
             judged(tensor, root)  # what is made once for a mesh is made
             with Collectives() as seen:
                 judged(tensor, root)
-            assert seen.count == 1, f"{shape}: {dict(seen.names)}"
-            # In and out: the chunk goes to FSDP's group, and the TP-local tensor is what comes.
+            assert seen.count <= most, f"{shape}: {dict(seen.names)}"
+            # In and out: the chunk goes to FSDP's group, and the TP-local tensor is what comes. A
+            # short message on top lets the ranks agree.
             local = tensor._local_tensor
             parts = int(root.shape[-2])
-            limit = local.nbytes * (parts + 1) * 1.1
+            limit = (local.nbytes + 16384) * (parts + 1) * 1.1
             assert seen.bytes <= limit, f"{shape}: {seen.bytes} bytes for {parts} x {local.nbytes}"
             with Collectives() as seen:
                 judged(whole, root)
@@ -262,6 +266,28 @@ class TestAllGatherDTensor:
         mine = wrong if world.rank == 1 else numbers(3, 3)
         like = dtensor(numbers(6, 3), root, [S(0), R])
         tensor = DTensor(mine, like._spec, requires_grad=False)
+        assert_raises_everywhere(world, lambda: judged(tensor, root), "rank 1")
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2, collective=4, limit=15)
+    @pytest.mark.parametrize("rows", [6, 6000], ids=["small", "large"])
+    @pytest.mark.parametrize(
+        "other",
+        [
+            lambda rows: (numbers(rows, 3).bfloat16(), S(0)),
+            lambda rows: (numbers(rows, 3).double(), S(0)),
+            lambda rows: (numbers(rows, 4), S(0)),
+            lambda rows: (numbers(rows, 3), S(1)),
+        ],
+        ids=["narrower", "wider", "shape", "placement"],
+    )
+    def test_another_whole_on_one_rank(
+        self, judged: Any, mesh: Any, world: Any, rows: int, other: Any
+    ) -> None:
+        """Tensors that the ranks describe differently are the same error on every rank."""
+        root = mesh(2, 1)
+        full, placement = other(rows) if world.rank == 1 else (numbers(rows, 3), S(0))
+        tensor = dtensor(full, root, [placement, R])
         assert_raises_everywhere(world, lambda: judged(tensor, root), "rank 1")
 
     @pytest.mark.law("values")

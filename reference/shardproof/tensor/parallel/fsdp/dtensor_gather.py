@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate
 
 from shardproof._core.comms.collectives import all_gather, collect
-from shardproof._core.limits import alone_bytes
 from shardproof._core.sharding.blocks import cuts_of, local_shape, spec_block
 from shardproof._core.sharding.domain import Domain, Stage, mesh_domain
 from shardproof._core.sharding.ranks import my_coordinate
@@ -30,11 +29,13 @@ from shardproof.tensor.parallel.fsdp.root_mesh import mesh_name
 
 __all__ = ["_all_gather_dtensor"]
 
-# Each rank sends its verdict along with its bytes: what it says of the whole if its local tensor is
-# what the others expect, its type where only the type's own operations move it, and its shape. A
-# multiple of the widest element, so that the bytes behind it are aligned.
+# Each rank first sends its verdict: what it says of the whole if its local tensor is what the
+# others expect, its type where only the type's own operations move it, and its shape. A multiple of
+# the widest element, so that the bytes behind it are aligned. A small chunk travels along; the
+# message is as long on every rank, whatever its tensor: Gloo ends the process where lengths differ.
 _HEADER_DIMS = 7
 _HEADER_BYTES = 8 * (3 + _HEADER_DIMS)
+_FIRST_BYTES = _HEADER_BYTES + 8192
 _WORD = 8
 _SENT_AS_BYTES = 255
 
@@ -60,10 +61,10 @@ def _all_gather_dtensor(tensor: DTensor, parent_mesh: DeviceMesh | None) -> torc
             in shape, dtype or placements.
 
     All ranks of the root mesh have to call it. Collectives: none where only the last dimension is
-    sharded; one per other sharded dimension, usually one in all; one more where the values of
-    this rank lie with other ranks of tensor parallelism (``[Shard(0), Shard(0)]``). A 16th of
-    a bucket or more in even rows is gathered where it belongs, without a copy, after a small
-    collective for the ranks' verdicts.
+    sharded; for chunks of 8 KiB and less one per other sharded dimension, usually one in all; one
+    more where the values of this rank lie with other ranks of tensor parallelism
+    (``[Shard(0), Shard(0)]``). Larger ones take as many again, after the ranks' verdicts; even rows
+    are gathered where they belong, without a copy.
 
     """
     if not isinstance(tensor, DTensor):
@@ -134,52 +135,85 @@ def _check_local(tensor: DTensor, local: torch.Tensor) -> None:
 def _gather_into(whole: torch.Tensor, route: Route, tensor: DTensor, local: torch.Tensor) -> None:
     """Gather as ``route`` says, and write this rank's part into ``whole``."""
     domain = mesh_domain(tensor.device_mesh)
-    dtype = _expected(tensor)[1]
     stages = [domain.stage(d) for d in route.dims]
-    in_place = _in_place(route, stages, dtype)
-    verdict = _verdict(tensor, local).to(domain.device)
-    payload = verdict if in_place else _message(local, verdict, route.width * dtype.itemsize)
-    rows = collect(stages, payload)
+    width = route.width * whole.dtype.itemsize
+    values = local.detach() if local.device == domain.device else local.to(domain.device)
+    row = as_carrier(values)
+    first = _first_message(_verdict(tensor, local), domain.device)
+    along = width <= _FIRST_BYTES - _HEADER_BYTES
+    if row.nbytes <= width and along:
+        _write_bytes(first[_HEADER_BYTES:], row)
+    rows = collect(stages, first, short=True)
     _check_verdicts(rows, tensor, domain, route.coordinates)
-    if in_place:
-        _gather_in_place(whole, local, stages[0], domain.device)
-        return
-    moved = carrier_dtype(dtype)
-    memory = whole if moved is dtype else whole.view(moved)
-    values = rows.view(moved)[:, _HEADER_BYTES // dtype.itemsize :]
+    moved = carrier_dtype(whole.dtype)
+    memory = whole.view(moved)
+    if along:
+        rows = rows[:, _HEADER_BYTES : _HEADER_BYTES + width]
+    else:
+        into = memory if _arrives_in_place(memory, route, stages, domain) else None
+        rows = _gather_large(stages, row, width, into)
+        if into is not None:
+            return
+    values = rows.view(moved)
     if route.stacked and memory.is_contiguous():
         memory.view(values.shape).copy_(values)
         return
-    for row, block, writes in zip(values, route.blocks, route.writes, strict=True):
+    for values_of_rank, block, writes in zip(values, route.blocks, route.writes, strict=True):
         if writes:
-            part = row[: block.numel].view(block.shape)
-            for into, out in writes:
-                memory[into].copy_(part[out])
+            part = values_of_rank[: block.numel].view(block.shape)
+            for into_, out in writes:
+                memory[into_].copy_(part[out])
 
 
-def _in_place(route: Route, stages: Sequence[Stage], dtype: torch.dtype) -> bool:
-    large = route.target.numel * dtype.itemsize >= alone_bytes()
-    return large and len(stages) == 1 and stages[0].in_order and route.stacked
+def _arrives_in_place(
+    memory: torch.Tensor, route: Route, stages: Sequence[Stage], domain: Domain
+) -> bool:
+    """Whether the rows of one collective, one after the other, are the result."""
+    ordered = route.stacked and len(stages) == 1 and stages[0].in_order
+    return ordered and memory.is_contiguous() and memory.device == domain.device
+
+
+def _gather_large(
+    stages: Sequence[Stage], row: torch.Tensor, width: int, into: torch.Tensor | None
+) -> torch.Tensor:
+    """All ranks' bytes, padded to ``width``, a row each; straight ``into`` memory if given."""
+    if row.nbytes == width and row.is_contiguous():
+        payload = row.view(-1).view(torch.uint8)
+    else:
+        payload = torch.empty(width, dtype=torch.uint8, device=row.device)
+        _write_bytes(payload, row)
+    if into is None:
+        return collect(stages, payload)
+    return all_gather(stages[0].group, payload, into.view(-1).view(torch.uint8))
+
+
+def _write_bytes(into: torch.Tensor, values: torch.Tensor) -> None:
+    room = into[: values.nbytes]
+    if values.numel():
+        room.view(values.dtype).view(values.shape).copy_(values)
+
+
+def _first_message(verdict: torch.Tensor, device: torch.device) -> torch.Tensor:
+    message = torch.empty(_FIRST_BYTES, dtype=torch.uint8, device=device)
+    message[:_HEADER_BYTES].copy_(verdict)
+    return message
 
 
 def _agree_on_route(route: Route, tensor: DTensor, local: torch.Tensor) -> None:
     """What :func:`_gather_into` begins with, on a rank whose tensor cannot be sent as bytes."""
     domain = mesh_domain(tensor.device_mesh)
-    dtype = _expected(tensor)[1]
     stages = [domain.stage(d) for d in route.dims]
-    behind = 0 if _in_place(route, stages, dtype) else route.width * dtype.itemsize
-    payload = torch.zeros(_HEADER_BYTES + behind, dtype=torch.uint8, device=domain.device)
-    payload[:_HEADER_BYTES].copy_(_verdict(tensor, local))
-    _check_verdicts(collect(stages, payload), tensor, domain, route.coordinates)
+    first = _first_message(_verdict(tensor, local), domain.device)
+    _check_verdicts(collect(stages, first, short=True), tensor, domain, route.coordinates)
 
 
 def _agree_on_mesh(tensor: DTensor, local: torch.Tensor) -> None:
     """Exchange verdicts between all ranks of the mesh."""
     domain = mesh_domain(tensor.device_mesh)
     stages = [domain.stage(d) for d, size in enumerate(domain.shape) if size > 1]
-    rows = collect(stages, _verdict(tensor, local).to(domain.device))
+    first = _first_message(_verdict(tensor, local), domain.device)
     coordinates = [domain.coordinate(index) for index in range(len(domain.members))]
-    _check_verdicts(rows, tensor, domain, coordinates)
+    _check_verdicts(collect(stages, first, short=True), tensor, domain, coordinates)
 
 
 def _check_verdicts(
@@ -212,19 +246,6 @@ def _check_verdicts(
                 f"{member}: the local tensor has another type than that of {first}; expected the "
                 "same on all"
             )
-
-
-def _gather_in_place(
-    whole: torch.Tensor, local: torch.Tensor, stage: Stage, device: torch.device
-) -> None:
-    """Gather rows of equal size into ``whole``, through other memory only where it must be."""
-    payload = as_carrier(local).contiguous().view(-1).view(torch.uint8).to(device)
-    if whole.is_contiguous() and whole.device == device:
-        into = whole.view(carrier_dtype(whole.dtype)).view(-1).view(torch.uint8)
-        all_gather(stage.group, payload, into)
-        return
-    rows = all_gather(stage.group, payload).view(-1).view(carrier_dtype(whole.dtype))
-    whole.view(carrier_dtype(whole.dtype)).copy_(rows.view(whole.shape))
 
 
 def _verdict(tensor: DTensor, local: torch.Tensor) -> torch.Tensor:
@@ -265,19 +286,3 @@ def _can_be_padded(tensor: DTensor, local: torch.Tensor) -> bool:
     except Exception:
         return False
     return True
-
-
-def _message(local: torch.Tensor, verdict: torch.Tensor, width: int) -> torch.Tensor:
-    """What a rank sends: its verdict, and behind it its bytes if they fit."""
-    nbytes = local.numel() * local.dtype.itemsize
-    values = as_carrier(local)
-    # One element passes for contiguous whatever its stride, and is no row of bytes then.
-    row = values.is_contiguous() and values.numel() > 1
-    if nbytes == width and values.device == verdict.device and row:
-        return torch.cat((verdict, values.view(-1).view(torch.uint8)))
-    message = torch.empty(_HEADER_BYTES + width, dtype=torch.uint8, device=verdict.device)
-    message[:_HEADER_BYTES].copy_(verdict)
-    if 0 < nbytes <= width:
-        room = message[_HEADER_BYTES : _HEADER_BYTES + nbytes]
-        room.view(values.dtype).view(values.shape).copy_(values)
-    return message
