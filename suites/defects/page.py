@@ -11,6 +11,7 @@ from defects.listing import chosen, mender
 from defects.words import ROADS, SEVERITIES
 
 PAGE = Path(__file__).parents[2] / "docs" / "defects.md"
+Reproduced = dict[str, dict[str, dict[str, str]]]
 VERSIONS = ("2.11.0", "2.13.0", "2.15.0")
 """Those that ci/verdicts runs under."""
 _HEAD = """\
@@ -43,15 +44,13 @@ _REPRODUCED = """
 ## Reproducers
 
 Each defect has a script that needs nothing but torch: `ci/reproduce SP-001` prints it. This is what
-they showed under torch {torch}, by `ci/reproduce --all --write`: as torch is, and after
+they showed, by `ci/reproduce --all --check --write --torch VERSION`: as torch is, and after
 `shardproof.install()`.
 
-| id | torch alone | after install |
-| --- | --- | --- |
 """
 
 
-def page(defects: dict[str, Defect], seen: dict[str, Any], reproduced: dict[str, Any]) -> str:
+def page(defects: dict[str, Defect], seen: dict[str, Any], reproduced: Reproduced) -> str:
     """The whole page."""
     lines = [_HEAD.format(torch=seen["torch"].partition("+")[0])]
     counts = {i: one["checks"] for i, one in seen["defects"].items()}
@@ -59,9 +58,7 @@ def page(defects: dict[str, Defect], seen: dict[str, Any], reproduced: dict[str,
         of_word = [d for d in chosen(defects.values()) if d.worst == word]
         lines += [f"### {word}", "", rule, "", *_table(of_word, counts), ""]
     lines += [_ROADS.strip("\n"), "", *_by_road(defects)]
-    lines += [_REPRODUCED.format(torch=reproduced["torch"].partition("+")[0]).rstrip("\n")]
-    said = reproduced["defects"].items()
-    lines += [f"| {i} | {one['plain']} | {one['installed']} |" for i, one in said]
+    lines += [_REPRODUCED.rstrip("\n"), "", *_reproducers(defects, reproduced)]
     return "\n".join(lines) + "\n"
 
 
@@ -87,6 +84,16 @@ def _by_road(defects: dict[str, Defect]) -> list[str]:
         left = [d for d in chosen(defects.values(), road=road) if d.mended_by[0] != "install"]
         left = [d for d in left if d.is_in(VERSIONS[1])]
         rows.append(f"| `{road}`: {_code(words)} | {' | '.join(cells)} | {_cell(left, True)} |")
+    return rows
+
+
+def _reproducers(defects: dict[str, Defect], reproduced: Reproduced) -> list[str]:
+    heads = " | ".join(f"torch {version} | after install" for version in reproduced)
+    rows = [f"| id | {heads} |", "| --- |" + " --- |" * (2 * len(reproduced))]
+    for identity in defects:
+        said = [reproduced[version][identity] for version in reproduced]
+        words = " | ".join(f"{one['plain']} | {one['installed']}" for one in said)
+        rows.append(f"| {identity} | {words} |")
     return rows
 
 

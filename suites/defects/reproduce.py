@@ -11,17 +11,20 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+from packaging.version import Version
 
 from defects import catalogue
+from defects.catalogue import Defect
 from defects.runs import ByTorchrun, Ended, Warm
 from harness.system import pipes
 
 FOLDER = Path(__file__).parent / "reproducers"
 REPRODUCED = Path(__file__).parent / "reproduced.json"
-"""What each reproducer said in the last `ci/reproduce --all --write`."""
+"""What each said in the last `ci/reproduce --all --check --write` under each version of torch."""
+SIDES = ("plain", "installed")
 _EXIT = {"does not show": 0, "shows": 1, "broke": 3}
 _RANKS = re.compile(r"torchrun --standalone --nproc-per-node (\d+) (\S+)\n")
 
@@ -49,9 +52,15 @@ def verdict(identity: str, ended: Ended) -> str:
     return "shows" if ended.signal and crashes else "broke"
 
 
-def reproduced() -> dict[str, Any]:
-    """What each reproducer said, as it is kept."""
+def reproduced() -> dict[str, dict[str, dict[str, str]]]:
+    """What each reproducer said as torch is, and after install, by version of torch and defect."""
     return dict(json.loads(REPRODUCED.read_text()))
+
+
+def expected(defect: Defect, torch: str, side: str) -> str:
+    """What the catalogue says that a reproducer shows under this torch."""
+    there = defect.is_in(torch) and not (side == "installed" and "install" in defect.mended_by)
+    return "shows" if there else "does not show"
 
 
 def main() -> int:
@@ -62,14 +71,19 @@ def main() -> int:
     parser.add_argument("--install", action="store_true", help="run after shardproof.install()")
     parser.add_argument("--all", action="store_true", help="run all, and print a table")
     parser.add_argument(
-        "--write",
+        "--check",
         action="store_true",
-        help="with --all: run all twice, plain and after install, and keep it for docs/defects.md",
+        help="run each twice, plain and after install, and compare with the catalogue",
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="with --all --check: keep it for docs/defects.md"
     )
     parser.add_argument("--warm", action="store_true", help="run in forks of one process: faster")
     options = parser.parse_args()
-    if options.write and not (options.all and not options.install):
-        parser.error("--write is for --all, without --install")
+    if options.check and options.install:
+        parser.error("--check runs with and without install: leave --install out")
+    if options.write and not (options.check and options.all):
+        parser.error("--write is for --all --check")
     known, found = catalogue.read(), files()
     if not options.ids and not options.all:
         parser.error("name a defect, as SP-001, or --all")
@@ -84,28 +98,39 @@ def main() -> int:
     if not (options.run or options.all):
         print("\n".join(found[i].read_text() for i in wanted), end="")
         return 0
-    if options.write:
-        return _write(wanted, warm=options.warm)
+    if options.check:
+        return _check(wanted, known, warm=options.warm, write=options.write)
     said = _run(wanted, install=options.install, warm=options.warm, brief=options.all)
     return max(_EXIT[word] for word in said.values())
 
 
-def _write(wanted: Sequence[str], *, warm: bool) -> int:
-    """Run all with torch as it is, and after install; keep what each said."""
-    import torch
+def _check(wanted: Sequence[str], known: Mapping[str, Defect], *, warm: bool, write: bool) -> int:
+    """Run all as torch is, and after install; 1 where one says what the catalogue does not."""
+    from torch import __version__
 
-    sides = {
-        side: _run(wanted, install=side == "installed", warm=warm, brief=True)
-        for side in ("plain", "installed")
-    }
+    torch = Version(str(__version__)).base_version
+    sides = {}
+    for side in SIDES:
+        print(f"--- torch {torch}{', after install' * (side == 'installed')}", flush=True)
+        sides[side] = _run(wanted, install=side == "installed", warm=warm, brief=True)
+    differ = [
+        f"{i} {said[i]} ({side}, torch {torch}); the catalogue says: "
+        f"{expected(known[i], torch, side)}"
+        for side, said in sides.items()
+        for i in wanted
+        if said[i] != expected(known[i], torch, side)
+    ]
+    print(f"--- {len(differ)} of {2 * len(wanted)} differ from the catalogue", *differ, sep="\n")
     if "broke" in {word for said in sides.values() for word in said.values()}:
-        print("ci/reproduce: a reproducer broke: nothing is written", file=sys.stderr)
+        print("ci/reproduce: a reproducer broke", file=sys.stderr)
         return 3
-    defects = {i: {side: said[i] for side, said in sides.items()} for i in wanted}
-    kept = {"torch": str(torch.__version__), "defects": defects}
-    REPRODUCED.write_text(json.dumps(kept, indent=1) + "\n")
-    print(f"{REPRODUCED}: written; ci/defects --write puts it on the page")
-    return 0
+    if write:
+        kept = reproduced()
+        kept[torch] = {i: {side: said[i] for side, said in sides.items()} for i in wanted}
+        kept = dict(sorted(kept.items(), key=lambda one: Version(one[0])))
+        REPRODUCED.write_text(json.dumps(kept, indent=1) + "\n")
+        print(f"{REPRODUCED}: written; ci/defects --write puts it on the page")
+    return 1 if differ else 0
 
 
 def _run(wanted: Iterable[str], *, install: bool, warm: bool, brief: bool) -> dict[str, str]:

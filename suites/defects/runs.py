@@ -54,16 +54,24 @@ class ByTorchrun:
     def run(self, path: Path, ranks: int) -> Ended:
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         words += ["--nproc-per-node", str(ranks), *self._before, str(path)]
-        done = subprocess.run(
+        # Nothing of this project is on the path of a script that needs torch alone.
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | _QUIET
+        with subprocess.Popen(
             words,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=_LIMIT,
-            env={**os.environ, **_QUIET},
-            check=False,
-        )
-        ended_by = _SIGNAL.search(done.stderr)
-        return Ended(done.returncode, ended_by[1] if ended_by else "", done.stdout, done.stderr)
+            env=environment,
+            start_new_session=True,
+        ) as running:
+            try:
+                output, errors = running.communicate(timeout=_LIMIT)
+            except subprocess.TimeoutExpired:
+                os.killpg(running.pid, signal.SIGKILL)
+                output, errors = running.communicate()
+                errors += f"not over after {_LIMIT} s: its watchdog should have ended it\n"
+        ended_by = _SIGNAL.search(errors)
+        return Ended(running.returncode, ended_by[1] if ended_by else "", output, errors)
 
 
 class Warm:

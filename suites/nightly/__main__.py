@@ -84,6 +84,9 @@ def _night(options: argparse.Namespace) -> int:
     results = night.judge()
     now, split = verdicts.merged([verdicts.of(r) for r in results])
     before = now if last is None or options.accept else last["verdicts"]
+    # They are of torch, whatever its backend.
+    of_torch = options.subject == "torch.distributed" and not options.k
+    reproduced = night.reproduce() if of_torch else []
     generated = night.generate() if options.torch is None else []
     fast: speed.Speed | None = None
     ratios: dict[str, float] = {}
@@ -101,7 +104,17 @@ def _night(options: argparse.Namespace) -> int:
     title = "Nightly: {}, torch {}, {} on {}".format(*what)
     compared = verdicts.compare(before, now)
     found = Found(
-        title, results, now, compared, split, fast, night.steps, weak, generated, _last(state, last)
+        title,
+        results,
+        now,
+        compared,
+        split,
+        fast,
+        night.steps,
+        weak,
+        generated,
+        _last(state, last),
+        reproduced,
     )
     findings = list(found.findings())
     body = found.markdown()

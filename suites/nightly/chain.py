@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ from report.read import BadResultsError, read
 ROOT = Path(__file__).parents[2]
 ORDERS = ("normal", "reverse")
 SUITES = "suites/conformance suites/integration"
+QUICK_REPRODUCERS = ("SP-002", "SP-051")
+_DIFFERS = re.compile(r"(?m)^SP-\d+ .*; the catalogue says: .*$")
 SHARDS = 8
 """Nights that judge all automatic mutants of the reference together."""
 MINUTES = 120
@@ -84,6 +87,17 @@ class Night:
                     f"order {order} ended with {status}: the environment or the harness failed"
                 )
             found.append(results)
+        return found
+
+    def reproduce(self) -> list[str]:
+        """The catalogue's reproducers under this torch; what they show against the catalogue."""
+        words = ["ci/reproduce", *(QUICK_REPRODUCERS if self.quick else ["--all"])]
+        words += ["--check", "--warm", *(["--torch", self.torch] if self.torch else [])]
+        if not (status := self._run("reproducers", words)):
+            return []
+        log = (self.folder / "reproducers.log").read_text()
+        if status > 3 or not (found := _DIFFERS.findall(log)):
+            raise EnvironmentFailedError(f"the reproducers could not be run: exit {status}")
         return found
 
     def generate(self) -> list[str]:

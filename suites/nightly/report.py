@@ -39,6 +39,9 @@ class Found:
     before: dict[str, Any] | None = None
     """The results of the last night; None where it is gone, or was of other checks."""
 
+    reproduced: list[str] = dataclasses.field(default_factory=list)
+    """Reproducers that do not show what the catalogue says."""
+
     @property
     def bad(self) -> dict[str, str]:
         """The verdicts that nothing expects."""
@@ -49,7 +52,7 @@ class Found:
         """Whether something is to be mended; a verdict that changed for the better is not."""
         slow = self.speed is not None and bool(self.speed.slower or self.speed.gone)
         found = self.compared.lost or slow or self.weak or self.generated
-        return bool(self.bad or self.split or found)
+        return bool(self.bad or self.split or found or self.reproduced)
 
     @property
     def news(self) -> bool:
@@ -73,6 +76,8 @@ class Found:
             yield f"{len(self.split)} checks depend on the order"
         if self.generated:
             yield f"{len(self.generated)} generated cases of the reference differ from the oracle"
+        if self.reproduced:
+            yield f"{len(self.reproduced)} reproducers do not show what the catalogue says"
         if fast is not None and not fast.measured:
             yield "no benchmark gave a number in both runs"
         if fast is not None and fast.slower:
@@ -93,6 +98,7 @@ class Found:
             "unexpected": self.bad,
             "order": self.split,
             "generated": self.generated,
+            "reproducers": self.reproduced,
             "speed": dataclasses.asdict(self.speed) if self.speed else None,
             "steps": [dataclasses.asdict(step) for step in self.steps],
         }
@@ -125,6 +131,7 @@ class Found:
             ],
         )
         yield from _list("Generated cases", self.generated)
+        yield from _list("Reproducers", self.reproduced)
         if fast := self.speed:
             yield from _list(
                 f"Slower (gate: {speed.SPREADS:g} x the {fast.spread:.0%} between two runs)",

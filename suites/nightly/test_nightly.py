@@ -91,6 +91,29 @@ def test_mutants_that_survive_are_a_finding(
     assert any("mutants survive" in finding for finding in found.findings()) is not strong
 
 
+def test_a_reproducer_that_is_not_as_the_catalogue_says_is_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night = chain.Night(tmp_path, "cpu", "gloo", "torch.distributed", "2.15.0", False, [])
+    line = "SP-001 does not show (plain, torch 2.15.0); the catalogue says: shows"
+    (tmp_path / "reproducers.log").write_text(f"SP-002 shows\n--- 1 of 4 differ\n{line}\n")
+    said: list[list[str]] = []
+
+    def run(_: str, words: list[str]) -> int:
+        said.append(words)
+        return 1
+
+    monkeypatch.setattr(night, "_run", run)
+    assert night.reproduce() == [line]
+    assert said[0][-2:] == ["--torch", "2.15.0"]
+    found = Found("night", [], {}, verdicts.compare({}, {}), {}, None, [], reproduced=[line])
+    assert found.wrong
+    assert "1 reproducers do not show what the catalogue says" in list(found.findings())
+    (tmp_path / "reproducers.log").write_text("no such environment")
+    with pytest.raises(chain.EnvironmentFailedError, match="could not be run"):
+        night.reproduce()
+
+
 def test_mutants_that_cannot_be_judged_end_the_night(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

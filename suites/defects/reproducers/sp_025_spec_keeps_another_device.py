@@ -14,6 +14,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp  # before tensor.parallel.fsdp: SP-024
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
 from torch.distributed.tensor.parallel.fsdp import _rewrite_spec_if_needed
 
