@@ -1,4 +1,4 @@
-"""Generated cases: the oracle by itself, the reference against it, and the command's manners.
+"""Generated cases: the oracle by itself, the reference against it, and how the command behaves.
 
 `test_planted.py` shows that planted faults are found, and takes longer.
 """

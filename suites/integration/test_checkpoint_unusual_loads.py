@@ -96,7 +96,7 @@ def assert_named(
         assert not told[rank], f"rank {rank}: {told[rank]}"
 
 
-@pytest.mark.exercises("checkpoint.manners")
+@pytest.mark.exercises("checkpoint.unusual_loads")
 class TestWhatDoesNotFit:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(4, collective=8, limit=25)
@@ -162,7 +162,7 @@ class TestWhatDoesNotFit:
             assert_loaded(mine, whole(MLP), f"{what}, then a good one")
 
 
-@pytest.mark.exercises("checkpoint.manners")
+@pytest.mark.exercises("checkpoint.unusual_loads")
 class TestModelsOnMeta:
     @pytest.mark.law("structure")
     @pytest.mark.world(4)
@@ -231,7 +231,7 @@ def _shard_adapted(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 ADAPTED: Model = replace(MLP, name="adapted", build=_adapted, shard=_shard_adapted)
 
 
-@pytest.mark.exercises("checkpoint.manners")
+@pytest.mark.exercises("checkpoint.unusual_loads")
 class TestAdapters:
     @pytest.mark.law("structure")
     @pytest.mark.world(4)
@@ -254,7 +254,7 @@ class TestAdapters:
             assert_loaded(new, expected, said(options))
 
 
-@pytest.mark.exercises("checkpoint.manners")
+@pytest.mark.exercises("checkpoint.unusual_loads")
 class TestMeshesWithoutRankZero:
     @pytest.mark.law("group")
     @pytest.mark.world(4, collective=8, limit=25)

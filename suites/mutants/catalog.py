@@ -19,6 +19,7 @@ from mutants import (
     opaque,
     refusals,
     silent,
+    silent_results,
     subclasses,
     together,
 )
@@ -72,6 +73,18 @@ def _mutant(
     return Mutant(name, fault, file, old, new, files, accelerator)
 
 
+_PARTS = (
+    compatibility,
+    copies,
+    dimensions,
+    memory,
+    opaque,
+    silent,
+    silent_results,
+    together,
+    refusals,
+)
+
 MUTANTS: tuple[Mutant, ...] = (
     # --- layout and transport -----------------------------------------------------------------
     _mutant(
@@ -106,7 +119,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "    return rows[order]",
         "    return rows",
         "gather_state_dict",
-        "gather_state_dict_manners",
+        "gather_state_dict_laws",
         "all_gather_sharded_tensor",
     ),
     _mutant(
@@ -116,7 +129,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "        if starts == expected:",
         "        if sorted(starts) == sorted(expected):",
         "gather_state_dict",
-        "gather_state_dict_manners",
+        "gather_state_dict_laws",
         "large_tensors",
     ),
     _mutant(
@@ -142,7 +155,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "dist.scatter(into, parts, group=group, group_src=0,",
         "dist.scatter(into, parts, group=group, src=0,",
         "broadcast_state_dict",
-        "broadcast_state_dict_manners",
+        "broadcast_state_dict_laws",
     ),
     _mutant(
         "broadcast_from_global_rank_0",
@@ -151,7 +164,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "dist.broadcast(data, group=group, group_src=0,",
         "dist.broadcast(data, group=group, src=0,",
         "broadcast_state_dict",
-        "broadcast_state_dict_manners",
+        "broadcast_state_dict_laws",
     ),
     _mutant(
         "silent_disagreement",
@@ -159,7 +172,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "_core/comms/agreement.py",
         "same = len({row[0] for row in rows}) == 1 and not failed",
         "same = not failed",
-        "gather_state_dict_manners",
+        "gather_state_dict_laws",
     ),
     _mutant(
         "private_errors",
@@ -167,8 +180,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "_core/comms/agreement.py",
         "same = len({row[0] for row in rows}) == 1 and not failed",
         "same = len({row[0] for row in rows}) == 1",
-        "gather_state_dict_manners",
-        "broadcast_state_dict_manners",
+        "gather_state_dict_laws",
+        "broadcast_state_dict_laws",
     ),
     # --- gather -------------------------------------------------------------------------------
     _mutant(
@@ -179,7 +192,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "        return {}\n    return copies",
         "    return copies",
         "gather_state_dict",
-        "gather_state_dict_manners",
+        "gather_state_dict_laws",
     ),
     _mutant(
         "gather_unties",
@@ -188,7 +201,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "            leader = first.setdefault(key, path)\n",
         "            leader = path\n",
         "gather_state_dict",
-        "gather_state_dict_manners",
+        "gather_state_dict_laws",
     ),
     _mutant(
         "gather_aliases_replicas",
@@ -197,7 +210,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "            return self._copy(local_of(tensor), id(tensor))\n",
         "            return tensor._local_tensor.detach()\n",
         "gather_state_dict",
-        "gather_state_dict_manners",
+        "gather_state_dict_laws",
     ),
     _mutant(
         "gather_a_leaf_at_a_time",
@@ -207,7 +220,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "                for leaf in kind:\n"
         "                    by_bucket_key[layout.bucket_key, leaf.path].append([leaf])\n",
         "gather_state_dict",
-        "gather_state_dict_manners",
+        "gather_state_dict_laws",
     ),
     _mutant(
         "partial_is_not_reduced",
@@ -225,7 +238,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "    if strict:\n",
         "    if False:\n",
         "broadcast_state_dict",
-        "broadcast_state_dict_manners",
+        "broadcast_state_dict_laws",
     ),
     _mutant(
         "offers_every_key",
@@ -234,7 +247,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "            if any(needed):\n",
         "            needed = tuple([mine or (0,) for mine in needed])\n            if kinds:\n",
         "broadcast_state_dict",
-        "broadcast_state_dict_manners",
+        "broadcast_state_dict_laws",
     ),
     _mutant(
         "everyone_gets_everything",
@@ -243,7 +256,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "                apart.append(parcel)\n",
         "                together.append(Parcel(name, entry.dtype, parts.once, keys))\n",
         "broadcast_state_dict",
-        "broadcast_state_dict_manners",
+        "broadcast_state_dict_laws",
     ),
     _mutant(
         "source_keeps_nothing",
@@ -261,7 +274,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "        device = CPU if self._cpu_offload else device\n",
         "",
         "broadcast_state_dict",
-        "broadcast_state_dict_manners",
+        "broadcast_state_dict_laws",
         accelerator=True,
     ),
     _mutant(
@@ -279,7 +292,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "_core/loading/target_spec.py",
         "if value.size() != self.size and not",
         "if value.dim() != len(self.size) and not",
-        "broadcast_state_dict_manners",
+        "broadcast_state_dict_laws",
         "distribute_state_dict",
     ),
     _mutant(
@@ -307,14 +320,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "            continue\n",
         "distribute_state_dict",
     ),
-    *(_mutant(*fault) for fault in compatibility.FAULTS),
-    *(_mutant(*fault) for fault in copies.FAULTS),
-    *(_mutant(*fault) for fault in dimensions.FAULTS),
-    *(_mutant(*fault) for fault in memory.FAULTS),
-    *(_mutant(*fault) for fault in opaque.FAULTS),
-    *(_mutant(*fault) for fault in silent.FAULTS),
-    *(_mutant(*fault) for fault in together.FAULTS),
-    *(_mutant(*fault) for fault in refusals.FAULTS),
+    *(_mutant(*fault) for module in _PARTS for fault in module.FAULTS),
     *(_mutant(*fault, accelerator=True) for fault in (*memory.ON_A_DEVICE, *together.ON_A_DEVICE)),
     # --- tensor parallel ----------------------------------------------------------------------
     *(
@@ -375,25 +381,7 @@ MUTANTS: tuple[Mutant, ...] = (
         )
     ),
     *(
-        Mutant(
-            name,
-            fault,
-            file,
-            old,
-            new,
-            (f"tensor_parallel/test_{check}.py",),
-        )
-        for name, fault, file, old, new, check in (*ddp.FAULTS, *subclasses.FAULTS)
-    ),
-    *(
-        Mutant(
-            name,
-            fault,
-            file,
-            old,
-            new,
-            (f"tensor_parallel/test_{check}.py",),
-        )
-        for name, fault, file, old, new, check in fsdp.FAULTS
+        Mutant(name, fault, file, old, new, (f"tensor_parallel/test_{check}.py",))
+        for name, fault, file, old, new, check in (*ddp.FAULTS, *subclasses.FAULTS, *fsdp.FAULTS)
     ),
 )

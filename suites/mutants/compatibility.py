@@ -29,6 +29,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "if domain.members[other] not in entry.peers:\n",
         "if domain.members[other] not in entry.members:\n",
         "compatibility",
+        "compatibility_of_copies",
     ),
     (
         "shape_refused_early",
@@ -37,6 +38,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "            self.other_shape = shape\n",
         '            raise ValueError(f"shape {shape}, expected {self.size}")\n',
         "compatibility",
+        "compatibility_of_copies",
     ),
     (
         "shape_of_one_rank_taken",
@@ -45,6 +47,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "        if len(set(shapes)) > 1:\n",
         "        if False:\n",
         "compatibility",
+        "compatibility_of_copies",
     ),
     (
         "converted_early",
@@ -53,6 +56,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "        if assigned and _same_kind(value.dtype, self.source_dtype):\n",
         "        if True:\n",
         "compatibility",
+        "compatibility_of_copies",
     ),
     (
         "number_for_a_weight",
@@ -61,6 +65,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "    if wrong:\n        raise TypeError(",
         "    if False:\n        raise TypeError(",
         "compatibility",
+        "compatibility_of_copies",
     ),
     (
         "nobody_is_told",
@@ -69,6 +74,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "    if lost and len(lost) == len(leaves) and len(first) == 1:\n",
         "    if lost:\n        return frozenset(takers)\n    if False:\n",
         "compatibility",
+        "compatibility_of_copies",
     ),
     (
         "views_come_apart",
@@ -85,6 +91,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "of(result) if shared and result is value else snapshot_by(result, cpu_copy)",
         "of(result)",
         "compatibility",
+        "compatibility_of_copies",
     ),
     (
         "mapping_orders",
@@ -101,6 +108,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "snapshot(values[index], values[index].device)",
         "values[index]",
         "compatibility",
+        "compatibility_of_copies",
     ),
     (
         "table_of_another_dtype",

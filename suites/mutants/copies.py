@@ -64,6 +64,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         '    if hasattr(like, "__dict__"):\n',
         "    if False:\n",
         "iterate_state_dict",
+        "iterate_with_companion",
         "flatten_state_dict",
     ),
     (
@@ -73,6 +74,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "    if type_check:\n        check_leaf_types(walk)\n",
         "",
         "iterate_state_dict",
+        "iterate_with_companion",
     ),
     (
         "flatten_merges_collisions",

@@ -76,7 +76,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "tensor/parallel/_forward_hooks.py",
         "        state.depth += 1\n        if torch",
         "        if torch",
-        "pre_dp_module_transform_manners",
+        "pre_dp_module_transform_laws",
     ),
     (
         "transform_adds_hooks",
@@ -87,7 +87,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
             '    """\n    _localize_dtensor(module)\n'
             "    module.register_forward_hook(_localize_dtensor)\n"
         ),
-        "pre_dp_module_transform_manners",
+        "pre_dp_module_transform_laws",
     ),
     (
         "buffers_stay_dtensors",

@@ -14,8 +14,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "_core/comms/agreement.py",
         _SHARED,
         '        return kinds[self.kind]("failed")\n',
-        "gather_state_dict_manners",
-        "broadcast_state_dict_manners",
+        "gather_state_dict_laws",
+        "broadcast_state_dict_laws",
     ),
     (
         "refusal_is_a_warning",
@@ -23,8 +23,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "_core/comms/agreement.py",
         _SHARED,
         "        return FutureWarning(self.message)\n",
-        "gather_state_dict_manners",
-        "broadcast_state_dict_manners",
+        "gather_state_dict_laws",
+        "broadcast_state_dict_laws",
     ),
     (
         "refusal_is_an_accident",
@@ -32,8 +32,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "_core/comms/agreement.py",
         _SHARED,
         "        return TypeError(\"'NoneType' object is not subscriptable\")\n",
-        "gather_state_dict_manners",
-        "broadcast_state_dict_manners",
+        "gather_state_dict_laws",
+        "broadcast_state_dict_laws",
     ),
     (
         "refusal_is_a_lost_key",

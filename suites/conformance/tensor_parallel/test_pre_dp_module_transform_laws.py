@@ -34,7 +34,7 @@ def fail(*_: Any) -> None:
 
 
 @pytest.mark.judges("tensor.parallel.ddp._pre_dp_module_transform")
-class TestPreDpModuleTransformManners:
+class TestPreDpModuleTransformLaws:
     @pytest.mark.law("structure")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("parts", [["up"], ["up", "down"]], ids=["one part", "all parts"])
