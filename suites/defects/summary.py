@@ -24,14 +24,29 @@ def met(checks: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return dict(found)
 
 
-def lines(data: dict[str, Any]) -> Iterator[str]:
-    """The sentence and the lines; nothing where no defect was met."""
+def worst_first(data: dict[str, Any]) -> list[Defect]:
+    """The defects that a run met and that break a MUST."""
+    return _sorted(_found(data))[0]
+
+
+def _found(data: dict[str, Any]) -> dict[Defect, list[dict[str, Any]]]:
     known = read()
-    found = {known[i]: checks for i, checks in met(data["checks"]).items() if i in known}
-    if not found:
-        return
+    return {known[i]: checks for i, checks in met(data["checks"]).items() if i in known}
+
+
+def _sorted(found: dict[Defect, list[dict[str, Any]]]) -> tuple[list[Defect], list[Defect]]:
+    """(those that break a MUST, those that break a SHOULD alone), each worst first."""
     choices = {d for d, checks in found.items() if all(c["level"] == "SHOULD" for c in checks)}
     must = sorted((d for d in found if d not in choices), key=lambda d: d.rank)
+    return must, sorted(choices, key=lambda d: d.rank)
+
+
+def lines(data: dict[str, Any]) -> Iterator[str]:
+    """The sentence and the lines; nothing where no defect was met."""
+    found = _found(data)
+    if not found:
+        return
+    must, choices = _sorted(found)
     yield sentence(data["run"], must)
     for defect in must:
         yield line(defect, len(found[defect]))
@@ -40,7 +55,7 @@ def lines(data: dict[str, Any]) -> Iterator[str]:
             f"In {_ways(len(choices))} it breaks what is this project's choice (SHOULD); "
             "no implementation is wrong for that:"
         )
-        for defect in sorted(choices, key=lambda d: d.rank):
+        for defect in choices:
             yield line(defect, len(found[defect]))
 
 

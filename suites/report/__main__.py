@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -43,8 +44,9 @@ def main() -> int:
     except (BadResultsError, NotComparableError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 3
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    screen = Screen(sys.stdout, colour)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    colour = colour and os.environ.get("TERM") != "dumb"
+    screen = Screen(sys.stdout, colour, shutil.get_terminal_size().columns)
     folder = options.run if options.run.is_dir() else options.run.parent
     if options.known:
         show_known(data, screen)

@@ -42,26 +42,32 @@ def _short_progress(text: str) -> str:
 
 
 _DEFECT = re.compile(r"\w+ +SP-\d{3}  ")
+_ASIDE = re.compile(r"the subject warned in |\d+ (of the )?known failures")
+_GOES_ON = " " * 11
+"""How a line begins that goes on with the field, or the defect, of the line above."""
+
+
+def _heads(lines: list[str]) -> list[int]:
+    return [n for n, line in enumerate(lines) if line.endswith(" cos")]
 
 
 def _short_matrix(text: str) -> str:
     """The first rows of the first table, and what stands below the last one."""
     lines = _short_progress(text).splitlines()
-    heads = [n for n, line in enumerate(lines) if line.endswith("cost")]
-    if heads:
-        end = next(n for n in range(heads[-1], len(lines)) if lines[n].startswith("✓ n"))
-        lines[heads[0] + 4 : end] = ["...", ""]
+    if heads := _heads(lines):
+        end = next(n for n in range(heads[-1], len(lines)) if lines[n].startswith("✓ all"))
+        lines[heads[0] + 3 : end] = ["...", ""]
     defects = [n for n, line in enumerate(lines) if _DEFECT.match(line)]
     if defects:
-        lines[defects[3] : defects[-1] + 1] = ["..."]
-    return "\n".join(line for line in lines if not line.startswith("the subject warned in "))
+        end = next(n for n in range(defects[-1] + 1, len(lines)) if lines[n][:11] != _GOES_ON)
+        lines[defects[2] : end] = ["..."]
+    return "\n".join(line for line in lines if not _ASIDE.match(line))
 
 
 def _without_matrix(text: str) -> str:
     """The first rows of the first table, and the counts of the run."""
     lines = _short_progress(text).splitlines()
-    heads = [n for n, line in enumerate(lines) if line.endswith("cost")]
-    if heads:
+    if heads := _heads(lines):
         end = max(n for n, line in enumerate(lines) if line.startswith("shardproof "))
         lines[heads[0] + 4 : end] = ["..."]
     return "\n".join(lines)
@@ -92,8 +98,14 @@ def _one_failure(text: str) -> str:
 
 def _short_failure(text: str) -> str:
     """The check, its clause, the cause, and the command that repeats it."""
-    kept = ("FAIL  ", "  clause", "  cause", "  repeat")
-    return "\n".join(line for line in _one_failure(text).splitlines() if line.startswith(kept))
+    kept: list[str] = []
+    keeps = False
+    for line in _one_failure(text).splitlines():
+        keeps = line.startswith(("FAIL  ", "  clause", "  cause", "  repeat")) or (
+            keeps and line.startswith(_GOES_ON)
+        )
+        kept += [line] if keeps else []
+    return "\n".join(kept)
 
 
 @dataclass(frozen=True)

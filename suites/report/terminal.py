@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import Counter
 from typing import Any, TextIO
 
-from defects.summary import lines
+from defects.summary import lines, worst_first
 from report.compare import CALLERS
-from report.laws import LAWS
-from report.matrix import Cell, Rows, matrix
+from report.matrix import matrix
+from report.matrix_text import matrix_lines
 
 UNEXPECTED = ("fail", "error", "timeout", "crash", "xpass")
 _COLOURS = {
@@ -20,20 +21,34 @@ _COLOURS = {
     "empty": "2",
     "title": "1",
 }
-_COLUMN = 10
+_FIELD = 11
+"""Where the text of a field begins, as `  cause    `."""
+_DEFECT = 17
+"""Where the title of a defect begins, behind its severity and id."""
 _LINES = 30
 _CALLS = 3
 _NEARLY_ALL = 0.9
 
 
 class Screen:
-    """Lines to a stream, coloured where the stream is a terminal."""
+    """Lines to a stream, so wide and coloured as the terminal is."""
 
-    def __init__(self, stream: TextIO, colour: bool) -> None:
-        self._stream, self._colour = stream, colour
+    def __init__(self, stream: TextIO, colour: bool, width: int = 80) -> None:
+        self._stream, self._colour, self.width = stream, colour, max(width, 40)
 
     def line(self, text: str = "") -> None:
+        """As it is: what people copy, and what fits."""
         self._stream.write(text + "\n")
+
+    def wrapped(self, text: str, indent: int = 0, state: str = "") -> None:
+        """Over several lines where it has to be, those after the first indented."""
+        for line in textwrap.wrap(
+            text,
+            self.width,
+            subsequent_indent=" " * indent,
+            break_on_hyphens=False,
+        ):
+            self.line(self.paint(line, state) if state else line)
 
     def paint(self, text: str, state: str) -> str:
         return f"\x1b[{_COLOURS[state]}m{text}\x1b[0m" if self._colour else text
@@ -45,39 +60,13 @@ def show(data: dict[str, Any], folder: str, screen: Screen, *, failures: bool = 
         _show_unexpected(data["checks"], folder, screen)
     found = matrix(data["checks"])
     if found:
-        _show_matrix(found, screen)
+        screen.line()
+        for line in matrix_lines(found, screen.width, screen.paint):
+            screen.line(line)
     _show_defects(data, screen)
     _show_end(data, folder, screen)
-
-
-def _show_matrix(found: dict[str, Rows], screen: Screen) -> None:
-    names = [*found, *(function for rows in found.values() for function in rows)]
-    width = max(map(len, names)) + 1
-    # A run may hold checks of laws that the contract does not name; they are shown, too.
-    extra = sorted(
-        {law for rows in found.values() for cells in rows.values() for law in cells} - set(LAWS)
-    )
-    laws = [*LAWS, *extra]
-    for module, rows in found.items():
-        screen.line()
-        heads = "".join(law.rjust(_column(law)) for law in laws)
-        screen.line(screen.paint(module.ljust(width), "title") + heads)
-        for function, cells in rows.items():
-            row = "".join(
-                screen.paint(str(cell).rjust(_column(law)), cell.state)
-                for law in laws
-                for cell in [cells.get(law, Cell())]
-            )
-            screen.line(function.ljust(width) + row)
-    screen.line()
-    screen.line(
-        "✓ n  all n checks hold    x h/n  known failures: h of n hold    "
-        "✗ h/n  unexpected    ? some not run    · no check"
-    )
-
-
-def _column(law: str) -> int:
-    return max(_COLUMN, len(law) + 1)
+    if failures:
+        _show_next(data, folder, screen)
 
 
 def _show_unexpected(checks: list[dict[str, Any]], folder: str, screen: Screen) -> None:
@@ -92,19 +81,20 @@ def _show_unexpected(checks: list[dict[str, Any]], folder: str, screen: Screen) 
         screen.line()
         screen.line(screen.paint(f"{check['verdict'].upper()}  {check['id']}", "unexpected"))
         if check["clause"]:
-            screen.line(f"  clause   {check['clause']}")
+            screen.wrapped(f"  clause   {check['clause']}", _FIELD)
         if _is_should(check):
-            screen.line(f"  level    SHOULD: {check['level_reason']}")
-        screen.line(f"  cause    {check['message'].partition(chr(10))[0][:800]}")
+            screen.wrapped(f"  level    SHOULD: {check['level_reason']}", _FIELD)
+        screen.wrapped(f"  cause    {check['message'].partition(chr(10))[0][:800]}", _FIELD)
         for rank in _by_blame(check):
             where = f" in {rank['waiting_in']}" if rank["waiting_in"] else ""
             said = rank["message"].partition("\n")[0][:160]
-            screen.line(f"  rank {rank['rank']:<4}{rank['fate']}{where}: {said}")
+            screen.wrapped(f"  rank {rank['rank']:<4}{rank['fate']}{where}: {said}", _FIELD)
         for line in _details(check):
-            screen.line(f"  | {line}")
+            for part in textwrap.wrap(line, screen.width - 4, drop_whitespace=False) or [""]:
+                screen.line(f"  | {part}")
         for rank in check["ranks"]:
             for call in rank.get("collectives", ())[-_CALLS:]:
-                screen.line(f"  rank {rank['rank']:<4}{_call(call)}")
+                screen.wrapped(f"  rank {rank['rank']:<4}{_call(call)}", _FIELD)
         logs = [f"{folder}/{r['log']}" for r in _by_blame(check) if r["log"]]
         if logs:
             screen.line(f"  log      {logs[0]}")
@@ -148,11 +138,12 @@ def _show_defects(data: dict[str, Any], screen: Screen) -> None:
     found = list(lines(data))
     if found:
         screen.line()
-        screen.line(screen.paint(found[0], "title"))
+        screen.wrapped(found[0], state="title")
         for line in found[1:]:
-            screen.line(line)
-        screen.line("ci/defects SP-001 tells one in full")
+            screen.wrapped(line, _DEFECT)
     if bad := sum(c["verdict"] in UNEXPECTED for c in data["checks"]):
+        if not found:
+            screen.line()
         text = f"{bad} unexpected verdicts lead to no defect; they stand above the matrix"
         screen.line(screen.paint(text, "unexpected"))
 
@@ -166,15 +157,17 @@ def _show_end(data: dict[str, Any], folder: str, screen: Screen) -> None:
     for name, verdicts in (("known", ("xfail",)), ("unexpected", UNEXPECTED)):
         lesser = [c for c in data["checks"] if _is_should(c) and c["verdict"] in verdicts]
         if lesser:
-            screen.line(f"{len(lesser)} of the {name} failures are SHOULD, our choice of quality")
+            text = f"{len(lesser)} of the {name} failures are SHOULD, our choice of quality"
+            screen.wrapped(text, 2)
     if callers := sum(e["file"] == CALLERS for e in known):
-        screen.line(f"{callers} of them in torch's callers of the set, whoever the subject")
+        screen.wrapped(f"{callers} of them in torch's callers of the set, whoever the subject", 2)
     counts = (
         ", ".join(f"{n} {verdict}" for verdict, n in run["counts"].items() if n) or "nothing ran"
     )
-    screen.line(
+    screen.wrapped(
         f"{run['subject']} {run['subject_version']} (torch {run['torch']}, {run['backend']} on "
-        f"{run['device']}): {counts}"
+        f"{run['device']}): {counts}",
+        2,
     )
     if run["selected"] != len(data["checks"]):
         missing = run["selected"] - len(data["checks"])
@@ -186,7 +179,24 @@ def _show_end(data: dict[str, Any], folder: str, screen: Screen) -> None:
             f"nearly nothing was judged: {unrun} of {len(data['checks'])} checks are preconditions"
         )
         why = Counter(c["message"] for c in data["checks"] if c["verdict"] == "precondition")
-        screen.line(screen.paint(f"{said}, most for: {why.most_common(1)[0][0]}", "absent"))
+        screen.wrapped(f"{said}, most for: {why.most_common(1)[0][0]}", 2, "absent")
+
+
+def _show_next(data: dict[str, Any], folder: str, screen: Screen) -> None:
+    """The commands that lead on from here."""
+    steps: list[tuple[str, str]] = []
+    if any(c["verdict"] in UNEXPECTED for c in data["checks"]):
+        steps.append(("each failure's repeat", "that check alone, with its traceback"))
+    if worst := next((d.id for d in worst_first(data)), ""):
+        steps.append((f"ci/defects {worst}", "the worst in full, and a way around it"))
+        steps.append((f"ci/reproduce {worst}", "a script that shows it with torch alone"))
+    if not steps:
+        return
+    screen.line()
+    screen.line(screen.paint("next", "title"))
+    room = max(len(command) for command, _ in steps) + 2
+    for command, text in steps:
+        screen.wrapped(f"  {command.ljust(room)}{text}", room + 2)
 
 
 def show_known(data: dict[str, Any], screen: Screen) -> None:

@@ -67,10 +67,13 @@ def test_each_law_is_a_column_of_the_report() -> None:
     ]
     run = {"counts": {"pass": len(checks)}, "selected": len(checks), "device": "cpu"}
     run |= dict.fromkeys(("subject", "subject_version", "torch", "backend"), "")
-    said = io.StringIO()
-    show({"run": run, "checks": checks}, "out", Screen(said, colour=False))
-    (heads,) = (line for line in said.getvalue().splitlines() if line.startswith("m "))
-    assert heads.split()[1:] == list(LAWS)
+    for width, shown in ((140, list(LAWS)), (80, [law[:3] for law in LAWS])):
+        said = io.StringIO()
+        show({"run": run, "checks": checks}, "out", Screen(said, colour=False, width=width))
+        (heads,) = (line for line in said.getvalue().splitlines() if line.startswith("m "))
+        assert heads.split()[1:] == shown
+    assert len(set(shown)) == len(LAWS), "the first letters of two laws are alike"
+    assert all(f"{law[:3]} {law}" in " ".join(said.getvalue().split()) for law in LAWS)
 
 
 def test_the_command_prints_the_laws() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from report.compare import NotComparableError, compare
+from report.laws import LAWS
 from report.matrix import Cell, matrix
 from report.read import BadResultsError, read
 from report.terminal import Screen, show, show_known
@@ -70,9 +71,9 @@ def check(**changes: Any) -> dict[str, Any]:
     return copy.deepcopy(CHECK) | changes
 
 
-def text_of(data: dict[str, Any]) -> str:
+def text_of(data: dict[str, Any], width: int = 140) -> str:
     stream = io.StringIO()
-    show(data, "out/run", Screen(stream, colour=False))
+    show(data, "out/run", Screen(stream, colour=False, width=width))
     return stream.getvalue()
 
 
@@ -161,6 +162,52 @@ def test_a_failure_is_shown_with_its_rank_cause_log_and_command() -> None:
         "out/run/results.json",
     ):
         assert part in text
+
+
+def test_in_80_columns_nothing_is_wider_but_what_is_copied() -> None:
+    known = {"reason": "r", "link": "", "pattern": "*", "file": "x.toml", "defects": ["SP-002"]}
+    words = "several words that go on and on " * 10
+    rank = RANK | {"message": words, "details": f"{words}\n  indented\n\n{words}"}
+    name = "_create_sharded_tensor_md_from_dt"
+    data = results(
+        check(message=words, clause=words, ranks=[rank], level="SHOULD", level_reason=words),
+        *(check(law=law, id=law, function=name) for law in LAWS),
+        *(check(law=law, id=f"{law}, known", verdict="xfail", expected=known) for law in LAWS),
+        check(id="absent", verdict="precondition", module="tensor.parallel._data_parallel_utils"),
+    )
+    for one in data["checks"]:
+        one.setdefault("level", "MUST")
+    text = text_of(data, 80)
+    wide = [line for line in text.splitlines() if len(line) > 80]
+    assert all(line.lstrip().startswith(("repeat ", "log ")) for line in wide), wide
+    narrow = text_of(data, 20)  # less than anybody can use, and no error
+    assert narrow.count("SP-002") == text.count("SP-002") > 2
+    lost = set(words.split()) - set(text.split())
+    assert not lost
+
+
+def test_the_signs_of_a_short_matrix() -> None:
+    expected = {"reason": "r", "link": "", "pattern": "*", "file": "x.toml"}
+    found = {
+        "values": [check(), check(verdict="pass"), check(verdict="xfail", expected=expected)],
+        "structure": [check(verdict="xfail", expected=expected), check(verdict="pass")],
+        "isolation": [check(verdict="pass"), check(verdict="precondition")],
+        "symmetry": [check(verdict="precondition")],
+        "group": [check(verdict="pass"), check(verdict="pass")],
+    }
+    data = results(*(c | {"law": law} for law, checks in found.items() for c in checks))
+    (row,) = (line for line in text_of(data, 80).splitlines() if line.startswith("_f "))
+    assert row.split() == ["_f", "✗1", "x1", "✓?", "?", "·", "✓", "·", "·", "·"]
+
+
+def test_a_run_says_what_to_do_next() -> None:
+    known = {"reason": "r", "link": "", "pattern": "*", "file": "x.toml", "defects": ["SP-002"]}
+    lines = text_of(
+        results(check(verdict="xfail", expected=known, level="MUST"), check(level="MUST"))
+    ).splitlines()
+    steps = [line.split("  ")[1] for line in lines[lines.index("next") + 1 :]]
+    assert steps == ["each failure's repeat", "ci/defects SP-002", "ci/reproduce SP-002"]
+    assert "next" not in text_of(results(check(verdict="pass"))).splitlines()
 
 
 def test_the_last_collectives_of_each_rank_are_shown(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,14 @@ from harness.settings.requirements import WorldSpec
 
 
 class Judge:
-    """JudgePool checks, one after the other."""
+    """Judges checks, one after the other."""
 
-    def __init__(self, settings: Settings, machines: Machines) -> None:
+    def __init__(
+        self, settings: Settings, machines: Machines, tick: Callable[[], None] = lambda: None
+    ) -> None:
+        """`tick` is called again and again while a check runs, and has to be quick."""
         self.settings = settings
+        self._tick = tick
         self.worlds = Worlds(settings, machines)
 
     def judge(self, item: pytest.Item, nextitem: pytest.Item | None, spec: WorldSpec) -> Judgement:
@@ -34,7 +39,9 @@ class Judge:
         try:
             if world.usable:
                 following = None if keep else nextitem
-                records = world.run(item, keep, lambda: self.worlds.launch_ahead(following))
+                records = world.run(
+                    item, keep, lambda: self.worlds.launch_ahead(following), self._tick
+                )
                 world.save_logs(self._log_folder(item), self.settings.run_dir)
                 judgement = blame.judge(records, spec.size)
             else:

@@ -75,16 +75,20 @@ class World:
             self._close_case()
 
     def run(
-        self, item: pytest.Item, keep: bool, meanwhile: Callable[[], None] = lambda: None
+        self,
+        item: pytest.Item,
+        keep: bool,
+        meanwhile: Callable[[], None] = lambda: None,
+        tick: Callable[[], None] = lambda: None,
     ) -> list[RankRecord]:
         """Run one check on all ranks; `keep` leaves the world usable when all have passed.
 
-        The parent does something else `meanwhile`, shorter than any clock.
+        The parent does something else `meanwhile`, and at each `tick`, shorter than any clock.
         """
         for member in self.members:
             member.send("run", id=item.nodeid)
         meanwhile()
-        self._until(lambda: all(m.answered for m in self.members), self.spec.limit)
+        self._until(lambda: all(m.answered for m in self.members), self.spec.limit, tick=tick)
         ending = all(m.record.fate is Fate.PASSED for m in self.members)
         if ending:
             for member in self.members:
@@ -117,7 +121,14 @@ class World:
                 member.lose(member.part.lost)
             member.close_case(found.get(member.record.rank, Evidence()))
 
-    def _until(self, done: Callable[[], bool], limit: float, *, hasten: bool = True) -> None:
+    def _until(
+        self,
+        done: Callable[[], bool],
+        limit: float,
+        *,
+        hasten: bool = True,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
         """Watch all ranks until done or, to `hasten`, until the grace after a failure is over."""
         deadline = time.monotonic() + limit
         failing = False
@@ -131,6 +142,7 @@ class World:
                         of[number].lose(part.lost)
             if done():
                 return
+            tick()
             failed = [m for m in self.members if m.failed and hasten]
             if failed and not failing:
                 failing = True

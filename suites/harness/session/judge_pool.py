@@ -41,6 +41,7 @@ _OF_ITS_OWN = (
     "stepwiseplugin",
     "shardproof-run",
     "shardproof-loop",
+    "shardproof-progress",
 )
 """Plugins of the reporting process, which a judge has no business with."""
 
@@ -142,6 +143,12 @@ class JudgePool:
     def again(self, item: int) -> None:
         """Judge a check once more, when nothing runs beside it."""
         self._alone.append([item])
+
+    def at_work(self) -> Iterator[tuple[int, float]]:
+        """The items that are judged now, each with when it began."""
+        for judge in self._judges:
+            if judge.item is not None:
+                yield judge.item, judge.began
 
     def outcomes(self, skip: Callable[[int], bool], stop: Callable[[], bool]) -> Iterator[Outcome]:
         """What comes of each item, as it comes.

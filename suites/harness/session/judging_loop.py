@@ -10,6 +10,7 @@ from harness.parent.judge import Judge
 from harness.parent.machines import Machines
 from harness.records.verdicts import Judgement, Verdict
 from harness.session.judge_pool import JudgePool, Outcome
+from harness.session.progress import Progress
 from harness.settings import requirements
 from harness.settings.options import Settings
 from harness.system import warm
@@ -28,9 +29,10 @@ class Reporter(Protocol):
 class Loop:
     """Deals the items out to judges, and has each outcome reported."""
 
-    def __init__(self, run: Reporter, settings: Settings) -> None:
+    def __init__(self, run: Reporter, settings: Settings, progress: Progress) -> None:
         self._run = run
         self._settings = settings
+        self._progress = progress
         self._timed_out: dict[int, Judgement] = {}
 
     @pytest.hookimpl
@@ -49,9 +51,13 @@ class Loop:
         judges = JudgePool(
             session, self._settings, lambda: Judge(self._settings, self._run.this_machine())
         )
+
+        def must_stop() -> bool:
+            self._progress.running({items[i].nodeid: began for i, began in judges.at_work()})
+            return self._run.must_stop(session)
+
         for outcome in judges.outcomes(
-            lambda i: i in last or self._run.needs_no_world(items[i]),
-            lambda: self._run.must_stop(session),
+            lambda i: i in last or self._run.needs_no_world(items[i]), must_stop
         ):
             self._take(items[outcome.item], outcome, judges)
         for i in sorted(last):

@@ -24,6 +24,7 @@ from harness.records.verdicts import UNEXPECTED, Judgement, Verdict
 from harness.session import ending, results
 from harness.session.expectations import Entry, Expectations, Facts, append
 from harness.session.judging_loop import Loop
+from harness.session.progress import Progress
 from harness.session.reports import check_report, phase_report
 from harness.settings import options, requirements, subject_import, subjects
 from harness.settings.options import SETTINGS, Settings
@@ -64,10 +65,12 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     if not getattr(config.option, "xmlpath", None):  # not there with -p no:junitxml
         config.option.xmlpath = str(settings.run_dir / "junit.xml")
-    run = Run(config, settings)
+    progress = Progress(config, settings)
+    run = Run(config, settings, progress)
     config.pluginmanager.register(run, "shardproof-run")
+    config.pluginmanager.register(progress, "shardproof-progress")
     if settings.jobs > 1:
-        config.pluginmanager.register(Loop(run, settings), "shardproof-loop")
+        config.pluginmanager.register(Loop(run, settings, progress), "shardproof-loop")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -108,9 +111,10 @@ def pytest_collection_modifyitems(
 class Run:
     """One session: its checks, their verdicts, and what it leaves."""
 
-    def __init__(self, config: pytest.Config, settings: Settings) -> None:
+    def __init__(self, config: pytest.Config, settings: Settings, progress: Progress) -> None:
         self._config = config
         self._settings = settings
+        self._progress = progress
         self._started = time.time()
         self._deadline = time.monotonic() + settings.session_limit
         self._checks: list[dict[str, Any]] = []
@@ -119,7 +123,7 @@ class Run:
         self._items: dict[str, pytest.Item] = {}
         self._collected: list[str] = []
         self._machines: Machines = self.this_machine()
-        self.judge = Judge(settings, self._machines)
+        self.judge = Judge(settings, self._machines, progress.tick)
         self._timed_out: dict[str, Judgement] = {}
         self._stopped = ""
         self._warned = Warned(settings.known.warnings)
@@ -184,7 +188,7 @@ class Run:
             recording.watch()
         if self._settings.torchrun is not None:
             self._machines = self._gather_nodes(session)
-            self.judge = Judge(self._settings, self._machines)
+            self.judge = Judge(self._settings, self._machines, self._progress.tick)
 
     def _gather_nodes(self, session: pytest.Session) -> Machines:
         reporter = self._config.pluginmanager.get_plugin("terminalreporter")
@@ -209,9 +213,10 @@ class Run:
             return True
         if self.needs_no_world(item):
             return True
+        began = time.time()
+        self._progress.running({item.nodeid: began})
         if not requirements.is_check(item):
             return None
-        began = time.time()
         spec = requirements.spec_of(item, self._settings)
         self.report(item, self.judge.judge(item, nextitem, spec), began)
         if self._machines.lost:
@@ -289,6 +294,7 @@ class Run:
         self._checks.append(
             results.check(item, judgement, self._settings, entry.as_json() if entry else None)
         )
+        self._progress.add(self._checks[-1])
         if time.monotonic() > self._write_at:
             with contextlib.suppress(OSError):  # the disk is full: the end tells it, if it is still
                 self._write_results(ending.INCOMPLETE)
