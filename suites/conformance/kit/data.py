@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 
+import pytest
 import torch
 
 from harness.rank import rank_process
@@ -65,6 +66,16 @@ SHAPES: list[tuple[int, ...]] = [
 def dtype_id(dtype: torch.dtype) -> str:
     """The dtype's name for a check's id."""
     return str(dtype).removeprefix("torch.")
+
+
+_ALWAYS = [*SOME_DTYPES, torch.float64, torch.float16, torch.int64, torch.uint8]
+_ALWAYS += [torch.float8_e4m3fn]
+EACH_DTYPE = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(d, marks=() if d in _ALWAYS else pytest.mark.thorough) for d in DTYPES],
+    ids=dtype_id,
+)
+"""Runs a check for each dtype; every width and kind each time, the others with --thorough."""
 
 
 def numbers(

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import Placement
 
 from conformance.kit.compare import assert_same, fingerprint, local
-from conformance.kit.data import DTYPES, SHAPES, VIEWS, dtype_id, numbers
+from conformance.kit.data import EACH_DTYPE, SHAPES, VIEWS, numbers
 from conformance.kit.landing import assert_landed, blank, target
 from conformance.kit.layouts import THREE_D, TWO_D, R, S, placement_id
 from conformance.kit.levels import IDENTITY, STRIDES
@@ -26,7 +26,7 @@ def _given(rank: int, full: dict[str, Any]) -> dict[str, Any]:
 class TestBroadcastStateDictValues:
     @pytest.mark.law("values")
     @pytest.mark.world(2)
-    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    @EACH_DTYPE
     def test_every_dtype_lands_to_the_bit(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, dtype: torch.dtype
     ) -> None:

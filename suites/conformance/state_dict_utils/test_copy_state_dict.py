@@ -15,7 +15,7 @@ from conformance.kit.agree import attempt
 from conformance.kit.cases import each
 from conformance.kit.compare import assert_same, assert_unchanged, bits, fingerprint
 from conformance.kit.containers import CONTAINERS, KINDS, PLACEMENTS, dashed
-from conformance.kit.data import DTYPES, SHAPES, VIEWS, dtype_id, numbers
+from conformance.kit.data import EACH_DTYPE, SHAPES, VIEWS, numbers
 from conformance.kit.generated import examples, state_dicts
 from conformance.kit.layouts import ONE_D, TWO_D, dtensor, part, placement_id, rows, sharded_tensor
 from conformance.kit.levels import WORDS
@@ -44,7 +44,7 @@ SEEN = [
 class TestCopyStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(1)
-    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    @EACH_DTYPE
     def test_every_dtype_and_memory_layout(self, judged: Any, dtype: torch.dtype) -> None:
         """Every dtype is copied bit for bit, whatever the strides on either side."""
         source, expected, target = {}, {}, {}

@@ -14,7 +14,7 @@ from conformance.kit.cases import each
 from conformance.kit.collectives import Collectives
 from conformance.kit.compare import assert_unchanged, fingerprint, local
 from conformance.kit.containers import CONTAINERS
-from conformance.kit.data import DTYPES, SHAPES, VIEWS, dtype_id, numbers
+from conformance.kit.data import EACH_DTYPE, SHAPES, VIEWS, numbers
 from conformance.kit.generated import examples, state_dicts
 from conformance.kit.layouts import ONE_D, S, dtensor, part, placement_id, rows, sharded_tensor
 from conformance.kit.levels import STRIDES
@@ -74,7 +74,7 @@ class TestCreateCpuStateDict:
 
     @pytest.mark.law("structure")
     @pytest.mark.world(1)
-    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    @EACH_DTYPE
     def test_every_dtype_and_shape(self, judged: Any, dtype: torch.dtype) -> None:
         """Every dtype and shape, whatever the strides of the original, gets a buffer like it."""
         value = {

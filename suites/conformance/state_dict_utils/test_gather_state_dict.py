@@ -12,7 +12,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Shard
 
 from conformance.kit.compare import assert_same, local
-from conformance.kit.data import DTYPES, SHAPES, VIEWS, dtype_id, numbers
+from conformance.kit.data import EACH_DTYPE, SHAPES, VIEWS, numbers
 from conformance.kit.layouts import (
     THREE_D,
     TWO_D,
@@ -37,7 +37,7 @@ def _fits(shape: tuple[int, ...], placements: list[Placement]) -> bool:
 class TestGatherStateDictValues:
     @pytest.mark.law("values")
     @pytest.mark.world(2)
-    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    @EACH_DTYPE
     def test_every_dtype_is_gathered_to_the_bit(
         self, judged: Any, mesh: Any, dtype: torch.dtype
     ) -> None:

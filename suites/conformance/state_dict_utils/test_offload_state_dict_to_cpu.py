@@ -16,7 +16,7 @@ from conformance.kit.cases import each
 from conformance.kit.collectives import Collectives
 from conformance.kit.compare import assert_same, assert_unchanged, fingerprint
 from conformance.kit.containers import CONTAINERS
-from conformance.kit.data import DTYPES, SHAPES, VIEWS, dtype_id, numbers
+from conformance.kit.data import EACH_DTYPE, SHAPES, VIEWS, numbers
 from conformance.kit.generated import examples, state_dicts
 from conformance.kit.layouts import (
     ONE_D,
@@ -101,7 +101,7 @@ class TestOffloadStateDictToCpu:
 
     @pytest.mark.law("values")
     @pytest.mark.world(1)
-    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    @EACH_DTYPE
     def test_every_dtype_and_memory_layout(self, judged: Any, dtype: torch.dtype) -> None:
         """Every dtype is kept bit for bit, whatever strides and offset."""
         value = {

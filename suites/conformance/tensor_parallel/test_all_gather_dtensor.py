@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from conformance.kit.agree import assert_raises_everywhere, attempt, exchange
 from conformance.kit.collectives import Collectives
 from conformance.kit.compare import assert_same, fingerprint, shares_memory
-from conformance.kit.data import DTYPES, VIEWS, dtype_id, numbers
+from conformance.kit.data import EACH_DTYPE, VIEWS, numbers
 from conformance.kit.fsdp1 import EVEN, HELD, UNEVEN, fsdp_rank, given, held_id, sharded, tp_local
 from conformance.kit.generated import drawn, layouts
 from conformance.kit.layouts import (
@@ -123,7 +123,7 @@ class TestAllGatherDTensor:
 
     @pytest.mark.law("values")
     @pytest.mark.world(2)
-    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    @EACH_DTYPE
     def test_every_dtype(self, judged: Any, mesh: Any, dtype: torch.dtype) -> None:
         """Every dtype is gathered bit for bit, those that the backend cannot move, too."""
         root = mesh(2, 1)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Partial
 from conformance.kit.agree import exchange
 from conformance.kit.collectives import Collectives
 from conformance.kit.compare import assert_same, fingerprint, local
-from conformance.kit.data import DTYPES, dtype_id, numbers
+from conformance.kit.data import EACH_DTYPE, numbers
 from conformance.kit.generated import drawn, layouts
 from conformance.kit.layouts import (
     ONE_D,
@@ -133,7 +133,7 @@ class TestFlattenTensor:
 
     @pytest.mark.law("values")
     @pytest.mark.world(1)
-    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    @EACH_DTYPE
     def test_every_dtype(self, judged: Any, mesh: Any, dtype: torch.dtype) -> None:
         """Every dtype passes bit for bit: integer and bool weights, too."""
         for shape in [(4,), (), (0, 3)]:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conformance.kit.collectives import Collectives
 from conformance.kit.compare import assert_same, fingerprint, local, shares_memory
-from conformance.kit.data import DTYPES, dtype_id, numbers
+from conformance.kit.data import EACH_DTYPE, numbers
 from conformance.kit.layouts import ONE_D, THREE_D, TWO_D, R, S, dtensor, part, placement_id
 from conformance.kit.tensor_parallel import bag, baggage, piled_up, weight
 
@@ -88,7 +88,7 @@ class TestLocalizeDtensor:
 
     @pytest.mark.law("values")
     @pytest.mark.world(1)
-    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    @EACH_DTYPE
     def test_every_dtype(self, judged: Any, mesh: Any, dtype: torch.dtype) -> None:
         """A parameter of any dtype, integers and bool too, is localized bit for bit."""
         for shape in [(4,), (), (0, 3)]:

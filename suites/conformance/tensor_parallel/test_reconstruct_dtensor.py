@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from conformance.kit.collectives import Collectives
 from conformance.kit.compare import assert_same, assert_type, local, shares_memory
-from conformance.kit.data import DTYPES, dtype_id, numbers
+from conformance.kit.data import EACH_DTYPE, numbers
 from conformance.kit.layouts import ONE_D, THREE_D, TWO_D, R, S, dtensor, part, placement_id
 from conformance.kit.refusals import SHAPE, refused
 from conformance.kit.tensor_parallel import bag, baggage, identities, piled_up, weight
@@ -109,7 +109,7 @@ class TestReconstructDtensor:
 
     @pytest.mark.law("values")
     @pytest.mark.world(1)
-    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    @EACH_DTYPE
     def test_every_dtype(self, judged: Any, localize: Any, mesh: Any, dtype: torch.dtype) -> None:
         """A parameter of any dtype, integers and bool too, comes back bit for bit."""
         for shape in [(4,), (), (0, 3)]:

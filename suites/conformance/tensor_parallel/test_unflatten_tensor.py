@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Partial
 from conformance.kit.agree import attempt, exchange
 from conformance.kit.collectives import Collectives
 from conformance.kit.compare import assert_same, assert_type, fingerprint, shares_memory
-from conformance.kit.data import DTYPES, dtype_id, numbers
+from conformance.kit.data import EACH_DTYPE, numbers
 from conformance.kit.generated import drawn, layouts
 from conformance.kit.layouts import ONE_D, THREE_D, TWO_D, R, S, dtensor, part, placement_id
 from conformance.kit.refusals import SHAPE, assert_refusal, refused
@@ -107,7 +107,7 @@ class TestUnflattenTensor:
 
     @pytest.mark.law("values")
     @pytest.mark.world(1)
-    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    @EACH_DTYPE
     def test_every_dtype(self, judged: Any, mesh: Any, dtype: torch.dtype) -> None:
         """Every dtype and a 0-dim tensor pass bit for bit."""
         for shape in [(4,), (), (0, 3)]:
