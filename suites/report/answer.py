@@ -1,0 +1,120 @@
+"""The answer of a run in one sentence, with what a reader has to know beside it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from packaging.version import Version
+
+from defects.catalogue import Defect
+from defects.summary import met, sentence
+
+UNEXPECTED = ("fail", "error", "timeout", "crash", "xpass")
+_BACKENDS = {"gloo": "Gloo", "nccl": "NCCL"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a run says."""
+
+    state: str
+    """nothing, incomplete, failed, known (only failures that are expected) or holds."""
+    sentence: str
+    notes: tuple[str, ...]
+
+
+def answer(data: dict[str, Any], catalogue: dict[str, Defect]) -> Answer:
+    """The sentence of the run, and its notes."""
+    run, checks = data["run"], data["checks"]
+    counts = Counter(check["verdict"] for check in checks)
+    missing = run["selected"] - len(checks)
+    judged = len(checks) - counts["precondition"]
+    bad = sum(counts[verdict] for verdict in UNEXPECTED)
+    contract = _contract(data, catalogue)
+    notes = []
+    if missing > 0:
+        state = "incomplete"
+        said = f"The run is incomplete: {missing} of {_checks(run['selected'])} did not run"
+        if bad:
+            notes.append(f"{_checks(bad)} that did run came out unexpectedly.")
+        if contract:
+            notes.append(f"So far: {contract}.")
+    elif bad:
+        state, said = "failed", f"{_of(bad, judged)} came out unexpectedly: {_kinds(counts)}"
+        if contract:
+            notes.append(f"Beside that, {contract}.")
+    elif not judged:
+        state, said = "nothing", "Nothing was judged: no check ran"
+    elif counts["xfail"]:
+        state, said = "known", contract or _known(run, counts["xfail"], judged)
+    else:
+        state, said = "holds", f"{_who(run)}: {_all(judged)}"
+    if choices := _choices(data, catalogue):
+        notes.append(
+            f"In {choices} more way{'s' if choices > 1 else ''} it breaks what is this project's "
+            "choice (SHOULD); no implementation is wrong for that."
+        )
+    for reason, count in _not_run(checks):
+        notes.append(f"{_checks(count)} could not run: {reason}")
+    if left := run.get("left_out", 0):
+        notes.append(f"{left} checks marked thorough were left out (--thorough runs them).")
+    return Answer(state, said, tuple(notes))
+
+
+def _contract(data: dict[str, Any], catalogue: dict[str, Defect]) -> str:
+    """How the subject breaks the contract, where its known failures lead to defects."""
+    must, _ = by_level(data["checks"], catalogue)
+    return sentence(data["run"], must) if must else ""
+
+
+def by_level(
+    checks: list[dict[str, Any]], catalogue: dict[str, Defect]
+) -> tuple[list[Defect], list[Defect]]:
+    """The defects met, worst first: those of the contract, and those of SHOULD checks alone."""
+    found = {catalogue[i]: several for i, several in met(checks).items() if i in catalogue}
+    ranked = sorted(found, key=lambda defect: defect.rank)
+    choices = [d for d in ranked if all(c.get("level") == "SHOULD" for c in found[d])]
+    return [d for d in ranked if d not in choices], choices
+
+
+def _choices(data: dict[str, Any], catalogue: dict[str, Defect]) -> int:
+    return len(by_level(data["checks"], catalogue)[1])
+
+
+def _who(run: dict[str, Any]) -> str:
+    torch = f"torch {Version(run['torch']).base_version}"
+    on = _BACKENDS.get(run["backend"], run["backend"])
+    if run["subject"] == "torch.distributed":
+        return f"{torch} on {on}"
+    return f"{run['subject']} {run['subject_version']}".rstrip() + f" on {torch}, {on}"
+
+
+def _known(run: dict[str, Any], count: int, judged: int) -> str:
+    return f"{_who(run)}: {_of(count, judged)} fail as expected, the others hold"
+
+
+def _all(judged: int) -> str:
+    return f"all {judged} checks hold" if judged > 1 else "the one check that ran holds"
+
+
+def _of(count: int, judged: int) -> str:
+    return f"{count} of {_checks(judged)}"
+
+
+def _checks(count: int) -> str:
+    return f"{count} check{'s' if count != 1 else ''}"
+
+
+def _kinds(counts: Counter[str]) -> str:
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in UNEXPECTED if counts[verdict])
+
+
+def _not_run(checks: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    found = Counter(
+        check["message"].partition("\n")[0]
+        for check in checks
+        if check["verdict"] == "precondition"
+    )
+    return found.most_common()
