@@ -38,15 +38,16 @@ def answer(data: dict[str, Any], catalogue: dict[str, Defect]) -> Answer:
         state = "incomplete"
         said = f"The run is incomplete: {missing} of {_checks(run['selected'])} did not run"
         if bad:
-            notes.append(f"{_checks(bad)} that did run came out unexpectedly.")
+            notes.append(f"{_of(bad, judged)} that did run {_came_out(counts)}.")
         if contract:
             notes.append(f"So far: {contract}.")
     elif bad:
-        state, said = "failed", f"{_of(bad, judged)} came out unexpectedly: {_kinds(counts)}"
+        state, said = "failed", f"{_of(bad, judged)} {_came_out(counts)}"
         if contract:
             notes.append(f"Beside that, {contract}.")
     elif not judged:
-        state, said = "nothing", "Nothing was judged: no check ran"
+        none = f": none of {_checks(len(checks))} could run" if checks else ""
+        state, said = "nothing", f"Nothing was judged{none}"
     elif counts["xfail"]:
         state, said = "known", contract or _known(run, counts["xfail"], judged)
     else:
@@ -107,8 +108,23 @@ def _checks(count: int) -> str:
     return f"{count} check{'s' if count != 1 else ''}"
 
 
-def _kinds(counts: Counter[str]) -> str:
-    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in UNEXPECTED if counts[verdict])
+_VERBS = {
+    "fail": ("fails unexpectedly", "fail unexpectedly"),
+    "error": (
+        "breaks in the harness or the environment",
+        "break in the harness or the environment",
+    ),
+    "timeout": ("times out unexpectedly", "time out unexpectedly"),
+    "crash": ("crashes unexpectedly", "crash unexpectedly"),
+    "xpass": ("passes, though a failure is expected", "pass, though failures are expected"),
+}
+
+
+def _came_out(counts: Counter[str]) -> str:
+    met = [verdict for verdict in UNEXPECTED if counts[verdict]]
+    if len(met) == 1:
+        return _VERBS[met[0]][counts[met[0]] > 1]
+    return "came out unexpectedly: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in met)
 
 
 def _not_run(checks: list[dict[str, Any]]) -> list[tuple[str, int]]:

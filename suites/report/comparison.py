@@ -13,6 +13,7 @@ from pathlib import Path
 from harness.system import pipes
 from report.changes import changes, lines
 from report.compare import NotComparableError
+from report.html import comparison_page
 from report.read import BadResultsError, read
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write it there for machines, too"
     )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write it there as a page, too")
     parser.add_argument(
         "--runs",
         type=Path,
@@ -48,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"{name}: expected a folder with results.json, or torch==2.13.0")
     try:
         folders = [_folder(name, options.runs) for name in (options.before, options.now)]
-        found = changes(*(read(folder) for folder in folders))
+        first, second = map(read, folders)
+        found = changes(first, second)
     except (BadResultsError, NotComparableError, _RunFailedError) as error:
         print(f"ci/compare: {error}", file=sys.stderr)
         return 3
@@ -56,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(line)
     if options.json:
         options.json.write_text(json.dumps(found.as_json(), indent=1) + "\n")
+    if options.html:
+        names = (options.before, options.now)
+        comparison_page.write(found, (first, second), names, options.html)
     return int(found.worse)
 
 

@@ -1,12 +1,9 @@
-"""What scripts of a page read of checks and defects: the same as results.json, without what is empty."""
+"""What scripts of a page read of checks: the same as results.json, without what is empty."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
-
-from defects.catalogue import Defect
-from defects.words import SEVERITIES
 
 _WORST_FIRST = ("crash", "timeout", "error", "fail", "xpass", "xfail", "precondition", "pass")
 
@@ -15,25 +12,6 @@ def checks(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The checks, worst first. A rank whose stack is another's has the other's number in `as`."""
     ranked = sorted(found, key=lambda check: _WORST_FIRST.index(check["verdict"]))
     return [_check(check) for check in ranked]
-
-
-def defects(catalogue: dict[str, Defect], wanted: Iterable[str]) -> dict[str, Any]:
-    """What filters and links ask of the defects."""
-    return {
-        identity: {
-            "title": catalogue[identity].title,
-            "severity": catalogue[identity].severity,
-            "roads": catalogue[identity].roads,
-        }
-        for identity in wanted
-        if identity in catalogue
-    }
-
-
-def severities(several: Iterable[Defect]) -> list[str]:
-    """The words that these defects have, worst first."""
-    met = {word for defect in several for word in defect.severity}
-    return [word for word in SEVERITIES if word in met]
 
 
 def _check(check: dict[str, Any]) -> dict[str, Any]:

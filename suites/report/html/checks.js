@@ -35,7 +35,7 @@ const entries = (() => {
           h("span", { class: "where mono" }, check.clause ? short(check.id) : check.name || "")),
         h("span", { class: "notes" },
           check.level === "SHOULD" ? h("span", { class: "note" }, "SHOULD") : "",
-          hit.map((id) => h("a", { class: "id", href: `#${id}` }, id)))));
+          hit.map((id) => h("span", { class: "id" }, id)))));
     made.addEventListener("toggle", () => { if (made.open && !made.querySelector(".body")) made.append(body(check)); });
     return made;
   }
@@ -62,7 +62,7 @@ const entries = (() => {
         check.message ? row(check.verdict === "precondition" ? "Not run" : "Cause", h("pre", {}, check.message)) : "",
         row("Judges", facts),
         check.level === "SHOULD" ? row("Level", `SHOULD: ${check.level_reason || ""}`) : "",
-        expected ? row("Expected", (expected.defects || []).map((id) =>
+        expected ? row({ xfail: "Known as", xpass: "Expected to fail" }[check.verdict] || "Expected otherwise", (expected.defects || []).map((id) =>
             h("p", {}, h("a", { href: `#${id}` }, id), ` ${run.defects[id]?.title || "not in this catalogue"}`)),
           reasonOf(expected) ? h("p", {}, reasonOf(expected)) : "",
           expected.link ? h("p", {}, h("a", { href: expected.link, rel: "noopener" }, expected.link)) : "",
@@ -83,7 +83,7 @@ const entries = (() => {
       one.exitcode !== undefined && one.exitcode !== 0 && `exit ${one.exitcode}`,
       places && one.host].filter(Boolean).join(" · ");
     return h("section", { class: `rank is-${one.fate.replaceAll(" ", "-")}` },
-      h("h5", {}, `rank ${one.rank}`, h("span", {}, one.fate)),
+      h("p", { class: "head" }, h("strong", {}, `rank ${one.rank}`), h("span", {}, one.fate)),
       h("p", { class: "muted" }, facts),
       one.message && !squeezed(stackOf(one, check)).includes(squeezed(one.message)) ? h("pre", {}, one.message) : "",
       one.collectives ? calls(one.collectives) : "",

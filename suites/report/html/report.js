@@ -135,7 +135,7 @@
     list(place, shown.filter((check) => check.name === name && check.law === law), 25);
     const under = h("tr", { class: "under" }, h("td", { colspan: row.children.length },
       h("div", { class: "panel" },
-        h("div", { class: "list-head" }, h("h4", {}, h("code", {}, name), `, ${law}`),
+        h("div", { class: "list-head" }, h("strong", {}, h("code", {}, name), `, ${law}`),
           h("button", { type: "button", "data-link": `cell=${encodeURIComponent(`${name}/${law}`)}` }, "Copy link")),
         place)));
     row.after(under);

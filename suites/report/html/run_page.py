@@ -8,27 +8,33 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from defects.catalogue import Defect, read
-from defects.listing import mender
-from defects.reproduce import files
+from defects.catalogue import read
 from defects.summary import met
-from defects.words import IN_WORDS, ROADS, SEVERITIES
+from defects.words import ROADS
 from report.answer import UNEXPECTED, answer, by_level
-from report.html import check_data
+from report.html import benchmark_data, check_data, defect_data
 from report.html.pages import render
 from report.laws import LAWS
 from report.matrix import matrix
 
 NAME = "report.html"
+BENCHMARKS = benchmark_data.NAME
+_SCRIPTS = ("checks.js", "filter.js", "report.js")
+_VENDORED = ("licences.js", "d3-7.9.2.min.js", "plot-0.6.17.umd.min.js")
+_CHARTS = (*(f"vendor/{name}" for name in _VENDORED), "benchmarks.js")
 
 
-def write(data: dict[str, Any], file: Path) -> None:
-    """Write the page of a run."""
-    file.write_text(page(data), encoding="utf-8", errors="replace")
+def write(data: dict[str, Any], file: Path, folder: Path) -> None:
+    """Write the page of the run in `folder`.
+
+    Raises ValueError where its benchmarks are no journal.
+    """
+    text = page(data, benchmark_data.benchmarks_of(folder))
+    file.write_text(text, encoding="utf-8", errors="replace")
 
 
-def page(data: dict[str, Any]) -> str:
-    """The page of a run, from what its results.json holds."""
+def page(data: dict[str, Any], benchmarks: dict[str, Any] | None = None) -> str:
+    """The page of a run, from what its results.json holds, and its benchmarks where it has any."""
     checks, catalogue = data["checks"], read()
     found = met(checks)
     must, choices = by_level(checks, catalogue)
@@ -37,47 +43,38 @@ def page(data: dict[str, Any]) -> str:
     laws = {c["law"] for c in checks if c["law"]}
     return render(
         "report.html",
-        scripts=("checks.js", "filter.js", "report.js"),
+        scripts=(*_SCRIPTS, *(_CHARTS if benchmarks else ())),
         styles=("report.css",),
         data={
             "checks": check_data.checks(checks),
-            "defects": check_data.defects(catalogue, found),
+            "defects": defect_data.for_scripts(catalogue, found),
+            **({"benchmarks": benchmarks} if benchmarks else {}),
         },
+        benchmarks=benchmarks,
         run=data["run"],
         answer=answer(data, catalogue),
         counts=[(verdict, n) for verdict, n in data["run"]["counts"].items() if n],
         total=len(checks),
         unexpected=sum(check["verdict"] in UNEXPECTED for check in checks),
-        severities=SEVERITIES,
-        in_words=IN_WORDS,
-        roads=ROADS,
-        by_severity=_by_severity(must),
+        **defect_data.values(known),
+        by_severity=defect_data.by_severity(must),
         choices=choices,
         strangers=sorted(identity for identity in found if identity not in catalogue),
         seen={identity: len(several) for identity, several in found.items()},
         others=_without_defect(checks),
-        scripts_of={d.id: files()[d.id].read_text() for d in known if d.id in files()},
-        mender=mender,
         matrix=matrix(checks),
         laws={law: LAWS.get(law, "") for law in [*LAWS, *sorted(laws - set(LAWS))] if law in laws},
-        environment=_environment(data["run"]),
+        environment=environment(data["run"]),
         seconds=_seconds(data["run"]),
         choose={
             "function": sorted(f"{module}.{function}" for module, function in names),
             "law": [law for law in [*LAWS, *sorted(laws - set(LAWS))] if law in laws],
             "verdict": [verdict for verdict, n in data["run"]["counts"].items() if n],
-            "severity": check_data.severities(known),
+            "severity": defect_data.severities(known),
             "level": sorted({check.get("level", "MUST") for check in checks}),
             "road": [road for road in ROADS if any(road in defect.roads for defect in known)],
         },
     )
-
-
-def _by_severity(found: Iterable[Defect]) -> dict[str, list[Defect]]:
-    groups: dict[str, list[Defect]] = defaultdict(list)
-    for defect in found:
-        groups[defect.worst].append(defect)
-    return dict(groups)
 
 
 def _without_defect(checks: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -118,7 +115,8 @@ _TITLES = {
 }
 
 
-def _environment(run: dict[str, Any]) -> list[tuple[str, str]]:
+def environment(run: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the run ran with, as titles and values."""
     values = dict(run)
     values["subject"] = f"{run['subject']} {run['subject_version']}".rstrip()
     for moment in ("start", "end"):

@@ -1,0 +1,140 @@
+"""The comparison of two runs as one page: what got worse first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from defects.catalogue import Defect, read
+from report.changes import Changes
+from report.html import check_data, defect_data
+from report.html.pages import render
+from report.html.run_page import environment
+
+_SHOWN = 200
+"""Ids of checks that only one run had."""
+
+
+def write(
+    found: Changes, runs: tuple[dict[str, Any], dict[str, Any]], names: tuple[str, str], file: Path
+) -> None:
+    """Write the page; `names` are those of the runs, as the command was given them."""
+    file.write_text(page(found, runs, names), encoding="utf-8", errors="replace")
+
+
+def page(
+    found: Changes, runs: tuple[dict[str, Any], dict[str, Any]], names: tuple[str, str]
+) -> str:
+    """The page of a comparison."""
+    catalogue = read()
+    defects = [*found.appeared, *found.vanished, *found.renamed]
+    known = [catalogue[i] for i in sorted(defects) if i in catalogue]
+    single = [*found.new_failures, *found.mended, *found.changed]
+    ids = {change.check for change in single}
+    for group in (found.appeared, found.vanished, found.renamed):
+        ids.update(*group.values())
+    before, now = (_of(run, ids) for run in runs)
+    groups = (("appeared", found.appeared), ("vanished", found.vanished))
+    return render(
+        "comparison.html",
+        scripts=("checks.js", "comparison.js"),
+        styles=("report.css",),
+        data={
+            "before": before,
+            "checks": now,
+            "names": names,
+            "of_defect": {i: several for _, group in groups for i, several in group.items()}
+            | found.renamed,
+            "defects": defect_data.for_scripts(
+                catalogue, {*defects, *(d for check in [*before, *now] for d in _defects(check))}
+            ),
+        },
+        found=found,
+        names=names,
+        said=sentence(found),
+        rows=_side_by_side(*runs),
+        sections=[
+            (name, *_split(group, catalogue), len(group))
+            for name, group in (*groups, _renamed(found))
+        ],
+        lists=[
+            ("new", "Fail now, and lead to no defect", found.new_failures),
+            ("worse", "Known failures that are worse", [c for c in found.changed if c.worse]),
+            ("mended", "Hold now, and led to no defect", found.mended),
+            ("better", "Known failures that are better", [c for c in found.changed if not c.worse]),
+        ],
+        only=[
+            (name, several[:_SHOWN], len(several))
+            for name, several in zip(names, (found.only_before, found.only_now), strict=True)
+        ],
+        seen={
+            i: len(several)
+            for group in (found.appeared, found.vanished, found.renamed)
+            for i, several in group.items()
+        },
+        **defect_data.values(known),
+    )
+
+
+def sentence(found: Changes) -> str:
+    """What changed, in one sentence."""
+    parts = [
+        _many(len(found.appeared), "new defect"),
+        _many(
+            len(found.new_failures), "new failure without a defect", "new failures without a defect"
+        ),
+        _many(
+            sum(c.worse for c in found.changed),
+            "known failure that is worse",
+            "known failures that are worse",
+        ),
+    ]
+    bad = ", ".join(part for part in parts if part)
+    good = ", ".join(
+        part
+        for part in (
+            _many(len(found.vanished), "defect gone", "defects gone"),
+            _many(
+                len(found.mended), "failure without a defect gone", "failures without a defect gone"
+            ),
+        )
+        if part
+    )
+    if found.worse:
+        return f"Something got worse: {bad}" + (f"; {good}" if good else "")
+    return "Nothing got worse" + (f": {good}" if good else "")
+
+
+def _many(count: int, one: str, several: str = "") -> str:
+    if not count:
+        return ""
+    return f"{count} {one if count == 1 else several or one + 's'}"
+
+
+def _renamed(found: Changes) -> tuple[str, dict[str, list[str]]]:
+    return "renamed", found.renamed
+
+
+def _split(
+    group: dict[str, list[str]], catalogue: dict[str, Defect]
+) -> tuple[dict[str, list[Defect]], list[str]]:
+    """The defects of a group by severity, and the ids that the catalogue does not have."""
+    known = sorted((catalogue[i] for i in group if i in catalogue), key=lambda d: d.rank)
+    return defect_data.by_severity(known), [i for i in group if i not in catalogue]
+
+
+def _of(run: dict[str, Any], ids: set[str]) -> list[dict[str, Any]]:
+    return check_data.checks(check for check in run["checks"] if check["id"] in ids)
+
+
+def _defects(check: dict[str, Any]) -> list[str]:
+    return list(check.get("expected", {}).get("defects", ()))
+
+
+def _side_by_side(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The environments, row by row; a value that only one of them has stands alone."""
+    one, other = dict(environment(before["run"])), dict(environment(now["run"]))
+    for run, rows in ((before, one), (now, other)):
+        counts = run["run"]["counts"].items()
+        rows["Verdicts"] = ", ".join(f"{n} {verdict}" for verdict, n in counts if n)
+    return [(t, one.get(t, ""), other.get(t, "")) for t in dict.fromkeys([*one, *other])]
