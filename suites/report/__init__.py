@@ -1,4 +1,17 @@
-"""What people read of a run: from results.json and nothing else.
+"""What people read of a run: from results.json, and from the catalogue of defects.
 
-`python -m report out/latest` prints the matrix of functions by laws and the failures.
+read            results.json, held to its schema
+laws            the columns: each law with its sentence
+matrix          functions by laws, how many checks of each cell hold
+answer          what the run says, in one sentence
+terminal        the run on a terminal
+compare         two runs side by side, as a table in Markdown
+changes         two runs in terms of defects
+comparison      ci/compare
+versions        torch's versions side by side: ci/verdicts
+html            pages as single files: report.html, the comparison
+plugin          leaves report.html beside results.json
+browser         the pages in Chromium
+readme          ci/readme
+__main__        `python -m report out/latest`: the matrix, the failures, the defects
 """

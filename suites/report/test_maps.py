@@ -33,6 +33,9 @@ MAPPED = [
     SUITES / "benchmarks" / "run",
     SUITES / "benchmarks" / "results",
     SUITES / "quick",
+    SUITES / "report",
+    SUITES / "report" / "html",
+    SUITES / "report" / "browser",
 ]
 
 

@@ -40,7 +40,7 @@ def render(
 
 def _as_json(value: Any) -> Markup:
     """JSON that no HTML parser takes for anything else."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(value, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c"))
 
 
