@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +200,18 @@ def test_a_text_that_no_encoding_has_is_written(tmp_path: Path) -> None:
     data = example_runs.results(example_runs.known("a", reason="half \ud83c"))
     run_page.write(data, tmp_path / "report.html", tmp_path)
     assert "half ?" in (tmp_path / "report.html").read_text()
+
+
+def test_every_run_leaves_its_page(tmp_path: Path) -> None:
+    words = ["--subject", "shardproof", "-q", "--no-warm-up", "--run-dir", str(tmp_path / "run")]
+    ended = subprocess.run(
+        [sys.executable, "-m", "harness", *words, "suites/report/test_maps.py"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert re.search(r"^report: .*run/report.html$", ended.stdout, re.MULTILINE)
+    assert "checks hold" in (tmp_path / "run" / "report.html").read_text()
