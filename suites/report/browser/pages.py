@@ -340,6 +340,17 @@ def test_print(visit: Open, name: str) -> None:
     assert tab.pdf()[:4] == b"%PDF"
 
 
+def test_of_all_checks_those_are_printed_that_were_asked_for(visit: Open) -> None:
+    tab = visit("everything")
+    tab.emulate_media(media="print")
+    assert not shown(tab, "#checks")
+    tab.goto(tab.url + "#verdict=pass")
+    assert len(shown(tab, "#all-checks > details")) == 4
+    tab = visit("everything", link("dying"))
+    tab.emulate_media(media="print")
+    assert shown(tab, "#all-checks details[open]")
+
+
 @pytest.mark.parametrize("name", ["everything", "comparison"])
 def test_a_phone(visit: Open, name: str) -> None:
     """Nothing is wider than the screen but what scrolls itself."""

@@ -34,6 +34,7 @@
     if (filter.form) {
       $("matching").textContent = filter.active() ? `${shown.length} of ${run.checks.length} checks` : `${shown.length} checks`;
       $("clear").hidden = !filter.active();
+      document.body.toggleAttribute("data-filtered", filter.active());
     }
     showUnexpected();
     showDefects();
