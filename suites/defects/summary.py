@@ -61,14 +61,18 @@ def lines(data: dict[str, Any]) -> Iterator[str]:
 
 def sentence(run: dict[str, Any], found: list[Defect]) -> str:
     """In how many ways a subject breaks the contract, by severity."""
-    name = run["subject"]
-    version = Version(run["torch"]).base_version
-    who = f"torch {version}" if name == "torch.distributed" else f"{name} on torch {version}"
     counts = {word: sum(d.worst == word for d in found) for word in SEVERITIES}
     parts = [f"{n} {IN_WORDS[word][n > 1]}" for word, n in counts.items() if n]
     told = ": " + ", ".join(parts) if parts else ""
-    on = _BACKENDS.get(run["backend"], run["backend"])
-    return f"{who} on {on} breaks the contract in {_ways(len(found))}{told}"
+    return f"{judged(run)} breaks the contract in {_ways(len(found))}{told}"
+
+
+def judged(run: dict[str, Any]) -> str:
+    """What a run judged, in words: torch 2.13.0 on Gloo."""
+    name = run["subject"]
+    version = Version(run["torch"]).base_version
+    who = f"torch {version}" if name == "torch.distributed" else f"{name} on torch {version}"
+    return f"{who} on {_BACKENDS.get(run['backend'], run['backend'])}"
 
 
 def line(defect: Defect, checks: int) -> str:

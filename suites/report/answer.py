@@ -6,13 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from packaging.version import Version
-
+from defects import summary
 from defects.catalogue import Defect
-from defects.summary import met, sentence
-
-UNEXPECTED = ("fail", "error", "timeout", "crash", "xpass")
-_BACKENDS = {"gloo": "Gloo", "nccl": "NCCL"}
+from report.terminal import UNEXPECTED
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,7 @@ def answer(data: dict[str, Any], catalogue: dict[str, Defect]) -> Answer:
     run, checks = data["run"], data["checks"]
     counts = Counter(check["verdict"] for check in checks)
     missing = run["selected"] - len(checks)
-    judged = len(checks) - counts["precondition"]
+    ran = len(checks) - counts["precondition"]
     bad = sum(counts[verdict] for verdict in UNEXPECTED)
     contract = _contract(data, catalogue)
     notes = []
@@ -38,20 +34,20 @@ def answer(data: dict[str, Any], catalogue: dict[str, Defect]) -> Answer:
         state = "incomplete"
         said = f"The run is incomplete: {missing} of {_checks(run['selected'])} did not run"
         if bad:
-            notes.append(f"{_of(bad, judged)} that did run {_came_out(counts)}.")
+            notes.append(f"{_of(bad, ran)} that did run {_came_out(counts)}.")
         if contract:
             notes.append(f"So far: {contract}.")
     elif bad:
-        state, said = "failed", f"{_of(bad, judged)} {_came_out(counts)}"
+        state, said = "failed", f"{_of(bad, ran)} {_came_out(counts)}"
         if contract:
             notes.append(f"Beside that, {contract}.")
-    elif not judged:
+    elif not ran:
         none = f": none of {_checks(len(checks))} could run" if checks else ""
         state, said = "nothing", f"Nothing was judged{none}"
     elif counts["xfail"]:
-        state, said = "known", contract or _known(run, counts["xfail"], judged)
+        state, said = "known", contract or _known(run, counts["xfail"], ran)
     else:
-        state, said = "holds", f"{_who(run)}: {_all(judged)}"
+        state, said = "holds", f"{summary.judged(run)}: {_all(ran)}"
     if choices := _choices(data, catalogue):
         notes.append(
             f"In {choices} more way{'s' if choices > 1 else ''} it breaks what is this project's "
@@ -67,14 +63,14 @@ def answer(data: dict[str, Any], catalogue: dict[str, Defect]) -> Answer:
 def _contract(data: dict[str, Any], catalogue: dict[str, Defect]) -> str:
     """How the subject breaks the contract, where its known failures lead to defects."""
     must, _ = by_level(data["checks"], catalogue)
-    return sentence(data["run"], must) if must else ""
+    return summary.sentence(data["run"], must) if must else ""
 
 
 def by_level(
     checks: list[dict[str, Any]], catalogue: dict[str, Defect]
 ) -> tuple[list[Defect], list[Defect]]:
     """The defects met, worst first: those of the contract, and those of SHOULD checks alone."""
-    found = {catalogue[i]: several for i, several in met(checks).items() if i in catalogue}
+    found = {catalogue[i]: several for i, several in summary.met(checks).items() if i in catalogue}
     ranked = sorted(found, key=lambda defect: defect.rank)
     choices = [d for d in ranked if all(c.get("level") == "SHOULD" for c in found[d])]
     return [d for d in ranked if d not in choices], choices
@@ -84,16 +80,8 @@ def _choices(data: dict[str, Any], catalogue: dict[str, Defect]) -> int:
     return len(by_level(data["checks"], catalogue)[1])
 
 
-def _who(run: dict[str, Any]) -> str:
-    torch = f"torch {Version(run['torch']).base_version}"
-    on = _BACKENDS.get(run["backend"], run["backend"])
-    if run["subject"] == "torch.distributed":
-        return f"{torch} on {on}"
-    return f"{run['subject']} {run['subject_version']}".rstrip() + f" on {torch}, {on}"
-
-
 def _known(run: dict[str, Any], count: int, judged: int) -> str:
-    return f"{_who(run)}: {_of(count, judged)} fail as expected, the others hold"
+    return f"{summary.judged(run)}: {_of(count, judged)} fail as expected, the others hold"
 
 
 def _all(judged: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import textwrap
 from collections import Counter
@@ -173,6 +174,8 @@ def _show_end(data: dict[str, Any], folder: str, screen: Screen) -> None:
         missing = run["selected"] - len(data["checks"])
         screen.line(screen.paint(f"{missing} selected checks did not run", "unexpected"))
     screen.line(f"results: {folder}/results.json")
+    if os.path.exists(page := f"{folder}/report.html"):
+        screen.line(f"report:  {page}")
     unrun = run["counts"].get("precondition", 0)
     if unrun and unrun >= _NEARLY_ALL * len(data["checks"]):
         said = (

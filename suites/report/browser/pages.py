@@ -165,7 +165,7 @@ def test_benchmarks_stand_on_one_axis(visit: Open) -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("reference", "shardproof 0.1.0 on torch 2.13.0, Gloo: all 30 checks hold"),
+        ("reference", "shardproof on torch 2.13.0 on Gloo: all 30 checks hold"),
         ("empty", "Nothing was judged"),
         ("interrupted", "The run is incomplete: 38 of 40 checks did not run"),
     ],

@@ -6,7 +6,6 @@
     benchmark_data   what charts read of benchmarks
     run_page         report.html: a run
     comparison_page  two runs
-    command          ci/report
 
 Templates extend `base.html`, which has the head and the switch of themes; `macros.html` has what
 they share, as a command with its copy button. `style.css` has the look of every page, and `page.js`

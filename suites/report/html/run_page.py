@@ -11,11 +11,12 @@ from typing import Any
 from defects.catalogue import read
 from defects.summary import met
 from defects.words import ROADS
-from report.answer import UNEXPECTED, answer, by_level
+from report.answer import answer, by_level
 from report.html import benchmark_data, check_data, defect_data
 from report.html.pages import render
 from report.laws import LAWS
 from report.matrix import matrix
+from report.terminal import UNEXPECTED
 
 NAME = "report.html"
 BENCHMARKS = benchmark_data.NAME
