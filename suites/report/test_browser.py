@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from report.browser import chromium
+from report.browser import chromium, example_runs
 
 PAGES = Path(__file__).parent / "browser" / "pages.py"
 TESTS = [
@@ -55,3 +56,17 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 def test_in_a_browser(name: str, said: dict[str, list[str]]) -> None:
     assert name in said
     assert not any(said[name]), "\n".join(filter(None, said[name]))
+
+
+def test_a_picture_of_a_page(tmp_path: Path) -> None:
+    try:
+        chromium.find()
+    except chromium.NoBrowserError as error:
+        pytest.skip(str(error))
+    (tmp_path / "results.json").write_text(json.dumps(example_runs.everything()))
+    picture = tmp_path / "page.png"
+    words = ["-m", "report.page_command", str(tmp_path), "--screenshot", str(picture)]
+    ended = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert picture.stat().st_size < 200_000

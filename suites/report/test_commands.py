@@ -25,6 +25,7 @@ AT_ONCE = [
     (r"ci/defects( SP-001| --road tp-ddp)?", ""),
     (r"ci/reproduce SP-001", ""),
     (r"ci/(compare|reproduce)", "--help"),
+    (r"ci/(compare out/A out/B --html changes\.html|report)", "--help"),
     (r"ci/mutants( --patches suites/mutants/patches)?( NAME)?", "--list"),
 ]
 """(pattern, words that are added) of what ends in a moment."""
@@ -70,6 +71,8 @@ ELSEWHERE = [
     (r"ci/faults", "suites/faults/test_fault_table.py"),
     (r"ci/readme", "suites/report/test_readme.py"),
     (r"ci/ecosystem", "ci/test"),
+    (r"ci/report (out/latest|--screenshot .*)", "suites/report/test_pages.py"),
+    (r"ci/bench --quick --journal out/latest/benchmarks\.jsonl", "suites/benchmarks"),
 ]
 """(pattern, what runs it) of what is too large for a part, or needs what is not here."""
 
