@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import expect
 
 from report.browser import chromium, example_runs
 from report.changes import changes
@@ -18,6 +19,8 @@ JOURNAL = Path(__file__).parents[2] / "benchmarks" / "goals.jsonl"
 PHONE = {"width": 375, "height": 740}
 LOADED = 1.0
 """Seconds of CPU that the page's own thread may take: other work on the machine does not count."""
+
+expect.set_options(timeout=15_000)
 
 Open = Callable[..., Any]
 
@@ -84,8 +87,18 @@ def link(name: str) -> str:
     return "#check=" + quote(example_runs.check(name)["id"], safe="")
 
 
-def copied(tab: Any) -> str:
-    return str(tab.evaluate("navigator.clipboard.readText()"))
+def copied(tab: Any, text: str) -> None:
+    """Wait until the clipboard has it: a browser copies in its own time."""
+    tab.wait_for_function("async text => await navigator.clipboard.readText() === text", arg=text)
+
+
+def address(tab: Any) -> str:
+    return str(tab.evaluate("location.href"))
+
+
+def settle(tab: Any) -> None:
+    """Wait for what the browser does after an entry is unfolded: a task, and a frame."""
+    tab.evaluate("new Promise(done => setTimeout(() => requestAnimationFrame(() => done())))")
 
 
 def focused(tab: Any) -> str:
@@ -135,7 +148,7 @@ def test_a_defect_unfolds_to_all_that_is_known(visit: Open) -> None:
     told = tab.locator("#SP-001 .body").inner_text()
     for title in ("What happens", "Whom it hits", "Workaround", "Mended by", "Cause", "Upstream"):
         assert title in told
-    assert tab.locator("#SP-001 .checks > details").count() == 1
+    expect(tab.locator("#SP-001 .checks > details")).to_have_count(1)
     tab.locator("#SP-001 .script > summary").click()
     assert "torchrun" in tab.locator("#SP-001 .script").inner_text()
     assert "not in this catalogue" in tab.locator("#SP-999").inner_text()
@@ -154,8 +167,8 @@ def test_a_cell_opens_its_checks(visit: Open) -> None:
 
 def test_benchmarks_stand_on_one_axis(visit: Open) -> None:
     tab = visit("everything")
-    assert tab.locator("#side-by-side svg").count() == 1
-    assert tab.locator("#over-ranks svg").count() >= 4
+    expect(tab.locator("#side-by-side svg")).to_have_count(1)
+    expect(tab.locator("#over-ranks svg")).to_have_count(4)
     tab.locator("#numbers-of > summary").click()
     row = tab.locator("#numbers tr", has_text="_gather_state_dict, many, 4 ranks").inner_text()
     assert "2000 / 2" in row
@@ -231,20 +244,19 @@ def test_search_finds_words_of_messages_and_stacks(visit: Open) -> None:
 
 
 def test_links_lead_back(visit: Open) -> None:
+    """To a check, a defect and a cell; also after a reload, and from elsewhere on the page."""
     tab = visit("everything", link("dying"))
-    opened = tab.locator("#all-checks details[open]")
-    opened.locator("button[data-link]").click()
-    address = copied(tab)
-    assert address == tab.url
+    tab.locator("#all-checks details[open] button[data-link]").click()
+    copied(tab, address(tab))
     tab.reload()
     assert shown(tab, "#all-checks details[open] > summary .verdict") == ["crash"]
-    tab.goto(address.partition("#")[0] + "#SP-002")
-    assert tab.locator("#SP-002").get_attribute("open") is not None
+    page = address(tab).partition("#")[0]
+    tab.goto(page + "#SP-002")
+    expect(tab.locator("#SP-002")).to_have_attribute("open", "")
     tab.reload()
-    assert tab.locator("#SP-002").get_attribute("open") is not None
-    opened = "#cell=" + quote("_state_dict_utils._gather_state_dict/cost", safe="")
-    tab.goto(address.partition("#")[0] + opened)
-    assert shown(tab, ".under .verdict") == ["xfail"]
+    expect(tab.locator("#SP-002")).to_have_attribute("open", "")
+    tab.goto(page + "#cell=" + quote("_state_dict_utils._gather_state_dict/cost", safe=""))
+    expect(tab.locator(".under .verdict")).to_have_text(["xfail"])
 
 
 def test_a_link_to_a_check_that_the_filter_hides_shows_it(visit: Open) -> None:
@@ -262,10 +274,10 @@ def test_an_address_of_another_run_is_told(visit: Open) -> None:
 def test_copying_gives_the_command(visit: Open) -> None:
     tab = visit("everything", link("dying"))
     tab.keyboard.press("c")
-    assert tab.locator("#said").inner_text() == "Copied"
-    assert copied(tab) == example_runs.check("dying")["command"]
+    expect(tab.locator("#said")).to_have_text("Copied")
+    copied(tab, example_runs.check("dying")["command"])
     tab.locator(".answer .copy").click()
-    assert copied(tab) == "ci/conformance --subject torch.distributed"
+    copied(tab, "ci/conformance --subject torch.distributed")
 
 
 # --- the keyboard -------------------------------------------------------------------------------
@@ -281,11 +293,12 @@ def test_the_keyboard_goes_through_entries(visit: Open) -> None:
     assert focused(tab) == first
     tab.keyboard.press("Enter")
     opened = "document.activeElement.parentElement.open"
-    assert tab.evaluate(opened)
+    tab.wait_for_function(opened)
     tab.keyboard.press("Escape")
-    assert not tab.evaluate(opened)
+    tab.wait_for_function(f"!{opened}")
     tab.keyboard.press("l")
-    assert "#check=" in copied(tab)
+    assert "#check=" in address(tab)
+    copied(tab, address(tab))
 
 
 def test_arrows_go_through_the_matrix(visit: Open) -> None:
@@ -296,9 +309,9 @@ def test_arrows_go_through_the_matrix(visit: Open) -> None:
     tab.keyboard.press("ArrowRight")
     assert tab.evaluate(law) == "symmetry"
     tab.keyboard.press("Enter")
-    assert shown(tab, ".under .verdict") == ["timeout"]
+    expect(tab.locator(".under .verdict")).to_have_text(["timeout"])
     tab.keyboard.press("Escape")
-    assert not shown(tab, ".under")
+    expect(tab.locator(".under")).to_have_count(0)
 
 
 def test_help(visit: Open) -> None:
@@ -306,7 +319,7 @@ def test_help(visit: Open) -> None:
     tab.keyboard.press("?")
     assert "search" in tab.locator("#help").inner_text()
     tab.keyboard.press("Escape")
-    assert not tab.locator("#help").is_visible()
+    expect(tab.locator("#help")).to_be_hidden()
 
 
 # --- themes, print, a phone, time ---------------------------------------------------------------
@@ -321,8 +334,8 @@ def test_both_themes(visit: Open) -> None:
     light, dark = (visit("everything", color_scheme=scheme) for scheme in ("light", "dark"))
     white, black = paper(light), paper(dark)
     assert white != black
-    light.locator("#theme").click()
-    light.locator("#theme").click()
+    for _ in range(2):
+        light.locator("#theme").click()
     assert paper(light) == black
     light.reload()
     assert paper(light) == black
@@ -345,6 +358,7 @@ def test_of_all_checks_those_are_printed_that_were_asked_for(visit: Open) -> Non
     tab.emulate_media(media="print")
     assert not shown(tab, "#checks")
     tab.goto(tab.url + "#verdict=pass")
+    matching(tab, "4 of 15 checks")
     assert len(shown(tab, "#all-checks > details")) == 4
     tab = visit("everything", link("dying"))
     tab.emulate_media(media="print")
@@ -357,6 +371,7 @@ def test_a_phone(visit: Open, name: str) -> None:
     tab = visit(name, viewport=PHONE, has_touch=True, is_mobile=True)
     for one in tab.locator("main details:not(.selects)").all()[:12]:
         one.evaluate("one => { one.open = true; }")
+    settle(tab)
     assert tab.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
     if name == "everything":
         assert not shown(tab, "select[name=law]")
@@ -396,6 +411,7 @@ def test_a_comparison_tells_what_changed(visit: Open) -> None:
     assert tab.locator("h1").text_content().startswith("Something got worse: 1 new defect")
     tab.locator("#SP-002 > summary").click()
     tab.locator("#SP-002 details.pair > summary").click()
+    expect(tab.locator("#SP-002 .pair-body .told")).to_have_count(2)
     before, now = tab.locator("#SP-002 .pair-body > section").all()
     assert "out/before" in before.inner_text()
     assert "pass" in before.inner_text()
@@ -403,7 +419,7 @@ def test_a_comparison_tells_what_changed(visit: Open) -> None:
     assert "holds → fails" in tab.locator("#new").inner_text()
     assert shown(tab, "tr.differs th") == ["torch", "Verdicts"]
     tab = visit("comparison", "#SP-002")
-    assert tab.locator("#SP-002").get_attribute("open") is not None
+    expect(tab.locator("#SP-002")).to_have_attribute("open", "")
 
 
 # --- whom it keeps out --------------------------------------------------------------------------
@@ -417,6 +433,7 @@ def test_accessibility(visit: Open, name: str, scheme: str) -> None:
     for selector in ("#SP-001", "#SP-001 .check", "#unexpected .check", ".pair", "#numbers-of"):
         for one in tab.locator(selector).all()[:3]:
             one.evaluate("one => { one.open = true; }")
+        settle(tab)
     if name == "everything":
         tab.locator("button.cell:enabled").first.click()
     found = Axe().run(tab).response["violations"]
