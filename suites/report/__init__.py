@@ -8,6 +8,7 @@ matrix_text     the matrix as text, in the width of a terminal
 terminal        the run on a terminal
 compare         two runs side by side, as a table in Markdown
 changes         two runs in terms of defects
+slower          what costs more, where both runs measured
 comparison      ci/compare
 versions        torch's versions side by side: ci/verdicts
 html            pages as single files: report.html, the comparison

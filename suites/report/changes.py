@@ -6,13 +6,14 @@ Only checks that ran in both count; what only one of them ran is named apart. `c
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from defects.catalogue import Defect, read
 from report.compare import NotComparableError
 from report.matrix import NOT_RUN
+from report.slower import Slower
 from report.terminal import UNEXPECTED
 
 KINDS = ("holds", "fails", "crashes", "hangs")
@@ -48,6 +49,8 @@ class Changes:
     """The reverse: they failed, led to no defect, and hold."""
     changed: list[Changed]
     """Known failures on both sides that come out in another way."""
+    slower: list[Slower]
+    """What costs more, where both runs measured."""
     only_before: list[str]
     only_now: list[str]
     common: int
@@ -55,15 +58,18 @@ class Changes:
     @property
     def worse(self) -> bool:
         """Whether anything got worse."""
-        return bool(self.appeared or self.new_failures or any(c.worse for c in self.changed))
+        worse = any(c.worse for c in self.changed)
+        return bool(self.appeared or self.new_failures or worse or self.slower)
 
     def as_json(self) -> dict[str, Any]:
         """For machines."""
         return {"worse": self.worse, **asdict(self)}
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """Hold the results of a run against those of another.
+def changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], slower: Iterable[Slower] = ()
+) -> Changes:
+    """Hold the results of a run against those of another; `slower` is what benchmarks say.
 
     Raises NotComparableError where no check ran in both.
     """
@@ -85,6 +91,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
         + [p for p in pairs if _defects(old[p.check]) and _unnamed(new[p.check])],
         mended=[p for p in nameless if p.before != "holds" == p.now],
         changed=[p for p in known if p.before != p.now],
+        slower=list(slower),
         only_before=sorted(old.keys() - new.keys()),
         only_now=sorted(new.keys() - old.keys()),
         common=len(common),
@@ -114,6 +121,10 @@ def lines(found: Changes, first: str, second: str) -> Iterator[str]:
                 yield f"  {change.before} -> {change.now}  {change.check}"
                 if change.message:
                     yield f"      {change.message}"
+    if found.slower:
+        yield f"{len(found.slower)} measurements cost more:"
+        for one in found.slower:
+            yield f"  {one.before:.4g} -> {one.now:.4g}  {one.what}"
     for name, ids in ((first, found.only_before), (second, found.only_now)):
         if ids:
             yield f"{len(ids)} checks ran in {name} only, and do not count: {ids[0]}" + (

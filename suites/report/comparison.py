@@ -15,6 +15,7 @@ from report.changes import changes, lines
 from report.compare import NotComparableError
 from report.html import comparison_page
 from report.read import BadResultsError, read
+from report.slower import slower
 
 ROOT = Path(__file__).parents[2]
 _TORCH = "torch=="
@@ -26,7 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="ci/compare",
         description="What appeared, what went and what got worse between two runs, in terms of "
-        "defects. Only checks that ran in both count.",
+        "defects. Only checks that ran in both count; where both folders have benchmarks.jsonl, "
+        "as ci/bench --journal leaves it, also what costs more.",
         epilog="Ends with 0: nothing got worse; 1: something did; 2: wrong usage; 3: there is no "
         "comparison, or a run failed.",
     )
@@ -51,8 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         folders = [_folder(name, options.runs) for name in (options.before, options.now)]
         first, second = map(read, folders)
-        found = changes(first, second)
-    except (BadResultsError, NotComparableError, _RunFailedError) as error:
+        found = changes(first, second, slower(*folders))
+    except (BadResultsError, NotComparableError, _RunFailedError, ValueError) as error:
         print(f"ci/compare: {error}", file=sys.stderr)
         return 3
     for line in lines(found, options.before, options.now):

@@ -11,6 +11,7 @@ import pytest
 from report import comparison
 from report.changes import changes, lines
 from report.compare import NotComparableError
+from report.slower import NAME, slower
 
 
 def check(name: str, verdict: str = "pass", fate: str = "", defects: tuple[str, ...] = ()) -> Any:
@@ -112,3 +113,40 @@ def test_a_run_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: P
         comparison.main(["torch=2.13.0", str(tmp_path)])
     assert ended.value.code == 2
     assert "expected a folder with results.json, or torch==2.13.0" in capsys.readouterr().err
+
+
+def measured(folder: Path, **torch: float) -> Path:
+    """A folder with the measurements of a benchmark of torch's."""
+    samples = {"seconds": [[0.5] * 20] * 8, "wrong": ""}
+    arm: dict[str, Any] = {"ratio_to_floor": 2.0, "collectives": 3, **torch, **samples}
+    line = {"where": "here", "benchmark": "GatherStateDict", "regime": "many", "size": 4}
+    folder.mkdir()
+    floor = {"received": 5 + (folder.name == "b"), **samples}  # its counts are nobody's
+    arms = {"torch.distributed": arm, "floor": floor}
+    (folder / NAME).write_text(json.dumps(line | {"arms": arms}) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("rose", "told"),
+    [
+        ({"ratio_to_floor": 2.5}, ["GatherStateDict many x4, torch.distributed: ratio_to_floor"]),
+        ({"collectives": 4}, ["GatherStateDict many x4, torch.distributed: collectives"]),
+        ({"ratio_to_floor": 2.2}, []),
+        ({"ratio_to_floor": 1.0, "collectives": 2}, []),
+        ({"calls": 9}, []),
+    ],
+)
+def test_what_costs_more(tmp_path: Path, rose: dict[str, float], told: list[str]) -> None:
+    before, now = measured(tmp_path / "a"), measured(tmp_path / "b", **rose)
+    found = slower(before, now)
+    assert [one.what for one in found] == told
+    same = run(check("a"))
+    changed = changes(same, same, found)
+    assert changed.worse == bool(told)
+    assert any(" -> " in line and "x4" in line for line in lines(changed, "A", "B")) == bool(told)
+
+
+def test_a_run_without_benchmarks_is_not_slower(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    assert not slower(measured(tmp_path / "a"), tmp_path / "b")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from defects.catalogue import read as catalogue
-from report import comparison, page_command
+from report import comparison, page_command, slower
 from report.answer import answer
 from report.browser import chromium, example_runs
 from report.changes import changes
@@ -179,7 +179,7 @@ def test_ci_report_without_results(tmp_path: Path, capsys: pytest.CaptureFixture
     assert page_command.main([str(tmp_path)]) == 3
     assert "there is no such file" in capsys.readouterr().err
     run = saved(tmp_path / "run", example_runs.reference())
-    (run / run_page.BENCHMARKS).write_text("{")
+    (run / slower.NAME).write_text("{")
     assert page_command.main([str(run)]) == 3
     assert "is no journal: line 1" in capsys.readouterr().err
 

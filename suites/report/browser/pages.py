@@ -11,6 +11,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
+from report import slower
 from report.browser import chromium, example_runs
 from report.changes import changes
 from report.html import comparison_page, run_page
@@ -39,11 +40,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run = found / name
         run.mkdir()
         if name == "everything":
-            (run / run_page.BENCHMARKS).write_text("\n".join(_measured()))
+            (run / slower.NAME).write_text("\n".join(_measured()))
         run_page.write(getattr(example_runs, name)(), run / run_page.NAME, run)
     before, now = example_runs.compared()
     names = ("out/before", "torch==2.15.0")
-    comparison_page.write(changes(before, now), (before, now), names, found / "comparison.html")
+    costs = [slower.Slower("GatherStateDict many x4, torch.distributed: collectives", 2, 40)]
+    changed = changes(before, now, costs)
+    comparison_page.write(changed, (before, now), names, found / "comparison.html")
     return found
 
 
@@ -417,6 +420,7 @@ def test_a_comparison_tells_what_changed(visit: Open) -> None:
     assert "pass" in before.inner_text()
     assert "xfail" in now.inner_text()
     assert "holds → fails" in tab.locator("#new").inner_text()
+    assert "40" in tab.locator("#slower").inner_text()
     assert shown(tab, "tr.differs th") == ["torch", "Verdicts"]
     tab = visit("comparison", "#SP-002")
     expect(tab.locator("#SP-002")).to_have_attribute("open", "")

@@ -8,9 +8,8 @@ from typing import Any
 from benchmarks import journal
 from benchmarks.listing import benchmarks
 from benchmarks.settings import FLOOR
+from report.slower import NAME
 
-NAME = "benchmarks.jsonl"
-"""In the folder of a run."""
 _ARMS = {"torch.distributed": "torch", "shardproof": "reference", FLOOR: "floor"}
 _COUNTS = ("collectives", "received", "peak")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -78,37 +79,31 @@ def page(
 
 def sentence(found: Changes) -> str:
     """What changed, in one sentence."""
-    parts = [
-        _many(len(found.appeared), "new defect"),
-        _many(
-            len(found.new_failures), "new failure without a defect", "new failures without a defect"
-        ),
-        _many(
-            sum(c.worse for c in found.changed),
+    bad = _told(
+        (found.appeared, "new defect", "new defects"),
+        (found.new_failures, "new failure without a defect", "new failures without a defect"),
+        (
+            [change for change in found.changed if change.worse],
             "known failure that is worse",
             "known failures that are worse",
         ),
-    ]
-    bad = ", ".join(part for part in parts if part)
-    good = ", ".join(
-        part
-        for part in (
-            _many(len(found.vanished), "defect gone", "defects gone"),
-            _many(
-                len(found.mended), "failure without a defect gone", "failures without a defect gone"
-            ),
-        )
-        if part
+        (found.slower, "measurement that costs more", "measurements that cost more"),
+    )
+    good = _told(
+        (found.vanished, "defect gone", "defects gone"),
+        (found.mended, "failure without a defect gone", "failures without a defect gone"),
     )
     if found.worse:
         return f"Something got worse: {bad}" + (f"; {good}" if good else "")
     return "Nothing got worse" + (f": {good}" if good else "")
 
 
-def _many(count: int, one: str, several: str = "") -> str:
-    if not count:
-        return ""
-    return f"{count} {one if count == 1 else several or one + 's'}"
+def _told(*groups: tuple[Sized, str, str]) -> str:
+    return ", ".join(
+        f"{len(group)} {one if len(group) == 1 else several}"
+        for group, one, several in groups
+        if group
+    )
 
 
 def _renamed(found: Changes) -> tuple[str, dict[str, list[str]]]:

@@ -19,7 +19,6 @@ from report.matrix import matrix
 from report.terminal import UNEXPECTED
 
 NAME = "report.html"
-BENCHMARKS = benchmark_data.NAME
 _SCRIPTS = ("checks.js", "filter.js", "report.js")
 _VENDORED = ("licences.js", "d3-7.9.2.min.js", "plot-0.6.17.umd.min.js")
 _CHARTS = (*(f"vendor/{name}" for name in _VENDORED), "benchmarks.js")
