@@ -27,8 +27,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     try:
         run_page.write(read(folder, validate=False), folder / run_page.NAME, folder)
         config.stash[_SAID] = f"report:  {shown}"
-    except (OSError, ValueError) as error:
-        config.stash[_SAID] = f"{shown} cannot be written: {error}"
+    except Exception as error:  # whatever it is, the run has its verdict, and its results
+        config.stash[_SAID] = f"{shown} cannot be written: {error!r}"
 
 
 @pytest.hookimpl(trylast=True)

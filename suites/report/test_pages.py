@@ -202,18 +202,32 @@ def test_a_text_that_no_encoding_has_is_written(tmp_path: Path) -> None:
     assert "half ?" in (tmp_path / "report.html").read_text()
 
 
-def test_every_run_leaves_its_page(tmp_path: Path) -> None:
-    root, file = Path(__file__).parents[2], tmp_path / "test_one.py"
-    file.write_text("def test_one():\n    pass\n")
+def small_run(folder: Path, text: str = "pass") -> subprocess.CompletedProcess[str]:
+    """A run of one test, as the project's settings have it."""
+    root, file = Path(__file__).parents[2], folder / "test_one.py"
+    file.write_text(f"def test_one():\n    {text}\n")
     words = ["-c", str(root / "pyproject.toml"), "--subject", "shardproof", "-q", "--no-warm-up"]
-    ended = subprocess.run(
-        [sys.executable, "-m", "harness", *words, "--run-dir", str(tmp_path / "run"), str(file)],
+    return subprocess.run(
+        [sys.executable, "-m", "harness", *words, "--run-dir", str(folder / "run"), str(file)],
         cwd=root,
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
+
+
+def test_every_run_leaves_its_page(tmp_path: Path) -> None:
+    ended = small_run(tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert re.search(r"^report: .*run/report.html$", ended.stdout, re.MULTILINE)
     assert "the one check that ran holds" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_page_that_cannot_be_written_changes_no_verdict(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / slower.NAME).write_text("no journal")
+    ended = small_run(tmp_path, "assert 0")
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert re.search(r"run/report.html cannot be written: .*is no journal", ended.stdout)
+    assert not list((tmp_path / "run").glob("*report*"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,12 +26,17 @@ _CHARTS = (*(f"vendor/{name}" for name in _VENDORED), "benchmarks.js")
 
 
 def write(data: dict[str, Any], file: Path, folder: Path) -> None:
-    """Write the page of the run in `folder`.
+    """Write the page of the run in `folder` in one step: who reads it sees a whole one.
 
     Raises ValueError where its benchmarks are no journal.
     """
     text = page(data, benchmark_data.benchmarks_of(folder))
-    file.write_text(text, encoding="utf-8", errors="replace")
+    step = file.with_name(f".{file.name}-{os.getpid()}")
+    try:
+        step.write_text(text, encoding="utf-8", errors="replace")
+        step.replace(file)
+    finally:
+        step.unlink(missing_ok=True)
 
 
 def page(data: dict[str, Any], benchmarks: dict[str, Any] | None = None) -> str:
