@@ -26,10 +26,16 @@ def read(path: Path, *, validate: bool = True) -> dict[str, Any]:
     """
     file = path / "results.json" if path.is_dir() else path
     try:
-        data = json.loads(file.read_text())
+        return parse(file.read_bytes(), str(file), validate=validate)
     except FileNotFoundError:
         raise BadResultsError(f"{file}: there is no such file") from None
-    except ValueError as error:
+
+
+def parse(text: bytes, file: str, *, validate: bool = True) -> dict[str, Any]:
+    """The results in a text; `file` names it in errors. See `read`."""
+    try:
+        data = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
         raise BadResultsError(f"{file}: not JSON ({error})") from None
     if not validate:
         return dict(_shown(data))
@@ -41,6 +47,18 @@ def read(path: Path, *, validate: bool = True) -> dict[str, Any]:
     if found != data["run"]["counts"]:
         raise BadResultsError(f"{file}: counts {data['run']['counts']} do not add up: {found}")
     return _shown(data)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of a name that is there twice, readers take another one each."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is twice in an object")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
 
 _OBEYED = {c: f"\\x{c:02x}" for c in (*range(32), *range(0x7F, 0xA0)) if chr(c) not in "\t\n"}

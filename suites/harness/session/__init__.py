@@ -8,5 +8,6 @@ progress      what a terminal shows meanwhile
 time_left     how long the run still takes
 reports       what pytest's own reporters are told
 results       results.json
+certified     what --certified refuses, and what may be said of a run that leaves nothing out
 ending        signals, the exit code, and what was not judged
 """

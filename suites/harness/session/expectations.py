@@ -27,7 +27,7 @@ import json
 import re
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,11 +104,13 @@ class Facts:
 class Expectations:
     """The entries that hold for one subject: its own, and those of torch's callers of the set."""
 
-    def __init__(self, folder: Path, subject: str, facts: Facts) -> None:
+    def __init__(self, folder: Path, subject: str, facts: Facts, *, none: bool = False) -> None:
+        """`none`: read no file; whatever fails is unexpected."""
         self.path = folder / f"{subject}.toml"
         """The subject's own file, where new entries go."""
         self._facts = facts
-        files = [path for path in (self.path, folder / CALLERS) if path.exists()]
+        paths = () if none else (self.path, folder / CALLERS)
+        files = [path for path in paths if path.exists()]
         try:
             known = catalogue.read()
         except catalogue.BadDefectError as error:
@@ -129,6 +131,28 @@ class Expectations:
                 if all(self._holds(condition, world) for condition in entry.when):
                     return entry
         return None
+
+    def validate(
+        self, selected: Sequence[str], collected: Sequence[str] | None, config: pytest.Config
+    ) -> None:
+        """Raise UsageError for an entry without a reason, or for one that matches no check.
+
+        `collected`: the ids that whole files have; None where only some of them were asked for.
+        """
+        if waiting := self.without_reason(selected):
+            raise pytest.UsageError(
+                f"{self.path.parent / waiting[0].source}, {waiting[0].check}: "
+                "needs a defect of suites/defects/catalogue, or a reason, one sentence"
+                + (f", as do {len(waiting) - 1} more" if waiting[1:] else "")
+            )
+        if collected is None:
+            return
+        covered = [config.rootpath / a for a in config.args]
+        if lost := self.unmatched(collected, covered, config.rootpath):
+            raise pytest.UsageError(
+                f"{self.path.parent}: entries that match no check: "
+                + ", ".join(e.check for e in lost)
+            )
 
     def unmatched(self, nodeids: Iterable[str], covered: Iterable[Path], root: Path) -> list[Entry]:
         """Entries that match no check, though their file lies in what was collected."""

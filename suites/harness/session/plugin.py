@@ -21,7 +21,7 @@ from harness.parent.machines import Machines, OneMachine, starter
 from harness.rank import recording
 from harness.rank.fixtures import device, judged, mesh, rank, shared, subject, world
 from harness.records.verdicts import UNEXPECTED, Judgement, Verdict
-from harness.session import ending, results
+from harness.session import certified, ending, results
 from harness.session.expectations import Entry, Expectations, Facts, append
 from harness.session.judging_loop import Loop
 from harness.session.progress import Progress
@@ -55,6 +55,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.help or getattr(config.option, "markers", False):
         return
     warm.limit_threads()
+    if config.option.certified:
+        certified.refuse_what_narrows(config.invocation_params.args)
     config.stash[SETTINGS] = settings = options.read_settings(config)
     subjects.install_early(settings.subject, settings.install_at)
     if subject_import.in_spawned_rank or config.option.collectonly:
@@ -62,6 +64,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if settings.torchrun is not None and not settings.torchrun.leads:
         config.pluginmanager.register(follower.Follower(config, settings), "shardproof-node")
         return
+    if settings.certified:
+        certified.refuse_changes(config.rootpath, results.commit_of(config.rootpath))
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     if not getattr(config.option, "xmlpath", None):  # not there with -p no:junitxml
         config.option.xmlpath = str(settings.run_dir / "junit.xml")
@@ -143,6 +147,7 @@ class Run:
                 devices.accelerator() or "none",
                 devices.built(),
             ),
+            none=settings.certified,
         )
 
     def _find(self, nodeid: str) -> pytest.Item:
@@ -162,24 +167,14 @@ class Run:
         self._items = {item.nodeid: item for item in session.items}
         if self._config.option.collectonly:
             return
+        if self._settings.certified:
+            certified.refuse_other_suites(self._config.args)
         ids = [item.nodeid for item in session.items]
-        if waiting := self._expectations.without_reason(ids):
-            raise pytest.UsageError(
-                f"{self._expectations.path.parent / waiting[0].source}, {waiting[0].check}: "
-                "needs a defect of suites/defects/catalogue, or a reason, one sentence"
-                + (f", as do {len(waiting) - 1} more" if waiting[1:] else "")
-            )
         narrowed = any("::" in str(a) for a in self._config.args) or self._config.getoption(
             "lf", False
         )
-        if not narrowed and not session.testsfailed:
-            covered = [self._config.rootpath / a for a in self._config.args]
-            lost = self._expectations.unmatched(self._collected, covered, self._config.rootpath)
-            if lost:
-                raise pytest.UsageError(
-                    f"{self._expectations.path.parent}: entries that match no check: "
-                    + ", ".join(e.check for e in lost)
-                )
+        whole = not narrowed and not session.testsfailed
+        self._expectations.validate(ids, self._collected if whole else None, self._config)
         processes.adopt_orphans()
         local_ranks.remove_abandoned()
         signal.signal(signal.SIGTERM, ending.terminate)
@@ -330,18 +325,30 @@ class Run:
         self.judge.close()
         verdicts = [check["verdict"] for check in self._checks]
         code, why = ending.exit_code(session, int(exitstatus), verdicts, self._stopped)
-        session.exitstatus = code
         self._notes += [why] if why else []
+        if self._settings.certified and code != pytest.ExitCode.USAGE_ERROR:
+            code = self._certify(code)
+        session.exitstatus = code
         self._nodes = self._machines.as_json()
         self._machines.close(int(session.exitstatus))
         if session.items and session.exitstatus != pytest.ExitCode.USAGE_ERROR:
             self._leave_results(session)
         yield
 
+    def _certify(self, code: int) -> int:
+        """Say what the run certifies; the exit code: 0 where it does, though a SHOULD fails."""
+        root = self._config.rootpath
+        changed = certified.changes(root, str(self._environment["commit"]))
+        found = certified.certificate(self._checks, self._collected, code, changed)
+        self._environment["certificate"] = found
+        self._notes.append(certified.in_words(found))
+        return 0 if found["granted"] else max(code, 1)
+
     def _write_results(self, exit_code: int) -> Path:
         began = time.monotonic()
         places = {name: place for place, name in enumerate(self._items)}
         run = self._environment | {
+            "inventory": results.inventory(self._collected)[1],
             "nodes": self._nodes,
             "selected": len(self._items),
             "left_out": self._config.stash[_LEFT_OUT],
@@ -362,6 +369,7 @@ class Run:
             self._notes.append(f"left out, marked thorough: {left} (--thorough runs them)")
         try:
             path = self._write_results(int(session.exitstatus))
+            path.with_name("inventory.txt").write_text(results.inventory(self._collected)[0])
             results.point_latest_at(self._settings.run_dir)
             shown = os.path.relpath(path, self._config.invocation_params.dir)
             self._notes.append(f"results: {shown}")

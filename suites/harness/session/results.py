@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import importlib.metadata
 import json
 import os
 import platform
 import shlex
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +53,28 @@ def environment(settings: Settings, root: Path) -> dict[str, Any]:
             "check": settings.check_limit,
             "session": settings.session_limit,
         },
-        "commit": _commit(root),
+        "commit": commit_of(root),
+        "packages": packages(),
         "command": command(settings, []),
     }
+
+
+def packages() -> dict[str, str]:
+    """Every distribution of the environment, with its version."""
+    found = {d.name: d.version for d in importlib.metadata.distributions() if d.name}
+    return dict(sorted(found.items(), key=lambda one: one[0].casefold()))
+
+
+def inventory(collected: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """(the ids of what was collected, a line each; how many there are, and their digest)."""
+    text = "".join(f"{identity}\n" for identity in sorted(collected))
+    return text, {"collected": len(collected), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def command(settings: Settings, more: list[str]) -> str:
     """The command that repeats this run, or with a node id one check of it."""
     words = shlex.split(os.environ.get("SHARDPROOF_COMMAND", "python -m pytest"))
+    words += ["--certified"] if settings.certified and not more else []
     words += ["--subject", settings.subject]
     if settings.device != "cpu":
         words += ["--device", settings.device]
@@ -146,7 +163,7 @@ def _relative(file: str, root: Path) -> str:
     return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 
 
-def _commit(root: Path) -> str:
+def commit_of(root: Path) -> str:
     if given := os.environ.get("SHARDPROOF_COMMIT"):  # an image has the source, not its history
         return given
     try:

@@ -61,6 +61,8 @@ class Settings:
     """Whether ranks of NCCL share the GPUs where these are fewer."""
     jobs: int = 1
     """How many checks are judged at a time."""
+    certified: bool = False
+    """Whether nothing may be left out or excused."""
 
     @property
     def room(self) -> int | None:
@@ -136,6 +138,12 @@ def add_options(parser: pytest.Parser) -> None:
         action="store_true",
         help="also the checks that are marked thorough: more variants of a clause that the others "
         "judge, too dear where a subject hangs in each",
+    )
+    add(
+        "--certified",
+        action="store_true",
+        help="judge all there is, thorough variants included, without expectations, and refuse "
+        "what would leave any of it out; say in the results whether every MUST holds",
     )
     add(
         "--order",
@@ -237,6 +245,7 @@ def read_settings(config: pytest.Config) -> Settings:
         install_at=option.install_at,
         share_gpus=option.share_gpus,
         jobs=_jobs(option.jobs, backend, here),
+        certified=option.certified,
     )
 
 

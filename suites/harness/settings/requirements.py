@@ -156,7 +156,11 @@ def _package(name: str) -> str:
 
 def leave_out_thorough(config: pytest.Config, items: list[pytest.Item]) -> int:
     """Deselect the checks marked thorough, in place, unless they were asked for; how many."""
-    if config.option.thorough or any("::" in argument for argument in config.args):
+    if (
+        config.option.thorough
+        or config.option.certified
+        or any("::" in argument for argument in config.args)
+    ):
         return 0
     left = [item for item in items if _is_thorough(item)]
     if left:
