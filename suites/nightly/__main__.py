@@ -43,6 +43,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         help="what is remembered from night to night (default: out/nightly)",
     )
     add("--issue", metavar="OWNER/NAME", help="repository whose issue is opened and closed")
+    add("--site", type=Path, metavar="DIR", help="make the site of all nights in --state there")
     add("-k", metavar="EXPRESSION", help="only checks that match, as pytest takes it")
     add("--expectations", metavar="DIR", help="folder of known failures, as the suites take it")
     add(
@@ -128,6 +129,8 @@ def _night(options: argparse.Namespace) -> int:
     if options.issue:
         tracker = Tracker(options.issue, options.dry_run)
         print("issue: " + tracker.settle(title, body, wrong=found.wrong, news=found.news))
+    if options.site:
+        night.show(options.state, options.site)
     print(f"night: {folder}")
     return 1 if findings else 0
 

@@ -134,6 +134,13 @@ class Night:
             raise EnvironmentFailedError(f"the mutants could not be judged: exit {status}")
         return status == 0
 
+    def show(self, state: Path, site: Path) -> None:
+        """The pages of all nights, from their results alone."""
+        # The suites change between nights, and the site says so.
+        words = ["ci/site", str(state.absolute()), "--out", str(site.absolute()), "--mixed"]
+        if status := self._run("site", words):
+            raise EnvironmentFailedError(f"the site could not be made: exit {status}")
+
     def _machine(self) -> list[str]:
         shared = ["--share-gpus"] if self.share_gpus else []
         return ["--device", self.device, "--backend", self.backend, *shared]

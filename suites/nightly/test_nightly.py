@@ -243,9 +243,11 @@ def test_a_verdict_changed_on_purpose_is_reported_as_changed(tmp_path: Path) -> 
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("__version__ = '1'\n")
     (package / "_state_dict_utils.py").write_text(FORK)
-    code, said, found = night(tmp_path)
+    code, said, found = night(tmp_path, "--site", str(tmp_path / "site"))
     assert code == 0, said
     assert found["findings"] == []
+    (run,) = json.loads((tmp_path / "site" / "runs.json").read_text())
+    assert (run["subject"], run["state"]) == ("their_fork", "holds")
     assert "issue: would close" in said
     code, said, found = night(tmp_path, FORK_IS_BROKEN="yes")
     assert code == 1, said

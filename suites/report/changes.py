@@ -80,7 +80,7 @@ def changes(
             f"no check ran in both: the first has {len(old)} that ran, the second {len(new)}"
         )
     met_before, met_now = _met(old, common), _met(new, common)
-    pairs = [Changed(i, _kind(old[i]), _kind(new[i]), _said(new[i])) for i in common]
+    pairs = [Changed(i, kind(old[i]), kind(new[i]), _said(new[i])) for i in common]
     nameless = [p for p in pairs if not _defects(old[p.check]) and not _defects(new[p.check])]
     known = [p for p in pairs if _defects(old[p.check]) and _defects(new[p.check])]
     return Changes(
@@ -150,7 +150,7 @@ def _only(
 ) -> dict[str, list[str]]:
     """The defects that one run alone met, with the checks that hold in the other."""
     found = {
-        defect: [i for i in ids if _kind(other[i]) == "holds"]
+        defect: [i for i in ids if kind(other[i]) == "holds"]
         for defect, ids in met.items()
         if defect not in others
     }
@@ -162,7 +162,7 @@ def _renamed(
 ) -> dict[str, list[str]]:
     """New defects whose checks all failed before: for another reason, or without a name."""
     new = {defect: ids for defect, ids in met.items() if defect not in others}
-    return {d: ids for d, ids in new.items() if all(_kind(other[i]) != "holds" for i in ids)}
+    return {d: ids for d, ids in new.items() if all(kind(other[i]) != "holds" for i in ids)}
 
 
 def _defects(check: Mapping[str, Any]) -> tuple[str, ...]:
@@ -171,10 +171,10 @@ def _defects(check: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _unnamed(check: Mapping[str, Any]) -> bool:
-    return check["verdict"] in UNEXPECTED and _kind(check) != "holds"
+    return check["verdict"] in UNEXPECTED and kind(check) != "holds"
 
 
-def _kind(check: Mapping[str, Any]) -> str:
+def kind(check: Mapping[str, Any]) -> str:
     """How it came out, whatever was expected; an expected failure that holds, holds."""
     if check["verdict"] in ("pass", "xpass"):
         return "holds"

@@ -62,6 +62,7 @@ ELSEWHERE = [
     (r"ci/quick", "suites/quick/test_quick.py"),
     (r"ci/conformance( --subject my\.fork)? --certified", "suites/bundle/test_certified.py"),
     (r"ci/bundle( .*)?", "suites/bundle/test_bundle.py"),
+    (r"ci/site( .*)?", "suites/website/test_website.py"),
     (r"ci/(nightly|nightly-in-image|nightly-issue)( .*)?", "suites/nightly/test_nightly.py"),
     (r"ci/conformance .*--nnodes.*", "suites/faults/test_nodes.py"),
     (r"ci/conformance --backend nccl --device cuda.*", "suites/benchmarks/GPU.md"),
