@@ -1,15 +1,19 @@
-"""SP-003: a frozen weight under tensor parallelism trains once DDP wraps it.
+"""SP-003: a frozen tensor-parallel weight becomes trainable when DDP wraps the model.
 
     torchrun --standalone --nproc-per-node 4 sp_003_frozen_weight_starts_to_train.py
 
-The first layer is frozen, as under an adapter, the second one trains. Both are sharded by tensor
-parallelism, then wrapped in DDP. Needs torch alone. Ends with 0 where torch is right, with 1 where
-not.
+What breaks: the first layer is frozen, as under an adapter. After DDP has wrapped the model,
+  requires_grad of the frozen weights is True.
+Why: the private function _flatten_tensor() calls requires_grad_() on each local tensor, and does
+  not ask whether the DTensor requires grad.
+For whom: users who fine-tune adapters with tensor parallelism inside DDP or FSDP1: the optimizer
+  changes the frozen base model.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -19,9 +23,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -29,17 +33,18 @@ mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
 model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
 parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
 model[0].requires_grad_(False)
-expected = "training of " + ", ".join(n for n, p in model.named_parameters() if p.requires_grad)
+expected = "trainable: " + ", ".join(n for n, p in model.named_parameters() if p.requires_grad)
 DistributedDataParallel(model, device_mesh=mesh["dp"])
-came = "training of " + ", ".join(n for n, p in model.named_parameters() if p.requires_grad)
+got = "trainable: " + ", ".join(n for n, p in model.named_parameters() if p.requires_grad)
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-003 shows" if shows else "SP-003 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

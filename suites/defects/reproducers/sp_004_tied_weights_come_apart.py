@@ -1,14 +1,19 @@
-"""SP-004: weights that are tied and sharded come apart, or are refused, under DDP.
+"""SP-004: DDP refuses tied tensor-parallel weights, and replicate() unties them.
 
     torchrun --standalone --nproc-per-node 4 sp_004_tied_weights_come_apart.py
 
-The output layer of a model under tensor parallelism uses the weight of the embedding. DDP wraps it.
-Needs torch alone. Ends with 0 where torch is right, with 1 where not.
+What breaks: the output layer shares the weight of the embedding, and tensor parallelism shards it.
+  DDP raises; replicate() makes two parameters of it.
+Why: named_parameters() lists a tied parameter once. The transform before DDP replaces the parameter
+  under this one name, and the other layer keeps the old DTensor.
+For whom: users who train a language model with a tied embedding with tensor parallelism inside DDP
+  or replicate().
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -18,9 +23,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -28,20 +33,21 @@ mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
 model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 16, bias=False))
 parallelize_module(model, mesh["tp"], {"0": RowwiseParallel(), "1": ColwiseParallel()})
 model[1].weight = model[0].weight
-expected = "one parameter under both names"
+expected = "one parameter in both layers"
 try:
     DistributedDataParallel(model, device_mesh=mesh["dp"])
-    came = expected if model[0].weight is model[1].weight else "two parameters"
+    got = expected if model[0].weight is model[1].weight else "one parameter in each layer"
 except Exception as error:
-    came = f"{type(error).__name__}: {error}"
+    got = f"{type(error).__name__}: {error}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-004 shows" if shows else "SP-004 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

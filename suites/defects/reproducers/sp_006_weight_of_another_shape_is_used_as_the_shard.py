@@ -1,15 +1,19 @@
-"""SP-006: a whole weight is taken for the shard of a layer under tensor parallelism.
+"""SP-006: DDP uses a tensor of the wrong shape as the shard of a tensor-parallel layer.
 
     torchrun --standalone --nproc-per-node 4 sp_006_weight_of_another_shape_is_used_as_the_shard.py
 
-After DDP has wrapped the model, .data of a sharded parameter is set to the whole weight, as by
-loading code that knows nothing of tensor parallelism. Needs torch alone. Ends with 0 where torch is
-right, with 1 where not.
+What breaks: after DDP has wrapped the model, code that knows nothing of tensor parallelism sets
+  .data of a sharded parameter to the whole weight. The forward computes with it.
+Why: each forward calls DTensor.from_local(run_check=False) with the old global shape, and compares
+  it with no shape.
+For whom: users who load or replace weights by param.data = ... in a model with tensor parallelism
+  inside DDP.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -20,9 +24,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -33,17 +37,19 @@ ddp = DistributedDataParallel(model, device_mesh=mesh["dp"])
 model[0].weight.data = torch.ones(16, 8)  # where this rank's shard has the shape (8, 8)
 expected = "an error that names the shape"
 try:
-    came = f"an output of {ddp(torch.ones(1, 8)).shape[1]} columns on a rank that computes 8 of 16"
+    columns = ddp(torch.ones(1, 8)).shape[1]
+    got = f"no error, and {columns} output columns from a layer with 8 of 16 on this rank"
 except Exception as error:
-    came = expected if "shape" in str(error) else f"{type(error).__name__}: {error}"
+    got = expected if "shape" in str(error) else f"{type(error).__name__}: {error}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-006 shows" if shows else "SP-006 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

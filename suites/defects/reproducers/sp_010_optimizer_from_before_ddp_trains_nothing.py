@@ -1,15 +1,18 @@
-"""SP-010: an optimizer that was made before DDP wrapped the model trains nothing.
+"""SP-010: an optimizer that was made before DDP wraps a tensor-parallel model trains nothing.
 
     torchrun --standalone --nproc-per-node 4 sp_010_optimizer_from_before_ddp_trains_nothing.py
 
-A model under tensor parallelism gets its optimizer, and is wrapped in DDP then, as is legal without
-tensor parallelism. It trains for a step. Needs torch alone. Ends with 0 where torch is right, with
-1 where not.
+What breaks: the optimizer is made before DDP wraps the model, which is legal without tensor
+  parallelism. The step does not change the output.
+Why: when DDP wraps the model, each DTensor parameter is replaced by a new Parameter. The optimizer
+  keeps the old ones.
+For whom: users who make the optimizer before DDP: the loss does not fall, and no error says why.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -20,9 +23,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -34,16 +37,19 @@ model = DistributedDataParallel(model, device_mesh=mesh["dp"])
 before = model(torch.ones(4, 8))
 before.sum().backward()
 optimizer.step()
-expected = "another output after the step"
-came = "the same output after the step" if model(torch.ones(4, 8)).equal(before) else expected
+expected = "an output that the step has changed"
+got = (
+    "an output that the step has not changed" if model(torch.ones(4, 8)).equal(before) else expected
+)
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-010 shows" if shows else "SP-010 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

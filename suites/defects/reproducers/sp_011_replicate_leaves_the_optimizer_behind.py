@@ -1,15 +1,19 @@
-"""SP-011: replicate() replaces the parameters of an optimizer in the first forward.
+"""SP-011: the first forward under replicate() disconnects the optimizer from the model.
 
     torchrun --standalone --nproc-per-node 4 sp_011_replicate_leaves_the_optimizer_behind.py
 
-A model under tensor parallelism is wrapped in replicate(), and gets its optimizer then. It trains
-for a step. The import is private, as torch has no public one. Needs torch alone. Ends with 0 where
-torch is right, with 1 where not.
+What breaks: a tensor-parallel model is wrapped in replicate(), then gets its optimizer, and trains
+  for a step. The step does not change the output.
+Why: replicate() replaces DTensor parameters by new ones in the first forward, and not when it
+  wraps. The optimizer keeps the old ones.
+For whom: users who use replicate() on a tensor-parallel model. torch has only a private import for
+  replicate().
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -20,9 +24,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -34,16 +38,19 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 before = model(torch.ones(4, 8))
 before.sum().backward()
 optimizer.step()
-expected = "another output after the step"
-came = "the same output after the step" if model(torch.ones(4, 8)).equal(before) else expected
+expected = "an output that the step has changed"
+got = (
+    "an output that the step has not changed" if model(torch.ones(4, 8)).equal(before) else expected
+)
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-011 shows" if shows else "SP-011 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

@@ -1,14 +1,19 @@
-"""SP-012: a sharded buffer is refused by DDP.
+"""SP-012: DDP refuses a model with a sharded buffer.
 
     torchrun --standalone --nproc-per-node 4 sp_012_sharded_buffer_is_refused.py
 
-A model under tensor parallelism has a buffer that is sharded like its weight. DDP wraps it. Needs
-torch alone. Ends with 0 where torch is right, with 1 where not.
+What breaks: a tensor-parallel layer has a buffer that is sharded like its weight. The constructor
+  of DDP raises.
+Why: the transform before DDP turns parameters into local tensors, but not buffers. DDP then
+  broadcasts the buffers as plain tensors.
+For whom: users who use layers with sharded buffers, such as scales or running statistics, with
+  tensor parallelism inside DDP.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -20,9 +25,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -30,20 +35,21 @@ mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
 model = nn.Sequential(nn.Linear(8, 16))
 parallelize_module(model, mesh["tp"], {"0": ColwiseParallel()})
 model[0].register_buffer("scale", distribute_tensor(torch.ones(16), mesh["tp"], [Shard(0)]))
-expected = "a wrapped model"
+expected = "a model that DDP has wrapped"
 try:
     DistributedDataParallel(model, device_mesh=mesh["dp"])
-    came = expected
+    got = expected
 except Exception as error:
-    came = f"{type(error).__name__}: {error}"
+    got = f"{type(error).__name__}: {error}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-012 shows" if shows else "SP-012 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)
