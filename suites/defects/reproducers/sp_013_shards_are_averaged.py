@@ -1,15 +1,19 @@
-"""SP-013: DDP over the ranks of tensor parallelism sends rank 0's shard to the others.
+"""SP-013: DDP over the ranks of tensor parallelism overwrites the shards of other ranks.
 
     torchrun --standalone --nproc-per-node 4 sp_013_shards_are_averaged.py
 
-A model under tensor parallelism is wrapped in DDP, which gets the dimension of tensor parallelism
-instead of its own, so that it runs over the ranks that hold different shards. Needs torch alone.
-Ends with 0 where torch is right, with 1 where not.
+What breaks: DDP gets the mesh dimension of tensor parallelism instead of its own. It sends rank 0's
+  shard to the ranks that hold different shards, and then averages their gradients.
+Why: DDP takes all its ranks for replicas. Nobody compares its group with the meshes of the
+  parameters.
+For whom: users who pass the wrong mesh dimension or the default group to DDP: the model is damaged,
+  and no error is raised.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -20,9 +24,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -33,18 +37,19 @@ shard = model[0].weight.to_local().detach().clone()
 expected = "an error that names 'weight', or the rank's own shard"
 try:
     ddp = DistributedDataParallel(model, device_mesh=mesh["tp"])
-    came = expected if model[0].weight.equal(shard) else "the shard of another rank"
+    got = expected if model[0].weight.equal(shard) else "no error, and the shard of another rank"
     ddp(torch.ones(2, 8)).sum().backward()
 except Exception as error:
-    came = expected if "weight" in str(error) else f"{type(error).__name__}: {error}"
+    got = expected if "weight" in str(error) else f"{type(error).__name__}: {error}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-013 shows" if shows else "SP-013 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

@@ -1,15 +1,20 @@
-"""SP-016: the boxes that describe uneven shards overlap, and differ from rank to rank.
+"""SP-016: FSDP1 records overlapping rows for the shards of an uneven tensor.
 
     torchrun --standalone --nproc-per-node 2 sp_016_boxes_of_uneven_shards_overlap.py
 
-A tensor of 5 rows lies on 2 ranks of tensor parallelism, as 3 and 2 rows. FSDP1's extension chunks
-it as a ShardedTensor, which says where each shard lies. Needs torch alone. Ends with 0 where torch
-is right, with 1 where not.
+What breaks: a tensor of 5 rows is sharded over 2 tensor-parallel ranks, 3 and 2 rows. FSDP1's
+  extension makes a ShardedTensor of it, whose metadata say which rows each shard holds. These rows
+  are wrong, or torch refuses them.
+Why: each rank computes the offset of every shard as rows // ranks, and gives every shard the size
+  of its own shard.
+For whom: users who save sharded state with FSDP1 over tensor parallelism, where a dimension does
+  not divide by the number of ranks.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -20,29 +25,32 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel.fsdp import DTensorExtensions
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
 mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
 tensor = distribute_tensor(torch.ones(5, 8), mesh["tp"], [Shard(0)])
-expected = "3 rows from row 0, 2 rows from row 3"
+expected = "shards: 3 rows from row 0, 2 rows from row 3"
 try:
     chunk = DTensorExtensions(None).chunk_tensor(tensor, 0, 1, 2, mesh["dp"].get_group())
     boxes = chunk.metadata().shards_metadata
-    came = ", ".join(f"{b.shard_sizes[0]} rows from row {b.shard_offsets[0]}" for b in boxes)
+    got = "shards: " + ", ".join(
+        f"{b.shard_sizes[0]} rows from row {b.shard_offsets[0]}" for b in boxes
+    )
 except Exception as error:
-    came = f"{type(error).__name__}: {error}"
+    got = f"{type(error).__name__}: {error}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-016 shows" if shows else "SP-016 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

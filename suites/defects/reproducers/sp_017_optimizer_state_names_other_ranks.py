@@ -1,14 +1,19 @@
-"""SP-017: the ShardedTensor around FSDP1's chunks names ranks that do not hold them.
+"""SP-017: the sharded optimizer state of FSDP1 over tensor parallelism names the wrong ranks.
 
     torchrun --standalone --nproc-per-node 4 sp_017_optimizer_state_names_other_ranks.py
 
-A model under tensor parallelism and FSDP1 trains for a step. Its sharded optimizer state says which
-rank holds which rows. Needs torch alone. Ends with 0 where torch is right, with 1 where not.
+What breaks: a tensor-parallel model under FSDP1 trains for a step. sharded_optim_state_dict() names
+  ranks that do not hold the shards, or raises.
+Why: each rank records itself for the first shard and a placeholder for all others. It records ranks
+  of the group, where ShardedTensor expects global ranks.
+For whom: users who save with FullyShardedDataParallel.sharded_optim_state_dict() over tensor
+  parallelism.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -19,9 +24,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -34,23 +39,24 @@ model = FullyShardedDataParallel(
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 model(torch.ones(2, 8)).sum().backward()
 optimizer.step()
-expected = "shards on the ranks of the tensor-parallel group, in their order"
+expected = "shards on the ranks of this rank's tensor-parallel group, in order"
 try:
     state = FullyShardedDataParallel.sharded_optim_state_dict(model, optimizer)
     shards = state["state"]["0.weight"]["momentum_buffer"].metadata().shards_metadata
     ranks = [shard.placement.rank() for shard in shards]
     right = ranks == dist.get_process_group_ranks(mesh["tp"].get_group())
-    came = expected if right else f"shards on the ranks {ranks}"
+    got = expected if right else f"shards on the ranks {ranks}"
 except Exception as error:
-    came = f"{type(error).__name__}: {error}"
+    got = f"{type(error).__name__}: {error}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-017 shows" if shows else "SP-017 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

@@ -1,15 +1,19 @@
-"""SP-019: FSDP1 moves whole weights between ranks to chunk them.
+"""SP-019: FSDP1 communicates to take a chunk of a weight that the rank holds already.
 
     torchrun --standalone --nproc-per-node 4 sp_019_whole_weights_are_gathered_to_be_chunked.py
 
-FSDP1's extension for tensor parallelism chunks a weight that is sharded by rows, of which each rank
-has the rows that it needs. The collectives are counted. Needs torch alone. Ends with 0 where torch
-is right, with 1 where not.
+What breaks: a weight is sharded by rows, and each rank already holds the rows of its chunk.
+  DTensorExtensions.chunk_dtensor() still runs collectives.
+Why: the function describes the chunk by placements that do not match how FSDP1 shards rows, so
+  redistribute() has to move rows between ranks.
+For whom: users who save or load FSDP1 over tensor parallelism: each row-wise weight is gathered,
+  and each rank needs memory for the whole weight.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -21,9 +25,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel.fsdp import DTensorExtensions
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -32,15 +36,16 @@ weight = distribute_tensor(torch.ones(16, 8), mesh["tp"], [Shard(0)])
 with CommDebugMode() as seen:
     DTensorExtensions(None).chunk_dtensor(weight, mesh["dp"].get_local_rank(), mesh["dp"])
 expected = "0 collectives"
-came = f"{seen.get_total_counts()} collectives"
+got = f"{seen.get_total_counts()} collectives"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-019 shows" if shows else "SP-019 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

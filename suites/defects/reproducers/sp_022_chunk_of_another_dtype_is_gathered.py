@@ -1,15 +1,19 @@
-"""SP-022: chunks that ranks hold otherwise are gathered together.
+"""SP-022: FSDP1 gathers chunks of different dtypes as if they were of one.
 
     torchrun --standalone --nproc-per-node 4 sp_022_chunk_of_another_dtype_is_gathered.py
 
-A sharded state dict of ones is loaded into FSDP1 over tensor parallelism. Ranks 0 and 1 hold their
-shards as float16, ranks 2 and 3 as bfloat16. Needs torch alone. Ends with 0 where torch is right,
-with 1 where not.
+What breaks: a sharded state dict of ones is loaded into FSDP1 over tensor parallelism. Ranks 0 and
+  1 hold float16, ranks 2 and 3 bfloat16. The loaded weight is not one.
+Why: the gather trusts each rank's own dtype. Both dtypes have 2 bytes, so each rank reads the
+  other's bytes as its own dtype.
+For whom: users who load sharded state dicts that ranks prepare on their own, where one rank casts
+  differently.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -22,9 +26,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -41,17 +45,19 @@ expected = "an error that names the dtype, or a weight of ones"
 try:
     set_model_state_dict(model, state)
     weight = get_model_state_dict(model)["0.weight"].to_local()
-    came = expected if bool(weight.eq(1).all()) else f"a weight with rows of {weight[0, 0]:.4f}"
+    good = bool(weight.eq(1).all())
+    got = expected if good else f"no error, and a weight of {weight[0, 0]:.4f}"
 except Exception as error:
-    came = expected if "dtype" in str(error) else f"{type(error).__name__}: {error}"
+    got = expected if "dtype" in str(error) else f"{type(error).__name__}: {error}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-022 shows" if shows else "SP-022 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

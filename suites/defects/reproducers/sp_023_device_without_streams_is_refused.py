@@ -1,14 +1,17 @@
-"""SP-023: a device without streams is refused by FSDP1's extension for tensor parallelism.
+"""SP-023: FSDP1's extension for tensor parallelism refuses a device without streams.
 
     torchrun --standalone --nproc-per-node 2 sp_023_device_without_streams_is_refused.py
 
-A device of another vendor has a module without streams, here an empty one. The extension makes a
-local tensor a DTensor again. Needs torch alone. Ends with 0 where torch is right, with 1 where not.
+What breaks: an empty object stands for the device module of a backend without streams. The
+  extension should turn a local tensor into a DTensor, and raises an AttributeError.
+Why: the extension calls current_stream() of the device module, whether or not the module has it.
+For whom: vendors of devices whose PyTorch backend has no streams.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 import types
 from datetime import timedelta
 
@@ -20,28 +23,29 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel.fsdp import DTensorExtensions
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
 mesh = init_device_mesh("cpu", (size,))
 extension = DTensorExtensions(types.SimpleNamespace())
 local, spec = extension.pre_flatten_transform(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
-expected = "DTensor"
+expected = "a DTensor"
 try:
-    came = type(extension.post_unflatten_transform(local, spec)).__name__
+    got = f"a {type(extension.post_unflatten_transform(local, spec)).__name__}"
 except Exception as error:
-    came = f"{type(error).__name__}: {error}"
+    got = f"{type(error).__name__}: {error}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-023 shows" if shows else "SP-023 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)
