@@ -1,15 +1,18 @@
-"""SP-025: an EnumerableShardingSpec keeps the device that its placements name.
+"""SP-025: an EnumerableShardingSpec keeps the old device after its tensor has moved.
 
     torchrun --standalone --nproc-per-node 2 sp_025_spec_keeps_another_device.py
 
-The state of a table was moved from a GPU to the CPU, and its spec is to follow. All names are
-private, as torch has no public one for such a spec. No GPU is needed. Needs torch alone. Ends with
-0 where torch is right, with 1 where not.
+What breaks: a table's spec says cuda:0, and its state was moved to the CPU.
+  _rewrite_spec_if_needed() should change this rank's device to cpu, and does not.
+Why: the function returns every spec that is not a ChunkShardingSpec unchanged.
+For whom: authors who call this function of FSDP1. It is private, as is the spec; torch 2.13 does
+  not call it. No GPU is needed.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -19,24 +22,25 @@ from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, Shard
 from torch.distributed.tensor.parallel.fsdp import _rewrite_spec_if_needed
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
 shards = [ShardMetadata([4 * r, 0], [4, 4], f"rank:{r}/cuda:0") for r in range(size)]
 spec = _rewrite_spec_if_needed(EnumerableShardingSpec(shards), torch.ones(4, 4), rank)
-expected = "a shard on the device cpu"
-came = f"a shard on the device {spec.shards[rank].placement.device()}"
+expected = "a spec that says cpu"
+got = f"a spec that says {spec.shards[rank].placement.device()}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-025 shows" if shows else "SP-025 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)
