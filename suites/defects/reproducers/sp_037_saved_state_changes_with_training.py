@@ -1,14 +1,19 @@
-"""SP-037: a saved state dict is the live tensors, and changes when training goes on.
+"""SP-037: a saved state dict shares memory with the model, and changes when training continues.
 
     torchrun --standalone --nproc-per-node 1 sp_037_saved_state_changes_with_training.py
 
-A full state dict is taken onto the CPU, where the model is already. The optimizer makes a step.
-Needs torch alone. Ends with 0 where torch is right, with 1 where not.
+What breaks: the full state dict of a model on the CPU is taken with cpu_offload=True. The next
+  optimizer step changes the saved weight.
+Why: there is nothing to gather and nothing to move, and .to('cpu') of a CPU tensor returns the same
+  tensor.
+For whom: users who keep a state dict on the CPU while training continues, as for asynchronous
+  saving or for the best model so far.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -17,9 +22,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -31,15 +36,16 @@ expected = f"a saved weight of {saved['weight'].tolist()}"
 optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
 model(torch.ones(1, 2)).sum().backward()
 optimizer.step()
-came = f"a saved weight of {saved['weight'].tolist()}"
+got = f"a saved weight of {saved['weight'].tolist()}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-037 shows" if shows else "SP-037 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

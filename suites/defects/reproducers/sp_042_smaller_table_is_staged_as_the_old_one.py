@@ -1,15 +1,18 @@
-"""SP-042: a state dict is copied into one that it does not fit.
+"""SP-042: staging a smaller tensor into a cached buffer repeats its value.
 
     torchrun --standalone --nproc-per-node 1 sp_042_smaller_table_is_staged_as_the_old_one.py
 
-A stager that keeps its buffers, as BlockingAsyncStager(cache_staged_state_dict=True) does for
-async_save(), stages a weight of four elements, and later one of a single element, which copy_()
-spreads over the old buffer. Needs torch alone. Ends with 0 where torch is right, with 1 where not.
+What breaks: a stager keeps its buffers for async_save(), and first stages a weight of 4 elements.
+  Then it stages a weight of 1 element, and returns 4 copies of it.
+Why: the stager calls copy_() without comparing shapes, and copy_() broadcasts.
+For whom: users of BlockingAsyncStager(cache_staged_state_dict=True) whose state dict changes its
+  shapes between saves, such as a growing vocabulary.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -17,29 +20,30 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
 stager = BlockingAsyncStager(cache_staged_state_dict=True)
 # What the first stage() would leave here, but not in pinned memory, which needs an accelerator.
 stager.state_dict_cache = BlockingAsyncStager().stage({"weight": torch.zeros(4)})
-expected = "[7.0], or an error that names 'weight'"
+expected = "a staged weight of [7.0], or an error that names 'weight'"
 try:
     staged = stager.stage({"weight": torch.full((1,), 7.0)})["weight"].tolist()
-    came = expected if staged == [7.0] else f"{staged}"
+    got = expected if staged == [7.0] else f"a staged weight of {staged}"
 except Exception as error:
-    came = expected if "weight" in str(error) else f"{type(error).__name__}: {str(error)[:90]}"
+    got = expected if "weight" in str(error) else f"{type(error).__name__}: {str(error)[:90]}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-042 shows" if shows else "SP-042 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

@@ -1,16 +1,19 @@
-"""SP-045: pin_memory with share_memory fails on a torch that was built for the CPU.
+"""SP-045: pin_memory with share_memory raises an AssertionError on a CPU build of torch.
 
     torchrun --standalone --nproc-per-node 1 sp_045_pinned_and_shared_memory_without_cuda.py
 
-Buffers in memory that is pinned and shared cannot be had without an accelerator; a RuntimeError or
-ValueError is to say so, as it does for pin_memory alone. Only a private function takes both,
-_create_cpu_state_dict(). On a machine with a GPU there is nothing to see. Needs torch alone. Ends
-with 0 where torch is right, with 1 where not.
+What breaks: pinned memory needs an accelerator. pin_memory=True alone says so in a RuntimeError;
+  with share_memory=True the call raises an AssertionError of torch.cuda.
+Why: the function calls the CUDA runtime directly, and does not check that this build of torch has
+  it.
+For whom: callers of _create_cpu_state_dict(), the private function that takes both options, without
+  a GPU. On a machine with a GPU nothing shows.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -18,9 +21,9 @@ import torch.distributed as dist
 from torch.distributed._state_dict_utils import _create_cpu_state_dict
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -28,19 +31,20 @@ expected = "a RuntimeError or ValueError, or memory that is pinned and shared"
 try:
     buffers = _create_cpu_state_dict({"weight": torch.zeros(2)}, pin_memory=True, share_memory=True)
     good = buffers["weight"].is_pinned() and buffers["weight"].is_shared()
-    came = expected if good else "memory of another kind"
+    got = expected if good else "memory of another kind"
 except (RuntimeError, ValueError):
-    came = expected
+    got = expected
 except Exception as error:
-    came = f"{type(error).__name__}: {str(error)[:90]}"
+    got = f"{type(error).__name__}: {str(error)[:90]}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-045 shows" if shows else "SP-045 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)
