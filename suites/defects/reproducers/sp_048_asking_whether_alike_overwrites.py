@@ -1,15 +1,18 @@
-"""SP-048: asking whether two state dicts are similar copies the first into the second.
+"""SP-048: _check_state_dict_similarity() overwrites the second state dict.
 
     torchrun --standalone --nproc-per-node 1 sp_048_asking_whether_alike_overwrites.py
 
-The question is a private function, _check_state_dict_similarity(), which no public call asks. It
-must answer, and leave both as they are. Needs torch alone. Ends with 0 where torch is right, with 1
-where not.
+What breaks: the function should tell whether two state dicts have the same keys, shapes and dtypes.
+  It also copies the first into the second.
+Why: it passes the second state dict as a companion, and the function that walks state dicts copies
+  into companions.
+For whom: callers of this private function, which no public function calls.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -17,24 +20,25 @@ import torch.distributed as dist
 from torch.distributed._state_dict_utils import _check_state_dict_similarity
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
 first, second = {"weight": torch.ones(2)}, {"weight": torch.zeros(2)}
 alike = _check_state_dict_similarity(first, second)
-expected = "True, and a second weight of [0.0, 0.0]"
-came = f"{alike}, and a second weight of {second['weight'].tolist()}"
+expected = "similar: True, and [0.0, 0.0] in the second state dict"
+got = f"similar: {alike}, and {second['weight'].tolist()} in the second state dict"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-048 shows" if shows else "SP-048 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

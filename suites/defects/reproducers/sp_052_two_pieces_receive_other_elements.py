@@ -1,16 +1,18 @@
-"""SP-052: targets that hold several pieces of a weight (_StridedShard) receive other elements.
+"""SP-052: a broadcast load writes the wrong elements into a _StridedShard.
 
     torchrun --standalone --nproc-per-node 2 sp_052_two_pieces_receive_other_elements.py
 
-Each rank holds two pieces of a weight, which DTensor calls a _StridedShard: flatten() of a weight
-that is sharded by columns makes one since torch 2.12. The class is private. Rank 0 broadcasts a
-full state dict into the model; ranks take one piece that is as long as both. Needs torch alone.
-Ends with 0 where torch is right, with 1 where not.
+What breaks: each rank holds two separate pieces of a weight, a _StridedShard. Rank 0 broadcasts a
+  full state dict, and each rank gets one contiguous piece of the same length.
+Why: the load computes one offset and one length for each rank, which cannot describe two pieces.
+For whom: users who flatten() a DTensor that is sharded by columns, which makes this private class
+  since torch 2.12.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -22,9 +24,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -38,18 +40,19 @@ set_model_state_dict(
     {"weight": full} if rank == 0 else {},
     options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
 )
-mine = f"elements {full.reshape(2, 2, 2)[:, rank].flatten().tolist()}"
-got = f"elements {model.weight.to_local().tolist()}"
+wanted = f"elements {full.reshape(2, 2, 2)[:, rank].flatten().tolist()}"
+held = f"elements {model.weight.to_local().tolist()}"
 expected = "the elements of this rank's two pieces"
-came = expected if got == mine else f"{got} where {mine} lie"
+got = expected if held == wanted else f"{held} instead of {wanted}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-052 shows" if shows else "SP-052 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

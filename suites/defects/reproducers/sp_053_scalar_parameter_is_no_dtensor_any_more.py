@@ -1,15 +1,19 @@
-"""SP-053: a 0-dim value takes a DTensor's place as a plain CPU tensor.
+"""SP-053: loading a full state dict replaces a 0-dim DTensor by a plain CPU tensor.
 
     torchrun --standalone --nproc-per-node 2 sp_053_scalar_parameter_is_no_dtensor_any_more.py
 
-A model has a weight and a scale without dimensions, both DTensors, and is made on meta. Rank 0
-broadcasts a full state dict into it. Needs torch alone. Ends with 0 where torch is right, with 1
-where not.
+What breaks: a model on meta has a weight and a 0-dim scale, both DTensors. After a broadcast load
+  the scale is no DTensor.
+Why: torch sends a 0-dim value as a Python object, and puts it into the state dict without looking
+  at the target.
+For whom: users with 0-dim sharded parameters or optimizer steps: mesh, placement and device are
+  lost, and a later operator may refuse to mix the two types.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -20,9 +24,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_module
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -37,18 +41,19 @@ set_model_state_dict(
     options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
 )
 expected = "DTensor weight, DTensor scale"
-came = ", ".join(
-    f"{'DTensor' if isinstance(param.data, DTensor) else 'plain'} {name}"
+got = ", ".join(
+    f"{'DTensor' if isinstance(param.data, DTensor) else 'plain tensor'} {name}"
     for name, param in model.named_parameters()
 )
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-053 shows" if shows else "SP-053 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

@@ -1,15 +1,19 @@
-"""SP-056: on the rank that has the full state dict, results lie in its memory.
+"""SP-056: after a load, the parameters of rank 0 share memory with the caller's state dict.
 
     torchrun --standalone --nproc-per-node 2 sp_056_training_changes_the_callers_state_dict.py
 
-Rank 0 broadcasts a full state dict into a model on meta, and the model trains. The state dict of
-rank 0, which a second model may be loaded from, must not train with it. Needs torch alone. Ends
-with 0 where torch is right, with 1 where not.
+What breaks: rank 0 broadcasts a full state dict of zeros into a model on meta, and the model
+  trains. The caller's state dict on rank 0 changes, too.
+Why: rank 0 already has the tensor, so detach() and to(device) return views of it, and the view
+  becomes the parameter.
+For whom: users who load the same state dict into a second model, such as a reference model or a
+  moving average: it gets trained values on rank 0 only.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -17,9 +21,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -31,16 +35,18 @@ set_model_state_dict(
 )
 with torch.no_grad():
     model.weight += 1
-expected = "a state dict that holds zeros still"
-came = f"a weight of {full['weight'].tolist()}" if full and full["weight"].any() else expected
+expected = "zeros in the caller's state dict"
+changed = bool(full) and bool(full["weight"].any())
+got = f"{full['weight'].tolist()} in the caller's state dict" if changed else expected
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-056 shows" if shows else "SP-056 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)
