@@ -1,15 +1,19 @@
-"""SP-060: a rank outside of a tensor's mesh takes part.
+"""SP-060: a rank outside the mesh of a weight fails in a broadcast load.
 
     torchrun --standalone --nproc-per-node 3 sp_060_rank_outside_the_mesh_fails.py
 
-A weight lies on ranks 0 and 1 of three. Rank 0 broadcasts a full state dict into the model; rank 2,
-which has no part of the weight, is to take none. Needs torch alone. Ends with 0 where torch is
-right, with 1 where not.
+What breaks: a weight is sharded over ranks 0 and 1 of three. Rank 0 broadcasts a full state dict,
+  and rank 2 raises.
+Why: every rank computes its shard and copies into it. Nobody asks whether the rank is in the mesh
+  of the weight.
+For whom: users whose model places some weights on a part of the ranks, as for experts or pipeline
+  stages.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -20,9 +24,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -36,17 +40,18 @@ try:
         {"weight": torch.ones(4, 2)} if rank == 0 else {},
         options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
     )
-    came = expected
+    got = expected
 except Exception as error:
-    came = f"{type(error).__name__}: {str(error)[:90]}"
+    got = f"{type(error).__name__}: {str(error)[:90]}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-060 shows" if shows else "SP-060 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

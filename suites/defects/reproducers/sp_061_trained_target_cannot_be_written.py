@@ -1,15 +1,18 @@
-"""SP-061: tensors that train cannot be written.
+"""SP-061: _broadcast_state_dict() cannot write into parameters that require grad.
 
     torchrun --standalone --nproc-per-node 2 sp_061_trained_target_cannot_be_written.py
 
-Rank 0 broadcasts a full state dict into a sharded parameter that trains, with autograd on. Only
-private functions are met so, here _broadcast_state_dict(): set_model_state_dict() turns autograd
-off. Needs torch alone. Ends with 0 where torch is right, with 1 where not.
+What breaks: rank 0 broadcasts a full state dict into a sharded parameter that requires grad, while
+  autograd is on. The call raises.
+Why: the function writes by copy_() without no_grad(), which autograd refuses for a leaf that
+  requires grad.
+For whom: callers of this private function. set_model_state_dict() turns autograd off.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -20,29 +23,30 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
 mesh = init_device_mesh("cpu", (size,))
 mine = {"weight": nn.Parameter(distribute_tensor(torch.zeros(2, 2), mesh, [Shard(0)]))}
-expected = "a row of [1.0, 1.0]"
+expected = "a row of [1.0, 1.0] on this rank"
 try:
     full = {"weight": torch.ones(2, 2)} if rank == 0 else {}
     _broadcast_state_dict(full, mine, torch.device("cpu"))
-    came = f"a row of {mine['weight'].to_local()[0].tolist()}"
+    got = f"a row of {mine['weight'].to_local()[0].tolist()} on this rank"
 except Exception as error:
-    came = f"{type(error).__name__}: {str(error)[:90]}"
+    got = f"{type(error).__name__}: {str(error)[:90]}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-061 shows" if shows else "SP-061 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

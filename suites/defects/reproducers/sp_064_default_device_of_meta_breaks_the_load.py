@@ -1,15 +1,18 @@
-"""SP-064: under a default device of meta a broadcast load fails.
+"""SP-064: a broadcast load into a sharded model fails under torch.device("meta").
 
     torchrun --standalone --nproc-per-node 2 sp_064_default_device_of_meta_breaks_the_load.py
 
-Rank 0 broadcasts a full state dict into a sharded model inside of the context in which large models
-are made, torch.device("meta"). Needs torch alone. Ends with 0 where torch is right, with 1 where
-not.
+What breaks: rank 0 broadcasts a full state dict into a sharded model inside the context
+  torch.device("meta"), in which large models are created. The load raises.
+Why: to find this rank's rows torch creates helper tensors on the default device, and reads their
+  values. A tensor on meta has none.
+For whom: users who create and load a large model inside one torch.device("meta") block.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -20,16 +23,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
 model = nn.Linear(2, 2, bias=False)
 fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
 full = {"weight": torch.ones(2, 2)} if rank == 0 else {}
-expected = "a row of [1.0, 1.0]"
+expected = "a row of [1.0, 1.0] on this rank"
 try:
     with torch.device("meta"):
         set_model_state_dict(
@@ -37,17 +40,18 @@ try:
             full,
             options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
         )
-    came = f"a row of {model.weight.to_local()[0].tolist()}"
+    got = f"a row of {model.weight.to_local()[0].tolist()} on this rank"
 except Exception as error:
-    came = f"{type(error).__name__}: {str(error)[:90]}"
+    got = f"{type(error).__name__}: {str(error)[:90]}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-064 shows" if shows else "SP-064 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

@@ -2,14 +2,18 @@
 
     torchrun --standalone --nproc-per-node 1 sp_065_simulated_ranks_cannot_load.py
 
-One process plays two ranks, in torch's LocalTensorMode, which lies in a private module. A full
-state dict is loaded into a sharded parameter, of which each rank that is played is to get its row.
-Needs torch alone. Ends with 0 where torch is right, with 1 where not.
+What breaks: one process simulates two ranks by LocalTensorMode. Loading a full state dict into a
+  sharded parameter raises.
+Why: the load broadcasts pickled Python objects and computes offsets for one rank. A simulated
+  process has a value for each rank.
+For whom: users who test distributed code in one process by LocalTensorMode, which is in a private
+  module.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -22,16 +26,16 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
 dist.destroy_process_group()
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
 mesh = init_device_mesh("cpu", (2,))
-expected = "the whole weight is [[0.0, 1.0], [2.0, 3.0]]"
+expected = "a whole weight of [[0.0, 1.0], [2.0, 3.0]]"
 try:
     with LocalTensorMode(2):
         model = nn.Module()
@@ -41,18 +45,19 @@ try:
             {"weight": torch.arange(4.0).reshape(2, 2)},
             options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
         )
-        got = model.weight.full_tensor().reconcile()
-    came = f"the whole weight is {got.tolist()}"
+        whole = model.weight.full_tensor().reconcile()
+    got = f"a whole weight of {whole.tolist()}"
 except Exception as error:
-    came = f"{type(error).__name__}: {str(error)[:90]}"
+    got = f"{type(error).__name__}: {str(error)[:90]}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-065 shows" if shows else "SP-065 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

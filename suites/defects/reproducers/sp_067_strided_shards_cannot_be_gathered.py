@@ -1,15 +1,19 @@
-"""SP-067: DTensor refuses to gather some _StridedShard placements.
+"""SP-067: get_model_state_dict() refuses to gather some _StridedShard placements.
 
     torchrun --standalone --nproc-per-node 2 sp_067_strided_shards_cannot_be_gathered.py
 
-A weight is sharded by columns and flattened, so that each rank holds two pieces of it: a
-_StridedShard, which is a private class. get_model_state_dict() is to give the weight whole. Affects
-torch before 2.12. Needs torch alone. Ends with 0 where torch is right, with 1 where not.
+What breaks: a weight is sharded by columns and flattened, so each rank holds two pieces of it, a
+  _StridedShard. The full state dict raises.
+Why: redistribute() of torch before 2.12 supports only those split factors that later mesh
+  dimensions produce.
+For whom: users of torch before 2.12 with placements like those of fully_shard over tensor
+  parallelism. _StridedShard is a private class.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -21,9 +25,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -37,17 +41,18 @@ model.weight = nn.Parameter(
 expected = f"a weight of {full.tolist()}"
 try:
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    came = f"a weight of {state['weight'].tolist()}"
+    got = f"a weight of {state['weight'].tolist()}"
 except Exception as error:
-    came = f"{type(error).__name__}: {str(error)[:90]}"
+    got = f"{type(error).__name__}: {str(error)[:90]}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-067 shows" if shows else "SP-067 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)
