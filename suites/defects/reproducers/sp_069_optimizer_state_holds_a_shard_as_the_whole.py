@@ -1,15 +1,19 @@
-"""SP-069: the optimizer state of a model under TP x DDP holds this rank's shards as whole tensors.
+"""SP-069: the optimizer state of a model under TP x DDP holds this rank's shard as the whole.
 
     torchrun --standalone --nproc-per-node 4 sp_069_optimizer_state_holds_a_shard_as_the_whole.py
 
-A weight of 16 rows lies on 2 ranks of tensor parallelism, 8 rows each, under DDP. The full
-optimizer state is to hold a moment for each row. Needs torch alone. Ends with 0 where torch is
-right, with 1 where not.
+What breaks: a weight of 16 rows is sharded over 2 ranks, 8 rows each, and DDP wraps the model. The
+  full optimizer state holds moments of 8 rows.
+Why: the optimizer holds DDP's plain local tensors. Nothing marks their moments as shards of larger
+  tensors.
+For whom: users who save the optimizer of a model with tensor parallelism inside DDP: the file holds
+  the moments of one shard only.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -21,9 +25,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -35,15 +39,16 @@ optimizer = torch.optim.Adam(model.parameters())
 options = StateDictOptions(full_state_dict=True)
 moments = get_optimizer_state_dict(model, optimizer, options=options)["state"]["0.weight"]
 expected = "moments of shape (16, 8)"
-came = f"moments of shape {tuple(moments['exp_avg'].shape)}"
+got = f"moments of shape {tuple(moments['exp_avg'].shape)}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-069 shows" if shows else "SP-069 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

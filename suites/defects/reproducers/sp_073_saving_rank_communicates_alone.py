@@ -1,12 +1,19 @@
-"""SP-073: one rank alone communicates for a full optimizer state of FSDP1 over tensor parallelism.
+"""SP-073: rank 0 hangs when it saves the optimizer state of HSDP over tensor parallelism.
 
     torchrun --standalone --nproc-per-node 8 sp_073_saving_rank_communicates_alone.py
 
-A model under tensor parallelism and FSDP1 with replicas (HSDP) is asked for its optimizer state
-with full_state_dict and cpu_offload: rank 0 is to get it, others nothing. Rank 0 communicates for
-it alone. Needs torch alone. Ends with 0 where torch is right, with 1 where rank 0 waits for 8 s.
+What breaks: a tensor-parallel model under FSDP1 with replicas (HSDP) is asked for its full
+  optimizer state with cpu_offload. Only rank 0 should get it, and rank 0 waits for ranks that never
+  come.
+Why: rank 0 alone keeps the state, and runs a collective for the tensor-parallel dimension. The
+  other ranks skip it.
+For whom: users who save the optimizer of HSDP over tensor parallelism; before torch 2.13 also
+  without replicas.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where rank 0 waits for 8 s.
 """
 
+import faulthandler
 import os
 import sys
 import threading
@@ -21,9 +28,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -39,26 +46,34 @@ model = FullyShardedDataParallel(
 )
 optimizer = torch.optim.Adam(model.parameters())
 expected = "the optimizer state on rank 0, nothing elsewhere"
-# The groups of a mesh have a timeout of 30 minutes.
-wait = f"rank 0: expected {expected}; came a wait for others\nSP-073 shows"
-alone = threading.Timer(8, lambda: os._exit(print(wait, flush=True) or 1))
+# The groups of a mesh wait for 30 minutes, which nobody wants to see.
+alone = f"rank 0: expected {expected}; got a collective that no other rank joined\nSP-073 shows"
+
+
+def give_up():
+    print(alone, flush=True)
+    os._exit(1)
+
+
+timer = threading.Timer(8, give_up)
 if rank == 0:
-    alone.start()
+    timer.start()
 try:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_optimizer_state_dict(model, optimizer, options=options)
-    came = expected if bool(state) == (rank == 0) else f"{list(state)}"
+    got = expected if bool(state) == (rank == 0) else f"{list(state)}"
 except Exception as error:
-    came = f"{type(error).__name__}: {str(error)[:90]}"
-alone.cancel()
+    got = f"{type(error).__name__}: {str(error)[:90]}"
+timer.cancel()
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-073 shows" if shows else "SP-073 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

@@ -1,15 +1,18 @@
-"""SP-075: a DefaultStager stages once.
+"""SP-075: a DefaultStager stages only once.
 
     torchrun --standalone --nproc-per-node 1 sp_075_stager_stages_once.py
 
-Two async_save() in a row have one stager, so that its buffers are made once. Affects torch before
-2.13. Needs torch alone. Ends with 0 where torch is right, with 1 where not.
+What breaks: two calls of async_save() share one DefaultStager, to allocate its buffers only once.
+  The second call raises KeyError.
+Why: the stager of torch before 2.13 closes itself after the first save.
+For whom: users of torch before 2.13 who save asynchronously more than once with the same stager.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
 import tempfile
-import threading
 from datetime import timedelta
 
 import torch
@@ -18,9 +21,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -39,17 +42,18 @@ try:
             weight = {"weight": torch.zeros(2)}
             saved = dcp.async_save(weight, checkpoint_id=folder, async_stager=stager)
             getattr(saved, "upload_completion", saved).result()
-    came = expected
+    got = expected
 except Exception as error:
-    came = f"{type(error).__name__}: {str(error)[:90]}"
+    got = f"{type(error).__name__}: {str(error)[:90]}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-075 shows" if shows else "SP-075 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

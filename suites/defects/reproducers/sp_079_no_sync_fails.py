@@ -2,13 +2,16 @@
 
     torchrun --standalone --nproc-per-node 4 sp_079_no_sync_fails.py
 
-A model under tensor parallelism and FSDP1 accumulates the gradients of two batches, the first
-without synchronisation. Needs torch alone. Ends with 0 where torch is right, with 1 where not.
+What breaks: a tensor-parallel model under FSDP1 accumulates the gradients of two batches, the first
+  inside no_sync(). A backward raises.
+Why: FSDP1 assigns a DTensor to .grad.data of a plain parameter, which torch refuses.
+For whom: users who accumulate gradients without communication under FSDP1 over tensor parallelism.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -19,9 +22,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -36,17 +39,18 @@ try:
     with model.no_sync():
         model(torch.ones(1, 8)).sum().backward()
     model(torch.ones(1, 8)).sum().backward()
-    came = expected
+    got = expected
 except Exception as error:
-    came = f"{type(error).__name__}: {str(error)[:90]}"
+    got = f"{type(error).__name__}: {str(error)[:90]}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-079 shows" if shows else "SP-079 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)

@@ -1,15 +1,18 @@
-"""SP-082: errors of the data-parallel functions name nothing.
+"""SP-082: errors of the data-parallel functions do not name the wrong input.
 
     torchrun --standalone --nproc-per-node 1 sp_082_error_without_a_word.py
 
-A parameter is put in place of one that the module does not have. The function is private,
-_update_module_param(), by which DDP and replicate() exchange tensor-parallel parameters; it is to
-say which name is unknown. Needs torch alone. Ends with 0 where torch is right, with 1 where not.
+What breaks: _update_module_param() gets the name of a parameter that the module does not have. It
+  raises an AssertionError with an empty message.
+Why: the function raises AssertionError without a text.
+For whom: developers of DDP and replicate(), which replace tensor-parallel parameters by this
+  private function.
+
+Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
-import os
+import faulthandler
 import sys
-import threading
 from datetime import timedelta
 
 import torch
@@ -18,9 +21,9 @@ from torch import nn
 from torch.distributed.tensor.parallel.ddp import _update_module_param
 
 store, rank, size = next(dist.rendezvous("env://"))
-watchdog = threading.Timer(20, lambda: os._exit(print(f"rank {rank} is stuck", flush=True) or 1))
-watchdog.daemon = True
-watchdog.start()
+store.set(f"ready {rank}", "")
+store.wait([f"ready {r}" for r in range(size)])  # so that the limits below time no import
+faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 1
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
@@ -28,18 +31,19 @@ module = nn.Linear(2, 2)
 expected = "an error that names 'wieght'"
 try:
     _update_module_param([(module, "wieght", nn.Parameter(torch.ones(2, 2)))])
-    came = "no error"
+    got = "no error"
 except Exception as error:
     named = "wieght" in str(error)
-    came = expected if named else f"{type(error).__name__} with the text {str(error)!r}"
+    got = expected if named else f"{type(error).__name__} with the text {str(error)!r}"
 
-store.set(f"rank {rank}", came)
-answers = [store.get(f"rank {r}").decode() for r in range(size)]
-shows = any(answer != expected for answer in answers)
+# The store answers even after a collective has failed.
+store.set(f"rank {rank}", got)
+answers = {r: store.get(f"rank {r}").decode() for r in range(size)}
+shows = any(answer != expected for answer in answers.values())
 if rank == 0:
-    for r, answer in enumerate(answers):
-        print(f"rank {r}: expected {expected}; came {answer}")
+    for r, answer in answers.items():
+        print(f"rank {r}: expected {expected}; got {answer}")
     print("SP-082 shows" if shows else "SP-082 does not show", flush=True)
-    store.set("told", "")
-store.wait(["told"])
-sys.exit(shows)
+    store.set("printed", "")
+store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
+sys.exit(1 if shows else 0)
