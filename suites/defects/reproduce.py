@@ -2,7 +2,9 @@
 
 Files lie in suites/defects/reproducers, as sp_001_some_words.py. Each is for `torchrun`, with as
 many ranks as its docstring says, and imports torch and the standard library. It ends with 1 where
-the defect shows, and with 0 where torch is right. A new one starts as a copy of a neighbour.
+the defect shows, and with 0 where torch is right. Its docstring says what breaks, why and for whom;
+the lines that it prints say what was expected and what torch gave. A new one starts as a copy of a
+neighbour.
 """
 
 from __future__ import annotations
@@ -142,7 +144,10 @@ def _run(wanted: Iterable[str], *, install: bool, warm: bool, brief: bool) -> di
             if not brief or said == "broke":
                 print(ended.output + ended.errors * (said == "broke"), end="")
             signal = f" (a rank was ended by {ended.signal})" if ended.signal else ""
-            print(f"{identity} {said}{signal}", flush=True)
+            line = f"{identity} {said}{signal}"
+            if brief or line not in ended.output.splitlines():
+                print(line)
+            sys.stdout.flush()
             verdicts[identity] = said
     return verdicts
 

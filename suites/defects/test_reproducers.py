@@ -43,6 +43,8 @@ def test_it_tells_what_it_shows_and_how_to_run_it(identity: str) -> None:
     told = ast.get_docstring(ast.parse(text)) or ""
     assert told.startswith(f"{identity}: "), identity
     assert 1 <= ranks(FILES[identity]) <= 8
+    for answer in ("What breaks", "Why", "For whom"):
+        assert re.search(rf"(?m)^{answer}: \w", told), f"{identity}: say {answer.lower()}"
     assert "Ends with 0 where torch is right, with 1 where" in " ".join(told.split())
     private = set(re.findall(r"(?:import|from) [\w.]*\b_[a-z]\w*|import _\w+", text))
     assert not private or "rivate" in told, f"{private}: say that no public call meets it"
