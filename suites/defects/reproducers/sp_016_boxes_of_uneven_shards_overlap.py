@@ -5,8 +5,8 @@
 What breaks: a tensor of 5 rows is sharded over 2 tensor-parallel ranks, 3 and 2 rows. FSDP1's
   extension makes a ShardedTensor of it, whose metadata say which rows each shard holds. These rows
   are wrong, or torch refuses them.
-Why: each rank computes the offset of every shard as rows // ranks, and gives every shard the size
-  of its own shard.
+Why: each rank records that shard i begins at row i * (rows // ranks) and has the size of this
+  rank's shard.
 For whom: users who save sharded state with FSDP1 over tensor parallelism, where a dimension does
   not divide by the number of ranks.
 

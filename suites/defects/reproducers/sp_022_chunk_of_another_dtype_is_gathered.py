@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 4 sp_022_chunk_of_another_dtype_is_gathered.py
 
 What breaks: a sharded state dict of ones is loaded into FSDP1 over tensor parallelism. Ranks 0 and
-  1 hold float16, ranks 2 and 3 bfloat16. The loaded weight is not one.
+  1 hold float16, ranks 2 and 3 bfloat16. Two ranks load values other than one.
 Why: the gather trusts each rank's own dtype. Both dtypes have 2 bytes, so each rank reads the
   other's bytes as its own dtype.
 For whom: users who load sharded state dicts that ranks prepare on their own, where one rank casts

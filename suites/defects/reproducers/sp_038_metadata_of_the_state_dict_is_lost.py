@@ -6,7 +6,7 @@ What breaks: state_dict() of a BatchNorm is an OrderedDict whose _metadata holds
   version. get_model_state_dict(full_state_dict=True) returns a dict without it.
 Why: torch builds each container anew as a plain dict, list or tuple.
 For whom: users who load such a checkpoint by load_state_dict(): modules take it for one of their
-  oldest version, and convert it.
+  oldest version, and may convert it.
 
 Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """

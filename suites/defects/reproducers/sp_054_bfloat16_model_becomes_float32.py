@@ -6,8 +6,8 @@ What breaks: a bfloat16 model on meta loads a float32 state dict that rank 0 bro
   is float32 afterwards.
 Why: a tensor on meta has no memory to copy into, so the received tensor replaces it, with the dtype
   of the checkpoint.
-For whom: users who create large models on meta and load a checkpoint of another dtype: the model
-  takes twice the memory.
+For whom: users who create large models on meta and load a checkpoint of a larger dtype: the model
+  takes more memory than planned.
 
 Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """

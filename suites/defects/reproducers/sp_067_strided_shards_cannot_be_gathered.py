@@ -6,8 +6,8 @@ What breaks: a weight is sharded by columns and flattened, so each rank holds tw
   _StridedShard. The full state dict raises.
 Why: redistribute() of torch before 2.12 supports only those split factors that later mesh
   dimensions produce.
-For whom: users of torch before 2.12 with placements like those of fully_shard over tensor
-  parallelism. _StridedShard is a private class.
+For whom: users of torch before 2.12 whose DTensors have such placements. _StridedShard is a private
+  class.
 
 Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """

@@ -4,8 +4,8 @@
 
 What breaks: a table of 64-bit ids is sharded by rows, and another by columns, as torchrec does it.
   The full state dict holds other ids, or raises.
-Why: the class LocalShardsWrapper lacks some operators of a gather, and others of its operators
-  flatten its shards or convert them to float32.
+Why: a LocalShardsWrapper reports the dtype float32, whatever its shards hold. It lacks some
+  operators of a gather, and joins several shards as if they were rows.
 For whom: users of torchrec who save sharded embedding tables. LocalShardsWrapper is in a private
   module.
 
