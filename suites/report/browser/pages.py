@@ -34,14 +34,15 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page of each example run, with benchmarks beside `everything`, and a comparison."""
+    """A page of each example run, one with benchmarks beside it, and a comparison."""
     found = tmp_path_factory.mktemp("pages")
-    for name in ("everything", "reference", "empty", "interrupted", "large"):
+    for name in ("everything", "reference", "measured", "empty", "interrupted", "large"):
         run = found / name
         run.mkdir()
-        if name == "everything":
+        if name == "measured":
             (run / slower.NAME).write_text("\n".join(_measured()))
-        run_page.write(getattr(example_runs, name)(), run / run_page.NAME, run)
+        data = getattr(example_runs, "reference" if name == "measured" else name)()
+        run_page.write(data, run / run_page.NAME, run)
     before, now = example_runs.compared()
     names = ("out/before", "torch==2.15.0")
     costs = [slower.Slower("GatherStateDict many x4, torch.distributed: collectives", 2, 40)]
@@ -115,8 +116,8 @@ def test_the_answer_comes_first_and_then_what_is_unexpected(visit: Open) -> None
     tab = visit("everything")
     assert tab.title().startswith("5 of 14 checks came out unexpectedly")
     heads = tab.locator("main h1, main h2").all_inner_texts()
-    assert [head.split(" ")[0].split("\n")[0] for head in heads[:7]] == [
-        *("5", "Unexpected", "Defects", "Functions", "Benchmarks", "Checks", "Environment"),
+    assert [head.split(" ")[0].split("\n")[0] for head in heads[:6]] == [
+        *("5", "Unexpected", "Defects", "Functions", "Checks", "Environment"),
     ]
     verdicts = shown(tab, "#unexpected-checks > details > summary .verdict")
     assert verdicts == ["crash", "timeout", "error", "fail", "xpass"]
@@ -169,7 +170,7 @@ def test_a_cell_opens_its_checks(visit: Open) -> None:
 
 
 def test_benchmarks_stand_on_one_axis(visit: Open) -> None:
-    tab = visit("everything")
+    tab = visit("measured")
     expect(tab.locator("#side-by-side svg")).to_have_count(1)
     expect(tab.locator("#over-ranks svg")).to_have_count(4)
     tab.locator("#numbers-of > summary").click()
@@ -368,7 +369,7 @@ def test_of_all_checks_those_are_printed_that_were_asked_for(visit: Open) -> Non
     assert shown(tab, "#all-checks details[open]")
 
 
-@pytest.mark.parametrize("name", ["everything", "comparison"])
+@pytest.mark.parametrize("name", ["everything", "measured", "comparison"])
 def test_a_phone(visit: Open, name: str) -> None:
     """Nothing is wider than the screen but what scrolls itself."""
     tab = visit(name, viewport=PHONE, has_touch=True, is_mobile=True)
@@ -430,7 +431,7 @@ def test_a_comparison_tells_what_changed(visit: Open) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["everything", "comparison"])
+@pytest.mark.parametrize("name", ["everything", "measured", "comparison"])
 def test_accessibility(visit: Open, name: str, scheme: str) -> None:
     """axe-core finds nothing serious, with much of the page unfolded."""
     tab = visit(name, color_scheme=scheme)
