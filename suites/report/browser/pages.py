@@ -277,6 +277,7 @@ def test_an_address_of_another_run_is_told(visit: Open) -> None:
 
 def test_copying_gives_the_command(visit: Open) -> None:
     tab = visit("everything", link("dying"))
+    tab.wait_for_function("document.activeElement.matches('summary')")
     tab.keyboard.press("c")
     expect(tab.locator("#said")).to_have_text("Copied")
     copied(tab, example_runs.check("dying")["command"])
@@ -404,7 +405,10 @@ def test_three_thousand_checks_load_at_once(visit: Open) -> None:
     assert tab.locator("#all-checks > details").count() == 200
     last = example_runs.large()["checks"][-2]["id"]
     tab.goto(tab.url.partition("#")[0] + "#check=" + quote(last, safe=""))
-    assert tab.locator("#all-checks > details[open]").get_attribute("data-check") == last
+    opened = tab.locator("#all-checks > details[open]")
+    assert opened.get_attribute("data-check") == last
+    tab.wait_for_function("document.activeElement.matches('summary')")
+    assert opened.bounding_box()["y"] < 400
 
 
 # --- the comparison -----------------------------------------------------------------------------

@@ -104,13 +104,11 @@ const entries = (() => {
   }
 
   function calls(several) {
-    return h("table", { class: "calls" },
-      h("caption", {}, "Its last collectives"),
-      several.map((call) => h("tr", {},
-        h("td", {}, call.state),
-        h("td", { class: "mono" }, `${call.op} #${call.number}`),
-        h("td", { class: "muted" }, `of group (${call.group.join(", ")})`, call.arguments ? `, ${call.arguments}` : ""),
-        h("td", { class: "muted number" }, `${call.seconds_before_the_end.toFixed(1)} s before the end`))));
+    return [h("p", { class: "muted" }, "Its last collectives"),
+      h("ul", { class: "calls" }, several.map((call) => h("li", {},
+        h("span", { class: "mono" }, `${call.op} #${call.number}`), ` ${call.state} `,
+        h("span", { class: "muted" }, `of group (${call.group.join(", ")})`, call.arguments ? `, ${call.arguments}` : "",
+          `, ${call.seconds_before_the_end.toFixed(1)} s before the end`))))];
   }
 
   return { entry, short };

@@ -34,6 +34,8 @@
     if (filter.form) {
       $("matching").textContent = filter.active() ? `${shown.length} of ${run.checks.length} checks` : `${shown.length} checks`;
       $("clear").hidden = !filter.active();
+      const chosen = all("select", filter.form).filter((one) => one.value).length;
+      document.querySelector("#selects > summary").textContent = chosen ? `Filters (${chosen})` : "Filters";
       document.body.toggleAttribute("data-filtered", filter.active());
     }
     showUnexpected();
@@ -158,21 +160,25 @@
     else if (entry.cell) revealCell(entry.cell);
     else if (place) {
       const target = $(place);
-      if (target instanceof HTMLDetailsElement) { target.hidden = false; target.open = true; }
-      (target || document.body).scrollIntoView();
-      (target?.querySelector("summary") || target)?.focus?.({ preventScroll: true });
-      if (!target) page.say(`This run has no ${place}`);
+      if (target instanceof HTMLDetailsElement) { target.hidden = false; unfold(target); }
+      else if (target) target.scrollIntoView();
+      else page.say(`This run has no ${place}`);
     }
+  }
+
+  /** Open an entry and go there, once what it holds has made the page long enough. */
+  function unfold(one) {
+    const arrive = () => { one.scrollIntoView(); one.firstElementChild.focus({ preventScroll: true }); };
+    if (one.open) { arrive(); return; }
+    one.addEventListener("toggle", arrive, { once: true });
+    one.open = true;
   }
 
   function reveal(id) {
     const at = shown.findIndex((check) => check.id === id);
     if (at < 0) { page.say("This run has no such check"); return; }
     list($("all-checks"), shown, Math.max(STEP, at + 1));
-    const found = all("details.check", $("all-checks")).find((one) => one.dataset.check === id);
-    found.open = true;
-    found.scrollIntoView();
-    found.querySelector("summary").focus({ preventScroll: true });
+    unfold(all("details.check", $("all-checks")).find((one) => one.dataset.check === id));
   }
 
   function revealCell(key) {
