@@ -307,7 +307,8 @@ class Run:
             judgement.message = crash.message if crash else report.longreprtext[:2000]
         elif report.skipped and judgement.verdict is Verdict.PASS:
             judgement.verdict = Verdict.PRECONDITION
-            judgement.message = str(report.longrepr)
+            told = report.longrepr  # (file, line, text) of a skip
+            judgement.message = told[2] if isinstance(told, tuple) else str(told)
         if report.when == "teardown":
             self._note(item, self._plain.pop(report.nodeid), None)
 
