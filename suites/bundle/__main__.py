@@ -68,6 +68,7 @@ def _pack(folder: Path, out: Path | None) -> int:
     try:
         data = read(folder)
         bundle = archive.pack(contents.of_run(folder, data))
+        print("packed; verifying, as --verify will", file=sys.stderr)
         found = verify(bundle, ROOT, own_inventory=True)
     except (BadResultsError, BadBundleError) as error:
         print(f"ci/bundle: {error}", file=sys.stderr)

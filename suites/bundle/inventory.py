@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _LIMIT = 300.0
-"""Seconds for one collection; it takes about ten."""
+"""Seconds for one collection; it takes about ten where nothing else runs."""
 
 
 class CannotCollectError(Exception):
@@ -44,15 +44,20 @@ def of_commit(
         words += suites
         variables = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "SHARD"))}
         variables |= {"PYTHONPATH": f"{folder}/suites", "PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run(
-            words,
-            cwd=folder,
-            env=variables,
-            capture_output=True,
-            text=True,
-            timeout=_LIMIT,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                words,
+                cwd=folder,
+                env=variables,
+                capture_output=True,
+                text=True,
+                timeout=_LIMIT,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise CannotCollectError(
+                f"collecting the suites of {commit[:12]} did not end within {_LIMIT:g} s"
+            ) from None
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it said nothing"]
         raise CannotCollectError(f"the suites of {commit[:12]} cannot be collected here: {said[0]}")

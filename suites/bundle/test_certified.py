@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bundle.small_repository import Repository, repository
-from harness.session import certified
+from harness.session import certified, results
 
 CONFORMANCE = ["-o", "testpaths=suites/conformance"]
 NARROWED = [
@@ -122,6 +122,15 @@ def test_a_tree_with_changes_is_refused(name: str, tmp_path: Path) -> None:
     assert code == 2
     assert f"--certified: {name} is not as in the commit" in said
     assert not folder.exists()
+
+
+def test_another_commit_than_the_checkouts_is_refused(tmp_path: Path) -> None:
+    root = repository(tmp_path).root
+    head = results.commit_of(root)
+    assert certified.changes(root, head) == ""
+    assert certified.changes(root, "a" * 40) == (
+        f"the commit is said to be {'a' * 40}, and this checkout is of {head}"
+    )
 
 
 def test_no_commit_is_refused(tmp_path: Path) -> None:
