@@ -7,6 +7,7 @@ severity_note               which call shows each word
 owner                       a word of words.OWNERS
 mended_by = ["install"]     "install", "nobody", or "torch >= 2.14"
 affects = "torch <2.14"     the versions that have it; default: every one
+build = "cpu"               the builds that have it, as in 2.13.0+cpu; default: every one
 roads = ["tp-ddp"]          words of words.ROADS
 functions, laws             what its checks judge
 upstream = ["https://…"]    threads about it; default: none is known
@@ -32,7 +33,7 @@ FOLDER = Path(__file__).parent / "catalogue"
 _ID = re.compile(r"SP-\d{3}")
 _TEXTS = ("id", "title", "severity_note", "owner", "sees", "cause")
 _LISTS = ("severity", "mended_by", "roads", "functions", "laws")
-_OPTIONAL_TEXTS = ("affects", "workaround")
+_OPTIONAL_TEXTS = ("affects", "build", "workaround")
 _OPTIONAL_LISTS = ("upstream",)
 _UPSTREAM = re.compile(r"https://github\.com/pytorch/\w+/(issues|pull)/\d+")
 
@@ -52,6 +53,7 @@ class Defect:
     owner: str
     mended_by: tuple[str, ...]
     affects: SpecifierSet
+    build: str
     roads: tuple[str, ...]
     functions: tuple[str, ...]
     laws: tuple[str, ...]
@@ -72,11 +74,14 @@ class Defect:
     @property
     def versions(self) -> str:
         """The versions of torch that have it, in words."""
-        return f"torch {self.affects}" if str(self.affects) != ">=0" else "every torch so far"
+        some = f"torch {self.affects}" if str(self.affects) != ">=0" else "every torch so far"
+        return some + f", built for {self.build}" * bool(self.build)
 
     def is_in(self, torch: str) -> bool:
-        """Whether this version of torch has it."""
-        return Version(Version(torch).base_version) in self.affects
+        """Whether this version of torch has it; a version that names no build may be any."""
+        version = Version(torch)
+        other = self.build and version.local and version.local != self.build
+        return not other and Version(version.base_version) in self.affects
 
 
 def read(folder: Path = FOLDER) -> dict[str, Defect]:

@@ -110,7 +110,7 @@ def _check(wanted: Sequence[str], known: Mapping[str, Defect], *, warm: bool, wr
     """Run all as torch is, and after install; 1 where one says what the catalogue does not."""
     from torch import __version__
 
-    torch = Version(str(__version__)).base_version
+    torch = str(__version__)
     sides = {}
     for side in SIDES:
         print(f"--- torch {torch}{', after install' * (side == 'installed')}", flush=True)
@@ -128,7 +128,8 @@ def _check(wanted: Sequence[str], known: Mapping[str, Defect], *, warm: bool, wr
         return 3
     if write:
         kept = reproduced()
-        kept[torch] = {i: {side: said[i] for side, said in sides.items()} for i in wanted}
+        said_of = {i: {side: said[i] for side, said in sides.items()} for i in wanted}
+        kept[Version(torch).base_version] = said_of
         kept = dict(sorted(kept.items(), key=lambda one: Version(one[0])))
         REPRODUCED.write_text(json.dumps(kept, indent=1) + "\n")
         print(f"{REPRODUCED}: written; ci/defects --write puts it on the page")

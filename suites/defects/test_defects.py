@@ -145,6 +145,12 @@ def test_the_page_is_current() -> None:
     )
 
 
+def test_a_defect_of_one_build_is_in_no_other() -> None:
+    assert DEFECTS["SP-045"].is_in("2.15.0+cpu")
+    assert DEFECTS["SP-045"].is_in("2.15.0")
+    assert not DEFECTS["SP-045"].is_in("2.15.0+cu132")
+
+
 def test_defects_are_chosen_by_every_filter() -> None:
     found = chosen(
         DEFECTS.values(),

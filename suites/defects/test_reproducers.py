@@ -98,10 +98,14 @@ def test_every_defect_has_a_reproducer() -> None:
 
 
 def test_what_is_kept_for_the_page_is_of_all_defects() -> None:
-    """`ci/reproduce --all --write` keeps it, and it is what the catalogue says of that torch."""
+    """`ci/reproduce --all --write` keeps it, and it is what the catalogue says of that torch.
+
+    What is kept names no build, so that it cannot tell of a defect of one.
+    """
     kept = reproduced()
     assert set(kept) >= {"2.11.0", "2.13.0", "2.15.0"}
     for torch, said in kept.items():
         assert said.keys() == DEFECTS.keys(), torch
         for (identity, defect), side in product(DEFECTS.items(), SIDES):
-            assert said[identity][side] == expected(defect, torch, side), (torch, identity, side)
+            told = said[identity][side]
+            assert defect.build or told == expected(defect, torch, side), (torch, identity, side)
