@@ -33,14 +33,23 @@ dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout
 graphs = []
 
 
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
 def count(graph, inputs):
     graphs.append(graph)
     return graph.forward
 
 
 mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
-parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+model = Block()
+parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
 ddp = DistributedDataParallel(model, device_mesh=mesh["dp"])
 model.compile(backend=count)
 expected = "1 graph for the whole model"
