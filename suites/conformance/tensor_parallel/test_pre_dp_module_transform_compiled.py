@@ -164,6 +164,21 @@ class TestPreDpModuleTransformCompiled:
 
     @pytest.mark.law("compatibility")
     @pytest.mark.world(1)
+    def test_hooks_that_were_there(self, judged: Any, mesh: Any) -> None:
+        """Compiled with fullgraph=True, layers' own hooks, with closures, must work as before."""
+        counter, factor = CompileCounterWithBackend("eager"), 2.0
+        module, oracle = chain(mesh(1)), chain()
+        for each in (module.up.layer, module.down.layer, oracle.up.layer, oracle.down.layer):
+            each.register_forward_pre_hook(lambda _, args: (factor * args[0],))
+            each.register_forward_hook(lambda *called: factor * called[-1])
+        judged(module)
+        held = dict(module.named_parameters())
+        module.compile(backend=counter, fullgraph=True)
+        assert_like(module, held, oracle, 0, "the first step")
+        assert counter.frame_count == 1, f"{counter.frame_count} graphs"
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
     @pytest.mark.parametrize("when", ["before", "after"])
     @pytest.mark.parametrize("way", ["blocks", "blocks, wrapped"])
     @pytest.mark.thorough(but=["blocks-before", "blocks, wrapped-after"])

@@ -174,7 +174,19 @@ def move_hooks_last(hooks: Any, ours: Callable[..., None]) -> None:
     if hooks and hooks[next(reversed(hooks))] is ours:
         return
     for number in [number for number, hook in hooks.items() if hook is ours]:
-        hooks.move_to_end(number)
+        hooks[number] = hooks.pop(number)
+
+
+def put_hook_first(hooks: Any, number: int, ours: Callable[..., Any]) -> None:
+    """Let our hook come before those that are there.
+
+    Not by OrderedDict.move_to_end(): a guard of Dynamo in torch 2.11 counts keys in the order in
+    which they were put in, and finds another hook, SP-015.
+    """
+    others = {key: hook for key, hook in hooks.items() if key != number}
+    hooks.clear()
+    hooks[number] = ours
+    hooks.update(others)
 
 
 class Hooks:
@@ -196,10 +208,7 @@ class Hooks:
 
     def around_forward(self, module: nn.Module) -> None:
         """Enter first of all, leave after all that are there."""
-        before: Any = module._forward_pre_hooks
-        before[self._number] = self._enter
-        if len(before) > 1:
-            before.move_to_end(self._number, last=False)
+        put_hook_first(module._forward_pre_hooks, self._number, self._enter)
         module._forward_hooks[self._number] = self._leave
         module._forward_hooks_always_called[self._number] = True
 
@@ -209,10 +218,7 @@ class Hooks:
         Hooks of others adapt whole tensors: ours comes first after saving, last before loading.
         """
         owner._state_dict_pre_hooks[self._number] = state_dict_pre_hook
-        saved: Any = owner._state_dict_hooks
-        saved[self._number] = state_dict_hook
-        if len(saved) > 1:
-            saved.move_to_end(self._number, last=False)
+        put_hook_first(owner._state_dict_hooks, self._number, state_dict_hook)
         # Module's own setattr would look for a parameter first, for longer than the rest takes.
         owner.__dict__["_load_state_dict_pre_hooks"] = _LoadHooks(owner)
 
