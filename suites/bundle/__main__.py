@@ -11,7 +11,7 @@ from bundle import archive, contents
 from bundle.archive import MOST_BYTES, BadBundleError
 from bundle.verify import Findings, verify
 from harness.system import pipes
-from report.read import BadResultsError, read
+from report.read import BadResultsError, read, shown
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,19 +80,16 @@ def _pack(folder: Path, out: Path | None) -> int:
     if found.bad:
         print("--verify will refuse it:")
         for line in found.bad:
-            print(f"  {line}")
+            print(f"  {shown(line)}")
     else:
         print("publish the digest beside it: ci/bundle --verify FILE --expect-digest SHA256")
     return 0
 
 
 def _tell(found: Findings) -> int:
-    for line in found.good:
-        print(line)
-    for line in found.open:
-        print(f"OPEN     {line}")
-    for line in found.bad:
-        print(f"REFUSED  {line}")
+    for word, lines in (("", found.good), ("OPEN     ", found.open), ("REFUSED  ", found.bad)):
+        for line in lines:
+            print(word + shown(line))
     print(f"sha256 {found.digest}")
     if not found.bad:
         print(

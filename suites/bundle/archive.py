@@ -18,7 +18,7 @@ NAMES = re.compile(
     r"|logs/(?!\.+/)[\w.-]{1,200}/rank-\d{1,6}\.log",
     re.ASCII,
 )
-MOST_BYTES = 1 << 30
+MOST_BYTES = 1 << 28
 MOST_FILES = 100_000
 _MARK = b"sha256:"
 _LONG = len(_MARK) + 64

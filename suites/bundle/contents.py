@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections import Counter
@@ -32,7 +33,7 @@ def of_run(folder: Path, results: dict[str, Any]) -> dict[str, bytes]:
     for name in logs(results):
         if (folder / name).is_file():
             found[name] = (folder / name).read_bytes()
-    found |= {"summary.json": summary(results), **reports(results)}
+    found |= {"summary.json": summary(found["results.json"], results), **reports(results)}
     if sum(map(len, found.values())) > MOST_BYTES:
         raise BadBundleError(f"{folder}: more than {MOST_BYTES} bytes, which no bundle may hold")
     return found
@@ -46,13 +47,17 @@ def logs(results: dict[str, Any]) -> Iterator[str]:
                 yield rank["log"]
 
 
-def summary(results: dict[str, Any]) -> bytes:
-    """The run, its environment, the totals of the matrix and of the defects, for programs."""
+def summary(text: bytes, results: dict[str, Any]) -> bytes:
+    """The run, its environment, the totals of the matrix and of the defects, for programs.
+
+    `text` is results.json, and `results` what it holds.
+    """
     checks = results["checks"]
     levels = {
         level: Counter(c["verdict"] for c in checks if _level(c) == level) for level in _LEVELS
     }
     found = {
+        "results": hashlib.sha256(text).hexdigest(),
         "run": results["run"],
         "levels": levels,
         "matrix": {

@@ -117,7 +117,7 @@ def edited(bundle: bytes, change: Change, *also: str, junit: tuple[str, str] = (
     files["results.json"] = json.dumps(data).encode()
     read = parse(files["results.json"], "results.json")
     if "summary.json" in also:
-        files["summary.json"] = contents.summary(read)
+        files["summary.json"] = contents.summary(files["results.json"], read)
     if "reports" in also:
         files |= contents.reports(read)
     old, new = (part.encode() for part in junit)

@@ -166,7 +166,11 @@ EDITS: dict[str, tuple[Change, tuple[str, ...], str]] = {
     "a check too many": (unknown, ALL, "1 checks of the bundle are none of commit"),
     "a level edited": (must, ALL, "the certificate is granted, though 1 checks of a MUST"),
     "another commit": (of_changes, ALL, "complete for no commit"),
-    "another torch": (of_another_torch, (), "summary.json: not what results.json adds up to: run"),
+    "another torch": (
+        of_another_torch,
+        (),
+        "summary.json: not what results.json adds up to: results, run",
+    ),
     "a result edited, not the summary": (passes_on_all_ranks, ("reports",), "summary.json"),
 }
 

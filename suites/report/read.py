@@ -5,13 +5,26 @@ A file may come from anybody: what a terminal would obey in its texts is shown, 
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+from packaging.version import InvalidVersion, Version
 
 SCHEMA = Path(__file__).parent / "results.schema.json"
+_FORMATS = jsonschema.FormatChecker(formats=())
+
+
+@_FORMATS.checks("date-time", raises=ValueError)
+def _is_time(value: object) -> bool:
+    return not isinstance(value, str) or bool(datetime.datetime.fromisoformat(value))
+
+
+@_FORMATS.checks("version", raises=InvalidVersion)
+def _is_version(value: object) -> bool:
+    return not isinstance(value, str) or bool(Version(value))
 
 
 class BadResultsError(Exception):
@@ -39,7 +52,8 @@ def parse(text: bytes, file: str, *, validate: bool = True) -> dict[str, Any]:
         raise BadResultsError(f"{file}: not JSON ({error})") from None
     if not validate:
         return dict(_shown(data))
-    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
+    schema = json.loads(SCHEMA.read_text())
+    validator = jsonschema.Draft202012Validator(schema, format_checker=_FORMATS)
     misfit = jsonschema.exceptions.best_match(validator.iter_errors(data))
     if misfit is not None:
         raise BadResultsError(f"{file}: at {misfit.json_path}: {misfit.message[:300]}")
@@ -62,11 +76,19 @@ def _no_number(name: str) -> Any:
 
 
 _OBEYED = {c: f"\\x{c:02x}" for c in (*range(32), *range(0x7F, 0xA0)) if chr(c) not in "\t\n"}
+_OBEYED |= {
+    c: f"\\u{c:04x}" for c in range(0xD800, 0xE000)
+}  # halves of a pair, which no file takes
+
+
+def shown(text: str) -> str:
+    """A text from anybody as a terminal may have it."""
+    return text.translate(_OBEYED)
 
 
 def _shown(value: Any) -> Any:
     if isinstance(value, str):
-        return value.translate(_OBEYED)
+        return shown(value)
     if isinstance(value, dict):
         return {_shown(key): _shown(one) for key, one in value.items()}
     return [_shown(one) for one in value] if isinstance(value, list) else value

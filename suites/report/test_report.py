@@ -89,6 +89,9 @@ WRONG = [
     (lambda d: d["checks"][0]["ranks"][0].pop("fate"), "'fate' is a required property"),
     (lambda d: d["run"]["counts"].update(fail=0), "do not add up"),
     (lambda d: d.pop("checks"), "'checks' is a required property"),
+    (lambda d: d["checks"][0].update(verdict="xfail"), "None is not of type 'object'"),
+    (lambda d: d["run"].update(torch="mine"), "'mine' is not a 'version'"),
+    (lambda d: d["run"].update(start="2026-13-01"), "'2026-13-01' is not a 'date-time'"),
 ]
 
 
@@ -111,10 +114,10 @@ def test_a_log_outside_of_the_run_is_refused(tmp_path: Path, log: str) -> None:
 
 
 def test_what_a_terminal_would_obey_is_shown(tmp_path: Path) -> None:
-    data = results(check(message="\x1b]0;title\x07\x1b[2Jgone\ttab\nline \x9b1m"))
+    data = results(check(message="\x1b]0;title\x07\x1b[2Jgone\ttab\nline \x9b1m \ud800"))
     (tmp_path / "results.json").write_text(json.dumps(data))
     message = read(tmp_path)["checks"][0]["message"]
-    assert message == "\\x1b]0;title\\x07\\x1b[2Jgone\ttab\nline \\x9b1m"
+    assert message == "\\x1b]0;title\\x07\\x1b[2Jgone\ttab\nline \\x9b1m \\ud800"
 
 
 def test_a_missing_or_torn_file_is_refused(tmp_path: Path) -> None:
