@@ -9,6 +9,7 @@ terminal        the run on a terminal
 compare         two runs side by side, as a table in Markdown
 changes         two runs in terms of defects
 slower          what costs more, where both runs measured
+beside          what differs from the last run of another torch, at the end of a run
 comparison      ci/compare
 versions        torch's versions side by side: ci/verdicts
 html            pages as single files: report.html, the comparison

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from harness.system import pipes
+from report import beside
 from report.compare import NotComparableError, compare
 from report.laws import listing
 from report.read import BadResultsError, read
@@ -50,7 +51,13 @@ def main() -> int:
     folder = options.run if options.run.is_dir() else options.run.parent
     if options.known:
         show_known(data, screen)
-    show(data, os.path.relpath(folder), screen, failures=not options.brief)
+    show(
+        data,
+        os.path.relpath(folder),
+        screen,
+        failures=not options.brief,
+        beside=() if options.brief else beside.lines(data, folder.resolve()),
+    )
     return 0
 
 

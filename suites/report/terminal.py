@@ -6,6 +6,7 @@ import os
 import re
 import textwrap
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 from defects.summary import lines, worst_first
@@ -55,8 +56,15 @@ class Screen:
         return f"\x1b[{_COLOURS[state]}m{text}\x1b[0m" if self._colour else text
 
 
-def show(data: dict[str, Any], folder: str, screen: Screen, *, failures: bool = True) -> None:
-    """The whole report of one run."""
+def show(
+    data: dict[str, Any],
+    folder: str,
+    screen: Screen,
+    *,
+    failures: bool = True,
+    beside: Iterable[str] = (),
+) -> None:
+    """The whole report of one run; `beside` compares it with one of another torch."""
     if failures:
         _show_unexpected(data["checks"], folder, screen)
     found = matrix(data["checks"])
@@ -65,6 +73,10 @@ def show(data: dict[str, Any], folder: str, screen: Screen, *, failures: bool = 
         for line in matrix_lines(found, screen.width, screen.paint):
             screen.line(line)
     _show_defects(data, screen)
+    for number, line in enumerate(beside):
+        if not number:
+            screen.line()
+        screen.wrapped(line, _DEFECT if number else 0, "" if number else "title")
     _show_end(data, folder, screen)
     if failures:
         _show_next(data, folder, screen)
