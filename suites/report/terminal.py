@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any, TextIO
 
 from defects.summary import lines, worst_first
+from harness.session.certified import in_words
 from report.compare import CALLERS
 from report.matrix import matrix
 from report.matrix_text import matrix_lines
@@ -185,6 +186,9 @@ def _show_end(data: dict[str, Any], folder: str, screen: Screen) -> None:
     if run["selected"] != len(data["checks"]):
         missing = run["selected"] - len(data["checks"])
         screen.line(screen.paint(f"{missing} selected checks did not run", "unexpected"))
+    if "certificate" in run:
+        granted = run["certificate"]["granted"]
+        screen.wrapped(in_words(run["certificate"]), 2, "holds" if granted else "unexpected")
     screen.line(f"results: {folder}/results.json")
     if os.path.exists(page := f"{folder}/report.html"):
         screen.line(f"report:  {page}")

@@ -213,6 +213,15 @@ def test_a_run_says_what_to_do_next() -> None:
     assert "next" not in text_of(results(check(verdict="pass"))).splitlines()
 
 
+def test_a_certificate_is_told() -> None:
+    found = {"granted": True, "profile": "all checks", "refused": [], "should": 2}
+    said = "certificate: every check of a MUST holds; 2 of a SHOULD do not (all checks)"
+    assert said in text_of(results(check(verdict="pass"), certificate=found))
+    found |= {"granted": False, "refused": ["1 checks of a MUST do not hold"]}
+    said = "no certificate: 1 checks of a MUST do not hold"
+    assert said in text_of(results(check(), certificate=found))
+
+
 def test_the_last_collectives_of_each_rank_are_shown(tmp_path: Path) -> None:
     call = {
         "op": "all_gather",

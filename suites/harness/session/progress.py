@@ -134,7 +134,6 @@ class _Screen:
                 self._console.print(Text(f"  {cause}"), no_wrap=True, overflow="ellipsis")
             if bad == _TOLD:
                 self._console.print("Further failures are told at the end.", no_wrap=True)
-        self.draw()
 
     def draw(self) -> None:
         if time.monotonic() < self._next:
