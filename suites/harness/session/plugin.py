@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _pytest.junitxml import xml_key
 
 from harness.nodes import follower
 from harness.nodes.cluster import Cluster, NodesError
@@ -25,7 +24,7 @@ from harness.session import certified, ending, results
 from harness.session.expectations import Entry, Expectations, Facts, append
 from harness.session.judging_loop import Loop
 from harness.session.progress import Progress
-from harness.session.reports import check_report, phase_report
+from harness.session.reports import STATUS, check_report, phase_report, write_junit
 from harness.settings import options, requirements, subject_import, subjects
 from harness.settings.options import SETTINGS, Settings
 from harness.settings.subject_warnings import Warned
@@ -34,14 +33,6 @@ from harness.system import devices, processes, warm
 __all__ = ["device", "judged", "mesh", "rank", "shared", "subject", "world"]
 
 _LEFT_OUT: pytest.StashKey[int] = pytest.StashKey()
-_STATUS = {
-    Verdict.FAIL: ("failed", "F", "FAIL"),
-    Verdict.ERROR: ("failed", "E", "ERROR"),
-    Verdict.TIMEOUT: ("failed", "T", "TIMEOUT"),
-    Verdict.CRASH: ("failed", "C", "CRASH"),
-    Verdict.XPASS: ("failed", "X", "XPASS"),
-    Verdict.PRECONDITION: ("precondition", "p", "PRECONDITION"),
-}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -313,7 +304,7 @@ class Run:
             self._note(item, self._plain.pop(report.nodeid), None)
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
-        return _STATUS.get(getattr(report, "verdict", Verdict.PASS))
+        return STATUS.get(getattr(report, "verdict", Verdict.PASS))
 
     # --- the end ------------------------------------------------------------------------------
 
@@ -377,13 +368,9 @@ class Run:
         except OSError as error:
             session.exitstatus = ending.INCOMPLETE
             self._notes.append(f"results.json cannot be written: {error}")
-        try:  # pytest writes it next, and would end in a traceback, with no summary
-            if xml := self._config.stash.get(xml_key, None):
-                xml.pytest_sessionfinish()
-        except OSError as error:
+        if why := write_junit(self._config):
             session.exitstatus = ending.INCOMPLETE
-            self._notes.append(f"junit.xml cannot be written: {error}")
-            self._config.stash[xml_key].logfile = os.devnull
+            self._notes.append(why)
         if self._settings.update_expectations:
             failed = [
                 (c["id"], Verdict(c["verdict"]), c["message"])

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
 import pytest
+from _pytest.junitxml import xml_key
 
 from harness.records.verdicts import UNEXPECTED, Judgement, Verdict
 from harness.session.expectations import Entry
+
+STATUS = {
+    Verdict.FAIL: ("failed", "F", "FAIL"),
+    Verdict.ERROR: ("failed", "E", "ERROR"),
+    Verdict.TIMEOUT: ("failed", "T", "TIMEOUT"),
+    Verdict.CRASH: ("failed", "C", "CRASH"),
+    Verdict.XPASS: ("failed", "X", "XPASS"),
+    Verdict.PRECONDITION: ("precondition", "p", "PRECONDITION"),
+}
+"""How a verdict stands in pytest's counts: its category, letter and word."""
 
 
 def phase_report(item: pytest.Item, when: Any, at: float) -> pytest.TestReport:
@@ -55,3 +67,15 @@ def check_report(
         report.wasxfail = entry.why if entry else ""
     report.verdict = verdict  # type: ignore[attr-defined]
     return report
+
+
+def write_junit(config: pytest.Config) -> str:
+    """Write junit.xml, which pytest does next, and ends in a traceback where it cannot; why not."""
+    xml = config.stash.get(xml_key, None)
+    try:
+        if xml:
+            xml.pytest_sessionfinish()
+    except OSError as error:
+        config.stash[xml_key].logfile = os.devnull
+        return f"junit.xml cannot be written: {error}"
+    return ""
