@@ -12,6 +12,8 @@ puts the reference under torch's public API, in every process that calls it.
 Its parts, in reading order:
 
 - ``_install``: the functions of this package in the place of torch's, and out again.
+- ``checkpoint``: state dicts of models and optimizers, in the place of torch's callers of the set.
+- ``fsdp``: FSDP1 over tensor parallelism, likewise.
 - ``_state_dict_utils``: state dicts between sharded and whole.
 - ``tensor``: tensor parallelism below DDP and FSDP.
 - ``_core``: what the functions with upstream's names are made of.

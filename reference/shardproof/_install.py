@@ -2,7 +2,8 @@
 
 Torch's own code reaches the set by names that it bound at import time, and so may a user's. Each
 name is therefore replaced by identity, in every module that holds it, and put back in the same
-way: then also a module that was imported in between holds what torch holds.
+way: then also a module that was imported in between holds what torch holds. Methods of torch's
+classes are replaced on the class.
 """
 
 from __future__ import annotations
@@ -26,12 +27,18 @@ _TWINS = (
     "tensor.parallel.fsdp",
 )
 
+_CALLERS = ("checkpoint.state_dict",)
+
 _lock = threading.RLock()
 _replaced: list[tuple[object, object]] = []
 """(upstream's, ours), while installed. Holding both keeps their identities from being reused."""
+_replaced_callers: list[tuple[object, object]] = []
+"""The same of torch's callers of the set, while these are replaced, too."""
+_replaced_methods: list[tuple[type, str, object]] = []
+"""(class, name, upstream's) of the methods that are replaced with them."""
 
 
-def install() -> None:
+def install(*, callers: bool = False) -> None:
     """Put the reference under torch's public API, in this process.
 
     From here on `DistributedDataParallel`, `replicate`, FSDP, `fully_shard` and
@@ -45,6 +52,12 @@ def install() -> None:
 
     Call it in every process of the job, before models are wrapped. No collective runs.
 
+    Args:
+        callers: replace some of torch's own code around the set, too, where it corrupts, loses,
+            hangs or refuses, and no implementation of the set can help. ``shardproof.checkpoint``
+            and ``shardproof.fsdp`` hold these functions, and say what they promise. After an
+            install without it, a call with it adds them; a later call without it leaves them.
+
     Raises:
         RuntimeError: this torch is of a version that the reference was not made for, or was built
             without torch.distributed. Nothing is changed then.
@@ -55,8 +68,12 @@ def install() -> None:
         for name in _BEFORE:
             importlib.import_module(name)
         pairs = _replaced or [pair for name in _TWINS for pair in _pairs(name)]
-        _replaced[:] = pairs
-        _exchange({id(theirs): ours for theirs, ours in pairs})
+        around = _replaced_callers
+        if callers and not around:
+            around = [pair for name in _CALLERS for pair in _pairs(name)]
+            _replace_methods()
+        _replaced[:], _replaced_callers[:] = pairs, around
+        _exchange({id(theirs): ours for theirs, ours in (*pairs, *around)})
 
 
 def uninstall() -> None:
@@ -65,20 +82,42 @@ def uninstall() -> None:
     Harmless where nothing is installed. Models that were wrapped in between keep their hooks.
     """
     with _lock:
-        _exchange({id(ours): theirs for theirs, ours in _replaced})
-        _replaced.clear()
+        _put_back(_replaced)
+        _uninstall_callers()
 
 
 @contextlib.contextmanager
-def installed() -> Iterator[None]:
+def installed(*, callers: bool = False) -> Iterator[None]:
     """Install for the time of a `with` block; what was installed before it stays so after it."""
-    before = bool(_replaced)
-    install()
+    before, callers_before = bool(_replaced), bool(_replaced_callers)
+    install(callers=callers)
     try:
         yield
     finally:
         if not before:
             uninstall()
+        elif not callers_before:
+            _uninstall_callers()
+
+
+def _uninstall_callers() -> None:
+    with _lock:
+        _put_back(_replaced_callers)
+        while _replaced_methods:
+            owner, name, theirs = _replaced_methods.pop()
+            setattr(owner, name, theirs)
+
+
+def _replace_methods() -> None:
+    for name in _CALLERS:
+        twin = importlib.import_module(f"shardproof.{name}")
+        for owner, methods in getattr(twin, "METHODS", {}).items():
+            for method, ours in methods.items():
+                theirs = vars(owner)[method]
+                # One that somebody else has replaced stays theirs, as a function does.
+                if theirs.__module__ == owner.__module__:
+                    _replaced_methods.append((owner, method, theirs))
+                    setattr(owner, method, ours)
 
 
 def _check_torch() -> None:
@@ -111,6 +150,11 @@ def _pairs(name: str) -> list[tuple[object, object]]:
         and theirs.__module__ == upstream.__name__
         and key in vars(twin)
     ]
+
+
+def _put_back(replaced: list[tuple[object, object]]) -> None:
+    _exchange({id(ours): theirs for theirs, ours in replaced})
+    replaced.clear()
 
 
 def _exchange(replacement: dict[int, object]) -> None:

@@ -5,7 +5,7 @@ title                       one sentence that a user understands
 severity = ["corrupts"]     words of words.SEVERITIES, worst first
 severity_note               which call shows each word
 owner                       a word of words.OWNERS
-mended_by = ["install"]     "install", "nobody", or "torch >= 2.14"
+mended_by = ["install"]     "install", "install(callers=True)", "nobody", or "torch >= 2.14"
 affects = "torch <2.14"     the versions that have it; default: every one
 build = "cpu"               the builds that have it, as in 2.13.0+cpu; default: every one
 roads = ["tp-ddp"]          words of words.ROADS

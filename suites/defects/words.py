@@ -74,5 +74,9 @@ OWNERS = {
     "torch's callers": "torch's code around them, which no implementation of them can mend",
 }
 
-MENDERS = {"install": "shardproof.install()", "nobody": "nobody yet"}
+MENDERS = {
+    "install": "shardproof.install()",
+    "install(callers=True)": "shardproof.install(callers=True)",
+    "nobody": "nobody yet",
+}
 """Who mends a defect, beside a later torch (`torch >= 2.14`)."""

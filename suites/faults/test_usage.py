@@ -38,6 +38,8 @@ WRONG = [
         ["--subject", "shardproof", "--install-at", "before", "--start-method", "spawn"],
         "--install-at before: a rank that starts as a new interpreter has imported torch's modules",
     ),
+    (["--callers"], "--callers: torch.distributed is in place already"),
+    (["--subject", "json", "--callers"], "--callers: json has no module checkpoint.state_dict"),
     (["--seed", "x"], "--seed 'x': expected a number or 'random'"),
     (["--collective-limit", "9", "--check-limit", "5"], "the clocks must be positive and grow"),
     (["-k", "nothing_like_this"], "no check was selected"),

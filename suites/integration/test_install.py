@@ -164,6 +164,60 @@ class TestUninstall:
         assert owner(user.__name__, "mine") == "torch.distributed._state_dict_utils"
 
 
+CALLERS = (
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.fsdp._flat_param",
+    "torch.distributed.fsdp._optim_utils",
+)
+
+
+def members_of_torch() -> dict[tuple[str, str], int]:
+    """(module or class, name) to the identity, over what callers=True may replace."""
+    found = names_of_torch()
+    for module in CALLERS:
+        for value in vars(importlib.import_module(module)).values():
+            if isinstance(value, type):
+                for name, member in vars(value).items():
+                    found[f"{value.__module__}.{value.__qualname__}", name] = id(member)
+    return found
+
+
+@pytest.mark.judges("install")
+class TestCallers:
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(1)
+    @pytest.mark.should("an option of the reference")
+    def test_callers_come_and_go(self, judged: Any, subject: Subject) -> None:
+        """callers=True replaces torch's callers, also after an install without; all comes back."""
+        uninstall, installed = map(subject.function, ("uninstall", "installed"))
+        uninstall()
+        judged(callers=True)
+        uninstall()
+        before = members_of_torch()
+        judged()
+        set_alone = members_of_torch()
+        judged(callers=True)
+        both = members_of_torch()
+        more = {key for key, value in both.items() if set_alone.get(key) != value}
+        assert ("torch.distributed.checkpoint.state_dict", "_load_model_state_dict") in more
+        judged()
+        assert members_of_torch() == both, "a second install took the callers out"
+        with installed():
+            pass
+        assert members_of_torch() == both, "a block took the callers out"
+        uninstall()
+        assert members_of_torch() == before
+        judged()
+        with installed(callers=True):
+            assert members_of_torch() == both
+        assert members_of_torch() == set_alone, "a block left callers behind, or took the set out"
+        uninstall()
+        with installed(callers=True):
+            assert members_of_torch() == both
+        assert members_of_torch() == before
+
+
 @pytest.mark.judges("installed")
 class TestInstalled:
     @pytest.mark.law("isolation")

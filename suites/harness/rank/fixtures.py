@@ -114,7 +114,7 @@ def mesh() -> Callable[..., DeviceMesh]:
 def subject(request: pytest.FixtureRequest) -> Subject:
     """The implementation under test; see `harness.settings.subjects.Subject`."""
     settings = request.config.stash[SETTINGS]
-    return Subject(settings.subject, settings.install_at)
+    return Subject(settings.subject, settings.install_at, callers=settings.callers)
 
 
 @pytest.fixture

@@ -1,14 +1,16 @@
 """Known failures, as data: suites/expectations/<subject>.toml, and callers.toml beside it.
 
-The first has those of the subject; the second those of torch's code around the set, which no
-subject can mend, met in suites/integration.
+The first has those of the subject; the second those of torch's code around the set, met in
+suites/integration: no subject can mend it from within the set. Of an entry that one mends from
+without (`--callers`), a condition says so.
 
     [[expect]]
     check = "suites/conformance/…/test_gather.py::TestGather::test_dtype[*]"   # or a list of them
     verdict = "fail"                       # or a list; default fail
     when = ["torch>=2.11", "world>2", "backend==gloo"]   # all must hold; default: always; also
                                            # device==cpu, accelerator==none (the machine has none),
-                                           # build==cpu (what torch was built for; else cuda, xpu)
+                                           # build==cpu (what torch was built for; else cuda, xpu),
+                                           # callers==no (of a run without --callers)
     defect = "SP-001"                      # of suites/defects; or a list: all have to be mended
     reason = "one sentence"                # what the defect does not say, or where it is none of
                                            # the catalogue
@@ -43,7 +45,7 @@ from harness.records.verdicts import Verdict
 CALLERS = "callers.toml"
 _EXPECTABLE = frozenset({Verdict.FAIL, Verdict.ERROR, Verdict.TIMEOUT, Verdict.CRASH})
 _CONDITION = re.compile(
-    r"(torch|world|backend|device|accelerator|build)\s*(==|!=|>=|<=|>|<)\s*(\S+)"
+    r"(torch|world|backend|device|accelerator|build|callers)\s*(==|!=|>=|<=|>|<)\s*(\S+)"
 )
 
 
@@ -99,6 +101,8 @@ class Facts:
     """The machine's, whether this run's tensors lie on it or not: cuda, xpu, …, or none."""
     build: str
     """What torch was built for, whether the machine has it or not: cpu, cuda, xpu, …"""
+    callers: str
+    """Whether the subject is in the place of torch's callers of the set, too: yes or no."""
 
 
 class Expectations:

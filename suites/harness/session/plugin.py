@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.certified:
         certified.refuse_what_narrows(config.invocation_params.args)
     config.stash[SETTINGS] = settings = options.read_settings(config)
-    subjects.install_early(settings.subject, settings.install_at)
+    subjects.install_early(settings.subject, settings.install_at, callers=settings.callers)
     if subject_import.in_spawned_rank or config.option.collectonly:
         return
     if settings.torchrun is not None and not settings.torchrun.leads:
@@ -137,6 +137,7 @@ class Run:
                 settings.device,
                 devices.accelerator() or "none",
                 devices.built(),
+                "yes" if settings.callers else "no",
             ),
             none=settings.certified,
         )

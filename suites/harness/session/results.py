@@ -45,6 +45,7 @@ def environment(settings: Settings, root: Path) -> dict[str, Any]:
         "device": settings.device,
         "world": settings.world_size,
         "start_method": settings.start_method,
+        "callers": settings.callers,
         "order": settings.order,
         "jobs": settings.jobs,
         "seed": settings.seed,
@@ -84,6 +85,8 @@ def command(settings: Settings, more: list[str]) -> str:
         words += ["--share-gpus"]
     if settings.install_at != "after":
         words += ["--install-at", settings.install_at]
+    if settings.callers:
+        words += ["--callers"]
     if settings.world_size is not None:
         words += ["--world-size", str(settings.world_size)]
     if settings.start_method != "fork":

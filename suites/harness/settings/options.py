@@ -57,6 +57,8 @@ class Settings:
     shared_dir: Path | None
     install_at: str = "after"
     """When the subject is put under torch, see `harness.settings.subjects.MOMENTS`."""
+    callers: bool = False
+    """Whether the subject takes the place of torch's callers of the set, too."""
     share_gpus: bool = False
     """Whether ranks of NCCL share the GPUs where these are fewer."""
     jobs: int = 1
@@ -93,6 +95,12 @@ def add_options(parser: pytest.Parser) -> None:
         default="after",
         help="when a subject that installs itself does so: before what uses torch.distributed is "
         "imported, after it, or at both moments (default: %(default)s)",
+    )
+    add(
+        "--callers",
+        action="store_true",
+        help="integration: install the subject with callers=True, in the place of torch's code "
+        "around the set, too",
     )
     add("--backend", metavar="NAME", help="process-group backend (default: the device's own)")
     add(
@@ -214,6 +222,8 @@ def read_settings(config: pytest.Config) -> Settings:
         _world_size(option.world_size, backend, device, option.share_gpus)
     if option.install_at != "after":
         _install_at(option.install_at, known, option.start_method)
+    if option.callers and (why := known.replaces_no_callers):
+        raise pytest.UsageError(f"--callers: {why}")
     order, seed = _order(option.order), _seed(option.seed)
     clocks = (option.collective_limit, option.check_limit, option.session_limit)
     if not 0 < clocks[0] < clocks[1] < clocks[2]:
@@ -243,6 +253,7 @@ def read_settings(config: pytest.Config) -> Settings:
         torchrun=here,
         shared_dir=_shared_dir(option.shared_dir, here),
         install_at=option.install_at,
+        callers=option.callers,
         share_gpus=option.share_gpus,
         jobs=_jobs(option.jobs, backend, here),
         certified=option.certified,

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from harness.settings import subject_warnings
-from harness.settings.subjects import INSTALLED_TORCH, MODULES
+from harness.settings.subjects import CALLERS_MODULE, INSTALLED_TORCH, MODULES
 from harness.system import processes
 
 IMPORT_LIMIT = 120.0
@@ -43,6 +43,13 @@ class SubjectInfo:
     """Why it cannot be imported; empty where it can."""
     names: dict[str, list[str] | None] | None = None
     """What each module of the set has, and the root (""), where a child was asked."""
+
+    @property
+    def replaces_no_callers(self) -> str:
+        """Why the subject cannot take the place of torch's callers, or an empty text."""
+        if self.root == INSTALLED_TORCH:
+            return f"{self.root} is in place already"
+        return self.missing(f"{CALLERS_MODULE}._load_model_state_dict")
 
     def missing(self, path: str) -> str:
         """Why the subject has no such function, or an empty text."""
@@ -94,7 +101,9 @@ def _import(root: str, names: bool = False) -> SubjectInfo:
             )
             if names:
                 importlib.import_module("torch.distributed.fsdp")  # else torch's go in a circle
-                modules = {"": top} | {n: _module(f"{root}.{n}") for n in MODULES}
+                modules = {"": top} | {
+                    n: _module(f"{root}.{n}") for n in (*MODULES, CALLERS_MODULE)
+                }
                 found = {n: None if m is None else sorted(vars(m)) for n, m in modules.items()}
     except Exception as error:
         return SubjectInfo(root, error=f"{type(error).__name__}: {error}")

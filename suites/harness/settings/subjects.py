@@ -15,9 +15,10 @@ class Subject:
     `subject.function("_state_dict_utils._gather_state_dict")` one function of it.
     """
 
-    def __init__(self, root: str, install_at: str = "after") -> None:
+    def __init__(self, root: str, install_at: str = "after", *, callers: bool = False) -> None:
         self.root = root
         self._install_at = install_at
+        self._options = {"callers": True} if callers else {}
 
     def __repr__(self) -> str:
         return f"<subject {self.root}>"
@@ -39,8 +40,12 @@ class Subject:
         """
         if self.root == INSTALLED_TORCH or self._install_at == "before":
             return nullcontext()
-        placed: AbstractContextManager[None] = self.function("installed")()
+        placed: AbstractContextManager[None] = self.function("installed")(**self._options)
         return placed
+
+    def put_in(self) -> None:
+        """Put the subject under torch's public API, for good."""
+        self.function("install")(**self._options)
 
     def take_out(self) -> None:
         """Undo what the run installed before everything else, on this rank."""
@@ -57,6 +62,9 @@ MODULES = (
 )
 """The modules of the set, below an import root."""
 
+CALLERS_MODULE = "checkpoint.state_dict"
+"""A module of torch's code around the set that a subject may replace, too (`--callers`)."""
+
 MOMENTS = {
     "before": "before torch's modules that use torch.distributed, and libraries, are imported",
     "after": "in each check, when all of them are",
@@ -65,10 +73,10 @@ MOMENTS = {
 """When a subject that puts itself under torch's public API may do so."""
 
 
-def install_early(root: str, moment: str) -> None:
+def install_early(root: str, moment: str, *, callers: bool) -> None:
     """Put the subject under torch in this process, for good, where the moment says so."""
     if moment != "after":
-        Subject(root).function("install")()
+        Subject(root, callers=callers).put_in()
 
 
 def needs_no_install(root: str) -> str:

@@ -1,0 +1,160 @@
+"""Full loads of a model's state dict: strict where they shall be, and refused on every rank alike.
+
+Before it loads, torch puts every key of the model into what is loaded, with the model's own values.
+Strictness then finds nothing missing. And of a state dict that is broadcast rank 0 alone sees the
+keys, so that it alone raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint import state_dict as upstream
+
+from shardproof._core.comms.agreement import Failure, agree_on_failure, exchange, first_failure
+from shardproof._core.sharding.domain import Domain, group_domain
+from shardproof._core.sharding.simulated_ranks import simulates_ranks
+
+Load = Callable[[nn.Module, dict[str, Any], Any], Any]
+
+
+class _Given(dict[str, Any]):
+    """A copy of what is loaded; of the model's own values, which torch adds, some may join it."""
+
+    def __init__(self, given: Mapping[str, Any], may_join: Callable[[str, Any], bool]) -> None:
+        super().__init__(given)
+        if (metadata := getattr(given, "_metadata", None)) is not None:
+            self._metadata = metadata  # versions of modules, for their load hooks
+        self._may_join = may_join
+
+    def update(self, own: Mapping[str, Any]) -> None:  # type: ignore[override]
+        super().update({k: v for k, v in own.items() if k in self or self._may_join(k, v)})
+
+
+def load_full(load: Load, model: nn.Module, state_dict: Mapping[str, Any], info: Any) -> Any:
+    """Load a full state dict that this rank has.
+
+    Args:
+        load: torch's own function.
+        model: the model.
+        state_dict: what is loaded. Not changed.
+        info: the options, as torch has worked them out.
+
+    Torch may fill it with what the model holds where that hides nothing: without ``strict``, and
+    keys that a save with the same options lacks, too. What FSDP1 holds are pieces, which cannot be
+    loaded. Only where FSDP1 loads a compiled model do ranks have to agree: there torch raises
+    before it gathers.
+
+    """
+    unsaved: set[str] | None = None
+
+    def may_join(key: str, value: Any) -> bool:
+        nonlocal unsaved
+        if info.fsdp_modules or not info.strict:
+            return not info.fsdp_modules
+        if info.ignore_frozen_params and _is_frozen(value):
+            return True
+        if unsaved is None:
+            saved = upstream._state_dict_fn(model, "state_dict")()
+            unsaved = {name for name, _, _ in _names(model, info) if name not in saved}
+        return key in unsaved
+
+    if info.fsdp_modules and not simulates_ranks():
+        refusal, wrapped = _refusal(model, state_dict, info)
+        if wrapped:
+            failure = agree_on_failure(_fsdp_domains(info.fsdp_modules), refusal)
+            if failure is not None:
+                raise failure.error()
+    return load(model, _Given(state_dict, may_join), info)
+
+
+def load_from_rank0(load: Load, model: nn.Module, state_dict: Mapping[str, Any], info: Any) -> Any:
+    """Load a full state dict that rank 0 has; what one rank raises, all raise.
+
+    Args:
+        load: torch's own function.
+        model: the model.
+        state_dict: what is loaded, on rank 0. Not changed.
+        info: the options, as torch has worked them out.
+
+    Before and after it, one small collective over the default group.
+
+    """
+    if simulates_ranks():
+        return load(model, dict(state_dict), info)
+    domain = group_domain(dist.distributed_c10d._get_default_group())
+    refusal, names = None, None
+    if dist.get_rank() == 0:
+        refusal, _ = _refusal(model, state_dict, info)
+        if info.fsdp_modules and not info.strict:
+            names = sorted(name for name, _, key in _names(model, info) if key in state_dict)
+    replies, _ = exchange(domain, names, refusal or _too_many_devices(model), repr(names).encode())
+    told = _raised(domain, replies)
+    if told is not None:
+        raise told.error()
+    given = None if replies is None else set(replies[0][1])
+    mine = error = failure = None
+    try:
+        mine = load(model, _Given(state_dict, lambda key, _: given is None or key in given), info)
+    except Exception as raised:
+        error, failure = raised, Failure.of(raised)
+    told = _raised(domain, exchange(domain, None, failure)[0])
+    if error is not None:
+        raise error
+    if told is not None:
+        raise told.error()
+    return mine
+
+
+def _raised(domain: Domain, replies: Any) -> Failure | None:
+    return None if replies is None else first_failure(domain, replies)
+
+
+def _names(model: nn.Module, info: Any) -> Iterator[tuple[str, Any, str]]:
+    """(name with the prefixes of wrappers, value, name without) of what the model can load."""
+    modifiers = info.dsd_fqn_modifiers
+    for key, value in upstream._iterate_valid_model_state(model, modifiers):
+        short = upstream._get_fqns(model, key, modifiers)
+        long = upstream._get_fqns(
+            model, key, modifiers, skip_ddp_prefix=False, skip_compiler_prefix=False
+        )
+        for one, other in zip(short, long, strict=True):
+            yield other, value, one
+
+
+def _refusal(
+    model: nn.Module, state_dict: Mapping[str, Any], info: Any
+) -> tuple[Failure | None, bool]:
+    """What torch refuses on this rank before it loads; and whether the model is in a wrapper."""
+    wrapped = [name for long, _, name in _names(model, info) if long != name]
+    missing = [name for name in wrapped if state_dict.get(name) is None]
+    if not (info.strict and missing):
+        return None, bool(wrapped)
+    listed = ", ".join(map(repr, missing))
+    return Failure("RuntimeError", f"the full state dict lacks {listed}"), True
+
+
+def _too_many_devices(model: nn.Module) -> Failure | None:
+    """Torch loads a full state dict into one device, besides meta."""
+    found = {
+        str(value.device)
+        for _, value in upstream._iterate_valid_model_state(model)
+        if isinstance(value, torch.Tensor) and value.dim() and not value.is_meta
+    }
+    if len(found) < 2:
+        return None
+    return Failure("ValueError", f"the model is on {', '.join(sorted(found))}, expected one device")
+
+
+def _fsdp_domains(modules: Sequence[Any]) -> list[Domain]:
+    groups = {module.process_group for module in modules}
+    groups |= {pg for module in modules if (pg := getattr(module, "_inter_node_pg", None))}
+    return sorted(map(group_domain, groups), key=lambda domain: domain.key)
+
+
+def _is_frozen(value: Any) -> bool:
+    return isinstance(value, nn.Parameter) and not value.requires_grad

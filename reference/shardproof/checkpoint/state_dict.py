@@ -1,0 +1,132 @@
+"""Model and optimizer state of parallel models: torch's functions, and around them what they lack.
+
+Each calls torch's own function, which does what it does today; what is said here is the difference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint import state_dict as upstream
+from torch.optim import Optimizer
+
+from shardproof.checkpoint import _full_loads, _local_optimizer_state
+
+# Torch's own, whatever is installed: this module is imported before they are replaced.
+_get_model = upstream._get_model_state_dict
+_load_model = upstream._load_model_state_dict
+_get_optim = upstream._get_optim_state_dict
+_load_optim = upstream._load_optim_state_dict
+
+
+@torch.no_grad()
+def _get_model_state_dict(model: nn.Module, info: Any) -> dict[str, Any]:
+    """The model's state dict.
+
+    Args:
+        model: the model.
+        info: the options, as torch has worked them out.
+
+    Frozen parameters that ``ignore_frozen_params`` leaves out are left out where they are: a rank
+    to which FSDP1 gives no state dict, a submodule alone, or a model that does not save them
+    itself, is no error (SP-071).
+
+    """
+    if not info.ignore_frozen_params:
+        return _get_model(model, info)
+    kept = replace(info, ignore_frozen_params=False, full_state_dict=False, cpu_offload=False)
+    state = _get_model(model, kept)
+    prefixes = ["", *info.submodule_prefixes] if not info.keep_submodule_prefixes else [""]
+    for key, param in model.named_parameters():
+        for name in upstream._get_fqns(model, key) if not param.requires_grad else ():
+            for prefix in prefixes:
+                if name.startswith(prefix):
+                    state.pop(name.removeprefix(prefix), None)
+    return upstream._maybe_full_or_cpu_state_dict(state, info)
+
+
+@torch.no_grad()
+def _load_model_state_dict(model: nn.Module, state_dict: dict[str, Any], info: Any) -> Any:
+    """Load the model's state dict.
+
+    Args:
+        model: the model.
+        state_dict: what is loaded; with ``broadcast_from_rank0`` that of rank 0. Not changed.
+        info: the options, as torch has worked them out.
+
+    Returns:
+        What ``Module.load_state_dict()`` says.
+
+    With ``strict`` and ``full_state_dict``, a key that is missing on this rank raises (SP-077).
+    Frozen parameters may be missing with ``ignore_frozen_params``, which leaves them out of what
+    is saved, and so may what the model itself does not save. Without ``strict`` FSDP1 keeps what is
+    missing, too.
+
+    Raises:
+        RuntimeError: with ``broadcast_from_rank0`` what any rank raises is raised by all, and names
+            that rank (SP-078).
+
+    Collectives besides torch's: two small ones over the default group, where it broadcasts.
+
+    """
+    if not info.handle_model or not (info.broadcast_from_rank0 or info.full_state_dict):
+        return _load_model(model, state_dict, info)
+    if info.broadcast_from_rank0:
+        return _full_loads.load_from_rank0(_load_model, model, state_dict, info)
+    return _full_loads.load_full(_load_model, model, state_dict, info)
+
+
+@torch.no_grad()
+def _get_optim_state_dict(
+    model: nn.Module, optimizers: tuple[Optimizer, ...], info: Any
+) -> dict[str, Any]:
+    """The optimizers' state dict.
+
+    Args:
+        model: the model.
+        optimizers: those of its parameters.
+        info: the options, as torch has worked them out.
+
+    State that has the shape of a local Parameter, which data parallelism holds for a DTensor of
+    tensor parallelism, is a DTensor, as the parameter is in the model's state dict: whole in a full
+    state dict, and true in a checkpoint (SP-069). State of another shape is this rank's own: it
+    stays as it is.
+
+    """
+    specs = _local_optimizer_state.specs_of(model) if info.handle_optim else {}
+    if not specs:
+        return _get_optim(model, optimizers, info)
+    options = {"full_state_dict": False, "cpu_offload": False}
+    plain = replace(info, **options, flatten_optimizer_state_dict=False)
+    state: Any = _get_optim(model, optimizers, plain)
+    _local_optimizer_state.wrap(model, state, specs)
+    if info.flatten_optimizer_state_dict:
+        state = upstream._flatten_optim_state_dict(state)
+    return upstream._maybe_full_or_cpu_state_dict(state, info)
+
+
+@torch.no_grad()
+def _load_optim_state_dict(
+    model: nn.Module, optimizers: tuple[Optimizer, ...], state_dict: dict[str, Any], info: Any
+) -> None:
+    """Load the optimizers' state dict.
+
+    Args:
+        model: the model.
+        optimizers: those of its parameters.
+        state_dict: what is loaded; with ``broadcast_from_rank0`` that of rank 0.
+        info: the options, as torch has worked them out.
+
+    A full state is taken nested and flat (SP-076). State of local Parameters is taken as
+    :func:`_get_optim_state_dict` gives it, as DTensors of any placements, or as this rank's own
+    plain tensors (SP-069).
+
+    """
+    if info.full_state_dict and not info.fsdp_modules:
+        info = replace(info, flatten_optimizer_state_dict=False)
+    specs = _local_optimizer_state.specs_of(model) if info.handle_optim else {}
+    with _local_optimizer_state.unwrapping(optimizers, specs):
+        _load_optim(model, optimizers, state_dict, info)
