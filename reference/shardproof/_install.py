@@ -27,7 +27,12 @@ _TWINS = (
     "tensor.parallel.fsdp",
 )
 
-_CALLERS = ("checkpoint.state_dict",)
+_CALLERS = (
+    "checkpoint.state_dict",
+    "fsdp._flat_param",
+    "fsdp._optim_utils",
+    "fsdp.fully_sharded_data_parallel",
+)
 
 _lock = threading.RLock()
 _replaced: list[tuple[object, object]] = []

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict as upstream
 from torch.optim import Optimizer
@@ -20,6 +21,7 @@ _get_model = upstream._get_model_state_dict
 _load_model = upstream._load_model_state_dict
 _get_optim = upstream._get_optim_state_dict
 _load_optim = upstream._load_optim_state_dict
+_fsdp_group: Any = getattr(upstream, "_get_fsdp_process_group", None)
 
 
 @torch.no_grad()
@@ -96,6 +98,7 @@ def _get_optim_state_dict(
     stays as it is.
 
     """
+    info = replace(info, broadcast_from_rank0=False)  # of a load only
     specs = _local_optimizer_state.specs_of(model) if info.handle_optim else {}
     if not specs:
         return _get_optim(model, optimizers, info)
@@ -106,6 +109,20 @@ def _get_optim_state_dict(
     if info.flatten_optimizer_state_dict:
         state = upstream._flatten_optim_state_dict(state)
     return upstream._maybe_full_or_cpu_state_dict(state, info)
+
+
+def _get_fsdp_process_group(model: nn.Module, info: Any) -> dist.ProcessGroup | None:
+    """The ranks among which FSDP1 gathers or broadcasts an optimizer's state; None: all.
+
+    Args:
+        model: the model.
+        info: the options, as torch has worked them out.
+
+    With ``broadcast_from_rank0`` all: the groups of FSDP have rank 0 in one of them only, where
+    there is tensor parallelism.
+
+    """
+    return None if info.broadcast_from_rank0 else _fsdp_group(model, info)
 
 
 @torch.no_grad()

@@ -2,4 +2,7 @@
 
 `install(callers=True)` puts these functions and methods in the place of torch's.
 
+- ``_flat_param``: what FSDP flattens, and the gradients that it shows.
+- ``_optim_utils``: the optimizer's state between FSDP's flat parameters and the model's names.
+- ``fully_sharded_data_parallel``: the norm of all gradients.
 """
