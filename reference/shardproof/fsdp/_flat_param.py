@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.tensor import DTensor
+from torch.torch_version import TorchVersion
 
 Method = Callable[..., Any]
 
 # Torch's own, whatever is installed: this module is imported before they are replaced.
 _to_cpu: Method = vars(FlatParamHandle)["to_cpu"]
 _use_grad_views: Method = vars(FlatParamHandle)["_use_unsharded_grad_views"]
+_use_views: Method = vars(FlatParamHandle)["_use_unsharded_views"]
 _init_flat_param: Method = vars(FlatParamHandle)["_init_flat_param_and_metadata"]
 
 
@@ -32,6 +34,37 @@ def to_cpu(self: Any) -> Iterator[None]:
         return
     with _to_cpu(self):
         yield
+
+
+def _use_unsharded_views(self: Any, as_params: bool) -> None:
+    """Put views of the unsharded flat parameter into the places of the parameters.
+
+    Args:
+        self: the handle.
+        as_params: as Parameters, and not as tensors of a graph.
+
+    The second place of a tied DTensor gets the Parameter of the first: torch would make it the data
+    of a plain one.
+
+    """
+    flat = self.flat_param
+    infos, shared = flat._shared_param_infos, flat._shared_params
+    if not (as_params and self._use_orig_params and infos):
+        _use_views(self, as_params)
+        return
+    of = {(m, n): e for (n, m, _), e in zip(flat._param_infos, flat._param_extensions, strict=True)}
+    pairs = list(zip(infos, shared, strict=True))
+    plain = [pair for pair in pairs if of[pair[0].prim_module, pair[0].prim_param_name] is None]
+    flat._shared_param_infos = tuple(info for info, _ in plain)
+    flat._shared_params = [param for _, param in plain]
+    try:
+        _use_views(self, as_params)
+    finally:
+        flat._shared_param_infos, flat._shared_params = infos, shared
+    for info in infos:
+        first = getattr(info.prim_module, info.prim_param_name)
+        if isinstance(first, DTensor):
+            self._setattr_param(info.module, info.param_name, first)
 
 
 def _use_unsharded_grad_views(self: Any) -> None:
@@ -117,9 +150,10 @@ class _WithLocalized:
 
 METHODS: dict[type, dict[str, Method]] = {
     FlatParamHandle: {
+        "_use_unsharded_views": _use_unsharded_views,
         "_use_unsharded_grad_views": _use_unsharded_grad_views,
         "_init_flat_param_and_metadata": _init_flat_param_and_metadata,
         # Later ones do as this one does.
-        **({"to_cpu": to_cpu} if torch.__version__ < (2, 14) else {}),
+        **({"to_cpu": to_cpu} if TorchVersion(torch.__version__) < "2.14" else {}),
     }
 }
