@@ -31,6 +31,7 @@ _CALLERS = (
     "checkpoint.state_dict",
     "fsdp._flat_param",
     "fsdp._optim_utils",
+    "fsdp._state_dict_utils",
     "fsdp.fully_sharded_data_parallel",
 )
 

@@ -19,6 +19,12 @@ from shardproof._core.comms.agreement import Failure, agree_on_failure, exchange
 from shardproof._core.sharding.domain import Domain, group_domain
 from shardproof._core.sharding.simulated_ranks import simulates_ranks
 
+_HAS_KEYS, _HAS_NONE = 1, 2
+_NOT_EVERYWHERE = (
+    "has no full state dict where others have one; expected it on every rank, or on rank 0 with "
+    "broadcast_from_rank0=True"
+)
+
 Load = Callable[[nn.Module, dict[str, Any], Any], Any]
 
 
@@ -46,8 +52,13 @@ def load_full(load: Load, model: nn.Module, state_dict: Mapping[str, Any], info:
 
     Torch may fill it with what the model holds where that hides nothing: without ``strict``, and
     keys that a save with the same options lacks, too. What FSDP1 holds are pieces, which cannot be
-    loaded. Only where FSDP1 loads a compiled model do ranks have to agree: there torch raises
-    before it gathers.
+    loaded.
+
+    Raises:
+        RuntimeError: the same on every rank of FSDP1's groups, before it gathers: a rank has no
+            state dict, where others have; or one lacks a key of a compiled model.
+
+    Collectives besides torch's: two small ones over each group over which FSDP1 shards.
 
     """
     unsaved: set[str] | None = None
@@ -63,12 +74,17 @@ def load_full(load: Load, model: nn.Module, state_dict: Mapping[str, Any], info:
             unsaved = {name for name, _, _ in _names(model, info) if name not in saved}
         return key in unsaved
 
-    if info.fsdp_modules and not simulates_ranks():
-        refusal, wrapped = _refusal(model, state_dict, info)
-        if wrapped:
-            failure = agree_on_failure(_fsdp_domains(info.fsdp_modules), refusal)
-            if failure is not None:
-                raise failure.error()
+    domains = _fsdp_domains(info.fsdp_modules)
+    if domains and not simulates_ranks():
+        failure = _refusal(model, state_dict, info) if state_dict else None
+        for domain in domains:
+            mine = _HAS_KEYS if state_dict else _HAS_NONE
+            _, flags = exchange(domain, None, None, flags=mine)
+            if flags == _HAS_KEYS | _HAS_NONE and mine == _HAS_NONE:
+                failure = Failure("RuntimeError", _NOT_EVERYWHERE)
+        failure = agree_on_failure(domains, failure)
+        if failure is not None:
+            raise failure.error()
     return load(model, _Given(state_dict, may_join), info)
 
 
@@ -89,7 +105,7 @@ def load_from_rank0(load: Load, model: nn.Module, state_dict: Mapping[str, Any],
     domain = group_domain(dist.distributed_c10d._get_default_group())
     refusal, names = None, None
     if dist.get_rank() == 0:
-        refusal, _ = _refusal(model, state_dict, info)
+        refusal = _refusal(model, state_dict, info)
         if info.fsdp_modules and not info.strict:
             names = sorted(name for name, _, key in _names(model, info) if key in state_dict)
     replies, _ = exchange(domain, names, refusal or _too_many_devices(model), repr(names).encode())
@@ -126,16 +142,14 @@ def _names(model: nn.Module, info: Any) -> Iterator[tuple[str, Any, str]]:
             yield other, value, one
 
 
-def _refusal(
-    model: nn.Module, state_dict: Mapping[str, Any], info: Any
-) -> tuple[Failure | None, bool]:
-    """What torch refuses on this rank before it loads; and whether the model is in a wrapper."""
+def _refusal(model: nn.Module, state_dict: Mapping[str, Any], info: Any) -> Failure | None:
+    """What torch refuses on this rank alone before it loads: keys that wrappers' prefixes need."""
+    if not info.strict:
+        return None
     wrapped = [name for long, _, name in _names(model, info) if long != name]
     missing = [name for name in wrapped if state_dict.get(name) is None]
-    if not (info.strict and missing):
-        return None, bool(wrapped)
     listed = ", ".join(map(repr, missing))
-    return Failure("RuntimeError", f"the full state dict lacks {listed}"), True
+    return Failure("RuntimeError", f"the full state dict lacks {listed}") if missing else None
 
 
 def _too_many_devices(model: nn.Module) -> Failure | None:
@@ -151,8 +165,12 @@ def _too_many_devices(model: nn.Module) -> Failure | None:
 
 
 def _fsdp_domains(modules: Sequence[Any]) -> list[Domain]:
-    groups = {module.process_group for module in modules}
-    groups |= {pg for module in modules if (pg := getattr(module, "_inter_node_pg", None))}
+    """Each group over which FSDP gathers parameters."""
+    groups = {
+        module.process_group
+        for module in modules
+        if module._handle is not None and module._handle.uses_sharded_strategy
+    }
     return sorted(map(group_domain, groups), key=lambda domain: domain.key)
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict as upstream
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.optim import Optimizer
 
 from shardproof.checkpoint import _full_loads, _local_optimizer_state
@@ -118,11 +119,24 @@ def _get_fsdp_process_group(model: nn.Module, info: Any) -> dist.ProcessGroup | 
         model: the model.
         info: the options, as torch has worked them out.
 
-    With ``broadcast_from_rank0`` all: the groups of FSDP have rank 0 in one of them only, where
-    there is tensor parallelism.
+    With ``broadcast_from_rank0`` all: where there is tensor parallelism, FSDP has several groups,
+    and one of them has rank 0. With ``full_state_dict`` and ``cpu_offload``, too, which give the
+    state to rank 0, if the model is on all ranks.
 
     """
-    return None if info.broadcast_from_rank0 else _fsdp_group(model, info)
+    group: dist.ProcessGroup | None = (
+        None if info.broadcast_from_rank0 else _fsdp_group(model, info)
+    )
+    if group is not None and info.full_state_dict and info.cpu_offload:
+        sizes = [
+            extension.mesh.size()
+            for module in info.fsdp_modules
+            for extension in (module._handle.flat_param._param_extensions if module._handle else ())
+            if isinstance(extension, DTensorSpec)
+        ]
+        if sizes and sizes[0] * dist.get_world_size(group) == dist.get_world_size():
+            return None
+    return group
 
 
 @torch.no_grad()

@@ -4,5 +4,6 @@
 
 - ``_flat_param``: what FSDP flattens, and the gradients that it shows.
 - ``_optim_utils``: the optimizer's state between FSDP's flat parameters and the model's names.
+- ``_state_dict_utils``: the model's state dict, loaded.
 - ``fully_sharded_data_parallel``: the norm of all gradients.
 """
