@@ -10,20 +10,22 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import ShardingStrategy, _optim_utils
+from torch import nn
+from torch.distributed.fsdp import _optim_utils
 from torch.distributed.fsdp._fsdp_extensions import _ext_chunk_dtensor, _ext_chunk_tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from shardproof._core.sharding.ranks import same_ranks
 from shardproof._core.tensors.values import fresh_copy
-from shardproof.tensor.parallel._data_parallel_utils import wrap_local
 from shardproof.tensor.parallel._local_parameters import local_part
 from shardproof.tensor.parallel._redistribution import move_by_dtensor
 
 # Torch's own, whatever is installed: this module is imported before they are replaced.
 _shard = _optim_utils._shard_orig_param_state
-_gather_all = _optim_utils._gather_all_orig_param_state
+_flatten = _optim_utils._flatten_optim_state
+_unflatten = _optim_utils._unflatten_optim_state
+_map_keys = _optim_utils._map_param_key_to_optim_keys
 
 State = dict[str, Any]
 
@@ -43,13 +45,7 @@ def _shard_orig_param_state(fsdp_param_info: Any, fqn: str, optim_state: State) 
     All ranks of the mesh have to call it with the same keys.
 
     """
-    spec = _spec_of(fsdp_param_info, fqn)
-    if spec is not None:
-        extension = fsdp_param_info.state._fsdp_extension
-        optim_state = {
-            name: _local_of(value, spec, extension) for name, value in sorted(optim_state.items())
-        }
-    return dict(_shard(fsdp_param_info, fqn, optim_state))
+    return dict(_shard(fsdp_param_info, fqn, _local_state(fsdp_param_info, fqn, optim_state)))
 
 
 def _unflatten_orig_param_states(
@@ -97,44 +93,87 @@ def _unflatten_orig_param_states(
         of_param[state_name] = value
 
 
-def _gather_all_orig_param_state(
+def _unflatten_optim_state(
     fsdp_param_info: Any,
-    input_states: dict[str, State],
-    shard_state: bool,
+    flat_param_state: State,
     to_save: bool,
+    shard_state: bool,
     cpu_offload: bool,
-) -> dict[str, State]:
-    """The state of the parameters of one instance of FSDP, by name (``use_orig_params``).
+) -> list[State]:
+    """The state of a flat parameter, as that of the parameters in it (no ``use_orig_params``).
 
     Args:
-        fsdp_param_info: of the instance.
-        input_states: by name, this rank's part.
-        shard_state: give FSDP's chunks, else whole tensors.
+        fsdp_param_info: of FSDP's instance that manages them.
+        flat_param_state: this rank's part.
         to_save: whether this rank keeps what it gets; else it gets nothing.
+        shard_state: make FSDP's chunks of it, else leave it whole.
         cpu_offload: leave it in CPU memory.
 
-    Where FSDP shards nothing, what tensor parallelism shards is a DTensor of tensor parallelism, or
-    whole: torch gives this rank's part for the whole (as SP-069 under DDP).
-
-    All ranks of the mesh have to call it with the same keys.
+    As :func:`_unflatten_orig_param_states`.
 
     """
-    found: dict[str, State] = _gather_all(
-        fsdp_param_info, input_states, shard_state, to_save, cpu_offload
+    if shard_state or not any(fsdp_param_info.handle.flat_param._param_extensions):
+        return _unflatten(fsdp_param_info, flat_param_state, to_save, shard_state, cpu_offload)
+    found = _unflatten(fsdp_param_info, flat_param_state, True, False, False)
+    for of_param in found:
+        for name, value in of_param.items():
+            if isinstance(value, DTensor):
+                value = _whole(value)
+                of_param[name] = value.cpu() if cpu_offload else value
+    return found if to_save else []
+
+
+def _flatten_optim_state(
+    fsdp_param_info: Any, unflat_osd_state: dict[str, State], unflat_param_names: list[str]
+) -> State:
+    """This rank's part of the state of a flat parameter (no ``use_orig_params``).
+
+    Args:
+        fsdp_param_info: of FSDP's instance that manages it.
+        unflat_osd_state: by name, the state: whole tensors, or DTensors.
+        unflat_param_names: the names of the parameters in it.
+
+    As :func:`_shard_orig_param_state`.
+
+    """
+    local = {
+        fqn: _local_state(fsdp_param_info, fqn, unflat_osd_state[fqn])
+        for fqn in unflat_param_names
+        if fqn in unflat_osd_state
+    }
+    return dict(_flatten(fsdp_param_info, local, unflat_param_names))
+
+
+def _map_param_key_to_optim_keys(
+    optim_state_dict: State,
+    group: dist.ProcessGroup | None,
+    param_key_to_param: dict[int | str, nn.Parameter],
+    param_to_fqns: dict[nn.Parameter, list[str]],
+    fqn_to_fsdp_param_info: dict[str, Any],
+    merge_keys: bool = False,
+) -> Any:
+    """Which state there is, the same on all ranks of the group, and where on this one.
+
+    Args:
+        optim_state_dict: of the optimizer.
+        group: the ranks that gather it.
+        param_key_to_param: the optimizer's parameters.
+        param_to_fqns: their names.
+        fqn_to_fsdp_param_info: FSDP's instances.
+        merge_keys: ask all ranks, not the first.
+
+    All are asked in a group without global rank 0, too: torch would ask rank 0.
+
+    """
+    merge_keys = merge_keys or (group is not None and dist.get_global_rank(group, 0) != 0)
+    return _map_keys(
+        optim_state_dict,
+        group,
+        param_key_to_param,
+        param_to_fqns,
+        fqn_to_fsdp_param_info,
+        merge_keys,
     )
-    if not _is_unsharded(fsdp_param_info.state):
-        return found
-    found = {}
-    for fqn, of_param in input_states.items():
-        found[fqn] = dict(of_param)
-        if (spec := _spec_of(fsdp_param_info, fqn)) is None:
-            continue
-        shape = fsdp_param_info.handle.flat_param._shapes[fsdp_param_info.param_indices[fqn]]
-        for name, value in sorted(of_param.items()):
-            if isinstance(value, torch.Tensor) and value.dim() and value.shape == shape:
-                whole = wrap_local(value.detach(), spec)
-                found[fqn][name] = whole if shard_state else _whole(whole)
-    return found if to_save else {}
 
 
 def _broadcast_processed_state(
@@ -186,15 +225,20 @@ def _described(value: Any) -> Any:
     return value
 
 
-def _is_unsharded(state: Any) -> bool:
-    return state.world_size == 1 or state.sharding_strategy == ShardingStrategy.NO_SHARD
-
-
 def _spec_of(fsdp_param_info: Any, fqn: str) -> DTensorSpec | None:
     """Of which DTensor the parameter is a part; None if of none."""
     extensions = fsdp_param_info.handle.flat_param._param_extensions
     extension = extensions[fsdp_param_info.param_indices[fqn]]
     return extension if isinstance(extension, DTensorSpec) else None
+
+
+def _local_state(fsdp_param_info: Any, fqn: str, state: State) -> State:
+    """The state as it belongs to the local tensor that FSDP has flattened."""
+    spec = _spec_of(fsdp_param_info, fqn)
+    if spec is None:
+        return state
+    extension = fsdp_param_info.state._fsdp_extension
+    return {name: _local_of(value, spec, extension) for name, value in sorted(state.items())}
 
 
 def _local_of(value: Any, spec: DTensorSpec, extension: Any) -> Any:
