@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict as upstream
+from torch.optim import Optimizer
 
 from shardproof._core.comms.agreement import Failure, agree_on_failure, exchange, first_failure
 from shardproof._core.sharding.domain import Domain, group_domain
@@ -124,6 +125,37 @@ def load_from_rank0(load: Load, model: nn.Module, state_dict: Mapping[str, Any],
     if told is not None:
         raise told.error()
     return mine
+
+
+def refuse_alike(
+    model: nn.Module, optimizers: Sequence[Optimizer], state_dict: Mapping[str, Any], info: Any
+) -> None:
+    """Refuse an optimizer's state on every rank that is about to wait for one that refuses it.
+
+    Torch looks for what each optimizer needs where there is a state dict: with a broadcast on
+    rank 0. So does this, before.
+    """
+    if info.broadcast_from_rank0:
+        domains = [group_domain(dist.distributed_c10d._get_default_group())]
+    else:
+        domains = _fsdp_domains(info.fsdp_modules)
+    if not domains or simulates_ranks():
+        return
+    failure: Failure | None = None
+    nested = "state" in state_dict
+    take: Any = upstream._split_optim_state_dict
+    for optimizer in optimizers:
+        upstream._init_optim_state(optimizer)
+        try:
+            if nested:
+                take(model, optimizer, state_dict, info)
+            elif state_dict:
+                upstream._unflatten_optim_state_dict(optimizer, dict(state_dict), info)
+        except Exception as error:
+            failure = failure or Failure.of(error)
+    told = agree_on_failure(domains, failure)
+    if told is not None:
+        raise told.error()
 
 
 def _raised(domain: Domain, replies: Any) -> Failure | None:

@@ -151,6 +151,10 @@ def _load_optim_state_dict(
         state_dict: what is loaded; with ``broadcast_from_rank0`` that of rank 0.
         info: the options, as torch has worked them out.
 
+    Raises:
+        RuntimeError: or what torch says of a state dict that does not have what the optimizers
+            need: of one that is broadcast, or that FSDP1 loads, on every rank (as SP-078).
+
     A full state is taken nested and flat (SP-076). State of local Parameters is taken as
     :func:`_get_optim_state_dict` gives it, as DTensors of any placements, or as this rank's own
     plain tensors (SP-069).
@@ -158,6 +162,8 @@ def _load_optim_state_dict(
     """
     if info.full_state_dict and not info.fsdp_modules:
         info = replace(info, flatten_optimizer_state_dict=False)
+    if info.handle_optim:
+        _full_loads.refuse_alike(model, optimizers, state_dict, info)
     specs = _local_optimizer_state.specs_of(model) if info.handle_optim else {}
     with _local_optimizer_state.unwrapping(optimizers, specs):
         _load_optim(model, optimizers, state_dict, info)
