@@ -109,4 +109,6 @@ def _cell(defects: list[Defect], ids: bool = False) -> str:
 
 def _code(text: str) -> str:
     """Calls and names of the text as code, so that no underscore is taken for emphasis."""
-    return " ".join(f"`{w}`" if "_" in w or w.endswith("()") else w for w in text.split(" "))
+    return " ".join(
+        f"`{w}`" if "_" in w or ("(" in w[1:] and w.endswith(")")) else w for w in text.split(" ")
+    )

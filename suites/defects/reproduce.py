@@ -71,6 +71,9 @@ def main() -> int:
     parser.add_argument("ids", nargs="*", metavar="ID", help="SP-001; all with --all")
     parser.add_argument("--run", action="store_true", help="run it with torchrun")
     parser.add_argument("--install", action="store_true", help="run after shardproof.install()")
+    parser.add_argument(
+        "--callers", action="store_true", help="run after shardproof.install(callers=True)"
+    )
     parser.add_argument("--all", action="store_true", help="run all, and print a table")
     parser.add_argument(
         "--check",
@@ -82,8 +85,8 @@ def main() -> int:
     )
     parser.add_argument("--warm", action="store_true", help="run in forks of one process: faster")
     options = parser.parse_args()
-    if options.check and options.install:
-        parser.error("--check runs with and without install: leave --install out")
+    if options.check and (options.install or options.callers):
+        parser.error("--check runs with and without install: leave --install and --callers out")
     if options.write and not (options.check and options.all):
         parser.error("--write is for --all --check")
     known, found = catalogue.read(), files()
@@ -95,14 +98,20 @@ def main() -> int:
             parser.error(f"{identity}: there is no such defect; ci/defects lists them")
         if identity not in found:
             parser.error(f"{identity}: has no reproducer yet")
-    if options.install and not (options.run or options.all):
-        parser.error("--install is for --run or --all")
+    if (options.install or options.callers) and not (options.run or options.all):
+        parser.error("--install and --callers are for --run or --all")
     if not (options.run or options.all):
         print("\n".join(found[i].read_text() for i in wanted), end="")
         return 0
     if options.check:
         return _check(wanted, known, warm=options.warm, write=options.write)
-    said = _run(wanted, install=options.install, warm=options.warm, brief=options.all)
+    said = _run(
+        wanted,
+        install=options.install or options.callers,
+        callers=options.callers,
+        warm=options.warm,
+        brief=options.all,
+    )
     return max(_EXIT[word] for word in said.values())
 
 
@@ -136,9 +145,11 @@ def _check(wanted: Sequence[str], known: Mapping[str, Defect], *, warm: bool, wr
     return 1 if differ else 0
 
 
-def _run(wanted: Iterable[str], *, install: bool, warm: bool, brief: bool) -> dict[str, str]:
+def _run(
+    wanted: Iterable[str], *, install: bool, callers: bool = False, warm: bool, brief: bool
+) -> dict[str, str]:
     found, verdicts = files(), {}
-    with (Warm if warm else ByTorchrun)(install) as runs:
+    with (Warm if warm else ByTorchrun)(install, callers=callers) as runs:
         for identity in wanted:
             ended = runs.run(found[identity], ranks(found[identity]))
             said = verdict(identity, ended)

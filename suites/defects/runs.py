@@ -42,8 +42,8 @@ class Ended:
 class ByTorchrun:
     """Each run is torchrun's."""
 
-    def __init__(self, install: bool) -> None:
-        self._before = [str(_INSTALL_FIRST)] if install else []
+    def __init__(self, install: bool, *, callers: bool = False) -> None:
+        self._before = [str(_INSTALL_FIRST), *["--callers"] * callers] if install else []
 
     def __enter__(self) -> Self:
         return self
@@ -77,8 +77,8 @@ class ByTorchrun:
 class Warm:
     """Each run's ranks are forks of this process, which has imported torch and has one thread."""
 
-    def __init__(self, install: bool) -> None:
-        self._install = install
+    def __init__(self, install: bool, *, callers: bool = False) -> None:
+        self._install, self._options = install, {"callers": True} if callers else {}
 
     def __enter__(self) -> Self:
         from harness.system import warm
@@ -97,7 +97,12 @@ class Warm:
             try:
                 pids = [
                     _fork(
-                        path, rank, ranks, port, (output.fileno(), errors.fileno()), self._install
+                        path,
+                        rank,
+                        ranks,
+                        port,
+                        (output.fileno(), errors.fileno()),
+                        self._options if self._install else None,
                     )
                     for rank in range(ranks)
                 ]
@@ -129,8 +134,14 @@ def _store() -> tuple[int, int]:
 
 
 def _fork(
-    path: Path, rank: int, ranks: int, port: int, streams: tuple[int, int], install: bool
+    path: Path,
+    rank: int,
+    ranks: int,
+    port: int,
+    streams: tuple[int, int],
+    install: dict[str, bool] | None,
 ) -> int:
+    """Start one rank; `install` holds the options of install(), None leaves torch as it is."""
     pid = os.fork()
     if pid:
         return pid
@@ -147,10 +158,10 @@ def _fork(
             MASTER_PORT=str(port),
             TORCHELASTIC_USE_AGENT_STORE="True",
         )
-        if install:
+        if install is not None:
             import shardproof
 
-            shardproof.install()
+            shardproof.install(**install)
         sys.argv = [str(path)]
         runpy.run_path(str(path), run_name="__main__")
         code = 0

@@ -92,6 +92,12 @@ def test_a_defect_of_torchs_callers_is_not_mended_by_install() -> None:
             assert "install" not in defect.mended_by, defect.id
 
 
+def test_install_with_callers_mends_defects_of_torchs_callers_alone() -> None:
+    for defect in DEFECTS.values():
+        if "install(callers=True)" in defect.mended_by:
+            assert defect.owner == "torch's callers", defect.id
+
+
 def test_a_version_that_mends_a_defect_lacks_it() -> None:
     for defect in DEFECTS.values():
         for mender in defect.mended_by:

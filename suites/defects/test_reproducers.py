@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 
@@ -52,10 +53,19 @@ def test_it_tells_what_it_shows_and_how_to_run_it(identity: str) -> None:
     assert identity in DEFECTS
 
 
-def shown(*arguments: str) -> dict[str, str]:
-    """What a whole run said of each defect."""
+def shown(*arguments: str, wanted: Iterable[str] = ()) -> dict[str, str]:
+    """What a run said of these defects; without any, of all."""
+    ids = list(wanted)
     done = subprocess.run(
-        [sys.executable, "-m", "defects.reproduce", "--all", "--warm", *arguments],
+        [
+            sys.executable,
+            "-m",
+            "defects.reproduce",
+            *(ids or ["--all"]),
+            "--run",
+            "--warm",
+            *arguments,
+        ],
         capture_output=True,
         text=True,
         timeout=600,
@@ -63,7 +73,7 @@ def shown(*arguments: str) -> dict[str, str]:
         check=False,
     )
     found = dict(re.findall(r"(?m)^(SP-\d+) (shows|does not show|broke)", done.stdout))
-    assert found.keys() == FILES.keys(), done.stdout + done.stderr
+    assert found.keys() == set(ids or FILES), done.stdout + done.stderr
     assert done.returncode in (0, 1), done.stdout + done.stderr
     return found
 
@@ -75,6 +85,11 @@ def test_every_defect_shows_where_the_catalogue_says(side: str) -> None:
 
     said = {i: expected(DEFECTS[i], str(torch.__version__), side) for i in FILES}
     assert shown(*["--install"] * (side == "installed")) == said
+
+
+def test_install_with_callers_mends_what_the_catalogue_says() -> None:
+    mended = [i for i in FILES if "install(callers=True)" in DEFECTS[i].mended_by]
+    assert shown("--callers", wanted=mended) == dict.fromkeys(mended, "does not show")
 
 
 @pytest.mark.parametrize("install", [False, True])

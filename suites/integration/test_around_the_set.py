@@ -200,7 +200,7 @@ class TestModel:
         """A full, strict load of what the model itself saved must be possible."""
         model = Silent().to(device)
         before = {name: param.detach().clone() for name, param in model.named_parameters()}
-        state = get_model_state_dict(model, options=FULL)
+        state: Any = get_model_state_dict(model, options=FULL)
         assert "base.weight" not in state
         state = {name: value.clone() for name, value in state.items()}
         spoil(model.kept)
