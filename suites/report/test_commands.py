@@ -37,7 +37,7 @@ SMALL = [
     (r"ci/conformance( --subject (my\.fork|shardproof))? -k gather( -x)?", _FILE),
     (r"ci/conformance --(jobs 4|known|seed random|start-method spawn|thorough)", _FILE),
     (r"ci/conformance --order (random:7|reverse)", _FILE),
-    (r"ci/integration( --subject (my\.fork|shardproof))?", _INTEGRATION),
+    (r"ci/integration( --subject (my\.fork|shardproof))?( --callers)?", _INTEGRATION),
     (r"ci/bench( --(quick|table))?", "--quick --bench FlattenStateDict"),
     (r"ci/bench --bench Gather", "--quick"),
     (r"ci/bench --journal FILE", "--quick --bench FlattenStateDict"),
