@@ -1,0 +1,241 @@
+"""What this rank holds: every tensor of model and optimizer, with its claim and its digest."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardproof._prove.digests import digest
+from shardproof._prove.leaves import Leaf, leaves_of
+from shardproof._prove.modules import Modules, local_shard, tensors_in
+from shardproof._prove.placements import Part
+
+@dataclass
+class Item:
+    """One plain tensor on this rank, under the name that all ranks know it by."""
+
+    key: str
+    """Unique: what it is called in messages, such as 'exp_avg of layers.0.weight'."""
+    kind: str
+    """parameter, buffer, non-persistent buffer, attribute, or optimizer."""
+    name: str
+    """Of the parameter or buffer."""
+    entry: str
+    """Of the optimizer's state, or empty."""
+    part: Part
+    layout: str
+    dtype: str
+    tensor: torch.Tensor
+    ranks: tuple[int, ...] = ()
+    contradiction: str = ""
+    inner: str = ""
+    synced: int | None = None
+    """The rank whose values DDP gives to this buffer before each forward."""
+    trains: bool = False
+    """An attribute that needs gradients."""
+    digest: int = 0
+
+    @property
+    def side(self) -> str:
+        """The column of the table in which a loss of it stands."""
+        return "optimizer" if self.kind == "optimizer" else "model"
+
+    def told(self) -> dict[str, Any]:
+        """For the other ranks, and for the page."""
+        return {
+            "key": self.key,
+            "kind": self.kind,
+            "name": self.name,
+            "entry": self.entry,
+            "part": asdict(self.part),
+            "layout": self.layout,
+            "dtype": self.dtype,
+            "ranks": list(self.ranks),
+            "contradiction": self.contradiction,
+            "inner": self.inner,
+            "digest": f"{self.digest:016x}",
+            "nbytes": self.tensor.numel() * self.tensor.element_size(),
+            "synced": self.synced,
+            "trains": self.trains,
+        }
+
+
+@dataclass
+class Inventory:
+    """All items of this rank, and what else a road must bring back."""
+
+    items: dict[str, Item] = field(default_factory=dict)
+    ties: list[list[str]] = field(default_factory=list)
+    """Names that share a parameter or buffer."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """What is no tensor: hyperparameters of param_groups, counters in the optimizer's state."""
+    strays: list[str] = field(default_factory=list)
+    """Parameters of the optimizer that the model does not have."""
+    flags: dict[str, bool] = field(default_factory=dict)
+    """requires_grad of each parameter."""
+    untrained: list[str] = field(default_factory=list)
+    """Parameters that need gradients, and that no optimizer has."""
+
+    def measure(self) -> None:
+        """Fill in the digests."""
+        for item in self.items.values():
+            item.digest = 0 if item.part.own else digest(item.tensor, item.part.places())
+            if item.part.own:
+                item.digest = digest(item.tensor)
+
+
+def take(modules: Modules, optimizers: list[torch.optim.Optimizer], rank: int) -> Inventory:
+    """The inventory of this rank, without digests."""
+    found = Inventory()
+    owners: dict[int, str] = {}
+    """Identity of a parameter -> its first name."""
+    shared: dict[int, list[str]] = {}
+    parts: dict[str, Leaf] = {}
+    flat: dict[int, list[tuple[str, Any]]] = {}
+
+    def add(key: str, kind: str, name: str, leaf: Leaf, entry: str = "") -> Item:
+        whole_key = f"{key} ({leaf.inner})" if leaf.inner else key
+        item = Item(
+            whole_key,
+            kind,
+            name,
+            entry,
+            leaf.part,
+            leaf.layout,
+            str(leaf.tensor.dtype).removeprefix("torch."),
+            leaf.tensor,
+            leaf.ranks,
+            leaf.contradiction,
+            leaf.inner,
+        )
+        found.items[whole_key] = item
+        return item
+
+    for name, piece in modules.flat_parameters():
+        part = Part(piece.shape, None, (piece.start, piece.start + piece.numel))
+        tensor = piece.of(local_shard(piece.handle))
+        leaf = Leaf(tensor, part, "flat shard of FSDP1")
+        add(name, "parameter", name, leaf)
+        parts[name] = leaf
+        flat.setdefault(id(piece.handle.flat_param), []).append((name, piece))
+        shared.setdefault(id(piece), []).append(name)
+    for name, module, own, param in modules.parameters():
+        owners.setdefault(id(param), name)
+        if (id(module), own) in modules.flat:
+            continue
+        shared.setdefault(id(param), []).append(name)
+        found.flags[name] = param.requires_grad
+        for leaf in leaves_of(param, rank):
+            add(name, "parameter", name, leaf)
+            parts.setdefault(name, leaf)
+    for name, module, buffer, persistent in modules.buffers():
+        shared.setdefault(id(buffer), []).append(name)
+        for leaf in leaves_of(buffer, rank):
+            kind = "buffer" if persistent else "non-persistent buffer"
+            item = add(name, kind, name, leaf)
+            if ddp := modules.synced.get(id(module)):
+                ranks = torch.distributed.get_process_group_ranks(ddp.process_group)
+                item.synced = ranks[0]
+    known = set(shared)
+    for name, tensor in modules.attributes():
+        if id(tensor) in known or id(tensor) in owners:
+            continue
+        for leaf in leaves_of(tensor, rank):
+            add(name, "attribute", name, leaf).trains = tensor.requires_grad and tensor.is_leaf
+    found.ties = sorted(sorted(names) for names in shared.values() if len(names) > 1)
+    _take_optimizers(found, optimizers, rank, owners, parts, flat, add)
+    trained = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
+    if optimizers:
+        found.untrained = sorted(
+            name
+            for name, _, _, param in modules.parameters()
+            if param.requires_grad
+            and id(param) not in trained
+            and not any(name in {n for n, _ in names} for names in flat.values())
+        )
+    return found
+
+
+def _take_optimizers(
+    found: Inventory,
+    optimizers: list[torch.optim.Optimizer],
+    rank: int,
+    owners: dict[int, str],
+    parts: dict[str, Leaf],
+    flat: dict[int, list[tuple[str, Any]]],
+    add: Any,
+) -> None:
+    for number, optimizer in enumerate(optimizers):
+        which = f" of optimizer {number}" if len(optimizers) > 1 else ""
+        for place, group in enumerate(optimizer.param_groups):
+            for key, value in group.items():
+                if key == "params":
+                    continue
+                label = f"{key} of param_groups[{place}]{which}"
+                if isinstance(value, torch.Tensor):
+                    for leaf in leaves_of(value, rank):
+                        add(label, "optimizer", f"param_groups[{place}]", leaf, key)
+                else:
+                    found.values[label] = value
+            for at, param in enumerate(group["params"]):
+                state = optimizer.state.get(param, {})
+                if id(param) in flat:
+                    _take_flat_state(found, state, flat[id(param)], param, rank, add)
+                    continue
+                name = owners.get(id(param))
+                if name is None:
+                    name = f"(parameter {at} of param_groups[{place}]{which})"
+                    found.strays.append(name)
+                    for leaf in leaves_of(param, rank):
+                        add(name, "attribute", name, leaf)
+                for entry, value in state.items():
+                    label = f"{entry} of {name}"
+                    if not isinstance(value, torch.Tensor):
+                        tensors = list(tensors_in(value, str(entry)))
+                        for path, tensor in tensors:
+                            for leaf in leaves_of(tensor, rank):
+                                add(f"{path} of {name}", "optimizer", name, leaf, path)
+                        if not tensors:
+                            found.values[label] = value
+                        continue
+                    for leaf in leaves_of(value, rank):
+                        add(label, "optimizer", name, _like_parameter(leaf, parts.get(name)), entry)
+
+
+def _like_parameter(leaf: Leaf, param: Leaf | None) -> Leaf:
+    """State of the shape of a shard, whose parameter is one: the state claims what it claims."""
+    if (
+        param is not None
+        and leaf.layout == "plain"
+        and param.layout != "plain"
+        and leaf.tensor.ndim
+        and leaf.tensor.numel() == param.part.numel
+        and param.part.runs is None
+    ):
+        return replace(leaf, part=param.part, layout=param.layout)
+    return leaf
+
+
+def _take_flat_state(
+    found: Inventory,
+    state: dict[Any, Any],
+    named: list[tuple[str, Any]],
+    param: nn.Parameter,
+    rank: int,
+    add: Any,
+) -> None:
+    """State of a flat parameter of FSDP1, by the parameters that are in it."""
+    for entry, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            found.values[f"{entry} of {named[0][0]}"] = value
+        elif value.ndim and value.numel() == param.numel():
+            for name, piece in named:
+                part = Part(piece.shape, None, (piece.start, piece.start + piece.numel))
+                leaf = Leaf(piece.of(value.detach()), part, "flat shard of FSDP1")
+                add(f"{entry} of {name}", "optimizer", name, leaf, entry)
+        else:
+            for leaf in leaves_of(value, rank):
+                add(f"{entry} of {named[0][0]}", "optimizer", named[0][0], leaf, entry)

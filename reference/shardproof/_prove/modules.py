@@ -1,0 +1,183 @@
+"""The tensors of a model under their own names, whatever wraps it: DDP, FSDP, compile, checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+_OWN = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
+
+
+@dataclass(frozen=True)
+class FlatPiece:
+    """One parameter's place in a flat parameter of FSDP1 on this rank."""
+
+    handle: Any
+    shape: tuple[int, ...]
+    offset: int
+    """In the local shard of the flat parameter."""
+    start: int
+    """In the flattened parameter."""
+    numel: int
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """This parameter's elements of a tensor that is laid out as the flat parameter."""
+        return flat.view(-1)[self.offset : self.offset + self.numel]
+
+
+class Modules:
+    """A walk over a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names: dict[int, list[str]] = {}
+        """Of each module, by identity."""
+        self.modules: list[tuple[str, nn.Module]] = []
+        self.synced: dict[int, Any] = {}
+        """Modules below a DDP that takes its first rank's buffers before each forward: that DDP."""
+        self._walk(model, "", frozenset(), None)
+        self.flat = dict(self._flat_pieces())
+        """(identity of the module, name of the parameter) -> its piece."""
+
+    def reshard(self) -> None:
+        """Have fully_shard's parameters in their sharded form, as every state dict asks for."""
+        for _, module in self.modules:
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def parameters(self) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+        """(full name, module, own name, parameter), tied ones under each name."""
+        for prefix, module in self.modules:
+            for key, param in module._parameters.items():
+                if param is not None and key != "_flat_param":
+                    yield prefix + key, module, key, param
+
+    def flat_parameters(self) -> Iterator[tuple[str, FlatPiece]]:
+        """(full name, piece) of each parameter that FSDP1 has in a flat one."""
+        for (module, key), piece in self.flat.items():
+            for prefix in self.names.get(module, []):
+                yield prefix + key, piece
+
+    def buffers(self) -> Iterator[tuple[str, nn.Module, torch.Tensor, bool]]:
+        """(full name, module, buffer, whether state dicts have it)."""
+        for prefix, module in self.modules:
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    yield prefix + key, module, buffer, key not in module._non_persistent_buffers_set
+
+    def attributes(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(full name, tensor) of what is neither parameter nor buffer, in containers, too."""
+        for prefix, module in self.modules:
+            if isinstance(module, (DistributedDataParallel, FullyShardedDataParallel)):
+                continue
+            for key, value in vars(module).items():
+                if key in _OWN or (id(module), key) in self.flat or key == "_flat_param":
+                    continue
+                if type(value).__module__.startswith("torch.distributed"):
+                    if not isinstance(value, torch.Tensor):
+                        continue
+                for path, tensor in tensors_in(value, prefix + key):
+                    yield path, tensor
+
+    def _walk(self, module: nn.Module, prefix: str, above: frozenset[int], ddp: Any) -> None:
+        if id(module) in above:
+            return
+        if isinstance(module, DistributedDataParallel) and module.broadcast_buffers:
+            ddp = module
+        self.modules.append((prefix, module))
+        self.names.setdefault(id(module), []).append(prefix)
+        if ddp is not None:
+            self.synced[id(module)] = ddp
+        for key, child in module._modules.items():
+            if child is not None:
+                unnamed = key in _WRAPPERS or (
+                    key == "module" and isinstance(module, DistributedDataParallel)
+                )
+                self._walk(child, prefix if unnamed else f"{prefix}{key}.", above | {id(module)}, ddp)
+
+    def _flat_pieces(self) -> Iterator[tuple[tuple[int, str], FlatPiece]]:
+        seen = set()
+        for _, module in self.modules:
+            handle = getattr(module, "_handle", None)
+            if not isinstance(module, FullyShardedDataParallel) or handle is None:
+                continue
+            if id(handle) in seen:
+                continue
+            seen.add(id(handle))
+            flat = handle.flat_param
+            pieces = []
+            for info, shape, (offset, start, numel) in zip(
+                flat._param_infos, flat._shapes, _shards(handle), strict=True
+            ):
+                piece = FlatPiece(handle, tuple(shape), offset, start, numel)
+                pieces.append(((id(info.module), info.param_name), piece))
+            yield from pieces
+            named = {key: piece for key, piece in pieces}
+            for shared in flat._shared_param_infos:
+                prime = (id(shared.prim_module), shared.prim_param_name)
+                if prime in named:
+                    yield (id(shared.module), shared.param_name), named[prime]
+
+
+def local_shard(handle: Any) -> torch.Tensor:
+    """This rank's part of a flat parameter of FSDP1, also while the whole is there."""
+    flat = handle.flat_param
+    if handle.uses_sharded_strategy and hasattr(flat, "_local_shard"):
+        return flat._local_shard.detach()  # type: ignore[no-any-return]
+    return flat.detach()  # type: ignore[no-any-return]
+
+
+def _shards(handle: Any) -> Iterator[tuple[int, int, int]]:
+    """(offset in the local shard, first element, how many) of each parameter."""
+    flat = handle.flat_param
+    if handle.uses_sharded_strategy:
+        for info in flat._shard_param_infos:
+            if info.in_shard:
+                yield info.offset_in_shard, info.intra_param_start_idx, info.numel_in_shard
+            else:
+                yield 0, 0, 0
+        return
+    at = 0
+    for numel, padding in zip(flat._numels_with_padding, flat._is_padding_mask, strict=True):
+        if not padding:
+            yield at, 0, numel
+        at += numel
+
+
+def tensors_in(value: Any, path: str, depth: int = 6) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors in nested lists, tuples and dicts; a module's own are found with the module."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif depth and isinstance(value, dict):
+        for key, item in value.items():
+            yield from tensors_in(item, f"{path}[{key!r}]", depth - 1)
+    elif depth and isinstance(value, (list, tuple, set, frozenset)):
+        for number, item in enumerate(value):
+            yield from tensors_in(item, f"{path}[{number}]", depth - 1)
+
+
+def optimizers_in(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The optimizers of a wrapper, a container or a sequence; none of None."""
+    if optimizer is None:
+        return []
+    inner = getattr(optimizer, "optimizers", None)
+    if isinstance(inner, Sequence) and inner:
+        return [one for each in inner for one in optimizers_in(each)]
+    wrapped = getattr(optimizer, "optimizer", None)
+    if isinstance(wrapped, torch.optim.Optimizer):
+        return [wrapped]
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return [optimizer]
+    if isinstance(optimizer, Sequence):
+        return [one for each in optimizer for one in optimizers_in(each)]
+    raise TypeError(
+        f"prove takes an optimizer, a sequence of them, or None: got {type(optimizer).__name__}"
+    )

@@ -1,0 +1,165 @@
+"""Whether there is room for the snapshot and for the files, decided alike on all ranks, and said first."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardproof._prove.exchange import Exchange
+
+_SHARE = 0.8
+"""Of the free memory, at most: the job goes on beside it."""
+
+
+class NoRoom(RuntimeError):
+    """Neither memory nor disk has room for the snapshot, or the files have none. Nothing was touched."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where things go."""
+
+    snapshot: Path | None
+    """A folder; None: CPU memory."""
+    folder: Path
+    """For the files of roads; all ranks see it."""
+    made: bool
+    """Whether prove made it, and removes it."""
+    total: int
+    """Bytes of all ranks' snapshots."""
+    largest: int
+    shared: bool
+    """Whether all ranks see the folder."""
+
+    def announcement(self) -> str:
+        """What is said before anything is copied."""
+        where = "CPU memory" if self.snapshot is None else f"files in {self.snapshot}"
+        return (
+            f"snapshot of {size_text(self.total)} on all ranks, at most "
+            f"{size_text(self.largest)} on one, in {where}; checkpoints go to {self.folder}"
+        )
+
+
+def size_text(nbytes: float) -> str:
+    """1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.4g} TiB"
+
+
+def available_memory() -> int:
+    """Bytes of CPU memory that this process can still have, by the machine and by its cgroup."""
+    found = 1 << 62
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    found = int(line.split()[1]) * 1024
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            found = min(found, int(limit) - used)
+    except (OSError, ValueError):
+        pass
+    return found
+
+
+def find(
+    exchange: Exchange,
+    nbytes: int,
+    files: int,
+    snapshot: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None,
+) -> Room:
+    """Choose places; NoRoom on every rank where one of them has too little."""
+    own = str(folder) if folder is not None else ""
+    if exchange.rank == 0 and not own:
+        own = tempfile.mkdtemp(prefix="shardproof-prove-")
+    chosen = str(exchange.all("the folder", own)[0])
+    made = folder is None
+    try:
+        return _find(exchange, nbytes, files, snapshot, Path(chosen), made)
+    except BaseException:
+        if made and exchange.rank == 0:
+            shutil.rmtree(chosen, ignore_errors=True)
+        raise
+
+
+def _find(
+    exchange: Exchange,
+    nbytes: int,
+    files: int,
+    snapshot: str | os.PathLike[str],
+    folder: Path,
+    made: bool,
+) -> Room:
+    disk = Path(tempfile.gettempdir()) if snapshot in ("cpu", "disk", "auto") else Path(snapshot)
+    told = exchange.all(
+        "room",
+        {
+            "host": exchange.host,
+            "bytes": nbytes,
+            "files": files,
+            "memory": available_memory(),
+            "disk": _free(disk),
+            "shared": folder.is_dir(),
+            "free": _free(folder),
+        },
+    )
+    shared = all(one["shared"] for one in told)
+    needed = sum(one["files"] for one in told)
+    free = min((one["free"] for one in told if one["shared"]), default=0)
+    if not told[0]["shared"]:
+        raise NoRoom(f"folder={str(folder)!r} is no folder that rank 0 can see")
+    if needed > free:
+        raise NoRoom(
+            f"checkpoints need {size_text(needed)} in {folder}, which has {size_text(free)} left: "
+            "name another one with folder="
+        )
+    memory = _shortage(told, "memory", _SHARE)
+    room = _shortage(told, "disk", 1.0)
+    if snapshot == "cpu" and memory:
+        raise NoRoom(f"the snapshot does not fit into CPU memory: {memory}")
+    if snapshot not in ("cpu", "auto") and room:
+        raise NoRoom(f"the snapshot does not fit into {disk}: {room}")
+    if snapshot == "auto" and memory and room:
+        raise NoRoom(f"the snapshot fits neither into CPU memory ({memory}) nor {disk} ({room})")
+    on_disk = snapshot not in ("cpu", "auto") or bool(memory)
+    return Room(
+        disk if on_disk else None,
+        folder,
+        made,
+        sum(one["bytes"] for one in told),
+        max(one["bytes"] for one in told),
+        shared,
+    )
+
+
+def _shortage(told: Sequence[dict[str, Any]], kind: str, share: float) -> str:
+    """Which machine has too little for its ranks; empty where all have enough."""
+    hosts: dict[str, list[dict[str, Any]]] = {}
+    for one in told:
+        hosts.setdefault(one["host"], []).append(one)
+    for host, ranks in hosts.items():
+        need = sum(one["bytes"] for one in ranks)
+        has = min(one[kind] for one in ranks)
+        if need > has * share:
+            return (
+                f"the {len(ranks)} ranks on {host} need {size_text(need)}, and "
+                f"{size_text(has * share)} of {size_text(has)} may be taken"
+            )
+    return ""
+
+
+def _free(folder: Path) -> int:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0

@@ -1,0 +1,326 @@
+"""prove(): inventory, claims, roads, coverage; and everything as it was."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardproof._prove import claims as claims_of
+from shardproof._prove import room as rooms
+from shardproof._prove.coverage import uncovered
+from shardproof._prove.exchange import Exchange
+from shardproof._prove.findings import NOTE, Finding
+from shardproof._prove.groups import SpareGroups
+from shardproof._prove.inventory import take
+from shardproof._prove.modules import Modules, optimizers_in
+from shardproof._prove.peaks import Peaks
+from shardproof._prove.proof import Proof
+from shardproof._prove.roads import Road, chosen
+from shardproof._prove.saved import whole_digests
+from shardproof._prove.snapshot import Snapshot
+from shardproof._prove.step import digests_after
+from shardproof._prove.travel import Cell, Travels
+
+
+class WrongUseError(ValueError):
+    """Some rank called prove with what it cannot take; raised alike on all ranks."""
+
+
+def prove(
+    model: nn.Module,
+    optimizer: Any = None,
+    *,
+    scheduler: Any = None,
+    step: Callable[[], Any] | None = None,
+    roads: str | Sequence[str] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    snapshot: str | os.PathLike[str] = "auto",
+    limit: float = 600.0,
+    progress: bool = True,
+) -> Proof:
+    """Say whether the checkpoints of this job are whole: every rank calls, after wrapping.
+
+    Takes an inventory of all tensors, compares what ranks claim to hold alike, then saves, spoils,
+    loads and compares over each road of torch's public API. Leaves the job as it was, bit for bit,
+    also after an error or an interrupt.
+
+    Args:
+        model: as it trains, wrapped or not.
+        optimizer: an optimizer, or several; None: the model alone.
+        scheduler: named where no road holds it.
+        step: one step of training on the same data each time. Without it the optimizer steps on
+            gradients that prove sets.
+        roads: some of shardproof.prove_roads(); all that the job can use by default.
+        folder: for checkpoint files, seen by all ranks; a temporary one on one machine.
+        snapshot: "cpu", "disk", a folder, or "auto": memory where it has room.
+        limit: seconds within which a rank that dies or hangs is named by the others.
+        progress: whether rank 0 says on stderr what it does.
+
+    Returns:
+        The proof, the same on all ranks.
+
+    Raises:
+        WrongUseError: an argument is wrong on some rank.
+        NoRoom: there is no room for the snapshot or the files. Nothing was touched.
+        RankLost: a rank died or hangs. The others have their state back.
+
+    """
+    exchange = Exchange(limit * 2 / 3)
+    say = _Progress(exchange.rank == 0 and progress)
+    wrong: Exception | None = None
+    taken: list[Road] = []
+    optimizers: list[torch.optim.Optimizer] = []
+    try:
+        taken = chosen(roads, distributed=not exchange.alone)
+        optimizers = optimizers_in(optimizer)
+        _check(model, optimizers)
+    except Exception as error:
+        wrong = error
+    _agree(exchange, wrong, [road.name for road in taken])
+    try:
+        return _prove(
+            model, optimizers, scheduler, step, taken, folder, snapshot, limit, exchange, say
+        )
+    except BaseException as error:
+        exchange.leave(error)
+        raise
+
+
+def _prove(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    scheduler: Any,
+    step: Callable[[], Any] | None,
+    roads: list[Road],
+    folder: str | os.PathLike[str] | None,
+    snapshot: str | os.PathLike[str],
+    limit: float,
+    exchange: Exchange,
+    say: _Progress,
+) -> Proof:
+    started = time.monotonic()
+    peaks = Peaks()
+    modules = Modules(model)
+    modules.reshard()
+    kept = Snapshot(modules, optimizers)
+    files = kept.nbytes if any(road.files for road in roads) else 0
+    room = rooms.find(exchange, kept.nbytes, files, snapshot, folder)
+    say(room.announcement())
+    touched = False
+    try:
+        with peaks.of("snapshot"):
+            _together(exchange, "snapshot", lambda: kept.fill(room.snapshot))
+        touched = True
+        with peaks.of("inventory"):
+            before = take(modules, optimizers, exchange.rank)
+            before.measure()
+        say(f"inventory of {len(before.items)} tensors")
+        every = exchange.all("inventory", [item.told() for item in before.items.values()])
+        claims = claims_of.collect(every)
+        replicated: set[str] = set()
+        proof = Proof(_describe(model, optimizers, exchange, room, claims))
+        with peaks.of("comparison"):
+            proof.general += claims_of.compare(claims, before, exchange, replicated)
+        proof.general += uncovered(
+            claims,
+            exchange.all("strays", before.strays),
+            exchange.all("untrained", before.untrained),
+            scheduler,
+        )
+        travels = Travels(
+            model,
+            optimizers,
+            before,
+            kept,
+            exchange,
+            SpareGroups(limit / 3),
+            whole_digests(claims),
+            room.folder,
+            step,
+        )
+        if optimizers or step is not None:
+            travels.continued = _baseline(travels, proof)
+        _take_all(travels, roads, proof, peaks, say, room, limit)
+        proof.inventory = _listed(claims)
+        proof.cost = {
+            "seconds": round(time.monotonic() - started, 3),
+            "snapshot_bytes": room.total,
+            "peak_cpu_bytes": peaks.cpu,
+            "peak_device_bytes": peaks.device,
+        }
+        say("")
+        return proof
+    finally:
+        if touched:
+            kept.restore(hooks=step is None)
+        kept.close()
+        if room.made and exchange.rank == 0:
+            shutil.rmtree(room.folder, ignore_errors=True)
+
+
+def _take_all(
+    travels: Travels,
+    roads: list[Road],
+    proof: Proof,
+    peaks: Peaks,
+    say: _Progress,
+    room: rooms.Room,
+    limit: float,
+) -> None:
+    sides = ["model", *(["optimizer"] if travels.optimizers else [])]
+    empty = not any(optimizer.state for optimizer in travels.optimizers)
+    empty = all(travels.exchange.all("whether the optimizer has state", empty))
+    for number, road in enumerate(roads):
+        for side in sides:
+            if road.model_only and side == "optimizer":
+                continue
+            say(f"{road.name}, {side} ({number + 1} of {len(roads)} roads)")
+            cell = Cell(road.name, side)
+            if side == "optimizer" and empty:
+                cell.verdict = "empty"
+            elif road.files and not room.shared:
+                cell.verdict = "not run"
+                cell.why = "ranks on several machines: name a folder= that all of them see"
+            elif not travels.spares.left:
+                cell.verdict = "not run"
+                cell.why = "roads before it have hung, and no spare connections are left"
+            else:
+                with peaks.of(f"{road.name}, {side}"):
+                    cell = travels.take(road, side)
+            proof.cells.append(cell)
+
+
+def _baseline(travels: Travels, proof: Proof) -> dict[str, int] | None:
+    """Digests after a step without a round trip; taken twice, since a step may differ by itself."""
+    seen = []
+    for _ in range(2):
+        error = None
+        try:
+            with travels.spares.in_place():
+                seen.append(
+                    digests_after(
+                        travels.model, travels.optimizers, travels.step, travels.exchange.rank
+                    )
+                )
+        except Exception as raised:
+            error = raised
+        finally:
+            travels.snapshot.restore(hooks=travels.step is None)
+        said = travels.exchange.agree("one step without a round trip", error)
+        if any(said):
+            rank = next(rank for rank, text in enumerate(said) if text)
+            what = f"one more step could not be taken to compare with: {said[rank]}"
+            proof.general.append(Finding(NOTE, "step", "optimizer", "step", "", what, [rank]))
+            if len(set(said)) > 1:
+                travels.spares.broken()
+            return None
+    same = travels.exchange.all("whether a step can be repeated", seen[0] == seen[1])
+    if not all(same):
+        what = "one more step has another result each time: it cannot be compared"
+        ranks = [rank for rank, one in enumerate(same) if not one]
+        proof.general.append(Finding(NOTE, "step", "optimizer", "step", "", what, ranks))
+        return None
+    return seen[0]
+
+
+def _together(exchange: Exchange, what: str, action: Callable[[], Any]) -> Any:
+    """Do it on all ranks; where it fails on one, all of them raise."""
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as raised:
+        error = raised
+    said = exchange.agree(what, error)
+    if any(said):
+        rank = next(rank for rank, text in enumerate(said) if text)
+        raise RuntimeError(f"prove failed at the {what} on rank {rank}: {said[rank]}") from error
+    return result
+
+
+def _agree(exchange: Exchange, wrong: Exception | None, roads: list[str]) -> None:
+    said = exchange.agree("arguments", wrong)
+    for rank, text in enumerate(said):
+        if text:
+            raise WrongUseError(f"rank {rank}: {text.partition(': ')[2]}")
+    every = exchange.all("roads", roads)
+    for rank, other in enumerate(every):
+        if other != every[0]:
+            raise WrongUseError(
+                f"ranks ask for different roads: {every[0]} on rank 0, {other} on rank {rank}"
+            )
+
+
+def _check(model: Any, optimizers: list[torch.optim.Optimizer]) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"prove takes a torch.nn.Module as model: got {type(model).__name__}")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device: give it memory and values (to_empty() and a load) "
+                "before prove"
+            )
+
+
+def _describe(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    exchange: Exchange,
+    room: rooms.Room,
+    claims: dict[str, claims_of.Claim],
+) -> dict[str, Any]:
+    wrappers = sorted({type(m).__name__ for m in model.modules() if "FSDP" in type(m).__name__})
+    kinds = [type(optimizer).__name__ for optimizer in optimizers]
+    summary = (
+        f"{type(model).__name__} with {', '.join(kinds) or 'no optimizer'} on {exchange.size} "
+        f"rank{'s' if exchange.size > 1 else ''}, {len(claims)} tensors, torch {torch.__version__}"
+    )
+    return {
+        "summary": summary,
+        "model": type(model).__name__,
+        "optimizers": kinds,
+        "wrappers": wrappers,
+        "ranks": exchange.size,
+        "torch": str(torch.__version__),
+        "snapshot": room.announcement(),
+    }
+
+
+def _listed(claims: dict[str, claims_of.Claim]) -> list[dict[str, Any]]:
+    listed = []
+    for key, claim in claims.items():
+        parts: dict[str, dict[str, Any]] = {}
+        for rank, told in claim.holders.items():
+            one = parts.setdefault(
+                str((told["part"], told["digest"])),
+                {"part": told["part"], "digest": told["digest"], "ranks": []},
+            )
+            one["ranks"].append(rank)
+        told = claim.any
+        listed.append(
+            {
+                "key": key,
+                **{name: told[name] for name in ("kind", "layout", "dtype")},
+                "parts": list(parts.values()),
+            }
+        )
+    return listed
+
+
+class _Progress:
+    """Lines on stderr, or nothing."""
+
+    def __init__(self, speaks: bool) -> None:
+        self.speaks = speaks
+
+    def __call__(self, text: str) -> None:
+        if self.speaks and text:
+            print(f"prove: {text}", file=sys.stderr, flush=True)
+
+

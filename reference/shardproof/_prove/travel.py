@@ -1,0 +1,256 @@
+"""One road, there and back: save, spoil, load, compare; and then one step of training."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from shardproof._prove import compare, other_mesh, saved
+from shardproof._prove.compare import Difference
+from shardproof._prove.exchange import Exchange
+from shardproof._prove.findings import LOSS, NOTE, UNSAFE, Finding, ranks_text
+from shardproof._prove.groups import SpareGroups
+from shardproof._prove.inventory import Inventory, take
+from shardproof._prove.modules import Modules
+from shardproof._prove.roads import Job, Road
+from shardproof._prove.snapshot import Snapshot
+from shardproof._prove.spoil import spoil
+from shardproof._prove.step import digests_after
+
+TOLD = 200
+"""Differences that a rank tells of one road."""
+_VICTIM = ("Timed out waiting", "Connection closed", "Connection reset", "timed out", "Broken pipe")
+
+
+@dataclass
+class Cell:
+    """A verdict of the table: whole, lossy, unsafe, empty or not run."""
+
+    road: str
+    side: str
+    verdict: str = "whole"
+    why: str = ""
+    """Of what was not run."""
+    findings: list[Finding] = field(default_factory=list)
+
+
+class RoadFailedError(RuntimeError):
+    """A phase of a road raised on some rank."""
+
+    def __init__(self, phase: str, said: list[str]) -> None:
+        super().__init__(phase)
+        self.phase = phase
+        self.said = said
+
+    @property
+    def broke_connections(self) -> bool:
+        """Whether some rank may have waited for another in a collective."""
+        return len(set(self.said)) > 1 or _is_victim(self.said[0])
+
+    def findings(self, cell: Cell) -> Iterator[Finding]:
+        """What happened, each text once, with its ranks; first who caused it."""
+        texts: dict[str, list[int]] = {}
+        for rank, text in enumerate(self.said):
+            if text:
+                texts.setdefault(_short(text), []).append(rank)
+        causes = {text: ranks for text, ranks in texts.items() if not _is_victim(text)}
+        victims = sorted({r for text, ranks in texts.items() if _is_victim(text) for r in ranks})
+        fine = [rank for rank, text in enumerate(self.said) if not text]
+        for text, ranks in causes.items():
+            what = f"{self.phase} raises {text}"
+            if victims:
+                what += f", and {ranks_text(victims)} waited for it in a collective"
+            yield Finding(UNSAFE, cell.road, cell.side, "raises", "", what, ranks)
+        if not causes:
+            what = f"{self.phase} hangs: a collective of {ranks_text(victims)} was never answered"
+            if fine:
+                what += f"; {ranks_text(fine)} had ended it"
+            yield Finding(UNSAFE, cell.road, cell.side, "hangs", "", what, victims)
+
+
+@dataclass
+class Travels:
+    """What all roads have in common."""
+
+    model: torch.nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    before: Inventory
+    snapshot: Snapshot
+    exchange: Exchange
+    spares: SpareGroups
+    known: dict[str, tuple[list[int], str, int]]
+    """Of whole tensors: shape, dtype and digest."""
+    folder: Path
+    step: Callable[[], Any] | None
+    continued: dict[str, int] | None = None
+    """Digests after one more step without a round trip; None: it cannot be compared."""
+
+    def take(self, road: Road, side: str) -> Cell:
+        """Take the road with the model, or with the optimizer."""
+        cell = Cell(road.name, side)
+        folder = self.folder / f"{road.name}-{side}"
+        if road.files and self.exchange.rank == 0:
+            folder.mkdir(exist_ok=True)
+        job = Job(self.model, self.optimizers, self.exchange.rank, self.exchange.size, side)
+        state: Any = None
+        try:
+            with self.spares.in_place():
+                try:
+                    self._without_gradients()
+                    state = self._together("save", lambda: road.save(job, folder))
+                    if road.other_mesh:
+                        found = self._together("load", lambda: self._on_another_mesh(job, folder))
+                        self._merge(cell, found)
+                    else:
+                        self._back(road, job, cell, state, folder)
+                finally:
+                    state = _ended(state)
+        except RoadFailedError as failed:
+            cell.findings += failed.findings(cell)
+            if failed.broke_connections:
+                self.spares.broken()
+        finally:
+            self.snapshot.restore(hooks=self.step is None)
+            if road.files and self.exchange.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+        self._judge(cell)
+        return cell
+
+    def _back(self, road: Road, job: Job, cell: Cell, state: Any, folder: Path) -> None:
+        side = cell.side
+        differences: list[Difference] = []
+        if not road.snapshot:
+            state, aliased = saved.own_memory(state, set(self.snapshot.storages))
+            if aliased and road.offloads:
+                what = (
+                    f"{len(aliased)} saved tensors lie in live memory in spite of cpu_offload, the "
+                    f"first is {aliased[0]}: training on changes them, write them before"
+                )
+                differences.append(Difference(side, "alias", aliased[0], what))
+            held = road.full == "all" or (road.full == "first" and job.rank == 0)
+            if held or not road.full:
+                expected = self._expected(side)
+                differences += saved.check(state, side, self.known, expected, full=held)
+        spoil(self.before, self.snapshot, self.optimizers, side)
+        self._together("load", lambda: road.load(job, state, folder))
+        after = take(Modules(self.model), self.optimizers, self.exchange.rank)
+        differences += compare.compare(self.before, after, self.snapshot)
+        self._merge(cell, differences)
+        whole = not any(finding.severity == LOSS for finding in cell.findings)
+        if whole and self.continued is not None:
+            self._continue(cell)
+
+    def _together(self, phase: str, action: Callable[[], Any]) -> Any:
+        result, error = None, None
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's own, about its API
+                result = action()
+        except (Exception, CheckpointException) as raised:
+            error = raised
+        said = self.exchange.agree(phase, error)
+        if any(said):
+            _ended(result)
+            raise RoadFailedError(phase, said)
+        return result
+
+    def _on_another_mesh(self, job: Job, folder: Path) -> list[Difference]:
+        return other_mesh.load(job, folder, self.known, self.exchange)
+
+    def _without_gradients(self) -> None:
+        # As in a job that resumes; torch takes gradients for a sign that training has begun.
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    param.grad = None
+        for param in self.model.parameters():
+            param.grad = None
+
+    def _expected(self, side: str) -> set[str]:
+        kinds = ("parameter", "buffer") if side == "model" else ("optimizer",)
+        return {
+            item.name if side == "model" else f"{item.entry} of {item.name}"
+            for item in self.before.items.values()
+            if item.kind in kinds and not item.name.startswith("param_groups[")
+        }
+
+    def _merge(self, cell: Cell, mine: list[Difference]) -> None:
+        """Findings of all ranks' differences, each with the ranks that have it."""
+        every = self.exchange.all(
+            f"what {cell.road} changed", [[one.told() for one in mine[:TOLD]], len(mine)]
+        )
+        groups: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
+        for rank, (told, _) in enumerate(every):
+            for one in told:
+                groups.setdefault((one["side"], one["kind"], one["key"]), {})[rank] = one
+        for (side, kind, key), ranks in groups.items():
+            first = next(iter(ranks.values()))
+            note = kind in ("alias", "container", "not saved")
+            where = f"{first['first']} on {ranks_text([min(ranks)])}" if first["first"] else ""
+            cell.findings.append(
+                Finding(
+                    NOTE if note else LOSS,
+                    cell.road,
+                    side,
+                    kind,
+                    key,
+                    first["what"],
+                    list(ranks),
+                    where,
+                )
+            )
+        more = sum(count - len(told) for told, count in every)
+        if more:
+            what = f"{more} further differences are not listed"
+            cell.findings.append(Finding(LOSS, cell.road, cell.side, "more", "", what))
+
+    def _continue(self, cell: Cell) -> None:
+        now = self._together(
+            "one step after the load",
+            lambda: digests_after(self.model, self.optimizers, self.step, self.exchange.rank),
+        )
+        assert self.continued is not None
+        differences = [
+            Difference(
+                cell.side,
+                "goes on otherwise",
+                key,
+                "is not what it would be without the round trip, one step later",
+            )
+            for key in self.continued.keys() | now.keys()
+            if self.continued.get(key) != now.get(key)
+        ]
+        self._merge(cell, sorted(differences, key=lambda one: one.key))
+
+    def _judge(self, cell: Cell) -> None:
+        severities = {finding.severity for finding in cell.findings}
+        if UNSAFE in severities:
+            cell.verdict = "unsafe"
+        elif LOSS in severities:
+            cell.verdict = "lossy"
+
+
+def _ended(state: Any) -> None:
+    """Wait for a save that still runs: nothing may be put back under it."""
+    if hasattr(state, "result"):
+        with suppress(Exception, CheckpointException):
+            state.result()
+
+
+def _is_victim(text: str) -> bool:
+    return any(sign in text for sign in _VICTIM)
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) < 400 else line[:400] + " ..."
+
+
