@@ -9,6 +9,10 @@ is written in their docstrings and judged by the suites.
 
 puts the reference under torch's public API, in every process that calls it.
 
+    proof = shardproof.prove(model, optimizer)
+
+says whether the checkpoints of a job are whole.
+
 Its parts, in reading order:
 
 - ``_install``: the functions of this package in the place of torch's, and out again.
@@ -16,10 +20,45 @@ Its parts, in reading order:
 - ``fsdp``: FSDP1 over tensor parallelism, likewise.
 - ``_state_dict_utils``: state dicts between sharded and whole.
 - ``tensor``: tensor parallelism below DDP and FSDP.
+- ``_prove``: whether a job's checkpoints are whole; it uses nothing of the others.
 - ``_core``: what the functions with upstream's names are made of.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from shardproof._install import install, installed, uninstall
 
-__all__ = ["install", "installed", "uninstall"]
+if TYPE_CHECKING:
+    from shardproof._prove import (
+        NoRoomError,
+        NotWholeError,
+        Proof,
+        RankLostError,
+        WrongUseError,
+        prove,
+    )
+
+_OF_PROVE = ("NoRoomError", "NotWholeError", "Proof", "RankLostError", "WrongUseError", "prove")
+
+__all__ = [
+    "NoRoomError",
+    "NotWholeError",
+    "Proof",
+    "RankLostError",
+    "WrongUseError",
+    "install",
+    "installed",
+    "prove",
+    "uninstall",
+]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: install() is to be the first to import torch's modules.
+    if name in _OF_PROVE:
+        return getattr(importlib.import_module("shardproof._prove"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -126,6 +126,11 @@ def _replace_methods() -> None:
                     setattr(owner, method, ours)
 
 
+def is_installed() -> bool:
+    """Whether the reference is in torch's place now, in this process."""
+    return bool(_replaced)
+
+
 def _check_torch() -> None:
     import torch
 

@@ -12,13 +12,14 @@ The modules, in reading order:
 - ``room``, ``snapshot``, ``spoil``: the copy that puts everything back.
 - ``roads``, ``groups``, ``saved``, ``travel``, ``compare``, ``other_mesh``, ``step``: round trips.
 - ``coverage``: what no state dict holds.
-- ``findings``, ``proof``: the answer.
+- ``findings``, ``known_losses``, ``proof``, ``page``: the answer.
+- ``command``: the command line.
 - ``peaks``: what it costs.
 """
 
-from shardproof._prove.exchange import RankLost
-from shardproof._prove.proof import NotWhole, Proof
-from shardproof._prove.room import NoRoom
+from shardproof._prove.exchange import RankLostError
+from shardproof._prove.proof import NotWholeError, Proof
+from shardproof._prove.room import NoRoomError
 from shardproof._prove.run import WrongUseError, prove
 
-__all__ = ["NoRoom", "NotWhole", "Proof", "RankLost", "WrongUseError", "prove"]
+__all__ = ["NoRoomError", "NotWholeError", "Proof", "RankLostError", "WrongUseError", "prove"]

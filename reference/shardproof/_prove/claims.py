@@ -12,6 +12,7 @@ from shardproof._prove.digests import BUCKET, bits_of, buckets, digest
 from shardproof._prove.exchange import Exchange
 from shardproof._prove.findings import LOSS, NOTE, Finding, ranks_text
 from shardproof._prove.inventory import Inventory
+from shardproof._prove.placements import Part, product
 
 DETAILED = 16
 """How many differing tensors are looked into for the first differing element."""
@@ -175,10 +176,14 @@ def _contradictions(claim: Claim) -> list[Finding]:
     parts = {str(t["part"]): t["part"] for t in claim.holders.values() if not t["part"]["own"]}
     if len(parts) != len({str(t["part"]) for t in claim.holders.values()}) or absent:
         return found
-    volume = sum(_numel(part) for part in parts.values())
-    size = _product(claim.any["part"]["shape"])
+    volume = sum(Part.of(part).numel for part in parts.values())
+    size = product(claim.any["part"]["shape"])
     if volume < size and claim.any["kind"] != "optimizer":
-        say("gap", f"the shards of all ranks have {volume} of {size} elements", sorted(claim.holders))
+        say(
+            "gap",
+            f"the shards of all ranks have {volume} of {size} elements",
+            sorted(claim.holders),
+        )
     elif volume > size:
         say("overlap", f"the shards of all ranks have {volume} elements where the whole tensor has "
             f"{size}", sorted(claim.holders))  # fmt: skip
@@ -186,19 +191,6 @@ def _contradictions(claim: Claim) -> list[Finding]:
 
 
 _ADVICE = "no road can save it: build its DTensors from one mesh and one placement on all ranks"
-
-
-def _numel(part: Told) -> int:
-    if part["runs"] is None:
-        return int(part["flat"][1] - part["flat"][0])
-    return _product(sum(stop - start for start, stop in dim) for dim in part["runs"])
-
-
-def _product(sizes: Any) -> int:
-    found = 1
-    for size in sizes:
-        found *= size
-    return found
 
 
 def _first_difference(
@@ -223,8 +215,9 @@ def _first_difference(
     )
     for at, (a, b) in enumerate(zip(said[right][0], said[wrong][0], strict=True)):
         if a != b:
+            part = Part.of(claim.holders[wrong]["part"])
             values = f"{said[right][1][at]} on rank {right}, {said[wrong][1][at]} on rank {wrong}"
-            return f"element {_index(claim.holders[wrong]['part'], start + at)}: {values}"
+            return f"element {list(part.index(start + at))}: {values}"
     return ""
 
 
@@ -248,15 +241,3 @@ def text_of(element: torch.Tensor) -> str:
     """A value with all digits that its dtype has."""
     value = element.item()
     return repr(value) if not isinstance(value, float) else f"{value:.17g}"
-
-
-def _index(part: Told, at: int) -> list[int]:
-    from shardproof._prove.placements import Part
-
-    runs = part["runs"]
-    known = Part(
-        tuple(part["shape"]),
-        None if runs is None else tuple(tuple((a, b) for a, b in dim) for dim in runs),
-        tuple(part["flat"]),
-    )
-    return list(known.index(at))

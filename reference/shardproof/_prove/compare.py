@@ -42,7 +42,9 @@ def compare(before: Inventory, after: Inventory, snapshot: Snapshot) -> list[Dif
             found.append(difference)
     for key, item in after.items.items():
         if key not in before.items:
-            found.append(Difference(item.side, "added", key, f"this {item.kind} was not there before"))
+            found.append(
+                Difference(item.side, "added", key, f"this {item.kind} was not there before")
+            )
     if before.ties != after.ties:
         for names in before.ties:
             if names not in after.ties:

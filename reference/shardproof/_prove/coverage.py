@@ -17,8 +17,12 @@ def uncovered(
     """Findings about what lies outside of parameters, persistent buffers and optimizer state."""
     found = []
 
-    def say(severity: str, side: str, kind: str, name: str, what: str, ranks: Any, advice: str) -> None:
-        found.append(Finding(severity, "coverage", side, kind, name, what, list(ranks), advice=advice))
+    def say(
+        severity: str, side: str, kind: str, name: str, what: str, ranks: Any, advice: str
+    ) -> None:
+        found.append(
+            Finding(severity, "coverage", side, kind, name, what, list(ranks), advice=advice)
+        )
 
     stray = _ranks_by_name(strays)
     for name, ranks in stray.items():
@@ -44,7 +48,7 @@ def uncovered(
             say(LOSS if trains else NOTE, "model",
                 "parameter that parameters() lacks" if trains else "tensor outside of state dicts",
                 key,
-                "is a plain attribute that needs gradients: parameters() and state dicts lack it"
+                "is a plain attribute that trains: parameters() and state dicts lack it"
                 if trains else "is a plain attribute, neither parameter nor buffer: no state dict "
                 "has it",
                 claim.holders,
@@ -54,9 +58,12 @@ def uncovered(
         say(NOTE, "optimizer", "scheduler", type(scheduler).__name__,
             "is in no state dict of model or optimizer", [],
             "save scheduler.state_dict() beside them")  # fmt: skip
-    say(NOTE, "model", "random state", "", "the state of random number generators is in no state dict",
-        [], "save torch.get_rng_state(), and the device's, of each rank beside it where dropout or "
-        "sampling must go on alike")  # fmt: skip
+    say(
+        NOTE, "model", "random state", "",
+        "the state of random number generators is in no state dict", [],
+        "save torch.get_rng_state(), and the device's, of each rank beside it where dropout or "
+        "sampling must go on alike",
+    )  # fmt: skip
     return found
 
 

@@ -86,9 +86,17 @@ class Places:
     """Flat indices in the local tensor -> flat indices in the whole one."""
 
     def __init__(
-        self, shape: Sequence[int], indices: Sequence[torch.Tensor | range], local: Sequence[int]
+        self,
+        shape: Sequence[int],
+        indices: Sequence[torch.Tensor | range],
+        local: Sequence[int],
+        start: int = 0,
     ) -> None:
-        """For each dimension of the whole tensor: which of its indices the local tensor has."""
+        """For each dimension of the whole tensor: which of its indices the local tensor has.
+
+        Where only a run of these elements is here, it begins at `start`.
+        """
+        self.start = start
         self.local = tuple(local)
         self.indices = indices
         self.strides = [1] * len(shape)
@@ -104,6 +112,9 @@ class Places:
         """Where only rows are cut, and follow each other: the place of the first element."""
 
     def __call__(self, flat: torch.Tensor) -> torch.Tensor:
+        """Places of these elements of the local tensor."""
+        if self.start:
+            flat = flat + self.start
         if self.offset is not None:
             return flat + self.offset
         found = torch.zeros_like(flat)
@@ -114,13 +125,3 @@ class Places:
             at = at + indices.start if isinstance(indices, range) else indices.to(at.device)[at]
             found += at * self.strides[dim]
         return found
-
-
-class FlatPlaces:
-    """A run of a flattened tensor."""
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-
-    def __call__(self, flat: torch.Tensor) -> torch.Tensor:
-        return flat + self.start

@@ -1,4 +1,4 @@
-"""Small messages between the ranks of a job, through its store: no collective, and no wait without end.
+"""Small messages between the ranks of a job, through its store, without collectives.
 
 A rank that does not answer is named by all others within the limit: a collective could only hang
 with it. Where the process of a rank is gone, the others on its machine see it at once.
@@ -18,11 +18,11 @@ import torch.distributed as dist
 from shardproof._prove.findings import ranks_text
 
 _PIECE = 1 << 20
-_LEFT = b"left "
+_LEFT = "left "
 _calls = 0
 
 
-class RankLost(RuntimeError):
+class RankLostError(RuntimeError):
     """A rank died, or did not answer within the limit."""
 
 
@@ -41,7 +41,7 @@ class Exchange:
         self.last = "the start"
         if not self.alone:
             base = dist.distributed_c10d._get_default_store()
-            self.store = dist.PrefixStore(f"shardproof/prove/{_calls}", base)
+            self.store = dist.distributed_c10d.PrefixStore(f"shardproof/prove/{_calls}", base)
         _calls += 1
         self.peers = [
             (str(host), int(pid)) for host, pid in self.all("hello", (self.host, os.getpid()))
@@ -54,25 +54,25 @@ class Exchange:
             return [json.loads(json.dumps(mine))]
         number = self.count
         self.count += 1
-        text = json.dumps([what, mine]).encode()
+        text = json.dumps([what, mine])
         pieces = [text[i : i + _PIECE] for i in range(0, len(text), _PIECE)]
         for at, piece in enumerate(pieces[1:], 1):
             self.store.set(f"{number}/{self.rank}/{at}", piece)
-        self.store.set(f"{number}/{self.rank}", f"{len(pieces)}\n".encode() + pieces[0])
+        self.store.set(f"{number}/{self.rank}", f"{len(pieces)}\n{pieces[0]}")
         self._wait([f"{number}/{rank}" for rank in range(self.size)], what)
         found = []
         for rank in range(self.size):
             said = self.store.get(f"{number}/{rank}")
-            if said.startswith(_LEFT):
-                why = said.removeprefix(_LEFT).decode()
-                raise RankLost(f"rank {rank} left prove at {what!r}: {why}")
+            if said.startswith(_LEFT.encode()):
+                why = said.removeprefix(_LEFT.encode()).decode()
+                raise RankLostError(f"rank {rank} left prove at {what!r}: {why}")
             count, _, first = said.partition(b"\n")
             rest = [self.store.get(f"{number}/{rank}/{at}") for at in range(1, int(count))]
             moment, value = json.loads(b"".join([first, *rest]))
             if moment != what:
-                raise RankLost(
-                    f"rank {rank} is at {moment!r} while rank {self.rank} is at {what!r}: every rank "
-                    "must call prove with the same arguments"
+                raise RankLostError(
+                    f"rank {rank} is at {moment!r} while rank {self.rank} is at {what!r}: every "
+                    "rank must call prove with the same arguments"
                 )
             found.append(value)
         self._forget(number)
@@ -85,11 +85,11 @@ class Exchange:
 
     def leave(self, error: BaseException) -> None:
         """Tell the others, wherever they wait, that this rank gives up."""
-        if self.alone or isinstance(error, RankLost):
+        if self.alone or isinstance(error, RankLostError):
             return
         said = f"{type(error).__name__}: {error}"[:2000]
         try:
-            self.store.set(f"{self.count}/{self.rank}", _LEFT + said.encode())
+            self.store.set(f"{self.count}/{self.rank}", _LEFT + said)
         except RuntimeError:  # the store is gone: so is the job
             return
 
@@ -107,16 +107,16 @@ class Exchange:
             try:
                 missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
             except (dist.DistNetworkError, dist.DistStoreError) as error:
-                raise RankLost(
+                raise RankLostError(
                     f"rank {self.rank} lost the job's store at {what!r}: the rank that hosts it, "
                     f"usually rank 0, has died ({error})"
                 ) from error
             if not missing:
                 return
             if dead := [rank for rank in missing if self._is_gone(rank)]:
-                raise RankLost(f"{ranks_text(dead)} died: the process is gone, at {what!r}")
+                raise RankLostError(f"{ranks_text(dead)} died: the process is gone, at {what!r}")
             if time.monotonic() > end:
-                raise RankLost(
+                raise RankLostError(
                     f"{ranks_text(missing)} did not answer within {self.limit:g} s at {what!r}: "
                     "it hangs, or does something else"
                 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,16 +22,16 @@ _KINDS = ("CUSTOM", "UCC", "MPI", "XCCL")
 _CPU = torch.device("cpu")
 
 
-class NoSpare(RuntimeError):
+class NoSpareError(RuntimeError):
     """All spare connections have been broken."""
 
 
 class SpareGroups:
     """Backends for all groups of the job; every rank must do the same at the same time."""
 
-    _made: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+    _made: ClassVar[WeakKeyDictionary[Any, dict[str, Any]]] = WeakKeyDictionary()
     """Of each group, as long as it lives: a backend cannot be taken out of it."""
-    _broken: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+    _broken: ClassVar[WeakKeyDictionary[Any, int]] = WeakKeyDictionary()
     """Of the default group: how many kinds are broken, the same on all ranks."""
 
     def __init__(self, limit: float) -> None:
@@ -57,7 +57,7 @@ class SpareGroups:
             yield
             return
         if not self.left:
-            raise NoSpare("no spare connections are left")
+            raise NoSpareError("no spare connections are left")
         kind = getattr(dist.ProcessGroup.BackendType, _KINDS[self.used])
         changed = []
         try:
@@ -76,7 +76,7 @@ class SpareGroups:
         made = self._made.setdefault(group, {})
         if kind not in made:
             base = dist.distributed_c10d._get_default_store()
-            store = dist.PrefixStore(f"shardproof/spare/{kind}/{name}", base)
+            store = dist.distributed_c10d.PrefixStore(f"shardproof/spare/{kind}/{name}", base)
             made[kind] = dist.ProcessGroupGloo(store, group.rank(), group.size(), self.limit)
         made[kind]._set_default_timeout(self.limit)
         return made[kind]
@@ -86,7 +86,7 @@ def _groups() -> list[tuple[str, Any]]:
     """The job's groups with Gloo that this rank is in, in an order that all ranks share."""
     found = []
     for group in dist.distributed_c10d._world.pg_map:
-        if group is None or group is dist.GroupMember.NON_GROUP_MEMBER:
+        if not isinstance(group, dist.ProcessGroup):  # a group that this rank is not in
             continue
         ranks = dist.get_process_group_ranks(group)
         try:

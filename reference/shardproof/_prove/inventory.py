@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from shardproof._prove.digests import digest
-from shardproof._prove.leaves import Leaf, leaves_of
-from shardproof._prove.modules import Modules, local_shard, tensors_in
-from shardproof._prove.placements import Part
+from shardproof._prove.leaves import Leaf, leaves_of, mesh_coordinates
+from shardproof._prove.modules import FlatPiece, Modules, local_shard, tensors_in
+from shardproof._prove.placements import Part, part_of, whole
+
 
 @dataclass
 class Item:
@@ -115,9 +116,8 @@ def take(modules: Modules, optimizers: list[torch.optim.Optimizer], rank: int) -
         return item
 
     for name, piece in modules.flat_parameters():
-        part = Part(piece.shape, None, (piece.start, piece.start + piece.numel))
         tensor = piece.of(local_shard(piece.handle))
-        leaf = Leaf(tensor, part, "flat shard of FSDP1")
+        leaf = Leaf(tensor, _part_of_piece(piece, rank), "flat shard of FSDP1")
         add(name, "parameter", name, leaf)
         parts[name] = leaf
         flat.setdefault(id(piece.handle.flat_param), []).append((name, piece))
@@ -140,12 +140,23 @@ def take(modules: Modules, optimizers: list[torch.optim.Optimizer], rank: int) -
                 ranks = torch.distributed.get_process_group_ranks(ddp.process_group)
                 item.synced = ranks[0]
     known = set(shared)
+    attributes: dict[int, str] = {}
+    """Storage -> the attribute that lies there: it may be what is left of a parameter."""
     for name, tensor in modules.attributes():
         if id(tensor) in known or id(tensor) in owners:
             continue
         for leaf in leaves_of(tensor, rank):
             add(name, "attribute", name, leaf).trains = tensor.requires_grad and tensor.is_leaf
+            attributes.setdefault(leaf.tensor.untyped_storage()._cdata, name)
     found.ties = sorted(sorted(names) for names in shared.values() if len(names) > 1)
+    for param in [p for o in optimizers for g in o.param_groups for p in g["params"]]:
+        if id(param) not in owners and id(param) not in flat:
+            for leaf in leaves_of(param, rank):
+                name = attributes.get(leaf.tensor.untyped_storage()._cdata, "")
+                if name in found.items:  # no parameter any more, and the optimizer still trains it
+                    found.items[name].trains = True
+                    owners[id(param)] = name
+                    parts[name] = leaf
     _take_optimizers(found, optimizers, rank, owners, parts, flat, add)
     trained = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
     if optimizers:
@@ -213,10 +224,18 @@ def _like_parameter(leaf: Leaf, param: Leaf | None) -> Leaf:
         and param.layout != "plain"
         and leaf.tensor.ndim
         and leaf.tensor.numel() == param.part.numel
-        and param.part.runs is None
+        and param.part.flat is not None
     ):
         return replace(leaf, part=param.part, layout=param.layout)
     return leaf
+
+
+def _part_of_piece(piece: FlatPiece, rank: int) -> Part:
+    run = (piece.start, piece.start + piece.numel)
+    if piece.spec is None or (at := mesh_coordinates(piece.spec.mesh, rank)) is None:
+        return replace(whole(piece.shape), flat=run)
+    spec = piece.spec
+    return replace(part_of(spec.shape, spec.placements, spec.mesh.mesh.shape, at), flat=run)
 
 
 def _take_flat_state(
@@ -233,8 +252,9 @@ def _take_flat_state(
             found.values[f"{entry} of {named[0][0]}"] = value
         elif value.ndim and value.numel() == param.numel():
             for name, piece in named:
-                part = Part(piece.shape, None, (piece.start, piece.start + piece.numel))
-                leaf = Leaf(piece.of(value.detach()), part, "flat shard of FSDP1")
+                leaf = Leaf(
+                    piece.of(value.detach()), _part_of_piece(piece, rank), "flat shard of FSDP1"
+                )
                 add(f"{entry} of {name}", "optimizer", name, leaf, entry)
         else:
             for leaf in leaves_of(value, rank):

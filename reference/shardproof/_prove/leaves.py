@@ -1,4 +1,4 @@
-"""From a tensor of any class to the plain tensors that hold its bits on this rank, and their claims."""
+"""From a tensor of any class to the plain tensors with its bits on this rank, and their claims."""
 
 from __future__ import annotations
 
@@ -77,9 +77,7 @@ def mesh_coordinates(mesh: Any, rank: int) -> tuple[int, ...] | None:
 def describe_mesh(mesh: Any) -> str:
     """Names and sizes of the mesh's dimensions, and its ranks."""
     names = mesh.mesh_dim_names or [f"dim{i}" for i in range(mesh.mesh.ndim)]
-    sizes = " x ".join(
-        f"{name} {size}" for name, size in zip(names, mesh.mesh.shape, strict=True)
-    )
+    sizes = " x ".join(f"{name} {size}" for name, size in zip(names, mesh.mesh.shape, strict=True))
     return f"({sizes}) of ranks {mesh.mesh.flatten().tolist()}"
 
 

@@ -1,4 +1,4 @@
-"""The tensors of a model under their own names, whatever wraps it: DDP, FSDP, compile, checkpoint."""
+"""The tensors of a model by their own names, whatever wraps it: DDP, FSDP, compile, checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ class FlatPiece:
     """One parameter's place in a flat parameter of FSDP1 on this rank."""
 
     handle: Any
+    spec: Any
+    """The DTensor spec of the parameter that was flattened; None of a plain one."""
     shape: tuple[int, ...]
+    """Of the parameter on the ranks of one FSDP group."""
     offset: int
     """In the local shard of the flat parameter."""
     start: int
@@ -71,7 +74,12 @@ class Modules:
         for prefix, module in self.modules:
             for key, buffer in module._buffers.items():
                 if buffer is not None:
-                    yield prefix + key, module, buffer, key not in module._non_persistent_buffers_set
+                    yield (
+                        prefix + key,
+                        module,
+                        buffer,
+                        key not in module._non_persistent_buffers_set,
+                    )
 
     def attributes(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(full name, tensor) of what is neither parameter nor buffer, in containers, too."""
@@ -81,11 +89,7 @@ class Modules:
             for key, value in vars(module).items():
                 if key in _OWN or (id(module), key) in self.flat or key == "_flat_param":
                     continue
-                if type(value).__module__.startswith("torch.distributed"):
-                    if not isinstance(value, torch.Tensor):
-                        continue
-                for path, tensor in tensors_in(value, prefix + key):
-                    yield path, tensor
+                yield from tensors_in(value, prefix + key)
 
     def _walk(self, module: nn.Module, prefix: str, above: frozenset[int], ddp: Any) -> None:
         if id(module) in above:
@@ -101,7 +105,9 @@ class Modules:
                 unnamed = key in _WRAPPERS or (
                     key == "module" and isinstance(module, DistributedDataParallel)
                 )
-                self._walk(child, prefix if unnamed else f"{prefix}{key}.", above | {id(module)}, ddp)
+                self._walk(
+                    child, prefix if unnamed else f"{prefix}{key}.", above | {id(module)}, ddp
+                )
 
     def _flat_pieces(self) -> Iterator[tuple[tuple[int, str], FlatPiece]]:
         seen = set()
@@ -114,13 +120,17 @@ class Modules:
             seen.add(id(handle))
             flat = handle.flat_param
             pieces = []
-            for info, shape, (offset, start, numel) in zip(
-                flat._param_infos, flat._shapes, _shards(handle), strict=True
+            for info, shape, spec, (offset, start, numel) in zip(
+                flat._param_infos,
+                flat._shapes,
+                flat._param_extensions,
+                _shards(handle),
+                strict=True,
             ):
-                piece = FlatPiece(handle, tuple(shape), offset, start, numel)
+                piece = FlatPiece(handle, spec, tuple(shape), offset, start, numel)
                 pieces.append(((id(info.module), info.param_name), piece))
             yield from pieces
-            named = {key: piece for key, piece in pieces}
+            named = dict(pieces)
             for shared in flat._shared_param_infos:
                 prime = (id(shared.prim_module), shared.prim_param_name)
                 if prime in named:
@@ -131,8 +141,8 @@ def local_shard(handle: Any) -> torch.Tensor:
     """This rank's part of a flat parameter of FSDP1, also while the whole is there."""
     flat = handle.flat_param
     if handle.uses_sharded_strategy and hasattr(flat, "_local_shard"):
-        return flat._local_shard.detach()  # type: ignore[no-any-return]
-    return flat.detach()  # type: ignore[no-any-return]
+        return flat._local_shard.detach()
+    return flat.detach()
 
 
 def _shards(handle: Any) -> Iterator[tuple[int, int, int]]:

@@ -1,4 +1,4 @@
-"""Load a checkpoint's files on another mesh: all ranks in a row, each tensor cut along its first dimension."""
+"""Load a checkpoint's files on another mesh: all ranks in a row, tensors cut by rows."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from shardproof._prove import saved
@@ -34,7 +35,10 @@ def load(
     every = exchange.all("tensors for another mesh", [key for key, _ in keys])
     common = set(every[0]).intersection(*every[1:])
     device = next((p.device.type for p in job.model.parameters()), "cpu")
-    mesh = init_device_mesh(device, (job.size,), mesh_dim_names=("prove",))
+    # Of a group that is there: one made here would stay with the job.
+    everybody = dist.group.WORLD
+    assert everybody is not None
+    mesh = DeviceMesh.from_group(everybody, device, mesh_dim_names=("prove",))
     template: dict[str, Any] = {}
     parts = {}
     for key, path in keys:

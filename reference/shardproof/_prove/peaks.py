@@ -1,4 +1,4 @@
-"""How much memory a phase takes, by samples: a counter of the process would be the job's to reset."""
+"""How much memory a phase takes, by samples: a counter of the process is the job's to reset."""
 
 from __future__ import annotations
 

@@ -6,13 +6,13 @@ it says, not by what torch makes of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from shardproof._prove.digests import FlatPlaces, Places
+from shardproof._prove.digests import Places
 
 
 @dataclass(frozen=True)
@@ -21,40 +21,50 @@ class Part:
 
     shape: tuple[int, ...]
     """Of the whole tensor."""
-    runs: tuple[tuple[tuple[int, int], ...], ...] | None
-    """For each dimension the runs of indices that are here; None: a run of the flat tensor."""
-    flat: tuple[int, int] = (0, 0)
+    runs: tuple[tuple[tuple[int, int], ...], ...]
+    """For each dimension the runs of indices that are here."""
+    flat: tuple[int, int] | None = None
+    """A run of these elements, when they are flattened: FSDP1 cuts without regard to dimensions."""
     own: str = ""
     """Not comparable with others: a pending sum, or what no placement describes, and why."""
+
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> Part:
+        """From JSON."""
+        return cls(
+            tuple(told["shape"]),
+            tuple(tuple((start, stop) for start, stop in dim) for dim in told["runs"]),
+            None if told["flat"] is None else (told["flat"][0], told["flat"][1]),
+            told["own"],
+        )
 
     @property
     def numel(self) -> int:
         """How many elements are here."""
-        if self.runs is None:
-            return self.flat[1] - self.flat[0]
-        return _product(sum(stop - start for start, stop in dim) for dim in self.runs)
+        return self.flat[1] - self.flat[0] if self.flat else product(self.box)
+
+    @property
+    def box(self) -> tuple[int, ...]:
+        """The shape of what the runs cut out."""
+        return tuple(sum(stop - start for start, stop in dim) for dim in self.runs)
 
     @property
     def local_shape(self) -> tuple[int, ...]:
         """Of the local tensor that holds them."""
-        if self.runs is None:
-            return (self.flat[1] - self.flat[0],)
-        return tuple(sum(stop - start for start, stop in dim) for dim in self.runs)
+        return (self.numel,) if self.flat else self.box
 
     @property
-    def whole(self) -> int:
+    def size(self) -> int:
         """How many elements the whole tensor has."""
-        return _product(self.shape)
+        return product(self.shape)
 
-    def places(self) -> Places | FlatPlaces:
+    def places(self) -> Places:
         """Where the elements of the local tensor lie in the whole one."""
-        if self.runs is None:
-            return FlatPlaces(self.flat[0])
         indices = [
             range(*dim[0]) if len(dim) == 1 else torch.cat([torch.arange(*run) for run in dim])
             for dim in (dim or ((0, 0),) for dim in self.runs)
         ]
-        return Places(self.shape, indices, self.local_shape)
+        return Places(self.shape, indices, self.box, self.flat[0] if self.flat else 0)
 
     def index(self, at: int) -> tuple[int, ...]:
         """The index in the whole tensor of the local tensor's element `at`, counted flat."""
@@ -66,17 +76,15 @@ class Part:
         return tuple(reversed(found))
 
     def __str__(self) -> str:
-        if self.runs is None:
-            return f"elements {self.flat[0]} to {self.flat[1]} of {list(self.shape)}"
-        if self.local_shape == self.shape:
-            return f"all of {list(self.shape)}"
-        cuts = [
-            ",".join(f"{start}:{stop}" for start, stop in dim) or "none"
-            if dim != ((0, size),)
-            else ":"
-            for dim, size in zip(self.runs, self.shape, strict=True)
-        ]
-        return f"[{'; '.join(cuts)}] of {list(self.shape)}"
+        if self.box == self.shape:
+            text = f"all of {list(self.shape)}"
+        else:
+            cuts = [
+                ":" if dim == ((0, size),) else ",".join(f"{a}:{b}" for a, b in dim) or "none"
+                for dim, size in zip(self.runs, self.shape, strict=True)
+            ]
+            text = f"[{'; '.join(cuts)}] of {list(self.shape)}"
+        return f"elements {self.flat[0]} to {self.flat[1]} of {text}" if self.flat else text
 
 
 def whole(shape: Sequence[int]) -> Part:
@@ -136,7 +144,8 @@ def _merge(runs: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(merged)
 
 
-def _product(sizes: Any) -> int:
+def product(sizes: Iterable[int]) -> int:
+    """Of all sizes; 1 of none."""
     found = 1
     for size in sizes:
         found *= size

@@ -18,7 +18,7 @@ _PRINTED = 12
 """Findings of one cell that the text lists."""
 
 
-class NotWhole(AssertionError):
+class NotWholeError(AssertionError):
     """A road that `require` names is not whole."""
 
 
@@ -59,7 +59,7 @@ class Proof:
         return "-"
 
     def require(self, *roads: str) -> None:
-        """Raise NotWhole unless these roads, or all that were run, are whole.
+        """Raise NotWholeError unless these roads, or all that were run, are whole.
 
         A road that was not run is not whole, and nothing is where the ranks contradict each other.
         """
@@ -78,7 +78,7 @@ class Proof:
                 elif cell.verdict == "not run" and roads:
                     wrong.append(f"{road}, {cell.side}: not run: {cell.why}")
         if wrong:
-            raise NotWhole("the checkpoint is not whole:\n  " + "\n  ".join(wrong))
+            raise NotWholeError("the checkpoint is not whole:\n  " + "\n  ".join(wrong))
 
     def told(self) -> dict[str, Any]:
         """As JSON."""

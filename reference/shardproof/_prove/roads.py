@@ -9,14 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+
+# Looked up at each call: what install() has put there is what the job would use.
+from torch.distributed.checkpoint import state_dict as torch_api
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 State = dict[str, Any]
 
@@ -40,18 +37,20 @@ class Job:
 
     def get(self, **options: bool) -> State:
         """The state of model or optimizer."""
-        asked = StateDictOptions(**options)
+        asked = StateDictOptions(**options)  # type: ignore[arg-type]
         if self.side == "model":
-            return {"model": get_model_state_dict(self.model, options=asked)}
-        return {"optimizer": get_optimizer_state_dict(self.model, self.asked, options=asked)}
+            return {"model": torch_api.get_model_state_dict(self.model, options=asked)}
+        return {
+            "optimizer": torch_api.get_optimizer_state_dict(self.model, self.asked, options=asked)
+        }
 
     def set(self, state: State, **options: bool) -> None:
         """Load the state of model or optimizer."""
-        asked = StateDictOptions(**options)
+        asked = StateDictOptions(**options)  # type: ignore[arg-type]
         if self.side == "model":
-            set_model_state_dict(self.model, state.get("model", {}), options=asked)
+            torch_api.set_model_state_dict(self.model, state.get("model", {}), options=asked)
         else:
-            set_optimizer_state_dict(
+            torch_api.set_optimizer_state_dict(
                 self.model, self.asked, state.get("optimizer", {}), options=asked
             )
 
@@ -79,24 +78,27 @@ class Road:
     """Whether the saved state is to lie in CPU memory of its own."""
     distributed: bool = False
     """Whether it needs a process group."""
-    model_only: bool = False
+    only: str = ""
+    """The one side that it is for."""
+    from_first: bool = False
+    """Whether all that is loaded comes from rank 0."""
     other_mesh: bool = False
     """Whether the files are read on another mesh, and nothing live is loaded."""
 
 
 def _full_file(job: Job, folder: Path) -> Any:
-    state = {"model": get_model_state_dict(job.model, options=_FULL_CPU)}
+    state = {"model": torch_api.get_model_state_dict(job.model, options=_FULL_CPU)}
     if job.rank == 0:
         torch.save(state["model"], folder / "model.pt")
     return state
 
 
-def _load_file(job: Job, saved: Any, folder: Path) -> None:
+def _load_file(job: Job, _: Any, folder: Path) -> None:
     state: State = {}
     if job.rank == 0:
         state = torch.load(folder / "model.pt", map_location="cpu", mmap=True, weights_only=True)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=job.size > 1)
-    set_model_state_dict(job.model, state, options=options)
+    torch_api.set_model_state_dict(job.model, state, options=options)
 
 
 _FULL_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -108,11 +110,23 @@ def _dcp(job: Job, folder: Path) -> Any:
     return state
 
 
+def _dcp_flat(job: Job, folder: Path) -> Any:
+    state = job.get(flatten_optimizer_state_dict=True)
+    state_dict_saver.save(state, checkpoint_id=folder, no_dist=job.size == 1)
+    return state
+
+
+def _load_flat(job: Job, _: Any, folder: Path) -> None:
+    state = job.get(flatten_optimizer_state_dict=True)
+    state_dict_loader.load(state, checkpoint_id=folder, no_dist=job.size == 1)
+    job.set(state, flatten_optimizer_state_dict=True)
+
+
 def _dcp_async(job: Job, folder: Path) -> Any:
     return state_dict_saver.async_save(job.get(), checkpoint_id=folder)
 
 
-def _load_dcp(job: Job, saved: Any, folder: Path) -> None:
+def _load_dcp(job: Job, _: Any, folder: Path) -> None:
     state = job.get()
     state_dict_loader.load(state, checkpoint_id=folder, no_dist=job.size == 1)
     job.set(state)
@@ -129,14 +143,14 @@ ROADS = {
         Road(
             "sharded",
             "get_model_state_dict(), get_optimizer_state_dict(), and set",
-            lambda job, folder: job.get(),
-            lambda job, saved, folder: job.set(saved),
+            lambda job, _: job.get(),
+            lambda job, saved, _: job.set(saved),
         ),
         Road(
             "sharded-cpu",
             "the same with cpu_offload",
-            lambda job, folder: job.get(cpu_offload=True),
-            lambda job, saved, folder: job.set(saved, cpu_offload=True),
+            lambda job, _: job.get(cpu_offload=True),
+            lambda job, saved, _: job.set(saved, cpu_offload=True),
             offloads=True,
         ),
         Road(
@@ -145,6 +159,14 @@ ROADS = {
             _dcp,
             _load_dcp,
             files=True,
+        ),
+        Road(
+            "flat",
+            "the same with flatten_optimizer_state_dict",
+            _dcp_flat,
+            _load_flat,
+            files=True,
+            only="optimizer",
         ),
         Road(
             "dcp-async",
@@ -167,20 +189,19 @@ ROADS = {
         Road(
             "full",
             "get and set with full_state_dict, on every rank",
-            lambda job, folder: job.get(full_state_dict=True),
-            lambda job, saved, folder: job.set(saved, full_state_dict=True),
+            lambda job, _: job.get(full_state_dict=True),
+            lambda job, saved, _: job.set(saved, full_state_dict=True),
             full="all",
         ),
         Road(
             "broadcast",
             "get with full_state_dict and cpu_offload, set with broadcast_from_rank0",
-            lambda job, folder: job.get(full_state_dict=True, cpu_offload=True),
-            lambda job, saved, folder: job.set(
-                saved, full_state_dict=True, broadcast_from_rank0=True
-            ),
+            lambda job, _: job.get(full_state_dict=True, cpu_offload=True),
+            lambda job, saved, _: job.set(saved, full_state_dict=True, broadcast_from_rank0=True),
             full="first",
             offloads=True,
             distributed=True,
+            from_first=True,
         ),
         Road(
             "file",
@@ -190,7 +211,8 @@ ROADS = {
             files=True,
             full="first",
             offloads=True,
-            model_only=True,
+            only="model",
+            from_first=True,
         ),
     )
 }
@@ -200,11 +222,7 @@ def chosen(asked: Any, *, distributed: bool) -> list[Road]:
     """The roads to take; ValueError names one that there is not."""
     names = list(ROADS) if asked is None else [asked] if isinstance(asked, str) else list(asked)
     if unknown := [name for name in names if name not in ROADS]:
-        raise ValueError(
-            f"roads={unknown[0]!r}: prove knows the roads {', '.join(ROADS)}"
-        )
+        raise ValueError(f"roads={unknown[0]!r}: prove knows the roads {', '.join(ROADS)}")
     if not names:
         raise ValueError(f"roads is empty: name some of {', '.join(ROADS)}, or leave it out")
     return [ROADS[name] for name in names if distributed or not ROADS[name].distributed]
-
-

@@ -1,4 +1,4 @@
-"""Whether there is room for the snapshot and for the files, decided alike on all ranks, and said first."""
+"""Whether there is room for the snapshot and the files: decided alike on all ranks, said first."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _SHARE = 0.8
 """Of the free memory, at most: the job goes on beside it."""
 
 
-class NoRoom(RuntimeError):
-    """Neither memory nor disk has room for the snapshot, or the files have none. Nothing was touched."""
+class NoRoomError(RuntimeError):
+    """There is no room for the snapshot or for the files. Nothing was touched."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def find(
     snapshot: str | os.PathLike[str],
     folder: str | os.PathLike[str] | None,
 ) -> Room:
-    """Choose places; NoRoom on every rank where one of them has too little."""
+    """Choose places; NoRoomError on every rank where one of them has too little."""
     own = str(folder) if folder is not None else ""
     if exchange.rank == 0 and not own:
         own = tempfile.mkdtemp(prefix="shardproof-prove-")
@@ -117,20 +117,22 @@ def _find(
     needed = sum(one["files"] for one in told)
     free = min((one["free"] for one in told if one["shared"]), default=0)
     if not told[0]["shared"]:
-        raise NoRoom(f"folder={str(folder)!r} is no folder that rank 0 can see")
+        raise NoRoomError(f"folder={str(folder)!r} is no folder that rank 0 can see")
     if needed > free:
-        raise NoRoom(
+        raise NoRoomError(
             f"checkpoints need {size_text(needed)} in {folder}, which has {size_text(free)} left: "
             "name another one with folder="
         )
     memory = _shortage(told, "memory", _SHARE)
     room = _shortage(told, "disk", 1.0)
     if snapshot == "cpu" and memory:
-        raise NoRoom(f"the snapshot does not fit into CPU memory: {memory}")
+        raise NoRoomError(f"the snapshot does not fit into CPU memory: {memory}")
     if snapshot not in ("cpu", "auto") and room:
-        raise NoRoom(f"the snapshot does not fit into {disk}: {room}")
+        raise NoRoomError(f"the snapshot does not fit into {disk}: {room}")
     if snapshot == "auto" and memory and room:
-        raise NoRoom(f"the snapshot fits neither into CPU memory ({memory}) nor {disk} ({room})")
+        raise NoRoomError(
+            f"the snapshot fits neither into CPU memory ({memory}) nor {disk} ({room})"
+        )
     on_disk = snapshot not in ("cpu", "auto") or bool(memory)
     return Room(
         disk if on_disk else None,

@@ -16,9 +16,10 @@ from shardproof._prove import claims as claims_of
 from shardproof._prove import room as rooms
 from shardproof._prove.coverage import uncovered
 from shardproof._prove.exchange import Exchange
-from shardproof._prove.findings import NOTE, Finding
+from shardproof._prove.findings import NOTE, UNSAFE, Finding
 from shardproof._prove.groups import SpareGroups
 from shardproof._prove.inventory import take
+from shardproof._prove.known_losses import Traits, ends_the_process, name_defect, traits_of
 from shardproof._prove.modules import Modules, optimizers_in
 from shardproof._prove.peaks import Peaks
 from shardproof._prove.proof import Proof
@@ -68,8 +69,8 @@ def prove(
 
     Raises:
         WrongUseError: an argument is wrong on some rank.
-        NoRoom: there is no room for the snapshot or the files. Nothing was touched.
-        RankLost: a rank died or hangs. The others have their state back.
+        NoRoomError: there is no room for the snapshot or the files. Nothing was touched.
+        RankLostError: a rank died or hangs. The others have their state back.
 
     """
     exchange = Exchange(limit * 2 / 3)
@@ -80,7 +81,7 @@ def prove(
     try:
         taken = chosen(roads, distributed=not exchange.alone)
         optimizers = optimizers_in(optimizer)
-        _check(model, optimizers)
+        _check(model)
     except Exception as error:
         wrong = error
     _agree(exchange, wrong, [road.name for road in taken])
@@ -144,17 +145,20 @@ def _prove(
             whole_digests(claims),
             room.folder,
             step,
+            {
+                key: {int(told["digest"], 16) for told in claim.holders.values()}
+                for key, claim in claims.items()
+                if claim.any["synced"] is not None
+            },
         )
         if optimizers or step is not None:
             travels.continued = _baseline(travels, proof)
-        _take_all(travels, roads, proof, peaks, say, room, limit)
+        traits = traits_of(modules)
+        _take_all(travels, roads, proof, peaks, say, room, traits)
+        for finding in proof.findings:
+            name_defect(finding, traits)
         proof.inventory = _listed(claims)
-        proof.cost = {
-            "seconds": round(time.monotonic() - started, 3),
-            "snapshot_bytes": room.total,
-            "peak_cpu_bytes": peaks.cpu,
-            "peak_device_bytes": peaks.device,
-        }
+        proof.cost = _cost(exchange, peaks, room, time.monotonic() - started)
         say("")
         return proof
     finally:
@@ -172,22 +176,35 @@ def _take_all(
     peaks: Peaks,
     say: _Progress,
     room: rooms.Room,
-    limit: float,
+    traits: Traits,
 ) -> None:
     sides = ["model", *(["optimizer"] if travels.optimizers else [])]
     empty = not any(optimizer.state for optimizer in travels.optimizers)
     empty = all(travels.exchange.all("whether the optimizer has state", empty))
+    elsewhere = _not_on_first(travels)
     for number, road in enumerate(roads):
         for side in sides:
-            if road.model_only and side == "optimizer":
+            if road.only not in ("", side):
                 continue
             say(f"{road.name}, {side} ({number + 1} of {len(roads)} roads)")
             cell = Cell(road.name, side)
+            defect, why = ends_the_process(road, side, traits)
             if side == "optimizer" and empty:
                 cell.verdict = "empty"
+            elif road.from_first and elsewhere:
+                cell.verdict = "not run"
+                cell.why = (
+                    f"rank 0 does not have all tensors of the others, such as {elsewhere} (a "
+                    "pipeline), and this road loads from rank 0 alone"
+                )
             elif road.files and not room.shared:
                 cell.verdict = "not run"
                 cell.why = "ranks on several machines: name a folder= that all of them see"
+            elif defect:
+                cell.verdict = "unsafe"
+                cell.findings.append(
+                    Finding(UNSAFE, road.name, side, "crashes", "", why, defect=defect)
+                )
             elif not travels.spares.left:
                 cell.verdict = "not run"
                 cell.why = "roads before it have hung, and no spare connections are left"
@@ -195,6 +212,26 @@ def _take_all(
                 with peaks.of(f"{road.name}, {side}"):
                     cell = travels.take(road, side)
             proof.cells.append(cell)
+
+
+def _not_on_first(travels: Travels) -> str:
+    """A parameter or buffer that rank 0 lacks; empty where it has all that any rank has."""
+    mine = [i.name for i in travels.before.items.values() if i.kind in ("parameter", "buffer")]
+    first, *others = travels.exchange.all("names", mine)
+    return next((name for names in others for name in names if name not in set(first)), "")
+
+
+def _cost(exchange: Exchange, peaks: Peaks, room: rooms.Room, seconds: float) -> dict[str, Any]:
+    """Of the rank that needed most, in bytes above what the job held before."""
+    told = exchange.all("cost", [peaks.cpu, peaks.device])
+    own = ("inventory", "comparison")
+    return {
+        "seconds": round(seconds, 3),
+        "snapshot_bytes": room.total,
+        "own_peak_bytes": max(one[phase] for each in told for one in each for phase in own),
+        "peak_cpu_bytes": {phase: max(one[0][phase] for one in told) for phase in peaks.cpu},
+        "peak_device_bytes": {phase: max(one[1][phase] for one in told) for phase in peaks.cpu},
+    }
 
 
 def _baseline(travels: Travels, proof: Proof) -> dict[str, int] | None:
@@ -257,7 +294,7 @@ def _agree(exchange: Exchange, wrong: Exception | None, roads: list[str]) -> Non
             )
 
 
-def _check(model: Any, optimizers: list[torch.optim.Optimizer]) -> None:
+def _check(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"prove takes a torch.nn.Module as model: got {type(model).__name__}")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -322,5 +359,3 @@ class _Progress:
     def __call__(self, text: str) -> None:
         if self.speaks and text:
             print(f"prove: {text}", file=sys.stderr, flush=True)
-
-

@@ -14,7 +14,7 @@ from shardproof._prove.claims import Claim
 from shardproof._prove.compare import Difference
 from shardproof._prove.digests import digest
 from shardproof._prove.leaves import leaves_of
-from shardproof._prove.placements import whole
+from shardproof._prove.placements import Part, product, whole
 
 State = dict[str, Any]
 
@@ -36,8 +36,8 @@ def whole_digests(claims: dict[str, Claim]) -> dict[str, tuple[list[int], str, i
             digests[name] = mine
         else:
             shape = claim.any["part"]["shape"]
-            volume = sum(_numel(part) for part in _distinct(claim))
-            if volume == _product(shape):
+            volume = sum(Part.of(part).numel for part in _distinct(claim))
+            if volume == product(shape):
                 total = sum(digests.values()) & ((1 << 64) - 1)
                 found[key] = (list(shape), claim.any["dtype"], total)
     return found
@@ -107,8 +107,7 @@ def own_memory(state: Any, live: set[int]) -> tuple[Any, list[str]]:
             return value
         if isinstance(value, dict):
             copied = type(value)()
-            if hasattr(value, "_metadata"):
-                copied._metadata = value._metadata  # type: ignore[attr-defined]
+            vars(copied).update(vars(value)) if hasattr(value, "__dict__") else None
             for key, item in value.items():
                 copied[key] = walk(item, f"{path}.{key}" if path else str(key))
             return copied
@@ -132,16 +131,3 @@ def _dtensor_in(value: torch.Tensor, live: set[int]) -> bool:
 
 def _distinct(claim: Claim) -> list[dict[str, Any]]:
     return list({str(told["part"]): told["part"] for told in claim.holders.values()}.values())
-
-
-def _numel(part: dict[str, Any]) -> int:
-    if part["runs"] is None:
-        return int(part["flat"][1] - part["flat"][0])
-    return _product(sum(stop - start for start, stop in dim) for dim in part["runs"])
-
-
-def _product(sizes: Any) -> int:
-    found = 1
-    for size in sizes:
-        found *= size
-    return found

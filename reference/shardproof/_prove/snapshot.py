@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -32,8 +31,8 @@ class Snapshot:
         """Note objects and geometry; `fill` copies the bytes."""
         self.modules = modules
         self.optimizers = optimizers
-        self.storages: dict[int, torch.UntypedStorage] = {}
-        self.geometry: list[tuple[torch.Tensor, torch.UntypedStorage, Any]] = []
+        self.storages: dict[int, Any] = {}
+        self.geometry: list[tuple[torch.Tensor, Any, Any]] = []
         self.inner: list[tuple[torch.Tensor, str, torch.Tensor]] = []
         self.copies: dict[int, torch.Tensor] = {}
         """The bytes of each storage."""
@@ -56,7 +55,9 @@ class Snapshot:
         at = 0
         for key, storage in self.storages.items():
             size = storage.nbytes()
-            copied = torch.empty(size, dtype=torch.uint8) if folder is None else mapped[at : at + size]
+            copied = (
+                torch.empty(size, dtype=torch.uint8) if folder is None else mapped[at : at + size]
+            )
             _move(_raw(storage), copied)
             self.copies[key] = copied
             at += _aligned(size)
@@ -169,7 +170,9 @@ class _Objects:
                     self.params.append((param, param.requires_grad, param.grad))
         self.optimizers = []
         for optimizer in optimizers:
-            groups = [(group, dict(group), list(group["params"])) for group in optimizer.param_groups]
+            groups = [
+                (group, dict(group), list(group["params"])) for group in optimizer.param_groups
+            ]
             lists = {
                 id(v): (v, copy.deepcopy(v))
                 for _, group, _ in groups
@@ -218,9 +221,9 @@ class _Objects:
                     if id(value) in values:
                         _refill(value, values[id(value)][1])
             state.clear()
-            for key, value, content in entries:
+            for param, value, content in entries:
                 _refill(value, content)
-                state[key] = value
+                state[param] = value
         for param, requires_grad, grad in self.params:
             if param.requires_grad != requires_grad:
                 param.requires_grad_(requires_grad)
@@ -244,11 +247,11 @@ def _alike(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
     return list(one) == list(other) and all(one[key] is other[key] for key in other)
 
 
-def _key(storage: torch.UntypedStorage) -> int:
+def _key(storage: Any) -> int:
     return storage._cdata
 
 
-def _raw(storage: torch.UntypedStorage) -> torch.Tensor:
+def _raw(storage: Any) -> torch.Tensor:
     """The bytes of a storage as a tensor; it shares no version counter with others."""
     made = torch.empty(0, dtype=torch.uint8, device=storage.device)
     return made.set_(storage, 0, (storage.nbytes(),), (1,))

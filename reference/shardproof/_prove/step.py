@@ -26,17 +26,22 @@ def digests_after(
     if step is not None:
         step()
     else:
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                for param in group["params"]:
-                    if param.requires_grad:
-                        param.grad = _gradient(param)
-            optimizer.step()
+        synthetic_step(optimizers)
     modules = Modules(model)
     modules.reshard()
     inventory = take(modules, optimizers, rank)
     inventory.measure()
     return {key: item.digest for key, item in inventory.items.items()}
+
+
+def synthetic_step(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Have the optimizers step on gradients that are the same for every replica."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param.requires_grad:
+                    param.grad = _gradient(param)
+        optimizer.step()
 
 
 def _gradient(param: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,10 +16,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from shardproof._prove import compare, other_mesh, saved
 from shardproof._prove.compare import Difference
+from shardproof._prove.digests import digest
 from shardproof._prove.exchange import Exchange
 from shardproof._prove.findings import LOSS, NOTE, UNSAFE, Finding, ranks_text
 from shardproof._prove.groups import SpareGroups
-from shardproof._prove.inventory import Inventory, take
+from shardproof._prove.inventory import Inventory, Item, take
 from shardproof._prove.modules import Modules
 from shardproof._prove.roads import Job, Road
 from shardproof._prove.snapshot import Snapshot
@@ -53,14 +55,14 @@ class RoadFailedError(RuntimeError):
     @property
     def broke_connections(self) -> bool:
         """Whether some rank may have waited for another in a collective."""
-        return len(set(self.said)) > 1 or _is_victim(self.said[0])
+        return not all(self.said) or any(_is_victim(text) for text in self.said)
 
     def findings(self, cell: Cell) -> Iterator[Finding]:
         """What happened, each text once, with its ranks; first who caused it."""
         texts: dict[str, list[int]] = {}
         for rank, text in enumerate(self.said):
             if text:
-                texts.setdefault(_short(text), []).append(rank)
+                texts.setdefault(_short(text, rank), []).append(rank)
         causes = {text: ranks for text, ranks in texts.items() if not _is_victim(text)}
         victims = sorted({r for text, ranks in texts.items() if _is_victim(text) for r in ranks})
         fine = [rank for rank, text in enumerate(self.said) if not text]
@@ -90,6 +92,8 @@ class Travels:
     """Of whole tensors: shape, dtype and digest."""
     folder: Path
     step: Callable[[], Any] | None
+    synced: dict[str, set[int]]
+    """Of buffers that DDP gives to all ranks before each forward: the digests on all ranks."""
     continued: dict[str, int] | None = None
     """Digests after one more step without a round trip; None: it cannot be compared."""
 
@@ -112,7 +116,7 @@ class Travels:
                     else:
                         self._back(road, job, cell, state, folder)
                 finally:
-                    state = _ended(state)
+                    _ended(state)
         except RoadFailedError as failed:
             cell.findings += failed.findings(cell)
             if failed.broke_connections:
@@ -136,13 +140,16 @@ class Travels:
                 )
                 differences.append(Difference(side, "alias", aliased[0], what))
             held = road.full == "all" or (road.full == "first" and job.rank == 0)
-            if held or not road.full:
+            if held or not (road.full or road.only == "optimizer"):
                 expected = self._expected(side)
                 differences += saved.check(state, side, self.known, expected, full=held)
         spoil(self.before, self.snapshot, self.optimizers, side)
         self._together("load", lambda: road.load(job, state, folder))
         after = take(Modules(self.model), self.optimizers, self.exchange.rank)
         differences += compare.compare(self.before, after, self.snapshot)
+        for one in differences:
+            if one.kind == "values" and self._of_another_rank(after.items[one.key]):
+                one.kind, one.what = "buffer of each rank", "takes the value of another rank"
         self._merge(cell, differences)
         whole = not any(finding.severity == LOSS for finding in cell.findings)
         if whole and self.continued is not None:
@@ -174,6 +181,10 @@ class Travels:
         for param in self.model.parameters():
             param.grad = None
 
+    def _of_another_rank(self, item: Item) -> bool:
+        """Whether a buffer that DDP gives to all ranks before each forward has that of some rank."""
+        return item.key in self.synced and digest(item.tensor) in self.synced[item.key]
+
     def _expected(self, side: str) -> set[str]:
         kinds = ("parameter", "buffer") if side == "model" else ("optimizer",)
         return {
@@ -193,7 +204,7 @@ class Travels:
                 groups.setdefault((one["side"], one["kind"], one["key"]), {})[rank] = one
         for (side, kind, key), ranks in groups.items():
             first = next(iter(ranks.values()))
-            note = kind in ("alias", "container", "not saved")
+            note = kind in ("alias", "container", "not saved", "buffer of each rank")
             where = f"{first['first']} on {ranks_text([min(ranks)])}" if first["first"] else ""
             cell.findings.append(
                 Finding(
@@ -226,7 +237,7 @@ class Travels:
                 "is not what it would be without the round trip, one step later",
             )
             for key in self.continued.keys() | now.keys()
-            if self.continued.get(key) != now.get(key)
+            if self.continued.get(key) != now.get(key) and key not in self.synced
         ]
         self._merge(cell, sorted(differences, key=lambda one: one.key))
 
@@ -249,8 +260,8 @@ def _is_victim(text: str) -> bool:
     return any(sign in text for sign in _VICTIM)
 
 
-def _short(text: str) -> str:
-    line = " ".join(text.split())
+def _short(text: str, rank: int) -> str:
+    """One line, without what only differs because each rank names itself."""
+    line = re.sub(rf"(?i)(\brank\b[^\d]{{0,24}}){rank}\b", r"\1N", " ".join(text.split()))
+    line = re.sub(r" at 0x[0-9a-f]+", "", line)
     return line if len(line) < 400 else line[:400] + " ..."
-
-

@@ -1,0 +1,1 @@
+"""Jobs, planted losses, and what is asked of a proof."""
