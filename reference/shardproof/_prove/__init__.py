@@ -10,7 +10,8 @@ The modules, in reading order:
 - ``modules``, ``leaves``, ``placements``: the tensors of a model, and what ranks claim to hold.
 - ``digests``, ``inventory``, ``claims``: their bits, compared between ranks.
 - ``room``, ``snapshot``, ``spoil``: the copy that puts everything back.
-- ``roads``, ``groups``, ``saved``, ``travel``, ``compare``, ``other_mesh``, ``step``: round trips.
+- ``roads``, ``groups``, ``travel``: round trips, and over which connections.
+- ``alike``, ``saved``, ``compare``, ``other_mesh``, ``step``: what a round trip is judged by.
 - ``coverage``: what no state dict holds.
 - ``findings``, ``known_losses``, ``proof``, ``page``: the answer.
 - ``command``: the command line.

@@ -83,6 +83,11 @@ def ends_the_process(road: Road, side: str, traits: Traits) -> tuple[str, str]:
             "was not tried: a full state dict of FSDP1 with cpu_offload reads freed memory on a "
             "CPU, and the process ends by a signal"
         )
+    if traits.fsdp1 and traits.cpu and not traits.installed and road.name == "flat":
+        return "", (
+            "was not tried: FSDP1 gathers a flat optimizer state in another order on each rank, "
+            "and Gloo ends the process when sizes do not fit"
+        )
     return "", ""
 
 
@@ -93,12 +98,11 @@ def name_defect(finding: Finding, traits: Traits) -> None:
             finding.defect = rule.defect
             finding.advice = finding.advice or rule.advice
             return
-    if not finding.advice and finding.where in ("dcp", "dcp-async", "dcp-mesh"):
-        if " of param_groups[" in finding.name:
-            finding.advice = (
-                "ranks have param_groups of their own under shared names: the flat road saves "
-                "them by parameter (flatten_optimizer_state_dict=True)"
-            )
+    if finding.where in ("dcp", "dcp-async") and " of param_groups[" in finding.name:
+        finding.advice = (
+            "where ranks have param_groups of their own under shared names, the flat road saves "
+            "them by parameter (flatten_optimizer_state_dict=True)"
+        )
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,9 @@ _RULES = (
     _Rule("SP-059", kinds=("raises",), says="is not part of group"),
     _Rule("SP-026", _FULL, "model", ("raises",), needs=("fsdp1", "tp")),
     _Rule("SP-027", kinds=("raises",), says="(?i)invalid scalar type|unsupported dtype"),
+    _Rule("SP-032", _FULL, kinds=("keys differ",), says="another order"),
+    _Rule("SP-034", _FULL, kinds=("keys differ",), says="^is "),
+    _Rule("SP-033", _FULL, kinds=("keys differ",)),
     _Rule("SP-033", _FULL, kinds=("raises", "hangs"), says="waited|hangs"),
     _Rule("SP-044", ("dcp-async",), kinds=("values",), says="of 1 elements"),
 )  # fmt: skip

@@ -135,6 +135,7 @@ def _prove(
             exchange.all("untrained", before.untrained),
             scheduler,
         )
+        traits = traits_of(modules)
         travels = Travels(
             model,
             optimizers,
@@ -144,6 +145,7 @@ def _prove(
             SpareGroups(limit / 3),
             whole_digests(claims),
             room.folder,
+            traits,
             step,
             {
                 key: {int(told["digest"], 16) for told in claim.holders.values()}
@@ -153,7 +155,6 @@ def _prove(
         )
         if optimizers or step is not None:
             travels.continued = _baseline(travels, proof)
-        traits = traits_of(modules)
         _take_all(travels, roads, proof, peaks, say, room, traits)
         for finding in proof.findings:
             name_defect(finding, traits)
@@ -200,7 +201,7 @@ def _take_all(
             elif road.files and not room.shared:
                 cell.verdict = "not run"
                 cell.why = "ranks on several machines: name a folder= that all of them see"
-            elif defect:
+            elif why:
                 cell.verdict = "unsafe"
                 cell.findings.append(
                     Finding(UNSAFE, road.name, side, "crashes", "", why, defect=defect)

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from shardproof._prove import compare, other_mesh, saved
+from shardproof._prove import alike, compare, other_mesh, saved
 from shardproof._prove.compare import Difference
 from shardproof._prove.digests import digest
 from shardproof._prove.exchange import Exchange
 from shardproof._prove.findings import LOSS, NOTE, UNSAFE, Finding, ranks_text
 from shardproof._prove.groups import SpareGroups
 from shardproof._prove.inventory import Inventory, Item, take
+from shardproof._prove.known_losses import Traits
 from shardproof._prove.modules import Modules
 from shardproof._prove.roads import Job, Road
 from shardproof._prove.snapshot import Snapshot
@@ -91,6 +92,7 @@ class Travels:
     known: dict[str, tuple[list[int], str, int]]
     """Of whole tensors: shape, dtype and digest."""
     folder: Path
+    traits: Traits
     step: Callable[[], Any] | None
     synced: dict[str, set[int]]
     """Of buffers that DDP gives to all ranks before each forward: the digests on all ranks."""
@@ -109,6 +111,8 @@ class Travels:
             with self.spares.in_place():
                 try:
                     self._without_gradients()
+                    if not self._can_gather(road, job, cell):
+                        return cell
                     state = self._together("save", lambda: road.save(job, folder))
                     if road.other_mesh:
                         found = self._together("load", lambda: self._on_another_mesh(job, folder))
@@ -122,10 +126,10 @@ class Travels:
             if failed.broke_connections:
                 self.spares.broken()
         finally:
+            self._judge(cell)
             self.snapshot.restore(hooks=self.step is None)
             if road.files and self.exchange.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
-        self._judge(cell)
         return cell
 
     def _back(self, road: Road, job: Job, cell: Cell, state: Any, folder: Path) -> None:
@@ -169,6 +173,21 @@ class Travels:
             raise RoadFailedError(phase, said)
         return result
 
+    def _can_gather(self, road: Road, job: Job, cell: Cell) -> bool:
+        if not road.full or self.traits.fsdp1 or self.traits.installed:
+            return True  # FSDP1 gathers by itself; the reference compares before it gathers
+        found = self._together(
+            "save",
+            lambda: alike.disagreement(job, self.exchange, everybody=road.from_first),
+        )
+        key, what, ranks = found
+        if key:
+            what += "; not tried: torch gathers key by key, and hangs, swaps tensors or ends the process"
+            cell.findings.append(
+                Finding(UNSAFE, cell.road, cell.side, "keys differ", key, what, ranks)
+            )
+        return not key
+
     def _on_another_mesh(self, job: Job, folder: Path) -> list[Difference]:
         return other_mesh.load(job, folder, self.known, self.exchange)
 
@@ -182,7 +201,7 @@ class Travels:
             param.grad = None
 
     def _of_another_rank(self, item: Item) -> bool:
-        """Whether a buffer that DDP gives to all ranks before each forward has that of some rank."""
+        """Whether a buffer that DDP gives to all ranks has the value of one of them."""
         return item.key in self.synced and digest(item.tensor) in self.synced[item.key]
 
     def _expected(self, side: str) -> set[str]:
