@@ -12,17 +12,16 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from shardproof._prove import saved
-from shardproof._prove.exchange import Exchange
 from shardproof._prove.findings import ranks_text
 from shardproof._prove.roads import Job
 
 Line = tuple[str, str]
 
 
-def disagreement(job: Job, exchange: Exchange, *, everybody: bool) -> tuple[str, str, list[int]]:
-    """(key, what, ranks) of the first difference, the same on all ranks; empty where there is none.
+def lines_of(job: Job, *, everybody: bool) -> dict[str, list[Line]]:
+    """What this rank would gather, by the ranks that it gathers it with.
 
-    `everybody`: also of tensors that are not gathered, for a load from rank 0.
+    `everybody`: also what is not gathered, for a load from rank 0.
     """
     mine: dict[str, list[Line]] = {}
     for key, _, value in saved.entries(job.get(), job.side):
@@ -34,7 +33,11 @@ def disagreement(job: Job, exchange: Exchange, *, everybody: bool) -> tuple[str,
             mine.setdefault(str(ranks), []).append(line)
         if everybody:
             mine.setdefault(str(list(range(job.size))), []).append(line)
-    every: list[dict[str, Any]] = exchange.all("keys to gather", mine)
+    return mine
+
+
+def disagreement(every: list[dict[str, Any]]) -> tuple[str, str, list[int]]:
+    """(key, what, ranks) of the first difference between ranks; empty where there is none."""
     for ranks_told in sorted({ranks for one in every for ranks in one}):
         ranks = [int(rank) for rank in ranks_told.strip("[]").split(",")]
         lines = {rank: [tuple(one) for one in every[rank].get(ranks_told, [])] for rank in ranks}

@@ -14,26 +14,28 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from shardproof._prove import saved
 from shardproof._prove.compare import Difference
 from shardproof._prove.digests import digest, sum_of
-from shardproof._prove.exchange import Exchange
 from shardproof._prove.placements import part_of
 from shardproof._prove.roads import Job
 
+Whole = dict[str, tuple[list[int], str, int]]
+"""Of whole tensors: shape, dtype and digest."""
 
-def load(
-    job: Job, folder: Path, known: dict[str, tuple[list[int], str, int]], exchange: Exchange
-) -> list[Difference]:
-    """Read the files into other shards, and compare the digests of the whole tensors.
+
+def keys_of(job: Job, known: Whole) -> list[str]:
+    """The tensors that this rank's state dict has, and whose whole digests are known."""
+    return [
+        key
+        for key, _, value in saved.entries(job.get(), job.side)
+        if key in known and isinstance(value, torch.Tensor)
+    ]
+
+
+def load(job: Job, folder: Path, known: Whole, keys: set[str]) -> dict[str, int]:
+    """Read the files into other shards: the digests of this rank's part of each tensor.
 
     Nothing live is written: the shards are new, and go again.
     """
     state = job.get()
-    keys = [
-        (key, path)
-        for key, path in _paths(state, job.side)
-        if key in known and isinstance(_at(state, path), torch.Tensor)
-    ]
-    every = exchange.all("tensors for another mesh", [key for key, _ in keys])
-    common = set(every[0]).intersection(*every[1:])
     device = next((p.device.type for p in job.model.parameters()), "cpu")
     # Of a group that is there: one made here would stay with the job.
     everybody = dist.group.WORLD
@@ -41,14 +43,13 @@ def load(
     mesh = DeviceMesh.from_group(everybody, device, mesh_dim_names=("prove",))
     template: dict[str, Any] = {}
     parts = {}
-    for key, path in keys:
-        if key not in common:
+    for key, path in _paths(state, job.side):
+        if key not in keys:
             continue
         shape, _, _ = known[key]
         placement = Shard(0) if shape else Replicate()
         part = part_of(shape, [placement], (job.size,), (job.rank,))
-        dtype = _at(state, path).dtype
-        local = torch.zeros(part.local_shape, dtype=dtype, device=device)
+        local = torch.zeros(part.local_shape, dtype=_at(state, path).dtype, device=device)
         made = DTensor.from_local(
             local,
             mesh,
@@ -59,16 +60,19 @@ def load(
         )
         parts[key] = (part, local)
         _put(template, path, made)
-    state_dict_loader.load(template, checkpoint_id=folder, no_dist=job.size == 1)
-    mine = {key: digest(local, part.places()) for key, (part, local) in parts.items()}
-    said = exchange.all("digests on another mesh", {key: f"{mine[key]:x}" for key in mine})
+    state_dict_loader.load(template, checkpoint_id=folder)
+    return {key: digest(local, part.places()) for key, (part, local) in parts.items()}
+
+
+def differences(side: str, known: Whole, every: list[dict[str, str]]) -> list[Difference]:
+    """What differs from the job, from the digests of all ranks."""
     found = []
-    for key in mine:
+    for key in every[0]:
         shape, _, expected = known[key]
-        got = [int(one[key], 16) for one in said]
+        got = [int(one[key], 16) for one in every]
         if (sum_of(got) if shape else got[0]) != expected:
             what = "has other values when its files are read on another mesh"
-            found.append(Difference(job.side, "values", key, what))
+            found.append(Difference(side, "values", key, what))
     return found
 
 

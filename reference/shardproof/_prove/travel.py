@@ -115,8 +115,7 @@ class Travels:
                         return cell
                     state = self._together("save", lambda: road.save(job, folder))
                     if road.other_mesh:
-                        found = self._together("load", lambda: self._on_another_mesh(job, folder))
-                        self._merge(cell, found)
+                        self._merge(cell, self._on_another_mesh(job, folder))
                     else:
                         self._back(road, job, cell, state, folder)
                 finally:
@@ -176,20 +175,27 @@ class Travels:
     def _can_gather(self, road: Road, job: Job, cell: Cell) -> bool:
         if not road.full or self.traits.fsdp1 or self.traits.installed:
             return True  # FSDP1 gathers by itself; the reference compares before it gathers
-        found = self._together(
-            "save",
-            lambda: alike.disagreement(job, self.exchange, everybody=road.from_first),
-        )
+        lines = self._together("save", lambda: alike.lines_of(job, everybody=road.from_first))
+        found = alike.disagreement(self.exchange.all("keys to gather", lines))
         key, what, ranks = found
         if key:
-            what += "; not tried: torch gathers key by key, and hangs, swaps tensors or ends the process"
+            what += (
+                "; not tried: torch goes key by key, and hangs, swaps tensors, or ends the process"
+            )
             cell.findings.append(
                 Finding(UNSAFE, cell.road, cell.side, "keys differ", key, what, ranks)
             )
         return not key
 
     def _on_another_mesh(self, job: Job, folder: Path) -> list[Difference]:
-        return other_mesh.load(job, folder, self.known, self.exchange)
+        mine = self._together("save", lambda: other_mesh.keys_of(job, self.known))
+        every = self.exchange.all("tensors for another mesh", mine)
+        keys = set(every[0]).intersection(*every[1:])
+        digests = self._together("load", lambda: other_mesh.load(job, folder, self.known, keys))
+        told = {key: f"{value:x}" for key, value in digests.items()}
+        return other_mesh.differences(
+            job.side, self.known, self.exchange.all("digests on another mesh", told)
+        )
 
     def _without_gradients(self) -> None:
         # As in a job that resumes; torch takes gradients for a sign that training has begun.

@@ -51,7 +51,7 @@ class Net(nn.Module):
 class Job:
     """What prove is called with."""
 
-    model: nn.Module
+    model: Any
     optimizer: Any
     step: Callable[[], None]
 
@@ -151,6 +151,7 @@ def uneven() -> Job:
 
 def meta() -> Job:
     """Made on meta, sharded there, then given memory and values."""
+    model: Any
     with torch.device("meta"):
         model = Net(norm=False)
     fully_shard(model)
@@ -159,7 +160,7 @@ def meta() -> Job:
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    model.scale.copy_(torch.arange(1.0, 7.0))  # type: ignore[operator]
+    model.scale.copy_(torch.arange(1.0, 7.0))
     return started(model)
 
 

@@ -1,0 +1,165 @@
+"""A rank that raises, hangs or is interrupted is named by the others; all have their state back."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+
+import shardproof
+from prove.kit import jobs
+from prove.kit.watch import State
+
+
+def _hooked(job: jobs.Job, hook: Any) -> jobs.Job:
+    job.model.register_state_dict_post_hook(lambda *_: hook())
+    return job
+
+
+@pytest.mark.world(2, collective=30, limit=60)
+def test_a_rank_that_raises(rank: int) -> None:
+    """An error of one rank is named with the rank, other roads go on, and nothing has changed."""
+
+    def fail() -> None:
+        raise MemoryError("no room on this rank")
+
+    job = _hooked(jobs.sharded(), fail) if rank == 1 else jobs.sharded()
+    before = State(job)
+    proof = shardproof.prove(job.model, job.optimizer, roads="dcp", limit=9, progress=False)
+    assert not before.differences()
+    assert proof.verdict("dcp") == "unsafe"
+    assert proof.verdict("dcp", "optimizer") == "whole"
+    named = [f for f in proof.losses if "MemoryError" in f.what]
+    assert named
+    assert named[0].ranks == [1]
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    assert total == 2  # the job's own connections are unhurt
+
+
+@pytest.mark.world(2, collective=30, limit=60)
+def test_a_rank_that_waits_for_another(rank: int) -> None:
+    """A collective that only one rank enters is unsafe, and the job's own groups still work."""
+
+    def wait() -> None:
+        torch.distributed.all_reduce(torch.ones(1))
+
+    job = _hooked(jobs.sharded(), wait) if rank == 0 else jobs.sharded()
+    before = State(job)
+    proof = shardproof.prove(job.model, job.optimizer, roads="sharded", limit=9, progress=False)
+    assert not before.differences()
+    assert proof.verdict("sharded") == "unsafe"
+    assert any("hangs" in finding.what and finding.ranks == [0] for finding in proof.losses)
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    assert total == 2
+
+
+@pytest.mark.world(2, collective=30, limit=60)
+def test_an_interrupt(rank: int) -> None:
+    """An interrupt of one rank passes through it; the other names it; both have their state back."""
+
+    def interrupt() -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    job = _hooked(jobs.sharded(), interrupt) if rank == 1 else jobs.sharded()
+    before = State(job)
+    expected = KeyboardInterrupt if rank == 1 else shardproof.RankLostError
+    with pytest.raises(expected, match="" if rank == 1 else "rank 1 left prove.*KeyboardInterrupt"):
+        shardproof.prove(job.model, job.optimizer, roads="sharded", limit=20, progress=False)
+    assert not before.differences()
+
+
+@pytest.mark.world(2, collective=30, limit=60)
+def test_a_rank_that_hangs(rank: int, world: Any) -> None:
+    """A rank that does something else is named within the limit."""
+    job = jobs.sharded()
+    before = State(job)
+    if rank == 1:
+        deadline = time.monotonic() + 50
+        while world.read("named", 0) is None and time.monotonic() < deadline:
+            threading.Event().wait(0.05)
+        return
+    begun = time.monotonic()
+    with pytest.raises(shardproof.RankLostError, match="rank 1 did not answer within"):
+        shardproof.prove(job.model, job.optimizer, limit=3, progress=False)
+    took = time.monotonic() - begun
+    world.post("named", "yes")
+    assert took < 10
+    assert not before.differences()
+
+
+@pytest.mark.world(2, collective=30, limit=60)
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"roads": "cdp"}, "roads='cdp': prove knows the roads"),
+        ({"roads": []}, "roads is empty"),
+    ],
+)
+def test_wrong_use_on_one_rank(rank: int, arguments: Any, says: str) -> None:
+    """What is wrong on one rank raises the same on every rank, before anything is touched."""
+    job = jobs.sharded()
+    before = State(job)
+    with pytest.raises(shardproof.WrongUseError, match=f"rank 1: {says}"):
+        shardproof.prove(
+            job.model, job.optimizer, limit=20, progress=False, **(arguments if rank else {})
+        )
+    assert not before.differences()
+
+
+@pytest.mark.world(2, collective=30, limit=60)
+def test_ranks_that_ask_for_other_roads(rank: int) -> None:
+    """Ranks that ask for different roads are told so, all of them."""
+    job = jobs.sharded()
+    with pytest.raises(shardproof.WrongUseError, match="different roads"):
+        shardproof.prove(
+            job.model, job.optimizer, roads=["dcp", "full"][rank], limit=20, progress=False
+        )
+
+
+@pytest.mark.world(2, collective=30, limit=60)
+def test_no_room(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one rank has no room, all refuse with the same words, before anything is touched."""
+    from shardproof._prove import room
+
+    if rank == 1:
+        monkeypatch.setattr(room, "available_memory", lambda: 100)
+    job = jobs.sharded()
+    before = State(job)
+    with pytest.raises(shardproof.NoRoomError, match="does not fit into CPU memory"):
+        shardproof.prove(job.model, job.optimizer, snapshot="cpu", limit=20, progress=False)
+    assert not before.differences()
+
+
+@pytest.mark.world(2, collective=30, limit=60)
+def test_snapshot_on_disk(rank: int) -> None:
+    """A snapshot in a file brings everything back, and the file is gone afterwards."""
+    job = jobs.ddp()
+    before = State(job)
+    proof = shardproof.prove(
+        job.model,
+        job.optimizer,
+        roads=["sharded", "dcp"],
+        snapshot="disk",
+        limit=20,
+        progress=False,
+    )
+    assert proof.whole
+    assert not before.differences()
+
+
+@pytest.mark.world(2, collective=30, limit=60)
+def test_gradients_stay(rank: int) -> None:
+    """Gradients that are there before are there afterwards, the same objects with the same bits."""
+    job = jobs.sharded()
+    job.model(torch.ones(2, 8)).sum().backward()
+    before = State(job)
+    proof = shardproof.prove(job.model, job.optimizer, roads="sharded", limit=20, progress=False)
+    assert proof.whole
+    assert not before.differences()
+    assert job.model.up.weight.grad is not None

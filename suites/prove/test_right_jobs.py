@@ -1,0 +1,93 @@
+"""A job that is right is whole, on every road that torch has right, and stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import shardproof
+from prove.kit import jobs
+from prove.kit.watch import State
+
+LIMIT = 45.0
+
+
+def _named(some: dict[str, Callable[[], Any]]) -> list[Any]:
+    return [pytest.param(make, id=name) for name, make in some.items()]
+
+
+def prove(job: jobs.Job, **options: Any) -> Any:
+    """Prove it, and see that nothing of it has changed."""
+    before = State(job)
+    proof = shardproof.prove(
+        job.model, job.optimizer, step=job.step, limit=LIMIT, progress=False, **options
+    )
+    assert not before.differences()
+    return proof
+
+
+@pytest.mark.world(2, collective=60, limit=120)
+@pytest.mark.parametrize("make", _named(jobs.TWO))
+def test_two_ranks(make: Any) -> None:
+    """A right job is whole on all roads under torch as it is, and is left as it was."""
+    proof = prove(make())
+    assert proof.whole, str(proof)
+    proof.require()
+    proof.require("dcp", "full")
+
+
+@pytest.mark.world(4, collective=60, limit=120)
+@pytest.mark.parametrize("make", _named(jobs.FOUR))
+def test_four_ranks(make: Any) -> None:
+    """A right job is whole on all roads under torch as it is, and is left as it was."""
+    proof = prove(make())
+    assert proof.whole, str(proof)
+
+
+@pytest.mark.world(1)
+def test_one_rank() -> None:
+    """A model in one process is whole."""
+    assert prove(jobs.plain()).whole
+
+
+@pytest.mark.world(2, collective=60, limit=120)
+@pytest.mark.parametrize("make", _named(jobs.FLAT))
+def test_fsdp1(make: Any) -> None:
+    """FSDP1's own roads are whole, and what torch breaks on a CPU is said to be unsafe or lossy."""
+    proof = prove(make())
+    for road in ("sharded", "dcp", "dcp-mesh", "full"):
+        assert (proof.verdict(road), proof.verdict(road, "optimizer")) == ("whole", "whole"), road
+    assert {finding.where for finding in proof.losses} <= {"flat", "dcp-async", "broadcast", "file"}
+
+
+@pytest.mark.world(2, collective=60, limit=120)
+def test_pipeline() -> None:
+    """A pipeline's stages are whole where the optimizer is saved by parameter; the rest is named."""
+    proof = prove(jobs.pipeline())
+    proof.require("flat", "sharded")
+    assert proof.verdict("dcp") == "whole"
+    assert proof.verdict("dcp", "optimizer") == "lossy"
+    assert proof.verdict("broadcast") == "not run"
+    with pytest.raises(shardproof.NotWholeError, match="not run"):
+        proof.require("broadcast")
+
+
+@pytest.mark.world(2, collective=60, limit=120)
+def test_an_optimizer_without_state_is_no_alarm() -> None:
+    """Before the first step the optimizer is empty, and prove gives it no state."""
+    job = jobs.started(torch.nn.parallel.DistributedDataParallel(jobs.net()), steps=0)
+    proof = prove(job)
+    assert proof.verdict("dcp", "optimizer") == "empty"
+    assert not job.optimizer.state
+
+
+@pytest.mark.exercises("prove")
+@pytest.mark.world(4, collective=60, limit=120)
+@pytest.mark.parametrize("make", _named({"fully_shard x TP": jobs.sharded_tp}))
+def test_under_the_subject(make: Any) -> None:
+    """What is whole without the subject is whole with it."""
+    proof = prove(make())
+    assert proof.whole, str(proof)
