@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from typing import Any
@@ -61,10 +60,10 @@ def test_a_rank_that_waits_for_another(rank: int) -> None:
 
 @pytest.mark.world(2, collective=30, limit=60)
 def test_an_interrupt(rank: int) -> None:
-    """An interrupt of one rank passes through it; the other names it; both have their state back."""
+    """An interrupt passes through its rank; the other names it; both have their state back."""
 
     def interrupt() -> None:
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     job = _hooked(jobs.sharded(), interrupt) if rank == 1 else jobs.sharded()
     before = State(job)

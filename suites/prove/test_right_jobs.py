@@ -65,7 +65,7 @@ def test_fsdp1(make: Any) -> None:
 
 @pytest.mark.world(2, collective=60, limit=120)
 def test_pipeline() -> None:
-    """A pipeline's stages are whole where the optimizer is saved by parameter; the rest is named."""
+    """Stages of a pipeline are whole where the optimizer is saved flat; the rest is named."""
     proof = prove(jobs.pipeline())
     proof.require("flat", "sharded")
     assert proof.verdict("dcp") == "whole"
