@@ -20,6 +20,7 @@ Its parts, in reading order:
 - ``fsdp``: FSDP1 over tensor parallelism, likewise.
 - ``_state_dict_utils``: state dicts between sharded and whole.
 - ``tensor``: tensor parallelism below DDP and FSDP.
+- ``__main__``: the command line.
 - ``_prove``: whether a job's checkpoints are whole; it uses nothing of the others.
 - ``_core``: what the functions with upstream's names are made of.
 """

@@ -49,12 +49,22 @@ def test_torchtitan(monkeypatch: pytest.MonkeyPatch, mesh_of: str) -> None:
 @pytest.mark.needs("package transformers")
 @pytest.mark.world(4, collective=100, limit=200)
 def test_transformers(shared: Path, rank: int) -> None:
-    """A tied Llama under its own TP plan and FSDP2 is whole."""
+    """A tied Llama under its own TP plan and FSDP2 is whole, but for a save that torch refuses.
+
+    async_save() raises "Attempted to call copy_() on an invalid python storage" on ranks 1 to 3
+    without prove, too.
+    """
     from ecosystem.test_transformers import Trainee, random_weights
 
     made = Trainee(random_weights(shared, rank), "fsdp2 x tp2")
     made.step(0)
-    whole(Job(made.model, made.optimizer, lambda: None))
+    job = Job(made.model, made.optimizer, lambda: None)
+    before = State(job)
+    proof = shardproof.prove(job.model, job.optimizer, limit=LIMIT, progress=False)
+    assert not before.differences()
+    assert {(f.where, f.side, f.severity) for f in proof.losses} == {
+        ("dcp-async", "model", "unsafe")
+    }, str(proof)
 
 
 @pytest.mark.needs("package accelerate", "package transformers")

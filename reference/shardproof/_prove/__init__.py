@@ -7,15 +7,30 @@ The modules, in reading order:
 
 - ``run``: prove(), from the arguments to the proof.
 - ``exchange``: messages between ranks without collectives; who is missing is named.
-- ``modules``, ``leaves``, ``placements``: the tensors of a model, and what ranks claim to hold.
-- ``digests``, ``inventory``, ``claims``: their bits, compared between ranks.
-- ``room``, ``snapshot``, ``spoil``: the copy that puts everything back.
-- ``roads``, ``groups``, ``travel``: round trips, and over which connections.
-- ``alike``, ``saved``, ``compare``, ``other_mesh``, ``step``: what a round trip is judged by.
+- ``modules``: the tensors of a model by their own names, whatever wraps it.
+- ``leaves``: from a tensor of any class to the plain tensors with its bits.
+- ``placements``: which elements of a whole tensor a rank holds.
+- ``digests``: of bits, computed where the tensor lies; those of shards add up.
+- ``inventory``: every tensor of model and optimizer on this rank.
+- ``claims``: what ranks say that they hold, compared.
 - ``coverage``: what no state dict holds.
-- ``findings``, ``known_losses``, ``proof``, ``page``: the answer.
+- ``room``: whether there is room for the snapshot and the files.
+- ``snapshot``: a copy of the job that puts everything back.
+- ``spoil``: other bits in every live tensor, before a load.
+- ``roads``: torch's public ways to save and load.
+- ``groups``: spare connections, so that a road that hangs leaves the job's unhurt.
+- ``travel``: one road, there and back.
+- ``alike``: whether ranks have the same state dict to gather.
+- ``saved``: what was saved, before it is loaded.
+- ``compare``: what came back, against the snapshot.
+- ``other_mesh``: the files read on another mesh.
+- ``step``: one more step of training, with and without the round trip.
+- ``known_losses``: which defect of torch a loss is.
+- ``findings``: one sentence about one tensor.
+- ``proof``: the table, JSON, and what is required.
+- ``page``: a proof as HTML.
+- ``peaks``: how much memory a phase takes.
 - ``command``: the command line.
-- ``peaks``: what it costs.
 """
 
 from shardproof._prove.exchange import RankLostError

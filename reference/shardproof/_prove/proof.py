@@ -11,6 +11,7 @@ from typing import Any
 
 from shardproof._prove.findings import LOSS, NOTE, UNSAFE, Finding
 from shardproof._prove.roads import ROADS
+from shardproof._prove.room import size_text
 from shardproof._prove.travel import Cell
 
 SIDES = ("model", "optimizer")
@@ -134,6 +135,12 @@ class Proof:
             roads = dict.fromkeys(cell.road for cell in left if cell.why == why)
             yield f"not run: {', '.join(roads)}: {why}"
         yield ""
+        if self.cost:
+            yield (
+                f"{self.cost['seconds']:.3g} s; snapshot {size_text(self.cost['snapshot_bytes'])}; "
+                f"besides it at most {size_text(self.cost['own_peak_bytes'])} on a rank, and "
+                f"{size_text(self.cost['roads_peak_bytes'])} for what a road itself takes"
+            )
         yield f"{'whole' if self.whole else 'not whole'}: {self.job['summary']}"
 
 

@@ -230,6 +230,10 @@ def _cost(exchange: Exchange, peaks: Peaks, room: rooms.Room, seconds: float) ->
         "seconds": round(seconds, 3),
         "snapshot_bytes": room.total,
         "own_peak_bytes": max(one[phase] for each in told for one in each for phase in own),
+        "roads_peak_bytes": max(
+            (most for each in told for one in each for phase, most in one.items() if "," in phase),
+            default=0,
+        ),
         "peak_cpu_bytes": {phase: max(one[0][phase] for one in told) for phase in peaks.cpu},
         "peak_device_bytes": {phase: max(one[1][phase] for one in told) for phase in peaks.cpu},
     }
