@@ -72,6 +72,7 @@ ELSEWHERE = [
     (r"ci/reproduce --all .*", "ci/test"),
     (r"ci/fuzz --planted", "suites/generated/test_planted.py"),
     (r"ci/faults", "suites/faults/test_fault_table.py"),
+    (r"ci/prove-losses( --write)?", "suites/prove"),
     (r"ci/readme", "suites/report/test_readme.py"),
     (r"ci/ecosystem", "ci/test"),
     (r"ci/report (out/latest|--screenshot .*)", "suites/report/test_pages.py"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jinja2
 
@@ -12,12 +12,9 @@ from shardproof._prove.placements import Part
 from shardproof._prove.roads import ROADS
 from shardproof._prove.room import size_text
 
-if TYPE_CHECKING:
-    from shardproof._prove.proof import Proof
 
-
-def page(proof: Proof) -> str:
-    """The whole page; names and texts of the user's are escaped."""
+def page(proof: Any) -> str:
+    """The whole page of a Proof, whose module imports this one; names and texts of the user's are escaped."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
