@@ -91,3 +91,20 @@ def test_under_the_subject(make: Any) -> None:
     """What is whole without the subject is whole with it."""
     proof = prove(make())
     assert proof.whole, str(proof)
+
+
+@pytest.mark.exercises("prove")
+@pytest.mark.world(4, collective=60, limit=120)
+def test_tensor_parallelism_under_ddp(subject: Any) -> None:
+    """With the reference the model's roads are whole, and the optimizer's loss is named.
+
+    The module holds plain local tensors, which differ between ranks: they are shards, no drift.
+    """
+    proof = prove(jobs.ddp_tp(), roads=["dcp", "full"])
+    if subject.root != "shardproof":
+        assert {"SP-001"} <= {finding.defect for finding in proof.losses}
+        assert proof.verdict("dcp") == "lossy"
+        return
+    assert proof.verdict("dcp") == proof.verdict("full") == "whole", str(proof)
+    assert proof.verdict("dcp", "optimizer") == "lossy"
+    assert {finding.defect for finding in proof.losses} == {"SP-069"}

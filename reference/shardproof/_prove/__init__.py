@@ -13,6 +13,7 @@ The modules, in reading order:
 - ``digests``: of bits, computed where the tensor lies; those of shards add up.
 - ``inventory``: every tensor of model and optimizer on this rank.
 - ``claims``: what ranks say that they hold, compared.
+- ``reclaim``: claims of plain tensors that a state dict knows as DTensors.
 - ``coverage``: what no state dict holds.
 - ``room``: whether there is room for the snapshot and the files.
 - ``snapshot``: a copy of the job that puts everything back.

@@ -78,6 +78,27 @@ def compare(
     return found
 
 
+def compare_values(numbers: list[dict[str, str]], every: list[list[Told]]) -> list[Finding]:
+    """Findings about what is no tensor: hyperparameters, counters.
+
+    Of ranks that have the same parameters; a pipeline's stages have groups of their own.
+    """
+    names = [sorted(one["name"] for one in told if one["kind"] == "parameter") for told in every]
+    alike = [rank for rank in range(len(names)) if names[rank] == names[0]]
+    found = []
+    for key in dict.fromkeys(key for rank in alike for key in numbers[rank]):
+        values = {rank: numbers[rank].get(key, "absent") for rank in alike}
+        if len(set(values.values())) > 1:
+            usual = _usual(values)
+            others = [rank for rank in alike if rank not in usual]
+            what = (
+                f"is {values[others[0]]}, and {values[usual[0]]} on {ranks_text(usual)}; "
+                "a checkpoint keeps one for all"
+            )
+            found.append(Finding(LOSS, "inventory", "optimizer", "drift", key, what, others))
+    return found
+
+
 def _usual(digests: dict[int, str]) -> list[int]:
     """The ranks of the largest group that agrees; of equal ones that with the lowest rank."""
     count = Counter(digests.values())

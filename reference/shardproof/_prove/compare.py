@@ -81,7 +81,7 @@ def _item(was: Item, now: Item, snapshot: Snapshot) -> Difference | None:
     if was.tensor.shape != now.tensor.shape:
         what = f"has the shape {list(now.tensor.shape)} here, had {list(was.tensor.shape)}"
         return Difference(was.side, "shape", was.key, what)
-    if was.part != now.part:
+    if was.part != now.part and not was.reclaimed:
         return Difference(was.side, "placement", was.key, f"holds {now.part}, held {was.part}")
     if was.tensor.device != now.tensor.device:
         what = f"is on {now.tensor.device}, was on {was.tensor.device}"

@@ -35,6 +35,8 @@ class Item:
     inner: str = ""
     synced: int | None = None
     """The rank whose values DDP gives to this buffer before each forward."""
+    reclaimed: bool = False
+    """Whether the claim is that of a state dict, and the live tensor is plain."""
     trains: bool = False
     """An attribute that needs gradients."""
     digest: int = 0

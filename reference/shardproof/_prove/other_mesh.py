@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from shardproof._prove import saved
+from shardproof._prove import roads, saved
 from shardproof._prove.compare import Difference
 from shardproof._prove.digests import digest, sum_of
 from shardproof._prove.placements import part_of
@@ -60,7 +59,7 @@ def load(job: Job, folder: Path, known: Whole, keys: set[str]) -> dict[str, int]
         )
         parts[key] = (part, local)
         _put(template, path, made)
-    state_dict_loader.load(template, checkpoint_id=folder)
+    roads.dcp.load(template, checkpoint_id=folder)
     return {key: digest(local, part.places()) for key, (part, local) in parts.items()}
 
 

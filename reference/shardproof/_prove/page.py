@@ -14,7 +14,7 @@ from shardproof._prove.room import size_text
 
 
 def page(proof: Any) -> str:
-    """The whole page of a Proof, whose module imports this one; names and texts of the user's are escaped."""
+    """The page of a Proof, whose module imports this one; texts of the user's are escaped."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

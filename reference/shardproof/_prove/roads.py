@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint
 from torch import nn
 
 # Looked up at each call: what install() has put there is what the job would use.
 from torch.distributed.checkpoint import state_dict as torch_api
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 State = dict[str, Any]
+dcp: Any = torch.distributed.checkpoint  # hands its functions on without listing them
 
 
 @dataclass
@@ -106,29 +107,29 @@ _FULL_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 def _dcp(job: Job, folder: Path) -> Any:
     state = job.get()
-    state_dict_saver.save(state, checkpoint_id=folder, no_dist=job.size == 1)
+    dcp.save(state, checkpoint_id=folder, no_dist=job.size == 1)
     return state
 
 
 def _dcp_flat(job: Job, folder: Path) -> Any:
     state = job.get(flatten_optimizer_state_dict=True)
-    state_dict_saver.save(state, checkpoint_id=folder, no_dist=job.size == 1)
+    dcp.save(state, checkpoint_id=folder, no_dist=job.size == 1)
     return state
 
 
 def _load_flat(job: Job, _: Any, folder: Path) -> None:
     state = job.get(flatten_optimizer_state_dict=True)
-    state_dict_loader.load(state, checkpoint_id=folder, no_dist=job.size == 1)
+    dcp.load(state, checkpoint_id=folder, no_dist=job.size == 1)
     job.set(state, flatten_optimizer_state_dict=True)
 
 
 def _dcp_async(job: Job, folder: Path) -> Any:
-    return state_dict_saver.async_save(job.get(), checkpoint_id=folder)
+    return dcp.async_save(job.get(), checkpoint_id=folder)
 
 
 def _load_dcp(job: Job, _: Any, folder: Path) -> None:
     state = job.get()
-    state_dict_loader.load(state, checkpoint_id=folder, no_dist=job.size == 1)
+    dcp.load(state, checkpoint_id=folder, no_dist=job.size == 1)
     job.set(state)
 
 

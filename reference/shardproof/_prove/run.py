@@ -11,18 +11,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint import state_dict as torch_api
 
 from shardproof._prove import claims as claims_of
 from shardproof._prove import room as rooms
 from shardproof._prove.coverage import uncovered
 from shardproof._prove.exchange import Exchange
-from shardproof._prove.findings import NOTE, UNSAFE, Finding
+from shardproof._prove.findings import LOSS, NOTE, UNSAFE, Finding
 from shardproof._prove.groups import SpareGroups
-from shardproof._prove.inventory import take
+from shardproof._prove.inventory import Inventory, take
 from shardproof._prove.known_losses import Traits, ends_the_process, name_defect, traits_of
 from shardproof._prove.modules import Modules, optimizers_in
 from shardproof._prove.peaks import Peaks
 from shardproof._prove.proof import Proof
+from shardproof._prove.reclaim import plain_and_different, reclaim
 from shardproof._prove.roads import Road, chosen
 from shardproof._prove.saved import whole_digests
 from shardproof._prove.snapshot import Snapshot
@@ -125,17 +127,23 @@ def _prove(
         say(f"inventory of {len(before.items)} tensors")
         every = exchange.all("inventory", [item.told() for item in before.items.values()])
         claims = claims_of.collect(every)
+        traits = traits_of(modules)
+        if not traits.fsdp1 and plain_and_different(claims):
+            claims = _reclaimed(model, before, exchange, claims)
         replicated: set[str] = set()
         proof = Proof(_describe(model, optimizers, exchange, room, claims))
         with peaks.of("comparison"):
             proof.general += claims_of.compare(claims, before, exchange, replicated)
+        proof.general += claims_of.compare_values(
+            exchange.all("numbers", {key: repr(value) for key, value in before.values.items()}),
+            every,
+        )
         proof.general += uncovered(
             claims,
             exchange.all("strays", before.strays),
             exchange.all("untrained", before.untrained),
             scheduler,
         )
-        traits = traits_of(modules)
         travels = Travels(
             model,
             optimizers,
@@ -158,6 +166,10 @@ def _prove(
         _take_all(travels, roads, proof, peaks, say, room, traits)
         for finding in proof.findings:
             name_defect(finding, traits)
+        for cell in proof.cells:
+            nowhere = [f for f in proof.general if f.where == "coverage" and f.side == cell.side]
+            if cell.verdict == "whole" and any(f.severity == LOSS for f in nowhere):
+                cell.verdict = "lossy"  # what no road holds this one does not
         proof.inventory = _listed(claims)
         proof.cost = _cost(exchange, peaks, room, time.monotonic() - started)
         say("")
@@ -213,6 +225,26 @@ def _take_all(
                 with peaks.of(f"{road.name}, {side}"):
                     cell = travels.take(road, side)
             proof.cells.append(cell)
+
+
+def _reclaimed(
+    model: nn.Module,
+    before: Inventory,
+    exchange: Exchange,
+    claims: dict[str, claims_of.Claim],
+) -> dict[str, claims_of.Claim]:
+    state, error = {}, None
+    try:
+        state = torch_api.get_model_state_dict(model)
+    except Exception as raised:  # the roads tell of it
+        error = raised
+    if any(exchange.agree("the claims of the state dict", error)):
+        return claims
+    reclaim(before, state, exchange.rank)
+    before.measure()
+    return claims_of.collect(
+        exchange.all("inventory", [item.told() for item in before.items.values()])
+    )
 
 
 def _not_on_first(travels: Travels) -> str:

@@ -81,6 +81,13 @@ def step_of_one_rank(rank: int) -> Job:
     return _on(rank, 1, jobs.ddp, lambda job: _state(job, "up.bias", "step").add_(1))
 
 
+def rate_of_one_rank(rank: int) -> Job:
+    def change(job: Job) -> None:
+        job.optimizer.param_groups[0]["lr"] *= 2
+
+    return _on(rank, 1, jobs.sharded, change)
+
+
 def _with_data_of_its_own(rank: int, tensor: nn.Parameter) -> Job:
     model = nn.Module()
     model.experts = nn.ModuleList([nn.Linear(2, 2, bias=False)])
@@ -336,6 +343,8 @@ LOSSES: dict[str, Loss] = {
              "exp_avg of down.weight", (1,), ("sharded",), ("inventory",), first="[0, 0]"),
         Loss("a step counter differs on one rank", step_of_one_rank, "step of up.bias", (1,),
              ("sharded",), ("inventory",)),
+        Loss("a learning rate differs on one rank", rate_of_one_rank, "lr of param_groups[0]",
+             (1,), ("sharded",), ("inventory",)),
         Loss("experts are renumbered on each rank", experts_renumbered, "experts.0.weight", (1,),
              ("dcp",), ("inventory", "dcp"), first="[0, 0]"),
         Loss("a padded flat buffer is cut without a placement", padded_flat_buffer,
