@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shardproof._prove import saved
 from shardproof._prove.findings import ranks_text
 from shardproof._prove.roads import Job
 
 Line = tuple[str, str]
+_SUBCLASS = "is a tensor of the subclass "
 
 
 def lines_of(job: Job, *, everybody: bool) -> dict[str, list[Line]]:
@@ -32,6 +34,8 @@ def lines_of(job: Job, *, everybody: bool) -> dict[str, list[Line]]:
             ranks = value.device_mesh.mesh.flatten().tolist()
             mine.setdefault(str(ranks), []).append(line)
         if everybody:
+            if is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor):
+                line = (key, f"{_SUBCLASS}{type(value).__name__}")
             mine.setdefault(str(list(range(job.size))), []).append(line)
     return mine
 
@@ -45,6 +49,9 @@ def disagreement(every: list[dict[str, Any]]) -> tuple[str, str, list[int]]:
         for rank in ranks[1:]:
             if lines[rank] != first:
                 return _difference(lines, ranks)
+        for key, what in first:
+            if what.startswith(_SUBCLASS):
+                return key, f"{what}: rank 0 broadcasts its parts, the others expect a whole", ranks
     return "", "", []
 
 

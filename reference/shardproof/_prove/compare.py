@@ -106,11 +106,14 @@ def _bits(item: Item, live: torch.Tensor, was: torch.Tensor) -> Difference | Non
     first //= per_element
     values = f"{_value(was, first)} before, {_value(live, first)} after"
     index = list(item.part.index(first)) if not item.part.own else [first]
+    what = f"{count} of {live.numel()} elements differ"
+    if not was.is_contiguous():
+        what += " of a tensor that is not contiguous"
     return Difference(
         item.side,
         "values",
         item.key,
-        f"{count} of {live.numel()} elements differ",
+        what,
         f"element {index}: {values}",
         count,
         live.numel(),

@@ -158,8 +158,9 @@ _RULES = (
     _Rule("SP-026", _FULL, "model", ("raises",), needs=("fsdp1", "tp")),
     _Rule("SP-027", kinds=("raises",), says="(?i)invalid scalar type|unsupported dtype"),
     _Rule("SP-032", _FULL, kinds=("keys differ",), says="another order"),
-    _Rule("SP-034", _FULL, kinds=("keys differ",), says="^is "),
-    _Rule("SP-033", _FULL, kinds=("keys differ",)),
+    _Rule("SP-034", _FULL, kinds=("keys differ",), says=r"^is \["),
+    _Rule("SP-033", _FULL, kinds=("keys differ",), says="lacks it"),
+    _Rule("SP-051", _FULL, kinds=("values",), says="not contiguous"),
     _Rule("SP-033", _FULL, kinds=("raises", "hangs"), says="waited|hangs"),
     _Rule("SP-044", ("dcp-async",), kinds=("values",), says="of 1 elements"),
 )  # fmt: skip

@@ -9,8 +9,11 @@ from __future__ import annotations
 import copy
 import os
 import random
+import signal
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +74,8 @@ class Snapshot:
         return made.set_(raw.untyped_storage(), first, tensor.size(), tensor.stride())
 
     def restore(self, *, hooks: bool = True) -> None:
-        """Put objects, geometry, bytes and random states back."""
-        with torch.no_grad():
+        """Put objects, geometry, bytes and random states back; an interrupt waits for its end."""
+        with _uninterrupted(), torch.no_grad():
             self._objects.restore(hooks=hooks)
             for tensor, name, inner in self.inner:
                 if getattr(tensor, name) is not inner:
@@ -229,6 +232,22 @@ class _Objects:
                 param.requires_grad_(requires_grad)
             if param.grad is not grad:
                 param.grad = grad
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _contents(value: Any) -> Any:

@@ -287,6 +287,8 @@ def _is_victim(text: str) -> bool:
 
 def _short(text: str, rank: int) -> str:
     """One line, without what only differs because each rank names itself."""
+    if "Traceback (most recent call last)" in text:  # checkpoint's, of the ranks that raised
+        text = f"{text.partition(':')[0]}: {text.strip().splitlines()[-1]}"
     line = re.sub(rf"(?i)(\brank\b[^\d]{{0,24}}){rank}\b", r"\1N", " ".join(text.split()))
     line = re.sub(r" at 0x[0-9a-f]+", "", line)
     return line if len(line) < 400 else line[:400] + " ..."
