@@ -63,6 +63,13 @@ def test_fsdp1(make: Any) -> None:
     assert {finding.where for finding in proof.losses} <= {"flat", "dcp-async", "broadcast", "file"}
 
 
+@pytest.mark.world(4, collective=60, limit=120)
+def test_fsdp1_with_replicas() -> None:
+    """So are those of FSDP1 with replicas."""
+    proof = prove(jobs.hsdp1(), roads=["sharded", "dcp", "dcp-mesh", "full"])
+    assert proof.whole, str(proof)
+
+
 @pytest.mark.world(2, collective=60, limit=120)
 def test_pipeline() -> None:
     """Stages of a pipeline are whole where the optimizer is saved flat; the rest is named."""

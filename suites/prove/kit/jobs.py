@@ -80,7 +80,7 @@ def net(**options: Any) -> Net:
     return Net(**options)
 
 
-def _tp(mesh: Any, **options: Any) -> nn.Module:
+def _tp(mesh: Any, **options: Any) -> Net:
     model = net(norm=False, **options)
     frozen = model.frozen
     parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
@@ -200,6 +200,17 @@ def fsdp1(*, original: bool = True) -> Job:
     model = net(norm=False)
     model.frozen.requires_grad_(True)  # FSDP1 flattens what trains with what does not
     wrapped = FullyShardedDataParallel(model, device_id=CPU, use_orig_params=original)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=2**-6, foreach=False)
+    return started(wrapped, optimizer)
+
+
+def fsdp1_tp() -> Job:
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
+    model = _tp(mesh["tp"])
+    model.frozen.requires_grad_(True)
+    wrapped = FullyShardedDataParallel(
+        model, device_mesh=mesh["dp"], device_id=CPU, use_orig_params=True
+    )
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=2**-6, foreach=False)
     return started(wrapped, optimizer)
 

@@ -299,6 +299,16 @@ LOSSES: dict[str, Loss] = {
             world=4,
         ),
         Loss(
+            "FSDP1 over tensor parallelism: the moments of other rows are loaded",
+            lambda _: jobs.fsdp1_tp(),
+            "exp_avg of up.weight",
+            (1,),
+            ("dcp",),
+            ("dcp",),
+            defect="SP-072",
+            world=4,
+        ),
+        Loss(
             "FSDP1 on a CPU: a full optimizer state with one moment twice",
             lambda _: jobs.fsdp1(),
             "exp_avg of up.weight",
