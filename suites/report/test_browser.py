@@ -32,7 +32,8 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("browser")
     words = ["-c", os.devnull, "--rootdir", str(folder), "-p", "no:cacheprovider", "-W", "error"]
-    words += ["-p", "no:hypothesispytest", "--import-mode=importlib", "-q", "--tb=short"]
+    words += ["-p", "no:hypothesispytest", "-p", "report.browser.visiting", "-q", "--tb=short"]
+    words += ["--import-mode=importlib"]
     words += ["--basetemp", str(folder / "pages"), "--junitxml", str(folder / "junit.xml")]
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", *words, str(PAGES)],
