@@ -48,13 +48,17 @@ def test_torchtitan(monkeypatch: pytest.MonkeyPatch, mesh_of: str) -> None:
 
 @pytest.mark.needs("package transformers")
 @pytest.mark.world(4, collective=100, limit=200)
-def test_transformers(shared: Path, rank: int) -> None:
+def test_transformers(monkeypatch: pytest.MonkeyPatch, shared: Path, rank: int) -> None:
     """A tied Llama under its own TP plan and FSDP2 is whole, but for a save that torch refuses.
 
     async_save() raises "Attempted to call copy_() on an invalid python storage" on ranks 1 to 3
     without prove, too.
     """
+    import tqdm
+
     from ecosystem.test_transformers import Trainee, random_weights
+
+    monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)  # else a bar leaves a thread behind
 
     made = Trainee(random_weights(shared, rank), "fsdp2 x tp2")
     made.step(0)
