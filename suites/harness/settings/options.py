@@ -362,7 +362,9 @@ def _jobs(text: str | None, backend: str, here: TorchrunEnv | None) -> int:
     elif backend == "nccl":
         one = "worlds over NCCL take the GPUs for themselves"
     if text is None:
-        return 1 if one else max(1, min(len(os.sched_getaffinity(0)), _memory() >> 31))
+        # Three for two cores: a third of a run's time worlds wait, for ranks that hang or are late.
+        cores = len(os.sched_getaffinity(0))
+        return 1 if one else max(1, min(cores * 3 // 2, _memory() >> 31))
     if not text.isdecimal() or int(text) < 1:
         raise pytest.UsageError(f"--jobs {text!r}: expected a number from 1 up")
     if one and int(text) > 1:
