@@ -39,6 +39,11 @@ def test_plain(): pass
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
+def _hear_ctrl_c() -> None:
+    """What a shell starts in the background is deaf to it, and hands that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A session of the harness on a terminal of 80 columns."""
 
@@ -60,6 +65,7 @@ class Terminal:
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
+            preexec_fn=_hear_ctrl_c,
         )
         os.close(theirs)
 
