@@ -157,8 +157,8 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "saved_after_others_adapt",
         "a state dict hook from before is given this rank's part",
         "tensor/parallel/_local_parameters.py",
-        "        put_hook_first(owner._state_dict_hooks, self._number, state_dict_hook)\n",
-        "        owner._state_dict_hooks[self._number] = state_dict_hook\n",
+        "            put_hook_first(saved, self._number, state_dict_hook)\n",
+        "            saved[self._number] = state_dict_hook\n",
         "pre_dp_module_transform_adapting",
     ),
     (

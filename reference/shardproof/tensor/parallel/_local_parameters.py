@@ -208,7 +208,11 @@ class Hooks:
 
     def around_forward(self, module: nn.Module) -> None:
         """Enter first of all, leave after all that are there."""
-        put_hook_first(module._forward_pre_hooks, self._number, self._enter)
+        before: Any = module._forward_pre_hooks
+        if before:
+            put_hook_first(before, self._number, self._enter)
+        else:
+            before[self._number] = self._enter
         module._forward_hooks[self._number] = self._leave
         module._forward_hooks_always_called[self._number] = True
 
@@ -218,7 +222,11 @@ class Hooks:
         Hooks of others adapt whole tensors: ours comes first after saving, last before loading.
         """
         owner._state_dict_pre_hooks[self._number] = state_dict_pre_hook
-        put_hook_first(owner._state_dict_hooks, self._number, state_dict_hook)
+        saved: Any = owner._state_dict_hooks
+        if saved:
+            put_hook_first(saved, self._number, state_dict_hook)
+        else:
+            saved[self._number] = state_dict_hook
         # Module's own setattr would look for a parameter first, for longer than the rest takes.
         owner.__dict__["_load_state_dict_pre_hooks"] = _LoadHooks(owner)
 
