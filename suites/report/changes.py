@@ -49,6 +49,8 @@ class Changes:
     """The reverse: they failed, led to no defect, and hold."""
     changed: list[Changed]
     """Known failures on both sides that come out in another way."""
+    varied: list[Changed]
+    """Those of which the defect names both ways: they may differ between any two runs."""
     slower: list[Slower]
     """What costs more, where both runs measured."""
     only_before: list[str]
@@ -83,6 +85,9 @@ def changes(
     pairs = [Changed(i, kind(old[i]), kind(new[i]), _said(new[i])) for i in common]
     nameless = [p for p in pairs if not _defects(old[p.check]) and not _defects(new[p.check])]
     known = [p for p in pairs if _defects(old[p.check]) and _defects(new[p.check])]
+    differ = [p for p in known if p.before != p.now]
+    catalogue = read()
+    varied = [p for p in differ if {p.before, p.now} <= _named(catalogue, _defects(new[p.check]))]
     return Changes(
         appeared=_only(met_now, met_before, old),
         vanished=_only(met_before, met_now, new),
@@ -90,7 +95,8 @@ def changes(
         new_failures=[p for p in nameless if p.before == "holds" != p.now]
         + [p for p in pairs if _defects(old[p.check]) and _unnamed(new[p.check])],
         mended=[p for p in nameless if p.before != "holds" == p.now],
-        changed=[p for p in known if p.before != p.now],
+        changed=[p for p in differ if p not in varied],
+        varied=varied,
         slower=list(slower),
         only_before=sorted(old.keys() - new.keys()),
         only_now=sorted(new.keys() - old.keys()),
@@ -121,6 +127,8 @@ def lines(found: Changes, first: str, second: str) -> Iterator[str]:
                 yield f"  {change.before} -> {change.now}  {change.check}"
                 if change.message:
                     yield f"      {change.message}"
+    if found.varied:
+        yield f"{len(found.varied)} checks failed in another of the ways that their defect names"
     if found.slower:
         yield f"{len(found.slower)} measurements cost more:"
         for one in found.slower:
@@ -168,6 +176,12 @@ def _renamed(
 def _defects(check: Mapping[str, Any]) -> tuple[str, ...]:
     known = check["verdict"] == "xfail"
     return tuple(check["expected"].get("defects", ())) if known else ()
+
+
+def _named(catalogue: Mapping[str, Defect], defects: Iterable[str]) -> set[str]:
+    """How checks of these defects may come out, by the severities of the catalogue."""
+    words = {word for i in defects if i in catalogue for word in catalogue[i].severity}
+    return {"fails", *(words & set(KINDS))}
 
 
 def _unnamed(check: Mapping[str, Any]) -> bool:

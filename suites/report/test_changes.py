@@ -84,6 +84,18 @@ def test_a_failure_gets_worse(fate: str, kind: str) -> None:
     assert not changes(bad, mild).worse
 
 
+def test_a_failure_in_another_way_that_its_defect_names_is_no_change() -> None:
+    """SP-034 corrupts, hangs or crashes, differently from run to run; SP-001 does neither."""
+    mild, bad = run(known("a", "SP-034")), run(known("a", "SP-034", fate="silent"))
+    found = changes(mild, bad)
+    assert not found.worse
+    assert not found.changed
+    assert [c.now for c in found.varied] == ["hangs"]
+    assert "1 checks failed in another of the ways that their defect names" in lines(
+        found, "a", "b"
+    )
+
+
 def test_a_failure_without_a_defect_is_worse() -> None:
     found = changes(run(check("a"), check("b", "fail")), run(check("a", "fail"), check("b")))
     assert [c.check for c in found.new_failures] == ["a"]
