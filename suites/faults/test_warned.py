@@ -107,6 +107,12 @@ def test_ignored(): warnings.warn("mine")
 def test_a_library_warns(subject):
     import torch
     torch.tensor([1]).storage()
+def test_the_compiler_warns(subject):
+    import torch
+    scope = {"__name__": "torch._dynamo.backends", "warn": warnings.warn}
+    code = "def backend(graph, _): warn('of the compiler'); return graph"
+    exec(compile(code, "<compiler>", "exec"), scope)
+    assert torch.compile(lambda x: x + 1, backend=scope["backend"])(torch.ones(1)) == 2
 """
 
 
@@ -119,6 +125,7 @@ def test_a_checks_own_warnings_are_errors_still(suite: Suite) -> None:
         assert "UserWarning: mine" in outcome.check(f"test_{name}")["message"]
     assert outcome.check("test_ignored")["verdict"] == "pass"
     assert outcome.check("test_a_library_warns")["verdict"] == "fail"
+    assert outcome.check("test_the_compiler_warns")["verdict"] == "pass", outcome.output
 
 
 PLANTED = """

@@ -5,9 +5,10 @@ unseen. A subject must not fail a clause like "bit for bit" because it calls a f
 has announced the end of. So a warning that a rank issues is looked at where it is issued: the
 innermost Python frame that is neither the standard library's nor an installed package's decides.
 Where that is a frame of the subject, or there is none (a thread of torch), the warning is noted
-and the call goes on; where it is the check's own, the filters hold as they stand. Filters that
-ignore a warning, and what the subject does with its own warnings, stay as they are. The reference
-gets no such leave: it is this project's code.
+and the call goes on; where it is the check's own, the filters hold as they stand. What torch's
+compiler warns of while it reads a check's code is nobody's of these: it is shown, and the call goes
+on. Filters that ignore a warning, and what the subject does with its own warnings, stay as they
+are. The reference gets no such leave: it is this project's code.
 
 A test marked `warns_of_nothing` is judged by what was noted, at the end of the run.
 """
@@ -33,6 +34,7 @@ from harness.settings.subjects import INSTALLED_TORCH, MODULES
 
 IMPORT = "import"
 CALL = "call"
+COMPILER = "compiler"
 CALLERS = "exercises"
 _REFERENCE = Path(__file__).parents[3] / "reference"
 _LIBRARIES = tuple(
@@ -81,15 +83,16 @@ class _Active:
         return self.root != INSTALLED_TORCH and (name + ".").startswith(self.root + ".")
 
     def issued_by(self, frame: FrameType | None) -> str:
-        """Whose warning it is that this frame issues: `CALL` or `IMPORT` of the subject, or ""."""
-        outermost = None
+        """Whose warning this frame issues: `CALL` or `IMPORT` of the subject, `COMPILER`, or ""."""
+        outermost, compiled = None, False
         while frame is not None:
             if self.is_subjects(frame):
                 outermost = frame
             elif not _of_a_library(frame):
                 if outermost is None:
-                    return ""
+                    return COMPILER if compiled else ""
                 break
+            compiled |= str(frame.f_globals.get("__name__", "")).startswith("torch._dynamo.")
             frame = frame.f_back
         imported = outermost is not None and outermost.f_code.co_name == "<module>"
         return IMPORT if imported else CALL
@@ -105,7 +108,7 @@ class _Active:
     ) -> None:
         """Note what is the subject's; for all else, what stood in `warnings.showwarning` before."""
         origin = self.issued_by(sys._getframe(1))
-        if not origin:
+        if origin in ("", COMPILER):
             self.previous(message, category, filename, lineno, file, line)
             return
         first = str(message).strip().partition("\n")[0][:300]
