@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ _REPRODUCED = """
 
 Each defect has a script that needs nothing but torch: `ci/reproduce SP-001` prints it. This is what
 they showed, by `ci/reproduce --all --check --write --torch VERSION`: as torch is, and after
-`shardproof.install()`.
+`shardproof.install()`; with callers: after `shardproof.install(callers=True)`.
 
 """
 
@@ -91,10 +91,15 @@ def _reproducers(defects: dict[str, Defect], reproduced: Reproduced) -> list[str
     heads = " | ".join(f"torch {version} | after install" for version in reproduced)
     rows = [f"| id | {heads} |", "| --- |" + " --- |" * (2 * len(reproduced))]
     for identity in defects:
-        said = [reproduced[version][identity] for version in reproduced]
-        words = " | ".join(f"{one['plain']} | {one['installed']}" for one in said)
+        said = [reproduced[version].get(identity, {}) for version in reproduced]
+        words = " | ".join(f"{one.get('plain', 'not run')} | {_installed(one)}" for one in said)
         rows.append(f"| {identity} | {words} |")
     return rows
+
+
+def _installed(said: Mapping[str, str]) -> str:
+    word = said.get("installed", "not run")
+    return f"{word}; {said['callers']} with callers" if "callers" in said else word
 
 
 def _cell(defects: list[Defect], ids: bool = False) -> str:

@@ -25,8 +25,10 @@ from harness.system import pipes
 
 FOLDER = Path(__file__).parent / "reproducers"
 REPRODUCED = Path(__file__).parent / "reproduced.json"
-"""What each said in the last `ci/reproduce --all --check --write` under each version of torch."""
-SIDES = ("plain", "installed")
+"""What each said in the last `ci/reproduce … --check --write` under each version of torch."""
+SIDES = {"plain": "", "installed": "install()", "callers": "install(callers=True)"}
+"""torch as it is; after install(); and after install(callers=True), for the defects it is for."""
+_CALLERS = "install(callers=True)"
 _EXIT = {"does not show": 0, "shows": 1, "broke": 3}
 _RANKS = re.compile(r"torchrun --standalone --nproc-per-node (\d+) (\S+)\n")
 
@@ -55,14 +57,20 @@ def verdict(identity: str, ended: Ended) -> str:
 
 
 def reproduced() -> dict[str, dict[str, dict[str, str]]]:
-    """What each reproducer said as torch is, and after install, by version of torch and defect."""
+    """What each reproducer said, by version of torch, defect and side."""
     return dict(json.loads(REPRODUCED.read_text()))
 
 
 def expected(defect: Defect, torch: str, side: str) -> str:
     """What the catalogue says that a reproducer shows under this torch."""
-    there = defect.is_in(torch) and not (side == "installed" and "install" in defect.mended_by)
+    menders = {"plain": (), "installed": ("install",)}.get(side, ("install", _CALLERS))
+    there = defect.is_in(torch) and not set(menders) & set(defect.mended_by)
     return "shows" if there else "does not show"
+
+
+def sides(defect: Defect) -> list[str]:
+    """What a defect's reproducer is run on."""
+    return [side for side in SIDES if side != "callers" or _CALLERS in defect.mended_by]
 
 
 def main() -> int:
@@ -78,17 +86,17 @@ def main() -> int:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="run each twice, plain and after install, and compare with the catalogue",
+        help="run each on torch as it is and after install, and compare with the catalogue",
     )
     parser.add_argument(
-        "--write", action="store_true", help="with --all --check: keep it for docs/defects.md"
+        "--write", action="store_true", help="with --check: keep it for docs/defects.md"
     )
     parser.add_argument("--warm", action="store_true", help="run in forks of one process: faster")
     options = parser.parse_args()
     if options.check and (options.install or options.callers):
         parser.error("--check runs with and without install: leave --install and --callers out")
-    if options.write and not (options.check and options.all):
-        parser.error("--write is for --all --check")
+    if options.write and not options.check:
+        parser.error("--write is for --check")
     known, found = catalogue.read(), files()
     if not options.ids and not options.all:
         parser.error("name a defect, as SP-001, or --all")
@@ -100,7 +108,7 @@ def main() -> int:
             parser.error(f"{identity}: has no reproducer yet")
     if (options.install or options.callers) and not (options.run or options.all):
         parser.error("--install and --callers are for --run or --all")
-    if not (options.run or options.all):
+    if not (options.run or options.all or options.check):
         print("\n".join(found[i].read_text() for i in wanted), end="")
         return 0
     if options.check:
@@ -116,30 +124,38 @@ def main() -> int:
 
 
 def _check(wanted: Sequence[str], known: Mapping[str, Defect], *, warm: bool, write: bool) -> int:
-    """Run all as torch is, and after install; 1 where one says what the catalogue does not."""
+    """Run each on all its sides; 1 where one says what the catalogue does not."""
     from torch import __version__
 
     torch = str(__version__)
-    sides = {}
-    for side in SIDES:
-        print(f"--- torch {torch}{', after install' * (side == 'installed')}", flush=True)
-        sides[side] = _run(wanted, install=side == "installed", warm=warm, brief=True)
+    said: dict[str, dict[str, str]] = {identity: {} for identity in wanted}
+    for side, call in SIDES.items():
+        those = [identity for identity in wanted if side in sides(known[identity])]
+        if not those:
+            continue
+        print(f"--- torch {torch}{call and f', after {call}'}", flush=True)
+        found = _run(
+            those, install=side != "plain", callers=side == "callers", warm=warm, brief=True
+        )
+        for identity, word in found.items():
+            said[identity][side] = word
+    runs = [(i, side, word) for i, words in said.items() for side, word in words.items()]
     differ = [
-        f"{i} {said[i]} ({side}, torch {torch}); the catalogue says: "
-        f"{expected(known[i], torch, side)}"
-        for side, said in sides.items()
-        for i in wanted
-        if said[i] != expected(known[i], torch, side)
+        f"{i} {word} ({side}, torch {torch}); the catalogue says: {expected(known[i], torch, side)}"
+        for i, side, word in runs
+        if word != expected(known[i], torch, side)
     ]
-    print(f"--- {len(differ)} of {2 * len(wanted)} differ from the catalogue", *differ, sep="\n")
-    if "broke" in {word for said in sides.values() for word in said.values()}:
+    print(f"--- {len(differ)} of {len(runs)} differ from the catalogue", *differ, sep="\n")
+    if any(word == "broke" for *_, word in runs):
         print("ci/reproduce: a reproducer broke", file=sys.stderr)
         return 3
     if write:
         kept = reproduced()
-        said_of = {i: {side: said[i] for side, said in sides.items()} for i in wanted}
-        kept[Version(torch).base_version] = said_of
-        kept = dict(sorted(kept.items(), key=lambda one: Version(one[0])))
+        of_this = kept.setdefault(Version(torch).base_version, {})
+        of_this |= said
+        kept = {
+            version: dict(sorted(kept[version].items())) for version in sorted(kept, key=Version)
+        }
         REPRODUCED.write_text(json.dumps(kept, indent=1) + "\n")
         print(f"{REPRODUCED}: written; ci/defects --write puts it on the page")
     return 1 if differ else 0
