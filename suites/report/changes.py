@@ -87,7 +87,7 @@ def changes(
     known = [p for p in pairs if _defects(old[p.check]) and _defects(new[p.check])]
     differ = [p for p in known if p.before != p.now]
     catalogue = read()
-    varied = [p for p in differ if {p.before, p.now} <= _named(catalogue, _defects(new[p.check]))]
+    varied = [p for p in differ if {p.before, p.now} <= ways(catalogue, _defects(new[p.check]))]
     return Changes(
         appeared=_only(met_now, met_before, old),
         vanished=_only(met_before, met_now, new),
@@ -178,7 +178,7 @@ def _defects(check: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(check["expected"].get("defects", ())) if known else ()
 
 
-def _named(catalogue: Mapping[str, Defect], defects: Iterable[str]) -> set[str]:
+def ways(catalogue: Mapping[str, Defect], defects: Iterable[str]) -> set[str]:
     """How checks of these defects may come out, by the severities of the catalogue."""
     words = {word for i in defects if i in catalogue for word in catalogue[i].severity}
     return {"fails", *(words & set(KINDS))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from defects.catalogue import Defect
-from report.changes import kind
+from report.changes import kind, ways
 from website.history import History, Run
 
 _LETTERS = {"holds": "p", "fails": "f", "crashes": "c", "hangs": "h"}
@@ -45,6 +45,8 @@ def data(found: History, known: dict[str, Defect]) -> dict[str, Any]:
             i: [known[i].worst, known[i].title]
             for i in sorted(met & known.keys(), key=lambda i: known[i].rank)
         },
+        # How checks of a defect may come out, any time anew.
+        "ways": {i: "".join(sorted(_LETTERS[w] for w in ways(known, [i]))) for i in sorted(met)},
         "runs": listed,
         "letters": list(letters),
         "defects": [ones for _, ones in defects.values()],

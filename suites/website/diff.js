@@ -29,9 +29,15 @@ function compare(data, one, other) {
   const changed = common.filter((n) => how(old, n) !== how(now, n));
   const unnamed = (n) => !namedOld.has(n) && !namedNow.has(n);
   const unexpected = (n) => now[n] !== now[n].toLowerCase();
-  const known = changed.filter((n) => namedOld.has(n) && namedNow.has(n));
+  const ways = {};
+  for (const [id, places] of Object.entries(after))
+    for (const n of places) ways[n] = (ways[n] || "") + data.ways[id];
+  const varies = (n) => [old, now].every((letters) => ways[n].includes(letters[n].toLowerCase()));
+  const both = changed.filter((n) => namedOld.has(n) && namedNow.has(n));
+  const known = both.filter((n) => !varies(n));
   return {
     common: common.length, only, old, now,
+    varied: both.filter(varies),
     appeared: alone(after, before, old),
     vanished: alone(before, after, now),
     renamed: Object.entries(after).filter(([id, places]) => !(id in before) && places.every((n) => !holds(old, n))),
@@ -100,6 +106,7 @@ else (() => {
       ...checks("hold now, and led to no defect", found.mended, found),
       ...checks("are worse", found.worse, found),
       ...checks("are better, and still fail", found.better, found),
+      ...checks("failed in another of the ways that their defect names", found.varied, found),
       ...defects("Met now by checks that failed before, too", found.renamed), ...alone);
     document.title = `shardproof: ${one.title} → ${other.title}`;
   }

@@ -223,6 +223,10 @@ PAIRS = {
         [known("a", "SP-001"), hangs("b", "SP-001")],
         [hangs("a", "SP-001"), known("b", "SP-001")],
     ),
+    "another way that its defect names": (
+        [known("a", "SP-033"), known("b", "SP-001")],
+        [hangs("a", "SP-033"), hangs("b", "SP-001", "SP-033")],
+    ),
     "another name": ([known("a", "SP-001")], [known("a", "SP-002")]),
     "not run": (
         [known("a", "SP-001"), holds("b")],
@@ -299,6 +303,7 @@ def test_in_a_browser_two_runs_differ_as_ci_compare_says(
             r"<li>(\w+) → (\w+) +<code>(\w+)</code>", section(rf"\d+ checks? {title}")
         )
         assert sorted(listed) == sorted((c.before, c.now, c.check) for c in several), title
+    assert ("in another of the ways" in shown) is bool(expected.varied)
     assert f"{expected.common} check{'s' if expected.common != 1 else ''} ran in both." in text_of(
         page
     )
