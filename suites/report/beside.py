@@ -17,12 +17,16 @@ _MOST = 20
 
 
 def run_beside(data: Mapping[str, Any], folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest run beside `folder` of the same subject and backend under another torch."""
+    """The newest run beside `folder` of the same subject and backend under another torch.
+
+    It has to hold most of the checks: what a few of them show says little of a torch.
+    """
     folder = folder.resolve()
     others = [p for p in folder.parent.glob("*/results.json") if p.parent.resolve() != folder]
     for path in sorted(others, key=lambda p: p.stat().st_mtime, reverse=True)[:_MOST]:
         try:
-            if _is_of_another_torch(data["run"], read(path, validate=False).get("run", {})):
+            other = read(path, validate=False)
+            if _is_of_another_torch(data["run"], other.get("run", {})) and _covers(other, data):
                 return path, read(path)
         except BadResultsError:
             continue  # of an older form: nothing to compare with
@@ -32,6 +36,12 @@ def run_beside(data: Mapping[str, Any], folder: Path) -> tuple[Path, dict[str, A
 def _is_of_another_torch(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     same = all(run[key] == other.get(key) for key in ("subject", "backend", "device"))
     return same and run["torch"] != other.get("torch")
+
+
+def _covers(other: Mapping[str, Any], data: Mapping[str, Any]) -> bool:
+    there = {check["id"] for check in other.get("checks", ())}
+    here = [check["id"] for check in data["checks"]]
+    return 2 * sum(identity in there for identity in here) > len(here)
 
 
 def lines(data: Mapping[str, Any], folder: Path) -> Iterator[str]:

@@ -38,11 +38,13 @@ def test_the_same_defects_are_said_to_be_the_same(tmp_path: Path) -> None:
 
 
 def test_only_a_run_of_the_same_kind_counts(tmp_path: Path) -> None:
-    now = results(known("a", "SP-001"), torch="2.13.0+cpu")
+    more = [check(f"a{n}") for n in range(9)]
+    now = results(known("a", "SP-001"), *more, torch="2.13.0+cpu")
     folder = left(tmp_path, "now", now)
     left(tmp_path, "same", results(check("a"), torch="2.13.0+cpu"))
     left(tmp_path, "fork", results(check("a"), torch="2.11.0+cpu", subject="my.fork"))
     left(tmp_path, "gpu", results(check("a"), torch="2.11.0+cpu", backend="nccl"))
     left(tmp_path, "others", results(check("z"), torch="2.11.0+cpu"))
+    left(tmp_path, "few", results(*more[:5], torch="2.11.0+cpu"))
     left(tmp_path, "broken", {"run": {}})
     assert list(lines(now, folder)) == []
