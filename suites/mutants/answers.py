@@ -21,6 +21,7 @@ from typing import Any
 
 from mutants.judge import path_of
 from mutants.operators import Automatic
+from mutants.scope import current
 
 PATH = Path(__file__).parent / "survivors.toml"
 _FIELDS = ("file", "function", "operator", "old", "new")
@@ -39,7 +40,7 @@ class Answer:
 
 
 def read(mutants: Iterable[Automatic], path: Path = PATH) -> dict[Automatic, Answer]:
-    """The answers by mutant; BadAnswerError names the first entry that does not hold."""
+    """The answers by mutant of the scope; BadAnswerError names the first that does not hold."""
     known = {mutant.key: mutant for mutant in mutants}
     found: dict[Automatic, Answer] = {}
     entries = tomllib.loads(path.read_text()).get("survivor", []) if path.exists() else []
@@ -49,6 +50,8 @@ def read(mutants: Iterable[Automatic], path: Path = PATH) -> dict[Automatic, Ans
             raise BadAnswerError(f"{told}: expected a text for {', '.join(missing)}")
         if unknown := entry.keys() - {*_FIELDS, "nth", "equivalent", "check"}:
             raise BadAnswerError(f"{told}: unknown: {', '.join(sorted(unknown))}")
+        if not current().has(entry["file"]):
+            continue
         named = Automatic(**{name: entry[name] for name in _FIELDS}, nth=entry.get("nth", 0))
         mutant = known.get(named.key)
         if mutant is None:

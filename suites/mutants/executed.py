@@ -20,7 +20,8 @@ from typing import Any
 
 from mutants import marks
 from mutants.instrument import marks_of_mutants, plant_marks
-from mutants.judge import ROOT, SUITE, Judge, path_of
+from mutants.judge import ROOT, Judge, path_of
+from mutants.scope import current
 from mutants.statements import Statement, digest_of_the_reference, statements
 
 FOLDER = ROOT / "out" / "mutation"
@@ -202,6 +203,6 @@ def _class_of(variant: str) -> str:
 @functools.cache
 def _digest(file: str) -> str:
     """Of a file of checks and of what all checks share."""
-    suite = ROOT / SUITE
-    parts = [path_of(file), suite / "conftest.py", *sorted((suite / "kit").glob("*.py"))]
+    suite = sorted((ROOT / current().suite).rglob("*.py"))
+    parts = [path_of(file), *(p for p in suite if not p.name.startswith("test_"))]
     return hashlib.sha256(b"".join(p.read_bytes() for p in parts)).hexdigest()[:16]

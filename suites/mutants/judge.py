@@ -1,4 +1,4 @@
-"""Judges changed copies of the reference with the conformance checks, from one warm parent.
+"""Judges changed copies of the reference with the checks of a scope, from one warm parent.
 
 The parent imports torch and collects the checks once. For each copy it forks a session, which
 imports the copy instead of the reference, runs the checks that it was given until one fails, and
@@ -27,13 +27,11 @@ import pytest
 from harness.rank import rank_process
 from harness.settings import subject_warnings, subjects
 from harness.system import processes
+from mutants import scope
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "reference" / "shardproof"
 SUBJECT = "shardproof"
-SUITE = "suites/conformance"
-INSTALLING = "suites/integration/test_install.py"
-"""The checks of `install` and `uninstall`, which are no functions of torch."""
 BAD = frozenset({"fail", "timeout", "crash", "error"})
 DOUBTFUL = frozenset({"timeout", "error"})
 """What a busy machine may say of a good subject: it counts only when it repeats."""
@@ -42,9 +40,14 @@ SILENCE = 120.0
 
 
 def path_of(check: str) -> Path:
-    """The file of a check; those of the conformance suite are named from there."""
+    """The file of a check; those of the scope's suite are named from there."""
     file = check.partition("::")[0]
-    return ROOT / ("" if file.startswith("suites/") else SUITE) / file
+    return ROOT / ("" if file.startswith("suites/") else scope.current().suite) / file
+
+
+def name_of(node: str) -> str:
+    """A check's name, by its id of pytest."""
+    return node.removeprefix(scope.current().suite + "/")
 
 
 class CannotPlantError(Exception):
@@ -84,7 +87,7 @@ class Judge:
         self._snapshot = REFERENCE
         self._say: Any = None
         self.items: dict[str, pytest.Item] = {}
-        """The conformance checks by id."""
+        """The checks of the scope by name."""
         self.after_check: Callable[[], dict[str, Any]] = dict
         """What a session adds to what it says of each check."""
 
@@ -95,7 +98,7 @@ class Judge:
             return False
         self._config = session.config
         self.items = {
-            item.nodeid.removeprefix(SUITE + "/"): item
+            name_of(item.nodeid): item
             for item in session.items
             if item.get_closest_marker("warns_of_nothing") is None
         }
@@ -116,7 +119,7 @@ class Judge:
         if verdict is None or self._say is None:
             return
         self._say(
-            check=report.nodeid.removeprefix(SUITE + "/"),
+            check=name_of(report.nodeid),
             verdict=str(verdict),
             seconds=round(report.duration, 3),
             message=str(report.longreprtext).partition("\n")[0][:300],
@@ -277,9 +280,10 @@ def from_a_warm_parent(work: Callable[[Judge], None], *arguments: str) -> int:
                     *("-p", "no:cacheprovider"),
                     *("--subject", SUBJECT, "--run-dir", f"{folder}/run"),
                     *("--thorough", "--collective-limit", "4", "--check-limit", "15"),
+                    *scope.current().options,
                     *arguments,
-                    SUITE,
-                    INSTALLING,
+                    scope.current().suite,
+                    *scope.current().besides,
                 ],
                 plugins=[Judge(work)],
             )

@@ -13,8 +13,9 @@ from typing import Any
 
 from mutants import answers
 from mutants.answers import Answer, entry_for
-from mutants.judge import INSTALLING, ROOT, SUITE, Result
+from mutants.judge import ROOT, Result
 from mutants.operators import Automatic
+from mutants.scope import current
 from mutants.statements import digest_of_the_reference
 
 _NAME = "judged.jsonl"
@@ -24,7 +25,8 @@ _OPEN = {"broken", "undecided"}
 @functools.cache
 def state_of_the_code() -> str:
     """A digest of the reference and of the checks."""
-    paths = [*sorted((ROOT / SUITE).rglob("*.py")), ROOT / INSTALLING]
+    paths = [*sorted((ROOT / current().suite).rglob("*.py"))]
+    paths += [ROOT / file for file in current().besides]
     checks = [path.read_bytes() for path in paths]
     return hashlib.sha256(repr((digest_of_the_reference(), checks)).encode()).hexdigest()[:16]
 

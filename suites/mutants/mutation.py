@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from harness.system import pipes
-from mutants import answers
+from mutants import answers, scope
 from mutants.answers import Answer, BadAnswerError
 from mutants.executed import FOLDER, Executed
 from mutants.instrument import marks_of_mutants
@@ -212,6 +212,11 @@ def _shard(text: str) -> tuple[int, int]:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="ci/mutation", description=__doc__)
     add = parser.add_argument
+    add(
+        "--callers",
+        action="store_true",
+        help="of what install(callers=True) puts in, judged by suites/integration",
+    )
     add("--module", action="append", metavar="GLOB", help="only files that match: grid.py, fsdp/*")
     add("--sample", type=int, metavar="N", help="N of them, the same ones for the same seed")
     add("--each", type=int, metavar="N", help="N of each module, the same ones for the same seed")
@@ -245,6 +250,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Judge the mutants that the options name, or tell what is known of them."""
     options = _options(arguments)
+    if options.callers:
+        scope.choose("callers")
     mutants = all_mutants()
     try:
         known = answers.read(mutants)

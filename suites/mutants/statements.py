@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mutants.judge import REFERENCE
+from mutants.scope import current
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
@@ -37,9 +38,9 @@ class Statement:
 
 @functools.cache
 def sources() -> dict[str, str]:
-    """The text of each module of the reference, by its path, as it was when first asked for."""
-    found = sorted(REFERENCE.rglob("*.py"))
-    return {str(path.relative_to(REFERENCE)): path.read_text() for path in found}
+    """The text of each module of the scope, by its path, as it was when first asked for."""
+    found = {str(path.relative_to(REFERENCE)): path for path in sorted(REFERENCE.rglob("*.py"))}
+    return {file: path.read_text() for file, path in found.items() if current().has(file)}
 
 
 @functools.cache
