@@ -8,5 +8,6 @@ A check that no fault kills proves nothing. There are three kinds:
 
 All are planted in a copy of the reference, which `judge` judges from one warm parent; `executed`
 knows which check runs which statement, and `scope` which modules are judged by which suite. What
-survives `ci/mutation` has its answer in survivors.toml. To add a fault: one entry in catalog.py, or one patch.
+survives `ci/mutation` has its answer in survivors.toml. To add a fault: one entry in catalog.py, or
+one patch.
 """

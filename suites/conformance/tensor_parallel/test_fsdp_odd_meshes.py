@@ -87,16 +87,6 @@ class TestChunkDTensorOddMeshes:
         got = judged(leaf, fsdp_rank(root), fsdp_mesh(root))
         assert_chunked(got, numbers(*FULL), root, S(1))
 
-    @pytest.mark.law("symmetry")
-    @pytest.mark.world(3)
-    def test_a_root_without_this_rank(self, judged: Any, mesh: Any, rank: int) -> None:
-        """A rank that is not on the root mesh must be told so."""
-        root = mesh(1, 2, ranks=[0, 1])
-        if rank == 2:
-            refused(lambda: judged(numbers(*FULL), 0, root["dp"]), "rank")
-        else:
-            assert_chunked(judged(numbers(*FULL), 0, root["dp"]), numbers(*FULL), root, None)
-
 
 @pytest.mark.judges("tensor.parallel.fsdp._all_gather_dtensor")
 class TestAllGatherDTensorOddMeshes:
