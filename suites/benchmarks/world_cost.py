@@ -1,8 +1,9 @@
 """What a check costs: this harness against torch's own two, one machine, one run.
 
-`python suites/benchmarks/world_cost.py` (or ci/world-cost) runs the same trivial case of 4 ranks,
-a 2-D mesh and a gathered DTensor, in interleaved rounds under each harness, and prints the median
-seconds a case and the ratios. Exit 1 when a fresh world costs more than --limit.
+It runs the same trivial case of 4 ranks, a 2-D mesh and a gathered DTensor, in interleaved rounds
+under each harness, and prints the median seconds a case and the ratios. Then it runs such cases
+side by side, as --jobs does, and prints what one more of them costs. Exit 1 when a fresh world
+costs more than --limit.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import argparse
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from harness.system import pipes
@@ -92,9 +96,33 @@ HARNESSES = {
 }
 
 
+SIDE_BY_SIDE = (1, 4, 8)
+FEW, MANY = 8, 40
+"""Cases of the two runs whose difference is what a case costs without the start of the session."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run has taken."""
+
+    seconds: float
+    cpu: float
+    """Seconds of all processes of the run."""
+    started: float
+    """Processes and threads that the whole machine started meanwhile."""
+    faulted: float
+    """MiB of pages that the processes of the run were given: copied, cleared or mapped."""
+
+    @classmethod
+    def per_case(cls, few: Cost, many: Cost) -> Cost:
+        """Of one case more."""
+        pairs = zip(astuple(few), astuple(many), strict=True)
+        return cls(*((more - less) / (MANY - FEW) for less, more in pairs))
+
+
 def main() -> int:
-    """Measure, print the table, hold the fresh world to its limit."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure, print the tables, hold the fresh world to its limit."""
+    parser = argparse.ArgumentParser(prog="ci/world-cost", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     parser.add_argument("--limit", type=float, default=0.25, metavar="S")
     options = parser.parse_args()
@@ -117,13 +145,50 @@ def main() -> int:
         mean = statistics.median(totals[name])
         print(f"{name:<50}{statistics.median(seconds):>12.3f}{mean:>12.3f}{mean / base:>15.1f}x")
     print("(the first case of a MultiProcContinuousTest class starts its ranks: see the mean)")
+    tell_side_by_side(options.rounds)
     if fresh > options.limit:
         print(f"a fresh world costs {fresh:.3f} s, more than {options.limit} s", file=sys.stderr)
         return 1
     return 0
 
 
-def measure(source: str, *, fresh: bool) -> list[float]:
+def tell_side_by_side(rounds: int) -> None:
+    """Print what one more world costs where so many run at once, medians of the rounds."""
+    found: dict[int, list[Cost]] = defaultdict(list)
+    for number in range(rounds):
+        for jobs in SIDE_BY_SIDE:
+            print(f"round {number + 1} of {rounds}: {jobs} at once", file=sys.stderr, flush=True)
+            found[jobs].append(Cost.per_case(*(_cost(cases, jobs) for cases in (FEW, MANY))))
+    names = "".join(f"{field.name:>12}" for field in fields(Cost))
+    print(f"\n{'worlds at once':<16}{names}  a world")
+    for jobs, costs in found.items():
+        medians = (statistics.median(values) for values in zip(*map(astuple, costs), strict=True))
+        print(f"{jobs:<16}" + "".join(f"{value:>12.3f}" for value in medians))
+    print("(CPU seconds; processes and threads that the machine started; MiB that were faulted in)")
+
+
+def _cost(cases: int, jobs: int) -> Cost:
+    began, before = time.monotonic(), _started()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = measure(FRESH.format(cases=cases), fresh=True, jobs=jobs)
+    if len(seconds) != cases:
+        raise RuntimeError(f"{len(seconds)} of {cases} cases were measured")
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Cost(
+        time.monotonic() - began,
+        now.ru_utime - used.ru_utime + now.ru_stime - used.ru_stime,
+        _started() - before,
+        (now.ru_minflt - used.ru_minflt) * resource.getpagesize() / 2**20,
+    )
+
+
+def _started() -> int:
+    found = re.search(r"(?m)^processes (\d+)", Path("/proc/stat").read_text())
+    assert found
+    return int(found[1])
+
+
+def measure(source: str, *, fresh: bool, jobs: int = 1) -> list[float]:
     """Seconds of each case: set-up, call and tear-down, as its harness counts them."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -137,8 +202,8 @@ def measure(source: str, *, fresh: bool) -> list[float]:
                 "harness",
                 "-p",
                 "harness.session.plugin",
-                "--run-dir",
-                str(folder / "run"),
+                f"--run-dir={folder / 'run'}",
+                f"--jobs={jobs}",
             ]
         else:
             command = ["-m", "pytest", "-p", "no:timeout"]
