@@ -128,15 +128,19 @@ def load_from_rank0(load: Load, model: nn.Module, state_dict: Mapping[str, Any],
 
 
 def refuse_alike(
-    model: nn.Module, optimizers: Sequence[Optimizer], state_dict: Mapping[str, Any], info: Any
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    state_dict: Mapping[str, Any],
+    info: Any,
+    group: dist.ProcessGroup | None,
 ) -> None:
     """Refuse an optimizer's state on every rank that is about to wait for one that refuses it.
 
-    Torch looks for what each optimizer needs where there is a state dict: with a broadcast on
-    rank 0. So does this, before.
+    Torch looks for what each optimizer needs where there is a state dict: with a broadcast over
+    `group`, or all ranks, on its first rank. So does this, before.
     """
     if info.broadcast_from_rank0:
-        domains = [group_domain(dist.distributed_c10d._get_default_group())]
+        domains = [group_domain(group or dist.distributed_c10d._get_default_group())]
     else:
         domains = _fsdp_domains(info.fsdp_modules)
     if not domains or simulates_ranks():

@@ -15,13 +15,16 @@ from torch.distributed.checkpoint import state_dict as upstream
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.optim import Optimizer
 
-from shardproof.checkpoint import _full_loads, _local_optimizer_state
+from shardproof._core.sharding.simulated_ranks import simulates_ranks
+from shardproof.checkpoint import _full_loads, _local_optimizer_state, _optimizer_state
 
 # Torch's own, whatever is installed: this module is imported before they are replaced.
 _get_model = upstream._get_model_state_dict
 _load_model = upstream._load_model_state_dict
 _get_optim = upstream._get_optim_state_dict
 _load_optim = upstream._load_optim_state_dict
+_split_optim = upstream._split_optim_state_dict
+_unflatten_optim = upstream._unflatten_optim_state_dict
 _fsdp_group: Any = getattr(upstream, "_get_fsdp_process_group", None)
 
 
@@ -119,24 +122,22 @@ def _get_fsdp_process_group(model: nn.Module, info: Any) -> dist.ProcessGroup | 
         model: the model.
         info: the options, as torch has worked them out.
 
-    With ``broadcast_from_rank0`` all: where there is tensor parallelism, FSDP has several groups,
-    and one of them has rank 0. With ``full_state_dict`` and ``cpu_offload``, too, which give the
-    state to rank 0, if the model is on all ranks.
+    With ``broadcast_from_rank0`` all, if the model is on all: with tensor parallelism FSDP has
+    several groups, and one of them has rank 0. With ``full_state_dict`` and ``cpu_offload``, too,
+    which then give the state to rank 0. A model on some ranks is loaded from the first of them.
 
     """
-    group: dist.ProcessGroup | None = (
-        None if info.broadcast_from_rank0 else _fsdp_group(model, info)
-    )
-    if group is not None and info.full_state_dict and info.cpu_offload:
-        sizes = [
-            extension.mesh.size()
-            for module in info.fsdp_modules
-            for extension in (module._handle.flat_param._param_extensions if module._handle else ())
-            if isinstance(extension, DTensorSpec)
-        ]
-        if sizes and sizes[0] * dist.get_world_size(group) == dist.get_world_size():
-            return None
-    return group
+    group: dist.ProcessGroup | None = _fsdp_group(model, info)
+    sizes = [
+        extension.mesh.size()
+        for module in info.fsdp_modules
+        for extension in (module._handle.flat_param._param_extensions if module._handle else ())
+        if isinstance(extension, DTensorSpec)
+    ]
+    tensor_parallel = sizes[0] if sizes else 1
+    on_all_ranks = tensor_parallel * dist.get_world_size(group) == dist.get_world_size()
+    of_rank_0 = info.broadcast_from_rank0 or (sizes and info.full_state_dict and info.cpu_offload)
+    return None if of_rank_0 and on_all_ranks else group
 
 
 @torch.no_grad()
@@ -157,13 +158,91 @@ def _load_optim_state_dict(
 
     A full state is taken nested and flat (SP-076). State of local Parameters is taken as
     :func:`_get_optim_state_dict` gives it, as DTensors of any placements, or as this rank's own
-    plain tensors (SP-069).
+    plain tensors (SP-069). A full state without tensors is loaded as it is (SP-090).
 
     """
     if info.full_state_dict and not info.fsdp_modules:
         info = replace(info, flatten_optimizer_state_dict=False)
     if info.handle_optim:
-        _full_loads.refuse_alike(model, optimizers, state_dict, info)
+        group = _get_fsdp_process_group(model, info) if _fsdp_group and info.fsdp_modules else None
+        _full_loads.refuse_alike(model, optimizers, state_dict, info, group)
     specs = _local_optimizer_state.specs_of(model) if info.handle_optim else {}
     with _local_optimizer_state.unwrapping(optimizers, specs):
-        _load_optim(model, optimizers, state_dict, info)
+        rest = [
+            optimizer
+            for optimizer in optimizers
+            if not _load_without_tensors(model, optimizer, state_dict, info)
+        ]
+        _load_optim(model, tuple(rest), state_dict, info)
+
+
+def _load_without_tensors(
+    model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any], info: Any
+) -> bool:
+    """Load a full state if neither it nor the optimizer has tensors to distribute; whether so."""
+    full = info.handle_optim and info.full_state_dict and not info.fsdp_modules
+    if not full or simulates_ranks():
+        return False
+    upstream._init_optim_state(optimizer)
+    if any(map(_optimizer_state.has_tensors, optimizer.state.values())):
+        return False
+    take: Any = _split_optim_state_dict if "state" in state_dict else _unflatten_optim_state_dict
+    arguments = (model, optimizer) if "state" in state_dict else (optimizer,)
+    taken = take(*arguments, state_dict, info) if state_dict else None
+    told = [None if taken is None or _optimizer_state.has_tensors(taken["state"]) else taken]
+    if info.broadcast_from_rank0:
+        dist.broadcast_object_list(told, src=0)
+    if told[0] is None:
+        return False
+    as_it_is = replace(info, full_state_dict=False, broadcast_from_rank0=False)
+    _load_optim(model, (optimizer,), told[0], as_it_is)
+    return True
+
+
+def _split_optim_state_dict(
+    model: nn.Module, optim: Optimizer, optim_state_dict: dict[str, Any], info: Any
+) -> dict[str, Any]:
+    """What a nested state dict of all optimizers has for one of them.
+
+    Args:
+        model: the model.
+        optim: the optimizer.
+        optim_state_dict: the state dict. Not changed.
+        info: the options, as torch has worked them out.
+
+    An optimizer that holds no state, for all of its parameters or for some, needs none (SP-090).
+
+    Raises:
+        RuntimeError: with ``strict``, state is missing.
+
+    """
+    given = optim_state_dict
+    if not given["state"] and _optimizer_state.by_name(given):
+        given = {**given, "state": {"": {}}}  # torch takes an empty one for one by numbers
+    taken: dict[str, Any] = _split_optim(model, optim, given, replace(info, strict=False))
+    if info.strict and taken is not given:
+        _optimizer_state.refuse_missing(optim, optim_state_dict, taken, info)
+    return taken
+
+
+def _unflatten_optim_state_dict(
+    optim: Optimizer, state_dict: dict[str, Any], info: Any
+) -> dict[str, Any]:
+    """What a flat state dict of all optimizers has for one of them, nested.
+
+    Args:
+        optim: the optimizer.
+        state_dict: the flat state dict.
+        info: the options, as torch has worked them out.
+
+    Which state a parameter has is asked of the state dict. Torch asks the optimizer, which may be
+    new, or hold none for parameters of other ranks (SP-089).
+
+    Raises:
+        RuntimeError: with ``strict``, state that the optimizer holds is missing.
+
+    """
+    named: Any = _optimizer_state.Named.of(optim, state_dict, info)
+    found: dict[str, Any] = _unflatten_optim(named, state_dict, info)
+    found["state"] = {name: state for name, state in found["state"].items() if state}
+    return found

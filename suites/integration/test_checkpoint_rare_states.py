@@ -1,0 +1,255 @@
+"""Checkpoints of states that few tests have: on some ranks, in pieces, flat, of slices, empty."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.optim import SGD, Optimizer
+
+from conformance.kit.compare import assert_same, local
+from conformance.kit.data import numbers
+from integration.kit.checkpoints import given
+from integration.kit.recipes import GATHERS
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`_get_pg_default_device` will be deprecated"),
+    pytest.mark.filterwarnings("ignore:Multiple backends are registered"),
+    pytest.mark.filterwarnings("ignore:Please use DTensor instead"),
+]
+
+FULL = StateDictOptions(full_state_dict=True)
+BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def layers(*sizes: int) -> nn.Module:
+    """Layers without a bias, one weight larger than the other by a factor."""
+    model = nn.Sequential(*(nn.Linear(4, size, bias=False) for size in sizes))
+    with torch.no_grad():
+        for number, param in enumerate(model.parameters(), 1):
+            param.fill_(number)
+    return model
+
+
+def momentum(model: nn.Module) -> Optimizer:
+    return SGD(model.parameters(), 0.5, momentum=0.5, foreach=False)
+
+
+def stepped(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """Take a step; by name, what this rank then holds of each moment."""
+    for number, param in enumerate(model.parameters(), 1):
+        param.grad = torch.full_like(param, number)
+    optimizer.step()
+    return moments(model, optimizer)
+
+
+def moments(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        name: local(optimizer.state[param]["momentum_buffer"]).clone()
+        for name, param in model.named_parameters()
+        if optimizer.state.get(param)
+    }
+
+
+def assert_moments(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert list(got) == list(expected), f"moments of {list(got)}, expected {list(expected)}"
+    for name, moment in expected.items():
+        assert_same(got[name], moment, f"moment of {name}")
+
+
+@pytest.mark.exercises("checkpoint.optimizer")
+class TestFsdp1OnSomeRanks:
+    @pytest.mark.law("group")
+    @pytest.mark.world(4, collective=8, limit=25)
+    @pytest.mark.parametrize("original", [False, True], ids=["flat parameters", "original"])
+    @GATHERS
+    def test_the_first_of_its_group_has_it(self, device: Any, world: Any, original: bool) -> None:
+        """FSDP1 on ranks 1 and 3 must give the optimizer's state, and load rank 1's, among them."""
+        group = dist.new_group([1, 3])
+        if world.rank not in (1, 3):
+            return
+        model = FullyShardedDataParallel(
+            layers(4).to(device), group, device_id=device, use_orig_params=original
+        )
+        optimizer = momentum(model)
+        stepped(model, optimizer)
+        found = FullyShardedDataParallel.optim_state_dict(model, optimizer, group=group)["state"]
+        expected = torch.ones(4, 4, device=device)
+        assert_same(found["0.weight"]["momentum_buffer"], expected, "of optim_state_dict()")
+        state: Any = get_optimizer_state_dict(model, optimizer, options=FULL)
+        assert_same(state["state"]["0.weight"]["momentum_buffer"], expected, "got")
+        state["state"]["0.weight"]["momentum_buffer"] *= 2
+        options = BROADCAST
+        source = state if world.rank == 1 else {}
+        set_optimizer_state_dict(model, optimizer, source, options=options)
+        state = get_optimizer_state_dict(model, optimizer, options=FULL)
+        assert_same(state["state"]["0.weight"]["momentum_buffer"], expected * 2, "loaded")
+
+
+@pytest.mark.exercises("checkpoint.reshard")
+class TestPieces:
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    def test_a_rank_with_two_pieces(self, device: Any, mesh: Any, shared: Path) -> None:
+        """What a rank holds in two pieces must be saved as these, and loaded into both."""
+        full, line = numbers(8, 2, device=device), mesh(2)
+        pieces: list[Placement] = [_StridedShard(0, split_factor=2)]
+        for number, (old, new) in enumerate([([Shard(0)], pieces), (pieces, [Shard(0)])]):
+            saved = {"x": distribute_tensor(full, line, old)}
+            folder = shared / f"{number}"
+            state_dict_saver.save(saved, checkpoint_id=folder)
+            found = {"x": distribute_tensor(torch.zeros_like(full), line, new)}
+            state_dict_loader.load(found, checkpoint_id=folder)
+            expected = distribute_tensor(full, line, new).to_local()
+            assert_same(found["x"].to_local(), expected, f"from {old} into {new}")
+
+
+STATES: dict[str, Callable[[Any, Any], Any]] = {
+    "FSDP1": lambda device, _: get_model_state_dict(
+        FullyShardedDataParallel(layers(4, 4).to(device), device_id=device)
+    ),
+    "a slice": lambda device, line: {
+        "x": DTensor.from_local(numbers(4, 2, device=device)[2:], line, [Shard(0)])
+    },
+}
+
+
+@pytest.mark.exercises("checkpoint.async")
+class TestStagedStates:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("kind", STATES)
+    @pytest.mark.parametrize("stager", [None, BlockingAsyncStager], ids=["default", "blocking"])
+    def test_async_save(self, device: Any, mesh: Any, shared: Path, kind: str, stager: Any) -> None:
+        """What save() saves async_save() must save, too, whoever stages it."""
+        state = STATES[kind](device, mesh(2))
+        state_dict_saver.save(state, checkpoint_id=shared / "save")
+        written: Any = state_dict_saver.async_save(
+            state, checkpoint_id=shared / "async", async_stager=stager and stager()
+        )
+        written.result(timeout=20)
+        found = []
+        for folder in ("save", "async"):
+            found.append({name: torch.zeros(value.shape) for name, value in state.items()})
+            state_dict_loader.load(found[-1], checkpoint_id=shared / folder)
+        for name, value in found[0].items():
+            assert_same(found[1][name], value, name)
+
+
+def on_fsdp1(model: nn.Module, device: Any, line: Any) -> nn.Module:
+    return FullyShardedDataParallel(model, device_id=device, use_orig_params=True)
+
+
+def on_fully_shard(model: nn.Module, device: Any, line: Any) -> nn.Module:
+    fully_shard(model, mesh=line)
+    return model
+
+
+@pytest.mark.exercises("checkpoint.optimizer")
+class TestFlatStates:
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("wrap", [on_fsdp1, on_fully_shard])
+    @GATHERS
+    def test_into_a_new_optimizer(self, device: Any, mesh: Any, wrap: Any) -> None:
+        """A flat state must land in a new optimizer of a model that has gradients."""
+        model = wrap(layers(4, 4).to(device), device, mesh(2))
+        optimizer = momentum(model)
+        expected = stepped(model, optimizer)
+        state = get_optimizer_state_dict(model, optimizer, options=FLAT)
+        fresh = momentum(model)
+        set_optimizer_state_dict(model, fresh, state, options=FLAT)
+        assert_moments(moments(model, fresh), expected)
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(2, collective=8, limit=25)
+    @pytest.mark.parametrize("sizes", [(4, 4), (4, 8)], ids=str)
+    @GATHERS
+    def test_into_the_same_optimizer(self, device: Any, sizes: tuple[int, int], mesh: Any) -> None:
+        """FSDP1 must load a flat state into the optimizer that gave it, which trains on."""
+        model = on_fsdp1(layers(*sizes).to(device), device, mesh(2))
+        optimizer = momentum(model)
+        expected = stepped(model, optimizer)
+        state = get_optimizer_state_dict(model, optimizer, options=FLAT)
+        set_optimizer_state_dict(model, optimizer, state, options=FLAT)
+        assert_moments(moments(model, optimizer), expected)
+
+
+def without(model: nn.Module) -> Optimizer:
+    return SGD(model.parameters(), 0.5)
+
+
+def in_one_group(model: nn.Module) -> Optimizer:
+    first, second = model.parameters()
+    return SGD([{"params": [first], "momentum": 0.5}, {"params": [second]}], 0.5, foreach=False)
+
+
+def of_each(model: nn.Module) -> list[Optimizer]:
+    return [SGD([param], 0.5) for param in model.parameters()]
+
+
+@pytest.mark.exercises("checkpoint.optimizer")
+class TestNoState:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("make", [without, in_one_group, of_each])
+    @pytest.mark.parametrize("options", [StateDictOptions(), FULL, BROADCAST], ids=range(3))
+    def test_it_takes_what_it_gave(
+        self, device: Any, mesh: Any, make: Any, options: StateDictOptions
+    ) -> None:
+        """SGD without momentum, in all groups or in one, must load its own state, and the rates."""
+        model = on_fully_shard(layers(4, 4).to(device), device, mesh(2))
+        mine = make(model)
+        each = mine if isinstance(mine, list) else [mine]
+        for optimizer in each:
+            stepped(model, optimizer)
+            optimizer.zero_grad()
+        expected = [moments(model, optimizer) for optimizer in each]
+        state = get_optimizer_state_dict(model, mine, options=options)
+        for group in (group for optimizer in each for group in optimizer.param_groups):
+            group["lr"] = 0.25
+        set_optimizer_state_dict(model, mine, given(state, options), options=options)
+        rates = {group["lr"] for optimizer in each for group in optimizer.param_groups}
+        assert rates == {0.5}, f"rates {rates} are loaded"
+        for optimizer, before in zip(each, expected, strict=True):
+            assert_moments(moments(model, optimizer), before)
+
+
+@pytest.mark.exercises("checkpoint.optimizer")
+class TestStages:
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+    def test_each_has_its_rate(self, device: Any, world: Any, shared: Path, flat: bool) -> None:
+        """The optimizer of a pipeline's stage must get back its own rate from a checkpoint."""
+        options = StateDictOptions(flatten_optimizer_state_dict=flat)
+        stage = nn.ModuleDict({f"{world.rank}": layers(4)}).to(device)
+        make = partial(SGD, momentum=0.5, foreach=False)
+        old, new = (make(stage.parameters(), rate) for rate in (1.0 + world.rank, 0.5))
+        expected = stepped(stage, old)
+        stage.zero_grad()
+        saved = {"optimizer": get_optimizer_state_dict(stage, old, options=options)}
+        state_dict_saver.save(saved, checkpoint_id=shared / "saved")
+        found = {"optimizer": get_optimizer_state_dict(stage, new, options=options)}
+        state_dict_loader.load(found, checkpoint_id=shared / "saved")
+        set_optimizer_state_dict(stage, new, found["optimizer"], options=options)
+        assert_moments(moments(stage, new), expected)
+        assert [group.get("lr") for group in new.param_groups] == [1.0 + world.rank]
