@@ -157,6 +157,19 @@ class TestBroadcastOpaque:
         assert_landed(mine["w"], wanted, mesh(2), [S(0)], "w")
         assert mine["none"] is None
 
+    @pytest.mark.law("values")
+    @pytest.mark.world(2, collective=8, limit=25)
+    def test_what_follows_a_wrapper(self, judged: Any, rank: int, device: torch.device) -> None:
+        """A weight behind a wrapper of two tensors must be its own, or left as it was."""
+        full = {"odd": wrapper(numbers(4, 3, device=device)), "w": numbers(9, 3, device=device)}
+        mine = {key: blank(value) for key, value in full.items()}
+        expected = full["w"].clone()
+        try:
+            judged(full if rank == 0 else {}, mine, device)
+        except (TypeError, ValueError, RuntimeError, NotImplementedError):
+            expected = blank(expected)
+        assert_same(mine["w"], expected, "behind the wrapper")
+
 
 @pytest.mark.judges("_state_dict_utils._distribute_state_dict")
 class TestDistributeOpaque:
