@@ -53,13 +53,14 @@ def momentum(model: nn.Module) -> Optimizer:
     return SGD(model.parameters(), 0.5, momentum=0.5, foreach=False)
 
 
-def stepped(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    """Take a step; by name, what this rank then holds of each moment.
+def stepped(model: nn.Module, optimizer: Optimizer, unused: str = "") -> dict[str, torch.Tensor]:
+    """Take a step without the parameter `unused`; by name, what this rank holds of each moment.
 
     As in a backward, what FSDP1 leaves empty on this rank has no gradient.
     """
-    for number, param in enumerate(model.parameters(), 1):
-        param.grad = torch.full_like(param, number) if param.numel() else None
+    for number, (name, param) in enumerate(model.named_parameters(), 1):
+        used = param.numel() and name != unused
+        param.grad = torch.full_like(param, number) if used else None
     optimizer.step()
     return moments(model, optimizer)
 
@@ -215,17 +216,17 @@ def of_each(model: nn.Module) -> list[Optimizer]:
 class TestNoState:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(2)
-    @pytest.mark.parametrize("make", [without, in_one_group, of_each])
+    @pytest.mark.parametrize("make", [without, in_one_group, of_each, momentum])
     @pytest.mark.parametrize("options", [StateDictOptions(), FULL, BROADCAST], ids=range(3))
     def test_it_takes_what_it_gave(
         self, device: Any, mesh: Any, make: Any, options: StateDictOptions
     ) -> None:
-        """SGD without momentum, in all groups or in one, must load its own state, and the rates."""
+        """SGD without momentum, or with an unused layer, must load its own state, and the rates."""
         model = on_fully_shard(layers(4, 4).to(device), device, mesh(2))
         mine = make(model)
         each = mine if isinstance(mine, list) else [mine]
         for optimizer in each:
-            stepped(model, optimizer)
+            stepped(model, optimizer, unused="1.weight" if make is momentum else "")
             optimizer.zero_grad()
         expected = [moments(model, optimizer) for optimizer in each]
         state = get_optimizer_state_dict(model, mine, options=options)

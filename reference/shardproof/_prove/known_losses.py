@@ -6,6 +6,7 @@ fits none has no id: prove names what it sees, and guesses at nothing.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,11 @@ from torch.distributed.tensor import DTensor
 from shardproof._install import is_installed
 from shardproof._prove.findings import Finding
 from shardproof._prove.modules import Modules
+from shardproof._prove.placements import part_of
 from shardproof._prove.roads import Road
 
 _INSTALL = "shardproof.install() before the model is wrapped mends it"
+_CALLERS = "shardproof.install(callers=True) before the model is wrapped mends it"
 _FULL = ("full", "broadcast", "file")
 
 
@@ -36,6 +39,8 @@ class Traits:
     cpu: bool
     hybrid: bool
     frozen: bool
+    pieces: bool
+    """Some rank holds a DTensor in several pieces."""
     torch: tuple[int, int]
     installed: bool
 
@@ -65,6 +70,7 @@ def traits_of(modules: Modules) -> Traits:
         cpu=all(param.device.type == "cpu" for param in params),
         hybrid=any("HYBRID" in str(m.sharding_strategy) for m in fsdp1),
         frozen=any(not param.requires_grad for param in params),
+        pieces=any(map(_in_pieces, tensors)),
         torch=_version(),
         installed=is_installed(),
     )
@@ -84,7 +90,7 @@ def ends_the_process(road: Road, side: str, traits: Traits) -> tuple[str, str]:
             "CPU, and the process ends by a signal"
         )
     if traits.fsdp1 and traits.cpu and not traits.installed and road.name == "flat":
-        return "", (
+        return "SP-089", (
             "was not tried: FSDP1 gathers a flat optimizer state in another order on each rank, "
             "and Gloo ends the process when sizes do not fit"
         )
@@ -99,9 +105,10 @@ def name_defect(finding: Finding, traits: Traits) -> None:
             finding.advice = finding.advice or rule.advice
             return
     if finding.where in ("dcp", "dcp-async") and " of param_groups[" in finding.name:
+        finding.defect = "SP-091" if finding.what.endswith("is gone") else ""
         finding.advice = (
-            "where ranks have param_groups of their own under shared names, the flat road saves "
-            "them by parameter (flatten_optimizer_state_dict=True)"
+            "where ranks have param_groups of their own under shared names (SP-091), the flat road "
+            "saves them by parameter (flatten_optimizer_state_dict=True)"
         )
 
 
@@ -154,6 +161,19 @@ _RULES = (
           advice="use fully_shard instead of FSDP1 where tensor parallelism is below"),
     _Rule("SP-073", ("broadcast",), "optimizer", ("hangs", "raises"), "hangs|waited",
           needs=("fsdp1", "tp"), mended=False, advice="call it without cpu_offload"),
+    _Rule("SP-086", side="optimizer", kinds=("raises",), says="is not part of group",
+          needs=("fsdp1",), mended=False, advice=_CALLERS),
+    _Rule("SP-087", ("dcp", "dcp-async", "dcp-mesh", "flat"), kinds=("raises",),
+          says="validate global plan", needs=("pieces",), mended=False,
+          advice="redistribute it to Shard placements before the save"),
+    _Rule("SP-088", ("dcp-async",), kinds=("raises",),
+          says="'data_ptr', with args: .*ShardedTensor|on an invalid python storage", mended=False,
+          advice="pass async_stager=BlockingAsyncStager() for FSDP1, and clones of other tensors"),
+    _Rule("SP-089", ("flat",), "optimizer", ("raises", *_WRONG), needs=("fsdp1",), mended=False,
+          advice=_CALLERS),
+    _Rule("SP-090", side="optimizer", kinds=("raises",),
+          says="Expected device to be set|Missing optimizer state for parameter", mended=False,
+          advice=_CALLERS),
     _Rule("SP-059", kinds=("raises",), says="is not part of group"),
     _Rule("SP-026", _FULL, "model", ("raises",), needs=("fsdp1", "tp")),
     _Rule("SP-027", kinds=("raises",), says="(?i)invalid scalar type|unsupported dtype"),
@@ -168,6 +188,17 @@ _RULES = (
 
 def _was_dtensor(tensor: torch.Tensor) -> bool:
     return getattr(tensor, "_spec", None) is not None and not isinstance(tensor, DTensor)
+
+
+def _in_pieces(tensor: torch.Tensor) -> bool:
+    if not isinstance(tensor, DTensor):
+        return False
+    sizes = tensor.device_mesh.shape
+    return any(
+        len(runs) > 1
+        for at in itertools.product(*map(range, sizes))
+        for runs in part_of(tensor.shape, tensor.placements, sizes, at).runs
+    )
 
 
 def _replicated(model: nn.Module) -> bool:

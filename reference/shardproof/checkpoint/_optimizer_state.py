@@ -67,8 +67,9 @@ def refuse_missing(
         taken: what was taken of it for the optimizer.
         info: the options, as torch has worked them out.
 
-    None need be for a parameter for which the optimizer holds none, if there is none for any of the
-    parameters with which it was saved in a group: so does SGD without momentum (SP-090).
+    None need be for a parameter for which the optimizer holds none, while it holds some for others,
+    or if there is none for any of the parameters with which it was saved in a group: so saves SGD
+    without momentum (SP-090).
 
     Raises:
         RuntimeError: a parameter that trains lacks it.
@@ -84,7 +85,7 @@ def refuse_missing(
     wanted = {name for group in taken[_GROUPS] for name in group[_PARAMS]}
     for param in _params(optim):
         for fqn in info.fqn_param_mapping[param] if param.requires_grad else ():
-            excused = fqn in bare and not optim.state.get(param)
+            excused = not optim.state.get(param) and (fqn in bare or any(optim.state.values()))
             if fqn in wanted and fqn not in state and not excused:
                 raise _missing(info, param)
 
