@@ -205,7 +205,8 @@ def without(model: nn.Module) -> Optimizer:
 
 def in_one_group(model: nn.Module) -> Optimizer:
     first, second = model.parameters()
-    return SGD([{"params": [first], "momentum": 0.5}, {"params": [second]}], 0.5, foreach=False)
+    groups: list[dict[str, Any]] = [{"params": [first], "momentum": 0.5}, {"params": [second]}]
+    return SGD(groups, 0.5, foreach=False)
 
 
 def of_each(model: nn.Module) -> list[Optimizer]:
