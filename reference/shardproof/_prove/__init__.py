@@ -7,7 +7,10 @@ The modules, in reading order:
 
 - ``run``: prove(), from the arguments to the proof.
 - ``exchange``: messages between ranks without collectives; who is missing is named.
+- ``reach``: tensors in containers, unregistered modules and objects that attributes hold.
 - ``modules``: the tensors of a model by their own names, whatever wraps it.
+- ``optimizers``: the optimizers, their wrappers, and what lies beside their state.
+- ``extra``: extra states of modules, told and changed.
 - ``leaves``: from a tensor of any class to the plain tensors with its bits.
 - ``placements``: which elements of a whole tensor a rank holds.
 - ``digests``: of bits, computed where the tensor lies; those of shards add up.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -27,8 +26,6 @@ def lines_of(job: Job, *, everybody: bool) -> dict[str, list[Line]]:
     """
     mine: dict[str, list[Line]] = {}
     for key, _, value in saved.entries(job.get(), job.side):
-        if not isinstance(value, torch.Tensor):
-            continue
         line = (key, f"{list(value.shape)} of {value.dtype}")
         if isinstance(value, DTensor) and not all(p.is_replicate() for p in value.placements):
             ranks = value.device_mesh.mesh.flatten().tolist()

@@ -17,6 +17,8 @@ from shardproof._prove.placements import Part, product
 DETAILED = 16
 """How many differing tensors are looked into for the first differing element."""
 _FINE = 1024
+UNSAVED = ("attribute", "non-persistent buffer", "optimizer attribute")
+"""Kinds of tensors that no state dict has."""
 
 Told = dict[str, Any]
 
@@ -30,7 +32,7 @@ class Claim:
 
     @property
     def side(self) -> str:
-        return "optimizer" if self.any["kind"] == "optimizer" else "model"
+        return "optimizer" if self.any["kind"].startswith("optimizer") else "model"
 
     @property
     def any(self) -> Told:
@@ -78,25 +80,33 @@ def compare(
     return found
 
 
-def compare_values(numbers: list[dict[str, str]], every: list[list[Told]]) -> list[Finding]:
-    """Findings about what is no tensor: hyperparameters, counters.
+def compare_values(told: list[dict[str, dict[str, str]]], every: list[list[Told]]) -> list[Finding]:
+    """Findings about what is no tensor: hyperparameters and counters, requires_grad, extra states.
 
     Of ranks that have the same parameters; a pipeline's stages have groups of their own.
     """
-    names = [sorted(one["name"] for one in told if one["kind"] == "parameter") for told in every]
-    alike = [rank for rank in range(len(names)) if names[rank] == names[0]]
+    alike: dict[str, list[int]] = {}
+    for rank, items in enumerate(every):
+        names = sorted(one["name"] for one in items if one["kind"] == "parameter")
+        alike.setdefault(str(names), []).append(rank)
     found = []
-    for key in dict.fromkeys(key for rank in alike for key in numbers[rank]):
-        values = {rank: numbers[rank].get(key, "absent") for rank in alike}
-        if len(set(values.values())) > 1:
-            usual = _usual(values)
-            others = [rank for rank in alike if rank not in usual]
-            what = (
-                f"is {values[others[0]]}, and {values[usual[0]]} on {ranks_text(usual)}; "
-                "a checkpoint keeps one for all"
-            )
-            found.append(Finding(LOSS, "inventory", "optimizer", "drift", key, what, others))
+    for ranks in alike.values():
+        for sort, (side, what) in _VALUES.items():
+            for key in dict.fromkeys(key for rank in ranks for key in told[rank][sort]):
+                values = {rank: told[rank][sort].get(key, "absent") for rank in ranks}
+                if len(set(values.values())) > 1:
+                    usual = _usual(values)
+                    others = [rank for rank in ranks if rank not in usual]
+                    differs = what.format(values[others[0]], values[usual[0]], ranks_text(usual))
+                    found.append(Finding(LOSS, "inventory", side, "drift", key, differs, others))
     return found
+
+
+_VALUES = {
+    "values": ("optimizer", "is {}, and {} on {}; a checkpoint keeps one for all"),
+    "flags": ("model", "requires_grad is {}, and {} on {}: ranks do not train the same"),
+    "extra": ("model", "is {}, and {} on {}; a checkpoint keeps one for all"),
+}
 
 
 def _usual(digests: dict[int, str]) -> list[int]:
@@ -123,7 +133,7 @@ def _difference(
             others,
             first,
         )
-    if told["kind"] in ("attribute", "non-persistent buffer"):
+    if told["kind"] in UNSAVED:
         return Finding(
             NOTE,
             "inventory",
@@ -178,7 +188,7 @@ def _contradictions(claim: Claim) -> list[Finding]:
     for rank, told in claim.holders.items():
         if told["contradiction"]:
             say("contradiction", told["contradiction"], [rank])
-    if claim.any["kind"] in ("attribute", "non-persistent buffer"):
+    if claim.any["kind"] in UNSAVED:
         return found
     shapes: dict[str, list[int]] = {}
     for rank, told in claim.holders.items():

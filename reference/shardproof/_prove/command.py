@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from shardproof._install import install
 from shardproof._prove.exchange import Exchange, RankLostError
-from shardproof._prove.modules import optimizers_in
+from shardproof._prove.optimizers import Optimizers
 from shardproof._prove.proof import Proof
 from shardproof._prove.roads import ROADS
 from shardproof._prove.room import NoRoomError
@@ -119,7 +119,7 @@ def _prove(options: argparse.Namespace) -> Proof:
         if step is not None:
             step()
         else:
-            synthetic_step(optimizers_in(optimizer))
+            synthetic_step(Optimizers(optimizer))
     return prove(
         model,
         optimizer,

@@ -68,6 +68,10 @@ def compare(before: Inventory, after: Inventory, snapshot: Snapshot) -> list[Dif
         elif type(value) is not type(after.values[key]):
             what = f"was a {type(value).__name__}, is a {type(after.values[key]).__name__}"
             found.append(Difference("optimizer", "container", key, what))
+    for key, said in before.extra.items():
+        is_now = after.extra.get(key, "gone")
+        if is_now != said:
+            found.append(Difference("model", "extra state", key, f"was {said}, is {is_now}"))
     for key, flag in before.flags.items():
         if key in after.flags and after.flags[key] != flag:
             what = f"requires_grad was {flag}, is {after.flags[key]}"

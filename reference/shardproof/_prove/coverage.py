@@ -12,6 +12,7 @@ def uncovered(
     claims: dict[str, Claim],
     strays: list[list[str]],
     untrained: list[list[str]],
+    stateful: list[list[str]],
     scheduler: Any,
 ) -> list[Finding]:
     """Findings about what lies outside of parameters, persistent buffers and optimizer state."""
@@ -28,8 +29,7 @@ def uncovered(
     for name, ranks in stray.items():
         say(
             LOSS, "optimizer", "parameter outside of the model", name,
-            "the optimizer trains a tensor that the model does not have: no road saves it, and the "
-            "model does not use it",
+            "the optimizer trains a tensor that the model does not have: no road saves it",
             ranks,
             "make the optimizer from model.parameters() after the model is wrapped",
         )  # fmt: skip
@@ -54,8 +54,22 @@ def uncovered(
                 claim.holders,
                 "register it as a parameter" if trains else
                 "register it as a buffer where its values cannot be computed again")  # fmt: skip
-    if scheduler is not None:
-        say(NOTE, "optimizer", "scheduler", type(scheduler).__name__,
+        elif told["kind"] == "optimizer attribute":
+            inner = any(one.get("trains") for one in claim.holders.values())
+            say(LOSS if inner else NOTE, "optimizer",
+                "state of an inner optimizer" if inner else "tensor outside of state dicts", key,
+                "is the state of an optimizer within the optimizer: no state dict has it"
+                if inner else "lies beside the state of parameters: no state dict has it",
+                claim.holders,
+                "give prove, and torch's functions, the inner optimizer" if inner else
+                "save it beside the optimizer's state where training depends on it")  # fmt: skip
+    for name, ranks in _ranks_by_name(stateful).items():
+        say(NOTE, "model", "object with a state dict", name,
+            "is a plain attribute with a state dict of its own, which no road saves", ranks,
+            "save its state_dict() beside the model's")  # fmt: skip
+    schedulers = scheduler if isinstance(scheduler, (list, tuple)) else [scheduler]
+    for one in schedulers if scheduler is not None else ():
+        say(NOTE, "optimizer", "scheduler", type(one).__name__,
             "is in no state dict of model or optimizer", [],
             "save scheduler.state_dict() beside them")  # fmt: skip
     say(

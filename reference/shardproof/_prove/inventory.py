@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardproof._prove import extra
 from shardproof._prove.digests import digest
 from shardproof._prove.leaves import Leaf, leaves_of, mesh_coordinates
-from shardproof._prove.modules import FlatPiece, Modules, local_shard, tensors_in
+from shardproof._prove.modules import FlatPiece, Modules, local_shard
+from shardproof._prove.optimizers import Optimizers
 from shardproof._prove.placements import Part, part_of, whole
+from shardproof._prove.reach import is_stateful, numbers_in, tensors_in
 
 
 @dataclass
@@ -21,7 +24,7 @@ class Item:
     key: str
     """Unique: what it is called in messages, such as 'exp_avg of layers.0.weight'."""
     kind: str
-    """parameter, buffer, non-persistent buffer, attribute, or optimizer."""
+    """parameter, buffer, non-persistent buffer, attribute, optimizer, or optimizer attribute."""
     name: str
     """Of the parameter or buffer."""
     entry: str
@@ -38,13 +41,13 @@ class Item:
     reclaimed: bool = False
     """Whether the claim is that of a state dict, and the live tensor is plain."""
     trains: bool = False
-    """An attribute that needs gradients."""
+    """An attribute that is trained, or holds the state of an optimizer within an optimizer."""
     digest: int = 0
 
     @property
     def side(self) -> str:
         """The column of the table in which a loss of it stands."""
-        return "optimizer" if self.kind == "optimizer" else "model"
+        return "optimizer" if self.kind.startswith("optimizer") else "model"
 
     def told(self) -> dict[str, Any]:
         """For the other ranks, and for the page."""
@@ -79,8 +82,20 @@ class Inventory:
     """Parameters of the optimizer that the model does not have."""
     flags: dict[str, bool] = field(default_factory=dict)
     """requires_grad of each parameter."""
+    extra: dict[str, str] = field(default_factory=dict)
+    """Extra states of modules, as text."""
+    stateful: list[str] = field(default_factory=list)
+    """Objects that attributes hold, and that have a state dict of their own."""
     untrained: list[str] = field(default_factory=list)
     """Parameters that need gradients, and that no optimizer has."""
+
+    def values_told(self) -> dict[str, dict[str, str]]:
+        """What is no tensor, for the other ranks."""
+        return {
+            "values": {key: repr(value) for key, value in self.values.items()},
+            "flags": {key: str(flag) for key, flag in self.flags.items()},
+            "extra": self.extra,
+        }
 
     def measure(self) -> None:
         """Fill in the digests."""
@@ -90,7 +105,7 @@ class Inventory:
                 item.digest = digest(item.tensor)
 
 
-def take(modules: Modules, optimizers: list[torch.optim.Optimizer], rank: int) -> Inventory:
+def take(modules: Modules, optimizers: Optimizers, rank: int) -> Inventory:
     """The inventory of this rank, without digests."""
     found = Inventory()
     owners: dict[int, str] = {}
@@ -141,15 +156,13 @@ def take(modules: Modules, optimizers: list[torch.optim.Optimizer], rank: int) -
             if ddp := modules.synced.get(id(module)):
                 ranks = torch.distributed.get_process_group_ranks(ddp.process_group)
                 item.synced = ranks[0]
-    known = set(shared)
+    _take_attributes(found, modules, optimizers, rank, {*shared, *owners}, add)
     attributes: dict[int, str] = {}
     """Storage -> the attribute that lies there: it may be what is left of a parameter."""
-    for name, tensor in modules.attributes():
-        if id(tensor) in known or id(tensor) in owners:
-            continue
-        for leaf in leaves_of(tensor, rank):
-            add(name, "attribute", name, leaf).trains = tensor.requires_grad and tensor.is_leaf
-            attributes.setdefault(leaf.tensor.untyped_storage()._cdata, name)
+    for item in found.items.values():
+        if item.kind == "attribute":
+            attributes.setdefault(item.tensor.untyped_storage()._cdata, item.name)
+    found.extra = {name: extra.told(module) for name, module in modules.extra_states()}
     found.ties = sorted(sorted(names) for names in shared.values() if len(names) > 1)
     for param in [p for o in optimizers for g in o.param_groups for p in g["params"]]:
         if id(param) not in owners and id(param) not in flat:
@@ -172,9 +185,41 @@ def take(modules: Modules, optimizers: list[torch.optim.Optimizer], rank: int) -
     return found
 
 
+def _take_attributes(
+    found: Inventory,
+    modules: Modules,
+    optimizers: Optimizers,
+    rank: int,
+    known: set[int],
+    add: Any,
+) -> None:
+    """Tensors of the model and of the optimizers that no state dict has."""
+    trained = {
+        leaf.tensor.untyped_storage()._cdata
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for param in group["params"]
+        for leaf in leaves_of(param, rank)
+    }
+    for name, thing in modules.reached():
+        if is_stateful(thing) and not isinstance(thing, (nn.Module, torch.optim.Optimizer)):
+            found.stateful.append(f"{name} ({type(thing).__name__})")
+        if not isinstance(thing, torch.Tensor) or id(thing) in known:
+            continue
+        for leaf in leaves_of(thing, rank):
+            item = add(name, "attribute", name, leaf)
+            moves = not optimizers or leaf.tensor.untyped_storage()._cdata in trained
+            item.trains = moves and thing.requires_grad and thing.is_leaf
+            known.add(id(thing))
+    for name, tensor, inner in optimizers.attributes():
+        if id(tensor) not in known:
+            for leaf in leaves_of(tensor, rank):
+                add(name, "optimizer attribute", name, leaf).trains = inner
+
+
 def _take_optimizers(
     found: Inventory,
-    optimizers: list[torch.optim.Optimizer],
+    optimizers: Optimizers,
     rank: int,
     owners: dict[int, str],
     parts: dict[str, Leaf],
@@ -207,12 +252,12 @@ def _take_optimizers(
                 for entry, value in state.items():
                     label = f"{entry} of {name}"
                     if not isinstance(value, torch.Tensor):
-                        tensors = list(tensors_in(value, str(entry)))
-                        for path, tensor in tensors:
+                        for path, tensor in tensors_in(value, str(entry)):
                             for leaf in leaves_of(tensor, rank):
+                                leaf = _like_parameter(leaf, parts.get(name))
                                 add(f"{path} of {name}", "optimizer", name, leaf, path)
-                        if not tensors:
-                            found.values[label] = value
+                        for path, number in numbers_in(value, str(entry)):
+                            found.values[f"{path} of {name}"] = number
                         continue
                     for leaf in leaves_of(value, rank):
                         add(label, "optimizer", name, _like_parameter(leaf, parts.get(name)), entry)

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shardproof._prove.placements import Part, part_of, whole
 
+_QUANTIZED = {torch.qint8: torch.int8, torch.qint32: torch.int32}
+
 
 @dataclass(frozen=True)
 class Leaf:
@@ -40,6 +42,10 @@ def leaves_of(tensor: torch.Tensor, rank: int) -> Iterator[Leaf]:
         for name, inner in inner_of(tensor):
             for leaf in leaves_of(inner, rank):
                 yield replace(leaf, inner=_join(name, leaf.inner))
+    elif tensor.is_quantized:  # nothing else reads its bits in place
+        raw = torch.empty(0, dtype=_QUANTIZED.get(tensor.dtype, torch.uint8), device=tensor.device)
+        raw.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+        yield Leaf(raw, whole(tensor.shape), "plain")
     elif tensor.layout is not torch.strided:
         for name, inner in sparse_parts(tensor):
             part = replace(whole(inner.shape), own="a sparse tensor")

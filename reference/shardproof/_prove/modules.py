@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
-_OWN = frozenset(vars(nn.Module()))
-"""Attributes that every module has."""
+from shardproof._prove.reach import MODULE_OWN, reach
+
+_UNNAMED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+WRAPPERS = (DistributedDataParallel, FullyShardedDataParallel)
+"""What they hold beside the model is theirs, and partly a shadow of what C++ holds."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,33 @@ class Modules:
                     )
 
     def attributes(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(full name, tensor) of what is neither parameter nor buffer, in containers, too."""
+        """(full name, tensor) of what is neither parameter nor buffer, however deep."""
+        for name, found in self.reached():
+            if isinstance(found, torch.Tensor):
+                yield name, found
+
+    def reached(self) -> Iterator[tuple[str, Any]]:
+        """(full name, thing) of all that plain attributes lead to, but for what wrappers hold."""
+        seen: set[int] = set()
         for prefix, module in self.modules:
-            if isinstance(module, (DistributedDataParallel, FullyShardedDataParallel)):
+            if isinstance(module, WRAPPERS):
                 continue
-            for key, value in vars(module).items():
-                if key in _OWN or (id(module), key) in self.flat or key == "_flat_param":
-                    continue
-                yield from tensors_in(value, prefix + key)
+            for key, value in self.plain(module).items():
+                yield from reach(value, prefix + key, self.names.keys(), seen)
+
+    def plain(self, module: nn.Module) -> dict[str, Any]:
+        """Attributes of a module that are neither every module's nor FSDP1's parameters."""
+        return {
+            key: value
+            for key, value in vars(module).items()
+            if key not in MODULE_OWN and (id(module), key) not in self.flat and key != "_flat_param"
+        }
+
+    def extra_states(self) -> Iterator[tuple[str, nn.Module]]:
+        """(key in the state dict, module) of those with a get_extra_state() of their own."""
+        for prefix, module in self.modules:
+            if type(module).get_extra_state is not nn.Module.get_extra_state:
+                yield f"{prefix}_extra_state", module
 
     def _walk(self, module: nn.Module, prefix: str, above: frozenset[int], ddp: Any) -> None:
         if id(module) in above:
@@ -102,7 +123,7 @@ class Modules:
             self.synced[id(module)] = ddp
         for key, child in module._modules.items():
             if child is not None:
-                unnamed = key in _WRAPPERS or (
+                unnamed = key in _UNNAMED or (
                     key == "module" and isinstance(module, DistributedDataParallel)
                 )
                 self._walk(
@@ -160,34 +181,3 @@ def _shards(handle: Any) -> Iterator[tuple[int, int, int]]:
         if not padding:
             yield at, 0, numel
         at += numel
-
-
-def tensors_in(value: Any, path: str, depth: int = 6) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors in nested lists, tuples and dicts; a module's own are found with the module."""
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif depth and isinstance(value, dict):
-        for key, item in value.items():
-            yield from tensors_in(item, f"{path}[{key!r}]", depth - 1)
-    elif depth and isinstance(value, (list, tuple, set, frozenset)):
-        for number, item in enumerate(value):
-            yield from tensors_in(item, f"{path}[{number}]", depth - 1)
-
-
-def optimizers_in(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The optimizers of a wrapper, a container or a sequence; none of None."""
-    if optimizer is None:
-        return []
-    inner = getattr(optimizer, "optimizers", None)
-    if isinstance(inner, Sequence) and inner:
-        return [one for each in inner for one in optimizers_in(each)]
-    wrapped = getattr(optimizer, "optimizer", None)
-    if isinstance(wrapped, torch.optim.Optimizer):
-        return [wrapped]
-    if isinstance(optimizer, torch.optim.Optimizer):
-        return [optimizer]
-    if isinstance(optimizer, Sequence):
-        return [one for each in optimizer for one in optimizers_in(each)]
-    raise TypeError(
-        f"prove takes an optimizer, a sequence of them, or None: got {type(optimizer).__name__}"
-    )

@@ -16,6 +16,7 @@ from shardproof._prove.digests import digest, sum_of
 from shardproof._prove.placements import part_of
 from shardproof._prove.roads import Job
 
+_QUANTIZED = (torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 Whole = dict[str, tuple[list[int], str, int]]
 """Of whole tensors: shape, dtype and digest."""
 
@@ -25,7 +26,7 @@ def keys_of(job: Job, known: Whole) -> list[str]:
     return [
         key
         for key, _, value in saved.entries(job.get(), job.side)
-        if key in known and isinstance(value, torch.Tensor)
+        if key in known and value.dtype not in _QUANTIZED
     ]
 
 
@@ -78,10 +79,12 @@ def differences(side: str, known: Whole, every: list[dict[str, str]]) -> list[Di
 def _paths(state: dict[str, Any], side: str) -> list[tuple[str, tuple[str, ...]]]:
     if side == "model":
         return [(key, ("model", name)) for key, name, _ in saved.entries(state, side)]
-    return [
-        (key, ("optimizer", "state", name, key.removesuffix(f" of {name}")))
-        for key, name, _ in saved.entries(state, side)
-    ]
+    found: list[tuple[str, tuple[str, ...]]] = []
+    for key, name, _ in saved.entries(state, side):
+        entry = key.removesuffix(f" of {name}")
+        if entry in state["optimizer"]["state"][name]:  # others lie in containers
+            found.append((key, ("optimizer", "state", name, entry)))
+    return found
 
 
 def _at(state: Any, path: tuple[str, ...]) -> Any:

@@ -21,7 +21,8 @@ from shardproof._prove.findings import LOSS, NOTE, UNSAFE, Finding
 from shardproof._prove.groups import SpareGroups
 from shardproof._prove.inventory import Inventory, take
 from shardproof._prove.known_losses import Traits, ends_the_process, name_defect, traits_of
-from shardproof._prove.modules import Modules, optimizers_in
+from shardproof._prove.modules import Modules
+from shardproof._prove.optimizers import Optimizers
 from shardproof._prove.peaks import Peaks
 from shardproof._prove.proof import Proof
 from shardproof._prove.reclaim import plain_and_different, reclaim
@@ -79,10 +80,10 @@ def prove(
     say = _Progress(exchange.rank == 0 and progress)
     wrong: Exception | None = None
     taken: list[Road] = []
-    optimizers: list[torch.optim.Optimizer] = []
+    optimizers = Optimizers()
     try:
         taken = chosen(roads, distributed=not exchange.alone)
-        optimizers = optimizers_in(optimizer)
+        optimizers = Optimizers(optimizer)
         _check(model)
     except Exception as error:
         wrong = error
@@ -98,7 +99,7 @@ def prove(
 
 def _prove(
     model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
+    optimizers: Optimizers,
     scheduler: Any,
     step: Callable[[], Any] | None,
     roads: list[Road],
@@ -112,7 +113,7 @@ def _prove(
     peaks = Peaks()
     modules = Modules(model)
     modules.reshard()
-    kept = Snapshot(modules, optimizers)
+    kept = Snapshot(modules, optimizers, scheduler)
     files = kept.nbytes if any(road.files for road in roads) else 0
     room = rooms.find(exchange, kept.nbytes, files, snapshot, folder)
     say(room.announcement())
@@ -135,13 +136,13 @@ def _prove(
         with peaks.of("comparison"):
             proof.general += claims_of.compare(claims, before, exchange, replicated)
         proof.general += claims_of.compare_values(
-            exchange.all("numbers", {key: repr(value) for key, value in before.values.items()}),
-            every,
+            exchange.all("numbers", before.values_told()), every
         )
         proof.general += uncovered(
             claims,
             exchange.all("strays", before.strays),
             exchange.all("untrained", before.untrained),
+            exchange.all("stateful", before.stateful),
             scheduler,
         )
         travels = Travels(
@@ -335,6 +336,8 @@ def _check(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"prove takes a torch.nn.Module as model: got {type(model).__name__}")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if torch.nn.parameter.is_lazy(tensor):
+            raise ValueError(f"{name} is not initialized: run the lazy module once before prove")
         if tensor.is_meta:
             raise ValueError(
                 f"{name} is on the meta device: give it memory and values (to_empty() and a load) "

@@ -10,10 +10,12 @@ import copy
 import os
 import random
 import signal
+import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,11 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from shardproof._prove import extra
 from shardproof._prove.leaves import inner_of, sparse_parts
-from shardproof._prove.modules import Modules, local_shard, tensors_in
+from shardproof._prove.modules import WRAPPERS, Modules, local_shard
+from shardproof._prove.optimizers import Optimizers
+from shardproof._prove.reach import reach
 
 _STEP = 64 << 20
 
@@ -30,7 +35,7 @@ _STEP = 64 << 20
 class Snapshot:
     """What a rank's model, optimizers and random states are now."""
 
-    def __init__(self, modules: Modules, optimizers: list[torch.optim.Optimizer]) -> None:
+    def __init__(self, modules: Modules, optimizers: Optimizers, scheduler: Any = None) -> None:
         """Note objects and geometry; `fill` copies the bytes."""
         self.modules = modules
         self.optimizers = optimizers
@@ -41,10 +46,17 @@ class Snapshot:
         """The bytes of each storage."""
         self.file: Path | None = None
         self._seen: set[int] = set()
-        for tensor in self._tensors():
+        aside = {*modules.names, *map(id, optimizers)}
+        reached = [
+            thing
+            for found in (modules.reached(), optimizers.reached(), reach(scheduler, "", aside))
+            for _, thing in found
+        ]
+        for tensor in (*self._tensors(), *(t for t in reached if isinstance(t, torch.Tensor))):
             self._note(tensor)
         self.nbytes = sum(storage.nbytes() for storage in self.storages.values())
-        self._objects = _Objects(modules, optimizers)
+        self._objects = _Objects(modules, optimizers, reached)
+        self._generators = [one for one in reached if isinstance(one, torch.Generator)]
 
     def fill(self, folder: Path | None) -> None:
         """Copy all bytes, into CPU memory or into a file in the folder."""
@@ -59,19 +71,29 @@ class Snapshot:
         for key, storage in self.storages.items():
             size = storage.nbytes()
             copied = (
-                torch.empty(size, dtype=torch.uint8) if folder is None else mapped[at : at + size]
+                torch.empty(size, dtype=torch.uint8, device="cpu")
+                if folder is None
+                else mapped[at : at + size]
             )
             _move(_raw(storage), copied)
             self.copies[key] = copied
             at += _aligned(size)
-        self.states = _random_states()
+        self.states = _random_states(self._generators)
+        self.extra = []
+        """(module, its extra state, told) of those that have one."""
+        for _, module in self.modules.extra_states():
+            with suppress(Exception):  # of the user's code; the roads tell of it
+                state = copy.deepcopy(module.get_extra_state())
+                self.extra.append((module, state, extra.text_of_state(state)))
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor as it was, in CPU memory; it is a view of the snapshot."""
         raw = self.copies[_key(tensor.untyped_storage())]
         made = torch.empty(0, dtype=tensor.dtype, device="cpu")
         first = raw.storage_offset() // made.element_size() + tensor.storage_offset()
-        return made.set_(raw.untyped_storage(), first, tensor.size(), tensor.stride())
+        made.set_(raw.untyped_storage(), first, tensor.size(), tensor.stride())
+        made = torch._neg_view(made) if tensor.is_neg() else made
+        return made.conj() if tensor.is_conj() else made
 
     def restore(self, *, hooks: bool = True) -> None:
         """Put objects, geometry, bytes and random states back; an interrupt waits for its end."""
@@ -94,6 +116,9 @@ class Snapshot:
                 if storage.nbytes() != len(self.copies[key]):
                     storage.resize_(len(self.copies[key]))
                 _move(self.copies[key], _raw(storage))
+            for module, state, said in self.extra:
+                if extra.told(module) != said:
+                    module.set_extra_state(copy.deepcopy(state))
             _set_random_states(self.states)
 
     def close(self) -> None:
@@ -111,7 +136,6 @@ class Snapshot:
                     if param.grad is not None:
                         yield param.grad
             yield from (buffer for buffer in module._buffers.values() if buffer is not None)
-        yield from (tensor for _, tensor in self.modules.attributes())
         for _, piece in self.modules.flat_parameters():
             flat = piece.handle.flat_param
             yield flat
@@ -124,9 +148,6 @@ class Snapshot:
                     yield param
                     if param.grad is not None:
                         yield param.grad
-                yield from (t for _, t in tensors_in({**group, "params": ()}, ""))
-            for state in optimizer.state.values():
-                yield from (tensor for _, tensor in tensors_in(state, ""))
 
     def _note(self, tensor: torch.Tensor) -> None:
         if id(tensor) in self._seen:
@@ -155,49 +176,40 @@ class Snapshot:
 class _Objects:
     """Which objects stand where, and which flags they have."""
 
-    def __init__(self, modules: Modules, optimizers: list[torch.optim.Optimizer]) -> None:
+    def __init__(self, modules: Modules, optimizers: Optimizers, reached: list[Any]) -> None:
+        self.plain = modules.plain
         self.modules = []
         self.params: list[tuple[torch.Tensor, bool, Any]] = []
         for _, module in modules.modules:
             own = vars(module)
             tensors = {k: v for k, v in own.items() if isinstance(v, torch.Tensor)}
+            plain = None if isinstance(module, WRAPPERS) else modules.plain(module)
             dicts = {
                 key: (own[key], dict(own[key]))
                 for key in own
                 if key in ("_parameters", "_buffers", "_modules") or key.endswith("_hooks")
                 if isinstance(own[key], dict)
             }
-            self.modules.append((module, tensors, dicts, module.training))
+            self.modules.append((module, tensors, plain, dicts, module.training))
             for param in module._parameters.values():
                 if param is not None:
                     self.params.append((param, param.requires_grad, param.grad))
-        self.optimizers = []
+        holders = [*optimizers, *optimizers.wrappers]
+        self.owners = [(holder, dict(vars(holder))) for holder in holders]
+        self.containers = [
+            (one, _contents(one)) for one in map(_container, reached) if one is not None
+        ]
         for optimizer in optimizers:
-            groups = [
-                (group, dict(group), list(group["params"])) for group in optimizer.param_groups
-            ]
-            lists = {
-                id(v): (v, copy.deepcopy(v))
-                for _, group, _ in groups
-                for key, v in group.items()
-                if key != "params" and isinstance(v, (list, dict)) and not list(tensors_in(v, ""))
-            }
-            state = optimizer.state
-            self.optimizers.append(
-                (
-                    optimizer,
-                    dict(vars(optimizer)),
-                    (optimizer.param_groups, groups, lists),
-                    (state, [(key, value, _contents(value)) for key, value in state.items()]),
-                )
-            )
             for group in optimizer.param_groups:
                 for param in group["params"]:
                     self.params.append((param, param.requires_grad, param.grad))
 
     def restore(self, *, hooks: bool) -> None:
-        for module, tensors, dicts, training in self.modules:
+        for module, tensors, plain, dicts, training in self.modules:
             own = vars(module)
+            for key in () if plain is None else self.plain(module).keys() - plain.keys():
+                del own[key]
+            own.update(plain or {})
             for key, value in tensors.items():
                 if own.get(key) is not value:
                     own[key] = value
@@ -210,23 +222,13 @@ class _Objects:
                     held.clear()
                     held.update(content)
             module.training = training
-        for optimizer, own, (lists, groups, values), (state, entries) in self.optimizers:
-            now = vars(optimizer)
-            for key in [key for key in now if key not in own]:
+        for holder, own in self.owners:
+            now = vars(holder)
+            for key in now.keys() - own.keys():
                 del now[key]
             now.update(own)
-            lists[:] = [group for group, _, _ in groups]
-            for group, content, params in groups:
-                group.clear()
-                group.update(content)
-                group["params"][:] = params
-                for value in group.values():
-                    if id(value) in values:
-                        _refill(value, values[id(value)][1])
-            state.clear()
-            for param, value, content in entries:
-                _refill(value, content)
-                state[param] = value
+        for container, content in self.containers:
+            _refill(container, content)
         for param, requires_grad, grad in self.params:
             if param.requires_grad != requires_grad:
                 param.requires_grad_(requires_grad)
@@ -250,16 +252,35 @@ def _uninterrupted() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _contents(value: Any) -> Any:
-    return dict(value) if isinstance(value, dict) else value
+def _container(thing: Any) -> Any:
+    """What can be changed of a thing: the container, or the attributes of an object."""
+    if isinstance(thing, (dict, list, set, deque)):
+        return thing
+    if isinstance(thing, (torch.Tensor, torch.Generator, tuple, frozenset)):
+        return None
+    return getattr(thing, "__dict__", None)
 
 
-def _refill(value: Any, content: Any) -> None:
-    if isinstance(value, dict) and not _alike(value, content):
-        value.clear()
-        value.update(content)
-    elif isinstance(value, list) and value != content:
-        value[:] = content
+def _contents(container: Any) -> Any:
+    return dict(container) if isinstance(container, dict) else list(container)
+
+
+def _refill(container: Any, content: Any) -> None:
+    if isinstance(container, dict):
+        if not _alike(container, content):
+            container.clear()
+            container.update(content)
+        return
+    same = len(container) == len(content) and all(
+        a is b for a, b in zip(container, content, strict=True)
+    )
+    if same:
+        return
+    if isinstance(container, list):
+        container[:] = content
+    else:
+        container.clear()
+        container.update(content) if isinstance(container, set) else container.extend(content)
 
 
 def _alike(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
@@ -286,18 +307,22 @@ def _move(source: torch.Tensor, target: torch.Tensor) -> None:
         target[start : start + _STEP].copy_(source[start : start + _STEP])
 
 
-def _random_states() -> list[Any]:
-    states: list[Any] = [random.getstate(), torch.get_rng_state()]
+def _random_states(generators: Iterable[torch.Generator]) -> list[tuple[Any, Any]]:
+    """(how to set it, the state) of each random number generator."""
+    states: list[tuple[Any, Any]] = [
+        (random.setstate, random.getstate()),
+        (torch.set_rng_state, torch.get_rng_state()),
+        *((one.set_state, one.get_state()) for one in generators),
+    ]
+    if numpy := sys.modules.get("numpy"):
+        states.append((numpy.random.set_state, numpy.random.get_state()))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     module = getattr(torch, device.type, None) if device is not None else None
     if module is not None and module.is_initialized():
-        states.append((module, module.get_rng_state_all()))
+        states.append((module.set_rng_state_all, module.get_rng_state_all()))
     return states
 
 
-def _set_random_states(states: Iterable[Any]) -> None:
-    python, cpu, *accelerators = states
-    random.setstate(python)
-    torch.set_rng_state(cpu)
-    for module, all_of_it in accelerators:
-        module.set_rng_state_all(all_of_it)
+def _set_random_states(states: list[tuple[Any, Any]]) -> None:
+    for put, state in states:
+        put(state)

@@ -10,11 +10,12 @@ from torch.distributed.tensor import DTensor
 
 from shardproof._prove.inventory import take
 from shardproof._prove.modules import Modules
+from shardproof._prove.optimizers import Optimizers
 
 
 def digests_after(
     model: torch.nn.Module,
-    optimizers: list[torch.optim.Optimizer],
+    optimizers: Optimizers,
     step: Callable[[], Any] | None,
     rank: int,
 ) -> dict[str, int]:

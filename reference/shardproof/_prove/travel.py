@@ -23,6 +23,7 @@ from shardproof._prove.groups import SpareGroups
 from shardproof._prove.inventory import Inventory, Item, take
 from shardproof._prove.known_losses import Traits
 from shardproof._prove.modules import Modules
+from shardproof._prove.optimizers import Optimizers
 from shardproof._prove.roads import Job, Road
 from shardproof._prove.snapshot import Snapshot
 from shardproof._prove.spoil import spoil
@@ -43,6 +44,10 @@ class Cell:
     why: str = ""
     """Of what was not run."""
     findings: list[Finding] = field(default_factory=list)
+
+
+_NOTES = ("alias", "container", "not saved", "not spoiled", "buffer of each rank")
+"""Kinds of differences that make no verdict worse."""
 
 
 class RoadFailedError(RuntimeError):
@@ -84,7 +89,7 @@ class Travels:
     """What all roads have in common."""
 
     model: torch.nn.Module
-    optimizers: list[torch.optim.Optimizer]
+    optimizers: Optimizers
     before: Inventory
     snapshot: Snapshot
     exchange: Exchange
@@ -146,7 +151,10 @@ class Travels:
             if held or not (road.full or road.only == "optimizer"):
                 expected = self._expected(side)
                 differences += saved.check(state, side, self.known, expected, full=held)
-        spoil(self.before, self.snapshot, self.optimizers, side)
+        spared = spoil(self.before, self.snapshot, Modules(self.model), self.optimizers, side)
+        for name, why in spared.items():
+            what = f"could not be changed, and a load that keeps it would not be seen: {why}"
+            differences.append(Difference(side, "not spoiled", name, what))
         self._together("load", lambda: road.load(job, state, folder))
         after = take(Modules(self.model), self.optimizers, self.exchange.rank)
         differences += compare.compare(self.before, after, self.snapshot)
@@ -229,7 +237,7 @@ class Travels:
                 groups.setdefault((one["side"], one["kind"], one["key"]), {})[rank] = one
         for (side, kind, key), ranks in groups.items():
             first = next(iter(ranks.values()))
-            note = kind in ("alias", "container", "not saved", "buffer of each rank")
+            note = kind in _NOTES
             where = f"{first['first']} on {ranks_text([min(ranks)])}" if first["first"] else ""
             cell.findings.append(
                 Finding(
