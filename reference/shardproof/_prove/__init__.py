@@ -8,6 +8,7 @@ The modules, in reading order:
 - ``run``: prove(), from the arguments to the proof.
 - ``exchange``: messages between ranks without collectives; who is missing is named.
 - ``reach``: tensors in containers, unregistered modules and objects that attributes hold.
+- ``models``: the model as it is given: one, or the stages of a pipeline.
 - ``modules``: the tensors of a model by their own names, whatever wraps it.
 - ``optimizers``: the optimizers, their wrappers, and what lies beside their state.
 - ``extra``: extra states of modules, told and changed.
@@ -31,6 +32,7 @@ The modules, in reading order:
 - ``step``: one more step of training, with and without the round trip.
 - ``known_losses``: which defect of torch a loss is.
 - ``findings``: one sentence about one tensor.
+- ``described``: the job in a sentence, and its tensors as a list.
 - ``proof``: the table, JSON, and what is required.
 - ``page``: a proof as HTML.
 - ``peaks``: how much memory a phase takes.

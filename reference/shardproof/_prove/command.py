@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from shardproof._install import install
 from shardproof._prove.exchange import Exchange, RankLostError
+from shardproof._prove.models import models_in
 from shardproof._prove.optimizers import Optimizers
 from shardproof._prove.proof import Proof
 from shardproof._prove.roads import ROADS
@@ -29,6 +30,7 @@ WHOLE, NOT_WHOLE, USAGE, ENVIRONMENT = range(4)
 _EPILOG = """\
 my_train:build is a function without arguments. It returns the model as it trains, or a tuple:
 (model, optimizer) or (model, optimizer, step), where step() trains on a batch, the same each time.
+Model and optimizer may be lists: the stages of a pipeline that this rank has.
 It may call init_process_group(); where it does not and needs one, it is made for it.
 
 roads:
@@ -178,12 +180,14 @@ def _built(build: Callable[[], Any]) -> tuple[Any, Any, Callable[[], Any] | None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group()
     parts = made if isinstance(made, tuple) else (made,)
-    if not 1 <= len(parts) <= 3 or not isinstance(parts[0], torch.nn.Module):
+    try:
+        models_in(parts[0] if 1 <= len(parts) <= 3 else None)
+    except TypeError as error:
         raise _UsageError(
             "the function that builds the job returned "
             f"{[type(part).__name__ for part in parts]}: expected a model, (model, optimizer) or "
-            "(model, optimizer, step)"
-        )
+            "(model, optimizer, step), where the model is a module or a list of them"
+        ) from error
     model, optimizer, step = (*parts, None, None)[:3]
     if step is not None and not callable(step):
         raise _UsageError(f"step is a {type(step).__name__}: expected a function")

@@ -75,7 +75,7 @@ def _text(value: Any, deep: int) -> str:
         return "{" + ", ".join(sorted(_text(one, deep - 1) for one in value)) + "}"
     if hasattr(value, "tobytes"):  # numpy
         return f"{getattr(value, 'dtype', '')}({_text(value.tobytes(), 1)})"
-    if type(value).__repr__ is object.__repr__:  # it has an address
+    if " object at 0x" in repr(value):
         return f"{type(value).__name__}{_text(dict(getattr(value, '__dict__', {})), deep - 1)}"
     return repr(value)
 

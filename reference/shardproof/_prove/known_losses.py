@@ -51,7 +51,6 @@ class Traits:
 
 def traits_of(modules: Modules) -> Traits:
     """Traits of the job."""
-    model: nn.Module = modules.model
     params = [param for _, _, _, param in modules.parameters()]
     tensors = [*params, *(tensor for _, tensor in modules.attributes())]
     fsdp1 = [m for _, m in modules.modules if isinstance(m, FullyShardedDataParallel)]
@@ -65,7 +64,7 @@ def traits_of(modules: Modules) -> Traits:
     return Traits(
         fsdp1=bool(fsdp1),
         ddp=any(type(m).__name__ == "DistributedDataParallel" for _, m in modules.modules)
-        or _replicated(model),
+        or any(_replicated(model) for model in modules.models),
         tp=localized or extended or any(isinstance(tensor, DTensor) for tensor in tensors),
         cpu=all(param.device.type == "cpu" for param in params),
         hybrid=any("HYBRID" in str(m.sharding_strategy) for m in fsdp1),

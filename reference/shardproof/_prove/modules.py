@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,16 +39,17 @@ class FlatPiece:
 
 
 class Modules:
-    """A walk over a model."""
+    """A walk over a model, or over the parts of one that a rank of a pipeline has."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        self.models = models
         self.names: dict[int, list[str]] = {}
         """Of each module, by identity."""
         self.modules: list[tuple[str, nn.Module]] = []
         self.synced: dict[int, Any] = {}
         """Modules below a DDP that takes its first rank's buffers before each forward: that DDP."""
-        self._walk(model, "", frozenset(), None)
+        for model in models:
+            self._walk(model, "", frozenset(), None)
         self.flat = dict(self._flat_pieces())
         """(identity of the module, name of the parameter) -> its piece."""
 

@@ -36,7 +36,8 @@ def load(job: Job, folder: Path, known: Whole, keys: set[str]) -> dict[str, int]
     Nothing live is written: the shards are new, and go again.
     """
     state = job.get()
-    device = next((p.device.type for p in job.model.parameters()), "cpu")
+    params = (param for model in job.models for param in model.parameters())
+    device = next((param.device.type for param in params), "cpu")
     # Of a group that is there: one made here would stay with the job.
     everybody = dist.group.WORLD
     assert everybody is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ _FOREIGN = ("torch", "builtins", "logging", "threading", "multiprocessing", "con
 def reach(
     value: Any,
     path: str,
-    skip: frozenset[int] | set[int] = frozenset(),
+    skip: Container[int] = (),
     seen: set[int] | None = None,
     deep: int = _DEEP,
     objects: int = _OBJECTS,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +23,92 @@ dcp: Any = torch.distributed.checkpoint  # hands its functions on without listin
 class Job:
     """What is saved and loaded."""
 
-    model: nn.Module
+    models: list[nn.Module]
+    """One; several where a rank of a pipeline has several stages."""
     optimizers: list[torch.optim.Optimizer]
     """Empty where only the model is."""
     rank: int
     size: int
     side: str
     """model or optimizer: which of them is saved and loaded."""
-
-    @property
-    def asked(self) -> Any:
-        """Optimizers as torch's functions take them."""
-        return self.optimizers[0] if len(self.optimizers) == 1 else self.optimizers
+    names: list[set[str]] = field(default_factory=list)
+    """What the last get found in each of the models."""
 
     def get(self, **options: bool) -> State:
-        """The state of model or optimizer."""
+        """The state of model or optimizer; those of several models in one."""
         asked = StateDictOptions(**options)  # type: ignore[arg-type]
+        found: list[Any]
         if self.side == "model":
-            return {"model": torch_api.get_model_state_dict(self.model, options=asked)}
-        return {
-            "optimizer": torch_api.get_optimizer_state_dict(self.model, self.asked, options=asked)
-        }
+            found = [torch_api.get_model_state_dict(model, options=asked) for model in self.models]
+        else:
+            found = [
+                torch_api.get_optimizer_state_dict(model, optimizers, options=asked)
+                for model, optimizers in self._pairs()
+            ]
+        self.names = [_names(state) for state in found]
+        return {self.side: found[0] if len(found) == 1 else _merged(found)}
 
     def set(self, state: State, **options: bool) -> None:
-        """Load the state of model or optimizer."""
+        """Load the state of model or optimizer, each model's own part of it."""
         asked = StateDictOptions(**options)  # type: ignore[arg-type]
+        mine = state.get(self.side, {})
+        states = [mine]
+        if len(self.models) > 1:
+            states = [_of(names, mine) for names in self.names]
         if self.side == "model":
-            torch_api.set_model_state_dict(self.model, state.get("model", {}), options=asked)
+            for model, one in zip(self.models, states, strict=True):
+                torch_api.set_model_state_dict(model, one, options=asked)
         else:
-            torch_api.set_optimizer_state_dict(
-                self.model, self.asked, state.get("optimizer", {}), options=asked
-            )
+            for (model, optimizers), one in zip(self._pairs(), states, strict=True):
+                torch_api.set_optimizer_state_dict(model, optimizers, one, options=asked)
+
+    def _pairs(self) -> list[tuple[nn.Module, Any]]:
+        """Each model with its optimizers, as torch's functions take them."""
+        if len(self.models) == 1:
+            one = self.optimizers[0] if len(self.optimizers) == 1 else self.optimizers
+            return [(self.models[0], one)]
+        owners = owners_of(self.models, self.optimizers)
+        return [
+            (model, [o for o, at in zip(self.optimizers, owners, strict=True) if at == {number}])
+            for number, model in enumerate(self.models)
+        ]
+
+
+def owners_of(
+    models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer]
+) -> list[set[int]]:
+    """Of each optimizer, the models whose parameters it has."""
+    owner = {id(param): at for at, model in enumerate(models) for param in model.parameters()}
+    return [
+        {owner[id(p)] for group in one.param_groups for p in group["params"] if id(p) in owner}
+        for one in optimizers
+    ]
+
+
+def _names(state: State) -> set[str]:
+    """Of what a state dict holds: its keys, or the parameters of an optimizer's."""
+    if "param_groups" in state:
+        grouped = [name for group in state["param_groups"] for name in group["params"]]
+        return {*state.get("state", {}), *grouped}
+    return set(state)
+
+
+def _merged(states: list[State]) -> State:
+    if any("param_groups" in state for state in states):
+        return {
+            "state": {k: v for state in states for k, v in state.get("state", {}).items()},
+            "param_groups": [g for state in states for g in state.get("param_groups", [])],
+        }
+    return {key: value for state in states for key, value in state.items()}
+
+
+def _of(names: set[str], state: State) -> State:
+    if "param_groups" in state:
+        return {
+            "state": {k: v for k, v in state.get("state", {}).items() if k in names},
+            "param_groups": [g for g in state["param_groups"] if names >= {*g["params"]}],
+        }
+    return {key: value for key, value in state.items() if key in names}
 
 
 Save = Callable[[Job, Path], Any]
@@ -88,7 +143,7 @@ class Road:
 
 
 def _full_file(job: Job, folder: Path) -> Any:
-    state = {"model": torch_api.get_model_state_dict(job.model, options=_FULL_CPU)}
+    state = job.get(full_state_dict=True, cpu_offload=True)
     if job.rank == 0:
         torch.save(state["model"], folder / "model.pt")
     return state
@@ -98,11 +153,7 @@ def _load_file(job: Job, _: Any, folder: Path) -> None:
     state: State = {}
     if job.rank == 0:
         state = torch.load(folder / "model.pt", map_location="cpu", mmap=True, weights_only=True)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=job.size > 1)
-    torch_api.set_model_state_dict(job.model, state, options=options)
-
-
-_FULL_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    job.set({"model": state}, full_state_dict=True, broadcast_from_rank0=job.size > 1)
 
 
 def _dcp(job: Job, folder: Path) -> Any:

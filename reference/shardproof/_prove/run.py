@@ -9,24 +9,24 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
-from torch.distributed.checkpoint import state_dict as torch_api
 
 from shardproof._prove import claims as claims_of
 from shardproof._prove import room as rooms
 from shardproof._prove.coverage import uncovered
+from shardproof._prove.described import describe, listed
 from shardproof._prove.exchange import Exchange
 from shardproof._prove.findings import LOSS, NOTE, UNSAFE, Finding
 from shardproof._prove.groups import SpareGroups
 from shardproof._prove.inventory import Inventory, take
 from shardproof._prove.known_losses import Traits, ends_the_process, name_defect, traits_of
+from shardproof._prove.models import check_models, models_in
 from shardproof._prove.modules import Modules
 from shardproof._prove.optimizers import Optimizers
 from shardproof._prove.peaks import Peaks
 from shardproof._prove.proof import Proof
 from shardproof._prove.reclaim import plain_and_different, reclaim
-from shardproof._prove.roads import Road, chosen
+from shardproof._prove.roads import Job, Road, chosen
 from shardproof._prove.saved import whole_digests
 from shardproof._prove.snapshot import Snapshot
 from shardproof._prove.step import digests_after
@@ -38,7 +38,7 @@ class WrongUseError(ValueError):
 
 
 def prove(
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     optimizer: Any = None,
     *,
     scheduler: Any = None,
@@ -56,7 +56,7 @@ def prove(
     also after an error or an interrupt.
 
     Args:
-        model: as it trains, wrapped or not.
+        model: as it trains, wrapped or not; a list where a rank of a pipeline has several stages.
         optimizer: an optimizer, or several; None: the model alone.
         scheduler: named where no road holds it.
         step: one step of training on the same data each time. Without it the optimizer steps on
@@ -81,16 +81,18 @@ def prove(
     wrong: Exception | None = None
     taken: list[Road] = []
     optimizers = Optimizers()
+    models: list[nn.Module] = []
     try:
         taken = chosen(roads, distributed=not exchange.alone)
         optimizers = Optimizers(optimizer)
-        _check(model)
+        models = models_in(model)
+        check_models(models, optimizers)
     except Exception as error:
         wrong = error
     _agree(exchange, wrong, [road.name for road in taken])
     try:
         return _prove(
-            model, optimizers, scheduler, step, taken, folder, snapshot, limit, exchange, say
+            models, optimizers, scheduler, step, taken, folder, snapshot, limit, exchange, say
         )
     except BaseException as error:
         exchange.leave(error)
@@ -98,7 +100,7 @@ def prove(
 
 
 def _prove(
-    model: nn.Module,
+    models: list[nn.Module],
     optimizers: Optimizers,
     scheduler: Any,
     step: Callable[[], Any] | None,
@@ -111,7 +113,7 @@ def _prove(
 ) -> Proof:
     started = time.monotonic()
     peaks = Peaks()
-    modules = Modules(model)
+    modules = Modules(models)
     modules.reshard()
     kept = Snapshot(modules, optimizers, scheduler)
     files = kept.nbytes if any(road.files for road in roads) else 0
@@ -130,9 +132,9 @@ def _prove(
         claims = claims_of.collect(every)
         traits = traits_of(modules)
         if not traits.fsdp1 and plain_and_different(claims):
-            claims = _reclaimed(model, before, exchange, claims)
+            claims = _reclaimed(models, before, exchange, claims)
         replicated: set[str] = set()
-        proof = Proof(_describe(model, optimizers, exchange, room, claims))
+        proof = Proof(describe(models, optimizers, exchange.size, room.announcement(), len(claims)))
         with peaks.of("comparison"):
             proof.general += claims_of.compare(claims, before, exchange, replicated)
         proof.general += claims_of.compare_values(
@@ -146,7 +148,7 @@ def _prove(
             scheduler,
         )
         travels = Travels(
-            model,
+            models,
             optimizers,
             before,
             kept,
@@ -171,7 +173,7 @@ def _prove(
             nowhere = [f for f in proof.general if f.where == "coverage" and f.side == cell.side]
             if cell.verdict == "whole" and any(f.severity == LOSS for f in nowhere):
                 cell.verdict = "lossy"  # what no road holds this one does not
-        proof.inventory = _listed(claims)
+        proof.inventory = listed(claims)
         proof.cost = _cost(exchange, peaks, room, time.monotonic() - started)
         say("")
         return proof
@@ -229,14 +231,14 @@ def _take_all(
 
 
 def _reclaimed(
-    model: nn.Module,
+    models: list[nn.Module],
     before: Inventory,
     exchange: Exchange,
     claims: dict[str, claims_of.Claim],
 ) -> dict[str, claims_of.Claim]:
     state, error = {}, None
     try:
-        state = torch_api.get_model_state_dict(model)
+        state = Job(models, [], exchange.rank, exchange.size, "model").get()["model"]
     except Exception as raised:  # the roads tell of it
         error = raised
     if any(exchange.agree("the claims of the state dict", error)):
@@ -281,7 +283,7 @@ def _baseline(travels: Travels, proof: Proof) -> dict[str, int] | None:
             with travels.spares.in_place():
                 seen.append(
                     digests_after(
-                        travels.model, travels.optimizers, travels.step, travels.exchange.rank
+                        travels.models, travels.optimizers, travels.step, travels.exchange.rank
                     )
                 )
         except Exception as raised:
@@ -330,64 +332,6 @@ def _agree(exchange: Exchange, wrong: Exception | None, roads: list[str]) -> Non
             raise WrongUseError(
                 f"ranks ask for different roads: {every[0]} on rank 0, {other} on rank {rank}"
             )
-
-
-def _check(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"prove takes a torch.nn.Module as model: got {type(model).__name__}")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if torch.nn.parameter.is_lazy(tensor):
-            raise ValueError(f"{name} is not initialized: run the lazy module once before prove")
-        if tensor.is_meta:
-            raise ValueError(
-                f"{name} is on the meta device: give it memory and values (to_empty() and a load) "
-                "before prove"
-            )
-
-
-def _describe(
-    model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    exchange: Exchange,
-    room: rooms.Room,
-    claims: dict[str, claims_of.Claim],
-) -> dict[str, Any]:
-    wrappers = sorted({type(m).__name__ for m in model.modules() if "FSDP" in type(m).__name__})
-    kinds = [type(optimizer).__name__ for optimizer in optimizers]
-    summary = (
-        f"{type(model).__name__} with {', '.join(kinds) or 'no optimizer'} on {exchange.size} "
-        f"rank{'s' if exchange.size > 1 else ''}, {len(claims)} tensors, torch {torch.__version__}"
-    )
-    return {
-        "summary": summary,
-        "model": type(model).__name__,
-        "optimizers": kinds,
-        "wrappers": wrappers,
-        "ranks": exchange.size,
-        "torch": str(torch.__version__),
-        "snapshot": room.announcement(),
-    }
-
-
-def _listed(claims: dict[str, claims_of.Claim]) -> list[dict[str, Any]]:
-    listed = []
-    for key, claim in claims.items():
-        parts: dict[str, dict[str, Any]] = {}
-        for rank, told in claim.holders.items():
-            one = parts.setdefault(
-                str((told["part"], told["digest"])),
-                {"part": told["part"], "digest": told["digest"], "ranks": []},
-            )
-            one["ranks"].append(rank)
-        told = claim.any
-        listed.append(
-            {
-                "key": key,
-                **{name: told[name] for name in ("kind", "layout", "dtype")},
-                "parts": list(parts.values()),
-            }
-        )
-    return listed
 
 
 class _Progress:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from shardproof._prove.optimizers import Optimizers
 
 
 def digests_after(
-    model: torch.nn.Module,
+    models: Sequence[torch.nn.Module],
     optimizers: Optimizers,
     step: Callable[[], Any] | None,
     rank: int,
@@ -28,7 +28,7 @@ def digests_after(
         step()
     else:
         synthetic_step(optimizers)
-    modules = Modules(model)
+    modules = Modules(models)
     modules.reshard()
     inventory = take(modules, optimizers, rank)
     inventory.measure()

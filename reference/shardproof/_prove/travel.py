@@ -88,7 +88,7 @@ class RoadFailedError(RuntimeError):
 class Travels:
     """What all roads have in common."""
 
-    model: torch.nn.Module
+    models: list[torch.nn.Module]
     optimizers: Optimizers
     before: Inventory
     snapshot: Snapshot
@@ -110,7 +110,7 @@ class Travels:
         folder = self.folder / f"{road.name}-{side}"
         if road.files and self.exchange.rank == 0:
             folder.mkdir(exist_ok=True)
-        job = Job(self.model, self.optimizers, self.exchange.rank, self.exchange.size, side)
+        job = Job(self.models, self.optimizers, self.exchange.rank, self.exchange.size, side)
         state: Any = None
         try:
             with self.spares.in_place():
@@ -151,12 +151,12 @@ class Travels:
             if held or not (road.full or road.only == "optimizer"):
                 expected = self._expected(side)
                 differences += saved.check(state, side, self.known, expected, full=held)
-        spared = spoil(self.before, self.snapshot, Modules(self.model), self.optimizers, side)
+        spared = spoil(self.before, self.snapshot, Modules(self.models), self.optimizers, side)
         for name, why in spared.items():
             what = f"could not be changed, and a load that keeps it would not be seen: {why}"
             differences.append(Difference(side, "not spoiled", name, what))
         self._together("load", lambda: road.load(job, state, folder))
-        after = take(Modules(self.model), self.optimizers, self.exchange.rank)
+        after = take(Modules(self.models), self.optimizers, self.exchange.rank)
         differences += compare.compare(self.before, after, self.snapshot)
         for one in differences:
             if one.kind == "values" and self._of_another_rank(after.items[one.key]):
@@ -211,8 +211,9 @@ class Travels:
             for group in optimizer.param_groups:
                 for param in group["params"]:
                     param.grad = None
-        for param in self.model.parameters():
-            param.grad = None
+        for model in self.models:
+            for param in model.parameters():
+                param.grad = None
 
     def _of_another_rank(self, item: Item) -> bool:
         """Whether a buffer that DDP gives to all ranks has the value of one of them."""
@@ -259,7 +260,7 @@ class Travels:
     def _continue(self, cell: Cell) -> None:
         now = self._together(
             "one step after the load",
-            lambda: digests_after(self.model, self.optimizers, self.step, self.exchange.rank),
+            lambda: digests_after(self.models, self.optimizers, self.step, self.exchange.rank),
         )
         assert self.continued is not None
         differences = [
