@@ -74,7 +74,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m shardproof", description="Proofs about a job's checkpoints."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    roads = "\n".join(f"  {road.name:12} {road.what}" for road in ROADS.values())
+    width = max(map(len, ROADS))
+    roads = "\n".join(
+        f"  {road.name:{width}}  {road.what}{' (only if named)' if road.asked_only else ''}"
+        for road in ROADS.values()
+    )
     one = commands.add_parser(
         "prove",
         help="say whether the checkpoints of a job are whole",

@@ -180,8 +180,13 @@ _RULES = (
     _Rule("SP-034", _FULL, kinds=("keys differ",), says=r"^is \["),
     _Rule("SP-033", _FULL, kinds=("keys differ",), says="lacks it"),
     _Rule("SP-051", _FULL, kinds=("values",), says="not contiguous"),
-    _Rule("SP-033", _FULL, kinds=("raises", "hangs"), says="waited|hangs"),
-    _Rule("SP-044", ("dcp-async",), kinds=("values",), says="of 1 elements"),
+    _Rule("SP-076", ("full-flat",), kinds=("raises",), says="KeyError: 'param_groups", mended=False,
+          advice="load it unflattened"),
+    _Rule("SP-077", ("incomplete",), kinds=("accepted",), mended=False,
+          advice="compare the keys before you load"),
+    _Rule("SP-078", ("broadcast", "file", "incomplete-broadcast"), kinds=("raises",),
+          says="(Missing|Unexpected) .*waited", mended=False,
+          advice="compare the keys on rank 0, and tell all ranks"),
 )  # fmt: skip
 
 

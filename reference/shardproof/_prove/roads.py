@@ -138,6 +138,10 @@ class Road:
     """The one side that it is for."""
     from_first: bool = False
     """Whether all that is loaded comes from rank 0."""
+    incomplete: bool = False
+    """Whether one tensor is taken out of what was saved, and the load has to refuse it."""
+    asked_only: bool = False
+    """Whether it is taken only where the caller names it: no checkpoint depends on it."""
     other_mesh: bool = False
     """Whether the files are read on another mesh, and nothing live is loaded."""
 
@@ -266,13 +270,48 @@ ROADS = {
             only="model",
             from_first=True,
         ),
+        Road(
+            "full-flat",
+            "get and set with full_state_dict and flatten_optimizer_state_dict",
+            lambda job, _: job.get(full_state_dict=True, flatten_optimizer_state_dict=True),
+            lambda job, saved, _: job.set(
+                saved, full_state_dict=True, flatten_optimizer_state_dict=True
+            ),
+            full="all",
+            only="optimizer",
+            asked_only=True,
+        ),
+        Road(
+            "incomplete",
+            "set with full_state_dict, of a state that lacks a tensor: every rank has to refuse it",
+            lambda job, _: job.get(full_state_dict=True),
+            lambda job, saved, _: job.set(saved, full_state_dict=True),
+            full="all",
+            only="model",
+            incomplete=True,
+            asked_only=True,
+        ),
+        Road(
+            "incomplete-broadcast",
+            "the same with broadcast_from_rank0",
+            lambda job, _: job.get(full_state_dict=True, cpu_offload=True),
+            lambda job, saved, _: job.set(saved, full_state_dict=True, broadcast_from_rank0=True),
+            full="first",
+            distributed=True,
+            only="model",
+            from_first=True,
+            incomplete=True,
+            asked_only=True,
+        ),
     )
 }
+DEFAULT = [road.name for road in ROADS.values() if not road.asked_only]
+"""The roads that are taken where none is named."""
 
 
 def chosen(asked: Any, *, distributed: bool) -> list[Road]:
     """The roads to take; ValueError names one that there is not."""
-    names = list(ROADS) if asked is None else [asked] if isinstance(asked, str) else list(asked)
+    names = DEFAULT if asked is None else [asked] if isinstance(asked, str) else list(asked)
     if unknown := [name for name in names if name not in ROADS]:
         raise ValueError(f"roads={unknown[0]!r}: prove knows the roads {', '.join(ROADS)}")
     if not names:

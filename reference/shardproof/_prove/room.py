@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shardproof._prove.exchange import Exchange
+from shardproof._prove.inventory import Item
+from shardproof._prove.roads import Road
+
+Needs = dict[str, dict[str, int]]
+"""Of each road: bytes of CPU memory and of the accelerator's."""
 
 _SHARE = 0.8
 """Of the free memory, at most: the job goes on beside it."""
@@ -35,6 +42,8 @@ class Room:
     largest: int
     shared: bool
     """Whether all ranks see the folder."""
+    lacking: dict[str, str]
+    """Roads whose state does not fit beside the snapshot, and what they need."""
 
     def announcement(self) -> str:
         """What is said before anything is copied."""
@@ -71,10 +80,36 @@ def available_memory() -> int:
     return found
 
 
+def available_device_memory() -> int:
+    """Free bytes of this rank's accelerator, where it tells; else no limit."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    told = getattr(getattr(torch, device.type, None), "mem_get_info", None) if device else None
+    return int(told()[0]) if told is not None else 1 << 62
+
+
+def needs_of(roads: Sequence[Road], items: Iterable[Item], rank: int, *, on_device: bool) -> Needs:
+    """What each road holds at a time: a copy of this rank's shards, or the whole of all tensors."""
+    local = {"model": 0, "optimizer": 0}
+    total = dict(local)
+    for item in items:
+        if item.kind in ("parameter", "buffer", "optimizer"):
+            each = item.tensor.element_size()
+            local[item.side] += item.tensor.numel() * each
+            total[item.side] += item.part.size * each
+    found = {}
+    for road in roads:
+        full = road.full == "all" or (road.full == "first" and rank == 0)
+        size = max(total.values()) + max(local.values()) if full else max(local.values())
+        there = on_device and not road.offloads
+        found[road.name] = {"memory": 0 if there else size, "device memory": size if there else 0}
+    return found
+
+
 def find(
     exchange: Exchange,
     nbytes: int,
     files: int,
+    needs: Needs,
     snapshot: str | os.PathLike[str],
     folder: str | os.PathLike[str] | None,
 ) -> Room:
@@ -85,7 +120,7 @@ def find(
     chosen = str(exchange.all("the folder", own)[0])
     made = folder is None
     try:
-        return _find(exchange, nbytes, files, snapshot, Path(chosen), made)
+        return _find(exchange, nbytes, files, needs, snapshot, Path(chosen), made)
     except BaseException:
         if made and exchange.rank == 0:
             shutil.rmtree(chosen, ignore_errors=True)
@@ -96,6 +131,7 @@ def _find(
     exchange: Exchange,
     nbytes: int,
     files: int,
+    needs: Needs,
     snapshot: str | os.PathLike[str],
     folder: Path,
     made: bool,
@@ -107,7 +143,9 @@ def _find(
             "host": exchange.host,
             "bytes": nbytes,
             "files": files,
+            "needs": needs,
             "memory": available_memory(),
+            "device memory": available_device_memory(),
             "disk": _free(disk),
             "shared": folder.is_dir(),
             "free": _free(folder),
@@ -123,8 +161,8 @@ def _find(
             f"checkpoints need {size_text(needed)} in {folder}, which has {size_text(free)} left: "
             "name another one with folder="
         )
-    memory = _shortage(told, "memory", _SHARE)
-    room = _shortage(told, "disk", 1.0)
+    memory = _shortage(told, "memory", _SHARE, lambda one: one["bytes"])
+    room = _shortage(told, "disk", 1.0, lambda one: one["bytes"])
     if snapshot == "cpu" and memory:
         raise NoRoomError(f"the snapshot does not fit into CPU memory: {memory}")
     if snapshot not in ("cpu", "auto") and room:
@@ -141,20 +179,50 @@ def _find(
         sum(one["bytes"] for one in told),
         max(one["bytes"] for one in told),
         shared,
+        _lacking(told, on_disk=on_disk),
     )
 
 
-def _shortage(told: Sequence[dict[str, Any]], kind: str, share: float) -> str:
+def give_up(room: Room, exchange: Exchange) -> None:
+    """Raise NoRoomError for the first road that has no room, and leave no folder."""
+    if room.made and exchange.rank == 0:
+        shutil.rmtree(room.folder, ignore_errors=True)
+    road, why = next(iter(room.lacking.items()))
+    raise NoRoomError(f"the road {road} has no room: {why}")
+
+
+def _lacking(told: Sequence[dict[str, Any]], *, on_disk: bool) -> dict[str, str]:
+    found = {}
+    for road in told[0]["needs"]:
+        for kind in ("memory", "device memory"):
+            beside = "bytes" if kind == "memory" and not on_disk else ""
+            why = _shortage(
+                told,
+                kind,
+                _SHARE,
+                lambda one, road=road, kind=kind, beside=beside: (  # type: ignore[misc]
+                    one["needs"][road][kind] + (one[beside] if beside else 0)
+                ),
+            )
+            if why:
+                found[road] = f"its state does not fit into {kind}: {why}"
+    return found
+
+
+def _shortage(
+    told: Sequence[dict[str, Any]], kind: str, share: float, need_of: Callable[[Any], int]
+) -> str:
     """Which machine has too little for its ranks; empty where all have enough."""
     hosts: dict[str, list[dict[str, Any]]] = {}
-    for one in told:
-        hosts.setdefault(one["host"], []).append(one)
+    for rank, one in enumerate(told):
+        place = one["host"] if kind != "device memory" else f"{one['host']} (rank {rank})"
+        hosts.setdefault(place, []).append(one)
     for host, ranks in hosts.items():
-        need = sum(one["bytes"] for one in ranks)
+        need = sum(map(need_of, ranks))
         has = min(one[kind] for one in ranks)
         if need > has * share:
             return (
-                f"the {len(ranks)} ranks on {host} need {size_text(need)}, and "
+                f"the {len(ranks)} rank{'s' if len(ranks) > 1 else ''} on {host} need {size_text(need)}, and "
                 f"{size_text(has * share)} of {size_text(has)} may be taken"
             )
     return ""

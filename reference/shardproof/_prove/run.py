@@ -92,7 +92,17 @@ def prove(
     _agree(exchange, wrong, [road.name for road in taken])
     try:
         return _prove(
-            models, optimizers, scheduler, step, taken, folder, snapshot, limit, exchange, say
+            models,
+            optimizers,
+            scheduler,
+            step,
+            taken,
+            roads is not None,
+            folder,
+            snapshot,
+            limit,
+            exchange,
+            say,
         )
     except BaseException as error:
         exchange.leave(error)
@@ -105,6 +115,7 @@ def _prove(
     scheduler: Any,
     step: Callable[[], Any] | None,
     roads: list[Road],
+    asked: bool,
     folder: str | os.PathLike[str] | None,
     snapshot: str | os.PathLike[str],
     limit: float,
@@ -117,7 +128,12 @@ def _prove(
     modules.reshard()
     kept = Snapshot(modules, optimizers, scheduler)
     files = kept.nbytes if any(road.files for road in roads) else 0
-    room = rooms.find(exchange, kept.nbytes, files, snapshot, folder)
+    items = take(modules, optimizers, exchange.rank).items.values()
+    on_device = any(item.tensor.device.type != "cpu" for item in items)
+    needs = rooms.needs_of(roads, items, exchange.rank, on_device=on_device)
+    room = rooms.find(exchange, kept.nbytes, files, needs, snapshot, folder)
+    if asked and room.lacking:
+        rooms.give_up(room, exchange)
     say(room.announcement())
     touched = False
     try:
@@ -213,6 +229,8 @@ def _take_all(
                     f"rank 0 does not have all tensors of the others, such as {elsewhere} (a "
                     "pipeline), and this road loads from rank 0 alone"
                 )
+            elif road.name in room.lacking:
+                cell.verdict, cell.why = "not run", room.lacking[road.name]
             elif road.files and not room.shared:
                 cell.verdict = "not run"
                 cell.why = "ranks on several machines: name a folder= that all of them see"

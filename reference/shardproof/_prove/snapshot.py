@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -30,6 +31,8 @@ from shardproof._prove.optimizers import Optimizers
 from shardproof._prove.reach import reach
 
 _STEP = 64 << 20
+_SET = ("_state_dict_type", "_state_dict_config", "_optim_state_dict_config")
+"""Attributes of FSDP1 that torch's state dict functions set for their time."""
 
 
 class Snapshot:
@@ -179,6 +182,7 @@ class _Objects:
     def __init__(self, modules: Modules, optimizers: Optimizers, reached: list[Any]) -> None:
         self.plain = modules.plain
         self.modules = []
+        self.set_by_roads: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.params: list[tuple[torch.Tensor, bool, Any]] = []
         for _, module in modules.modules:
             own = vars(module)
@@ -194,6 +198,11 @@ class _Objects:
             for param in module._parameters.values():
                 if param is not None:
                     self.params.append((param, param.requires_grad, param.grad))
+            if isinstance(module, FullyShardedDataParallel):
+                self.set_by_roads.append((own, {key: own[key] for key in _SET if key in own}))
+        for _, piece in modules.flat_parameters():
+            flat = piece.handle.flat_param
+            self.params.append((flat, flat.requires_grad, flat.grad))
         holders = [*optimizers, *optimizers.wrappers]
         self.owners = [(holder, dict(vars(holder))) for holder in holders]
         self.containers = [
@@ -222,6 +231,8 @@ class _Objects:
                     held.clear()
                     held.update(content)
             module.training = training
+        for own, values in self.set_by_roads:
+            own.update(values)
         for holder, own in self.owners:
             now = vars(holder)
             for key in now.keys() - own.keys():

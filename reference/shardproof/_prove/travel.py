@@ -151,6 +151,9 @@ class Travels:
             if held or not (road.full or road.only == "optimizer"):
                 expected = self._expected(side)
                 differences += saved.check(state, side, self.known, expected, full=held)
+        if road.incomplete:
+            self._refused(road, job, cell, state, folder)
+            return
         spared = spoil(self.before, self.snapshot, Modules(self.models), self.optimizers, side)
         for name, why in spared.items():
             what = f"could not be changed, and a load that keeps it would not be seen: {why}"
@@ -165,6 +168,23 @@ class Travels:
         whole = not any(finding.severity == LOSS for finding in cell.findings)
         if whole and self.continued is not None:
             self._continue(cell)
+
+    def _refused(self, road: Road, job: Job, cell: Cell, state: Any, folder: Path) -> None:
+        """Take a tensor out of the saved state, and see that every rank refuses to load it."""
+        key = self.exchange.all("a key", next(iter(state["model"]), ""))[0]
+        state["model"].pop(key, None)
+        error = None
+        try:
+            road.load(job, state, folder)
+        except Exception as raised:
+            error = raised
+        said = self.exchange.agree("load", error)
+        passed = [rank for rank, text in enumerate(said) if not text]
+        if any(map(_is_victim, said)):
+            raise RoadFailedError("load", said)
+        if passed:
+            what = "a load of a state dict that lacks it is not refused, and keeps what was there"
+            cell.findings.append(Finding(LOSS, cell.road, cell.side, "accepted", key, what, passed))
 
     def _together(self, phase: str, action: Callable[[], Any]) -> Any:
         result, error = None, None
