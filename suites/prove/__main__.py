@@ -13,6 +13,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "prove.md"
 BEGIN = "<!-- written by ci/prove-losses --write -->\n"
 END = "<!-- end -->\n"
 _FOUND = {"pass": "yes"}
+_RANKS = {2: "two", 4: "four", 8: "eight"}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -20,7 +21,7 @@ def table(results: dict[str, Any]) -> str:
     verdicts = {check["id"].rpartition("::")[2]: check["verdict"] for check in results["checks"]}
     lines = ["| planted | named | on | where |", "| --- | --- | --- | --- |"]
     for loss in LOSSES.values():
-        key = f"test_{'two' if loss.world == 2 else 'four'}_ranks[w{loss.world}-{loss.what}]"
+        key = f"test_{_RANKS[loss.world]}_ranks[w{loss.world}-{loss.what}]"
         named = f"`{loss.names}`" if loss.names else "all"
         if loss.defect:
             named += f" {loss.defect}"

@@ -7,34 +7,39 @@ from typing import Any
 import pytest
 
 import shardproof
-from prove.kit.losses import LOSSES, missing
-
-LIMIT = 45.0
+from prove.kit.loss import Loss, missing
+from prove.kit.losses import LOSSES
 
 
 def _losses(world: int) -> list[Any]:
     return [pytest.param(loss, id=loss.what) for loss in LOSSES.values() if loss.world == world]
 
 
+def _named(loss: Loss, rank: int) -> None:
+    job = loss.plant(rank)
+    proof = shardproof.prove(
+        job.model, job.optimizer, roads=loss.roads, limit=loss.limit, progress=False
+    )
+    assert not missing(loss, proof)
+    assert proof.whole == (loss.severity == "note")
+
+
 @pytest.mark.world(2, collective=60, limit=120)
 @pytest.mark.parametrize("loss", _losses(2))
 def test_two_ranks(rank: int, loss: Any) -> None:
     """A planted loss is named, on every rank alike."""
-    job = loss.plant(rank)
-    proof = shardproof.prove(
-        job.model, job.optimizer, roads=loss.roads, limit=LIMIT, progress=False
-    )
-    assert not missing(loss, proof)
-    assert proof.whole == (loss.severity == "note")
+    _named(loss, rank)
 
 
 @pytest.mark.world(4, collective=60, limit=120)
 @pytest.mark.parametrize("loss", _losses(4))
 def test_four_ranks(rank: int, loss: Any) -> None:
     """A planted loss is named, on every rank alike."""
-    job = loss.plant(rank)
-    proof = shardproof.prove(
-        job.model, job.optimizer, roads=loss.roads, limit=LIMIT, progress=False
-    )
-    assert not missing(loss, proof)
-    assert not proof.whole
+    _named(loss, rank)
+
+
+@pytest.mark.world(8, collective=60, limit=120)
+@pytest.mark.parametrize("loss", _losses(8))
+def test_eight_ranks(rank: int, loss: Any) -> None:
+    """A planted loss is named, on every rank alike."""
+    _named(loss, rank)

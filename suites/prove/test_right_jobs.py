@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import shardproof
-from prove.kit import jobs
+from prove.kit import jobs, unusual
 from prove.kit.watch import State
 
 LIMIT = 45.0
@@ -80,6 +80,43 @@ def test_pipeline() -> None:
     assert proof.verdict("broadcast") == "not run"
     with pytest.raises(shardproof.NotWholeError, match="not run"):
         proof.require("broadcast")
+
+
+@pytest.mark.world(2, collective=60, limit=120)
+def test_unusual_optimizers() -> None:
+    """Nested and factored state, two optimizers and an extra state are whole on every road."""
+    proof = prove(unusual.one_with_nested_state())
+    assert proof.whole, str(proof)
+
+
+@pytest.mark.world(2, collective=60, limit=120)
+def test_unusual_tensors() -> None:
+    """Conjugate, quantized, empty and overlapping buffers are whole where torch can load them."""
+    roads = ["sharded", "sharded-cpu", "full"]
+    proof = prove(unusual.odd_tensors(), roads=roads)
+    assert proof.whole, str(proof)
+
+
+@pytest.mark.world(2, collective=60, limit=120)
+def test_stages_of_a_pipeline(rank: int) -> None:
+    """A list of stages is whole, and what torch cannot save is refused on every rank alike."""
+    job = unusual.stages(rank)
+    before = [
+        State(jobs.Job(m, o, job.step)) for m, o in zip(job.model, job.optimizer, strict=True)
+    ]
+    roads = ["sharded", "sharded-cpu", "flat", "full"]
+    proof = shardproof.prove(job.model, job.optimizer, roads=roads, limit=LIMIT, progress=False)
+    assert proof.whole, str(proof)
+    assert not [one for state in before for one in state.differences()]
+    params = [param for model in job.model for param in model.parameters()]
+    for model, optimizer, says in (
+        (job.model, torch.optim.SGD(params), "optimizer 0 has parameters of models"),
+        ([job.model[0], job.model[0]], None, "models 0 and 1 both have"),
+        ([job.model[0], 3], None, "item 1 is int"),
+        ([], None, "got list"),
+    ):
+        with pytest.raises(shardproof.WrongUseError, match=says):
+            shardproof.prove(model, optimizer, limit=LIMIT, progress=False)
 
 
 @pytest.mark.world(2, collective=60, limit=120)

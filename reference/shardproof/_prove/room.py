@@ -222,7 +222,7 @@ def _shortage(
         has = min(one[kind] for one in ranks)
         if need > has * share:
             return (
-                f"the {len(ranks)} rank{'s' if len(ranks) > 1 else ''} on {host} need {size_text(need)}, and "
+                f"the ranks on {host} ({len(ranks)}) need {size_text(need)}, and "
                 f"{size_text(has * share)} of {size_text(has)} may be taken"
             )
     return ""

@@ -80,7 +80,7 @@ def net(**options: Any) -> Net:
     return Net(**options)
 
 
-def _tp(mesh: Any, **options: Any) -> Net:
+def tp_net(mesh: Any, **options: Any) -> Net:
     model = net(norm=False, **options)
     frozen = model.frozen
     parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
@@ -182,18 +182,18 @@ def hybrid() -> Job:
 
 def sharded_tp() -> Job:
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
-    model = _tp(mesh["tp"])
+    model = tp_net(mesh["tp"])
     fully_shard(model, mesh=mesh["dp"])
     return started(model)
 
 
 def tensor_parallel() -> Job:
-    return started(_tp(init_device_mesh("cpu", (dist.get_world_size(),))))
+    return started(tp_net(init_device_mesh("cpu", (dist.get_world_size(),))))
 
 
 def ddp_tp() -> Job:
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
-    return started(DistributedDataParallel(_tp(mesh["tp"]), device_mesh=mesh["dp"]))
+    return started(DistributedDataParallel(tp_net(mesh["tp"]), device_mesh=mesh["dp"]))
 
 
 def fsdp1(*, original: bool = True) -> Job:
@@ -206,7 +206,7 @@ def fsdp1(*, original: bool = True) -> Job:
 
 def fsdp1_tp() -> Job:
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
-    model = _tp(mesh["tp"])
+    model = tp_net(mesh["tp"])
     model.frozen.requires_grad_(True)
     wrapped = FullyShardedDataParallel(
         model, device_mesh=mesh["dp"], device_id=CPU, use_orig_params=True
