@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import shardproof
-from prove.kit import jobs
+from prove.kit import jobs, unusual
 from prove.kit.watch import State
 
 
@@ -98,16 +98,17 @@ def test_a_rank_that_hangs(rank: int, world: Any) -> None:
     [
         ({"roads": "cdp"}, "roads='cdp': prove knows the roads"),
         ({"roads": []}, "roads is empty"),
+        ({"model": torch.nn.Sequential(torch.nn.LazyLinear(3))}, "0.weight is not initialized"),
+        ({"model": []}, "prove takes a torch.nn.Module as model, or a list of them: got list"),
     ],
 )
 def test_wrong_use_on_one_rank(rank: int, arguments: Any, says: str) -> None:
     """What is wrong on one rank raises the same on every rank, before anything is touched."""
     job = jobs.sharded()
     before = State(job)
+    given = {"model": job.model, **(arguments if rank else {})}
     with pytest.raises(shardproof.WrongUseError, match=f"rank 1: {says}"):
-        shardproof.prove(
-            job.model, job.optimizer, limit=20, progress=False, **(arguments if rank else {})
-        )
+        shardproof.prove(optimizer=job.optimizer, limit=20, progress=False, **given)
     assert not before.differences()
 
 
@@ -150,6 +151,47 @@ def test_snapshot_on_disk(rank: int) -> None:
     )
     assert proof.whole
     assert not before.differences()
+
+
+@pytest.mark.world(2, collective=30, limit=60)
+def test_no_room_for_a_road(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A road that does not fit beside the snapshot is not run; asked for, it is refused."""
+    from shardproof._prove import room
+
+    job = jobs.sharded()
+    shards = sum(p.to_local().nbytes for p in job.model.parameters())  # thrice, with the moments
+    if rank == 1:  # room for the snapshots and two shards, not for two whole states
+        monkeypatch.setattr(room, "available_memory", lambda: 14 * shards)
+    proof = shardproof.prove(job.model, job.optimizer, snapshot="cpu", limit=20, progress=False)
+    verdicts = [proof.verdict(road, "optimizer") for road in ("dcp", "full")]
+    assert verdicts == ["whole", "not run"], str(proof)
+    before = State(job)
+    with pytest.raises(shardproof.NoRoomError, match="the road full has no room"):
+        shardproof.prove(job.model, job.optimizer, roads="full", limit=20, progress=False)
+    assert not before.differences()
+
+
+@pytest.mark.world(2, collective=30, limit=60)
+def test_attributes_and_generators_stay(rank: int) -> None:
+    """What a load changes beside tensors is put back: attributes, containers, defaults, draws."""
+    job = unusual.restless(rank)
+    before = State(job)
+    drawn = job.model.generator.get_state()
+    proof = shardproof.prove(job.model, job.optimizer, roads="sharded", limit=20, progress=False)
+    assert [finding.name for finding in proof.losses] == ["holder.average"]
+    assert not before.differences()
+    assert torch.equal(job.model.generator.get_state(), drawn)
+
+
+@pytest.mark.world(2, collective=30, limit=60)
+def test_a_default_device(rank: int) -> None:
+    """Another default device takes nothing of prove's."""
+    job = jobs.sharded()
+    with torch.device("meta"):
+        proof = shardproof.prove(
+            job.model, job.optimizer, roads="sharded", limit=20, progress=False
+        )
+    assert proof.whole, str(proof)
 
 
 @pytest.mark.world(2, collective=30, limit=60)

@@ -101,13 +101,11 @@ def test_unusual_tensors() -> None:
 def test_stages_of_a_pipeline(rank: int) -> None:
     """A list of stages is whole, and what torch cannot save is refused on every rank alike."""
     job = unusual.stages(rank)
-    before = [
-        State(jobs.Job(m, o, job.step)) for m, o in zip(job.model, job.optimizer, strict=True)
-    ]
+    before = State(job)
     roads = ["sharded", "sharded-cpu", "flat", "full"]
     proof = shardproof.prove(job.model, job.optimizer, roads=roads, limit=LIMIT, progress=False)
     assert proof.whole, str(proof)
-    assert not [one for state in before for one in state.differences()]
+    assert not before.differences()
     params = [param for model in job.model for param in model.parameters()]
     for model, optimizer, says in (
         (job.model, torch.optim.SGD(params), "optimizer 0 has parameters of models"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -218,7 +219,36 @@ def odd_tensors() -> Job:
     )
     model.register_buffer("nothing", torch.empty(0, 3))
     model.register_buffer("row", model.frozen.weight.detach()[0])
-    return Job(DistributedDataParallel(model), None, lambda: None)
+    return Job(model, None, lambda: None)
+
+
+class Restless(nn.Module):
+    """A load changes its plain attributes, and draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.count = 5
+        self.history: list[Any] = [1, {"a": 2}]
+        self.holder = Holder()
+        self.generator = torch.Generator().manual_seed(3)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.count = 0
+        self.history.append(3)
+        self.history[1]["a"] = 4
+        self.holder.average = torch.zeros(3)
+        self.fresh = numpy.random.rand() + float(torch.rand(1, generator=self.generator))
+
+
+def restless(_: int) -> Job:
+    model = Restless()
+    optimizer = Nested(model.parameters())  # whose load adds to its defaults
+    model.weight.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.zero_grad()
+    return Job(model, optimizer, lambda: None)
 
 
 def stages(rank: int) -> Job:
