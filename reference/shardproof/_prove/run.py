@@ -298,6 +298,7 @@ def _baseline(travels: Travels, proof: Proof) -> dict[str, int] | None:
     for _ in range(2):
         error = None
         try:
+            travels.without_gradients()
             with travels.spares.in_place():
                 seen.append(
                     digests_after(

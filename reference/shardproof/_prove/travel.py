@@ -115,7 +115,7 @@ class Travels:
         try:
             with self.spares.in_place():
                 try:
-                    self._without_gradients()
+                    self.without_gradients()
                     if not self._can_gather(road, job, cell):
                         return cell
                     state = self._together("save", lambda: road.save(job, folder))
@@ -225,8 +225,8 @@ class Travels:
             job.side, self.known, self.exchange.all("digests on another mesh", told)
         )
 
-    def _without_gradients(self) -> None:
-        # As in a job that resumes; torch takes gradients for a sign that training has begun.
+    def without_gradients(self) -> None:
+        """As in a job that resumes; torch takes gradients for a sign that training has begun."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for param in group["params"]:

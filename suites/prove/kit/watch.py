@@ -90,6 +90,8 @@ def _bits(value: Any) -> Any:
     if value.is_quantized:
         value = value.int_repr()
     local = value._local_tensor if isinstance(value, DTensor) else value.detach()
+    if not local.untyped_storage().nbytes():  # FSDP1's, between forwards
+        return str(local.dtype), local.shape
     local = local.resolve_conj().resolve_neg()
     if local.dtype is torch.bool:
         return str(local.dtype), local.tolist()
