@@ -57,11 +57,9 @@ def collect(every: list[list[Told]]) -> dict[str, Claim]:
     return found
 
 
-def compare(
-    claims: dict[str, Claim], mine: Inventory, exchange: Exchange, replicated: set[str]
-) -> list[Finding]:
-    """Findings about claims; `replicated` names what DDP keeps the same on all its ranks."""
-    found: list[Finding] = []
+def compare(claims: dict[str, Claim], mine: Inventory, exchange: Exchange) -> list[Finding]:
+    """Findings about claims."""
+    found: list[Finding] = _of_some_ranks(claims, exchange.size)
     differing: list[tuple[Claim, list[int], list[int]]] = []
     for claim in claims.values():
         found += _contradictions(claim)
@@ -76,7 +74,7 @@ def compare(
         first = ""
         if number < DETAILED:
             first = _first_difference(claim, usual[0], others[0], mine, exchange)
-        found.append(_difference(claim, usual, others, first, claim.key in replicated))
+        found.append(_difference(claim, usual, others, first))
     return found
 
 
@@ -117,9 +115,24 @@ def _usual(digests: dict[int, str]) -> list[int]:
     return [rank for rank, value in digests.items() if value == winner]
 
 
-def _difference(
-    claim: Claim, usual: list[int], others: list[int], first: str, replicated: bool
-) -> Finding:
+def _of_some_ranks(claims: dict[str, Claim], size: int) -> list[Finding]:
+    """Plain parameters that some ranks lack, while all ranks share others."""
+    plain = [
+        claim
+        for claim in claims.values()
+        if claim.any["kind"] == "parameter" and claim.any["layout"] == "plain"
+    ]
+    if all(len(claim.holders) < size for claim in plain):  # a pipeline
+        return []
+    what = "is a parameter of these ranks alone, while all ranks share others"
+    return [
+        Finding(NOTE, "inventory", "model", "on some ranks", claim.key, what, list(claim.holders))
+        for claim in plain
+        if len(claim.holders) < size and not claim.any["ranks"]
+    ]
+
+
+def _difference(claim: Claim, usual: list[int], others: list[int], first: str) -> Finding:
     told = claim.any
     if told["synced"] is not None:
         return Finding(
@@ -144,7 +157,7 @@ def _difference(
             others,
             first,
         )
-    if told["layout"] != "plain" or replicated:
+    if told["layout"] != "plain":
         return Finding(
             LOSS,
             "inventory",
@@ -203,7 +216,8 @@ def _contradictions(claim: Claim) -> list[Finding]:
         {rank for told in claim.holders.values() for rank in told["ranks"]} - set(claim.holders)
     )
     if absent and claim.any["kind"] != "optimizer":
-        say("missing", "its mesh has ranks that do not have it", absent)
+        sort = "DDP" if claim.any["layout"] == "plain" else "mesh"
+        say("missing", f"its {sort} has ranks that do not have it", absent)
     parts = {str(t["part"]): t["part"] for t in claim.holders.values() if not t["part"]["own"]}
     if len(parts) != len({str(t["part"]) for t in claim.holders.values()}) or absent:
         return found

@@ -146,16 +146,16 @@ def take(modules: Modules, optimizers: Optimizers, rank: int) -> Inventory:
         shared.setdefault(id(param), []).append(name)
         found.flags[name] = param.requires_grad
         for leaf in leaves_of(param, rank):
-            add(name, "parameter", name, leaf)
+            item = add(name, "parameter", name, leaf)
+            item.ranks = item.ranks or modules.replicas(module)
             parts.setdefault(name, leaf)
     for name, module, buffer, persistent in modules.buffers():
         shared.setdefault(id(buffer), []).append(name)
         for leaf in leaves_of(buffer, rank):
             kind = "buffer" if persistent else "non-persistent buffer"
             item = add(name, kind, name, leaf)
-            if ddp := modules.synced.get(id(module)):
-                ranks = torch.distributed.get_process_group_ranks(ddp.process_group)
-                item.synced = ranks[0]
+            if (ddp := modules.ddp.get(id(module))) is not None and ddp.broadcast_buffers:
+                item.synced = modules.replicas(module)[0]
     _take_attributes(found, modules, optimizers, rank, {*shared, *owners}, add)
     attributes: dict[int, str] = {}
     """Storage -> the attribute that lies there: it may be what is left of a parameter."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
@@ -46,8 +47,8 @@ class Modules:
         self.names: dict[int, list[str]] = {}
         """Of each module, by identity."""
         self.modules: list[tuple[str, nn.Module]] = []
-        self.synced: dict[int, Any] = {}
-        """Modules below a DDP that takes its first rank's buffers before each forward: that DDP."""
+        self.ddp: dict[int, Any] = {}
+        """Modules below a DDP: that DDP."""
         for model in models:
             self._walk(model, "", frozenset(), None)
         self.flat = dict(self._flat_pieces())
@@ -107,6 +108,12 @@ class Modules:
             if key not in MODULE_OWN and (id(module), key) not in self.flat and key != "_flat_param"
         }
 
+    def replicas(self, module: nn.Module) -> tuple[int, ...]:
+        """The ranks on which DDP keeps what is below it; empty without one."""
+        ddp = self.ddp.get(id(module))
+        ranks = dist.get_process_group_ranks(ddp.process_group) if ddp is not None else ()
+        return tuple(ranks)
+
     def extra_states(self) -> Iterator[tuple[str, nn.Module]]:
         """(key in the state dict, module) of those with a get_extra_state() of their own."""
         for prefix, module in self.modules:
@@ -116,12 +123,12 @@ class Modules:
     def _walk(self, module: nn.Module, prefix: str, above: frozenset[int], ddp: Any) -> None:
         if id(module) in above:
             return
-        if isinstance(module, DistributedDataParallel) and module.broadcast_buffers:
+        if isinstance(module, DistributedDataParallel):
             ddp = module
         self.modules.append((prefix, module))
         self.names.setdefault(id(module), []).append(prefix)
         if ddp is not None:
-            self.synced[id(module)] = ddp
+            self.ddp[id(module)] = ddp
         for key, child in module._modules.items():
             if child is not None:
                 unnamed = key in _UNNAMED or (

@@ -149,10 +149,9 @@ def _prove(
         traits = traits_of(modules)
         if not traits.fsdp1 and plain_and_different(claims):
             claims = _reclaimed(models, before, exchange, claims)
-        replicated: set[str] = set()
         proof = Proof(describe(models, optimizers, exchange.size, room.announcement(), len(claims)))
         with peaks.of("comparison"):
-            proof.general += claims_of.compare(claims, before, exchange, replicated)
+            proof.general += claims_of.compare(claims, before, exchange)
         proof.general += claims_of.compare_values(
             exchange.all("numbers", before.values_told()), every
         )

@@ -30,6 +30,8 @@ class Loss:
     """The first differing element."""
     defect: str = ""
     world: int = 2
+    before: tuple[int, int] | None = None
+    """The version of torch that has it no more."""
     limit: float = 45.0
     """Of prove; a road that hangs takes a third of it."""
 

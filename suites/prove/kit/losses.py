@@ -299,6 +299,7 @@ LOSSES: dict[str, Loss] = {
             ("broadcast",),
             "unsafe",
             defect="SP-070",
+            before=(2, 14),
         ),
         *UNUSUAL,
     )

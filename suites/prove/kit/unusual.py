@@ -96,6 +96,14 @@ def frozen_on_one_rank(rank: int) -> Job:
     return job
 
 
+def layer_on_one_rank(rank: int, *, wrap: bool = True) -> Job:
+    model = net(norm=False)
+    wrapped = DistributedDataParallel(model) if wrap else model
+    if rank == 1:
+        model.added = nn.Linear(2, 2)
+    return Job(wrapped, None, lambda: None)
+
+
 def nested_moment(rank: int) -> Job:
     model = net()
     job = started(DistributedDataParallel(model), Nested(model.up.parameters()))

@@ -31,6 +31,23 @@ UNUSUAL = (
         ("inventory",),
     ),
     Loss(
+        "a layer is added on one rank, below DDP",
+        unusual.layer_on_one_rank,
+        "added.weight",
+        (0,),
+        ("sharded",),
+        ("inventory",),
+    ),
+    Loss(
+        "a layer is added on one rank",
+        lambda rank: unusual.layer_on_one_rank(rank, wrap=False),
+        "added.weight",
+        (1,),
+        ("sharded",),
+        ("inventory",),
+        severity="note",
+    ),
+    Loss(
         "a moment in a nested dict differs on one rank",
         unusual.nested_moment,
         "moments['first'] of up.weight",
