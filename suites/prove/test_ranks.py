@@ -181,6 +181,7 @@ def test_attributes_and_generators_stay(rank: int) -> None:
     assert [finding.name for finding in proof.losses] == ["holder.average"]
     assert not before.differences()
     assert torch.equal(job.model.generator.get_state(), drawn)
+    assert job.model.holder.average.tolist() == [1, 1, 1]
 
 
 @pytest.mark.world(2, collective=30, limit=60)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import types
 from collections import deque
 from collections.abc import Container, Iterator
@@ -71,6 +70,17 @@ def numbers_in(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+def slots_of(value: Any) -> dict[str, Any]:
+    """The attributes of an object that its class names in __slots__."""
+    found = {}
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for key in (slots,) if isinstance(slots, str) else slots:
+            if key not in ("__dict__", "__weakref__") and hasattr(value, key):
+                found[key] = getattr(value, key)
+    return found
+
+
 def is_stateful(value: Any) -> bool:
     """Whether it has a state dict of its own: a scaler, a scheduler, a data loader."""
     kind = type(value)
@@ -82,11 +92,15 @@ def _inside(value: Any, path: str, objects: int) -> list[tuple[str, Any]] | None
     if isinstance(value, dict):
         if len(value) > _LARGEST:
             return None
-        return [(f"{path}[{_key(k, i)}]", one) for i, (k, one) in enumerate(value.items())]
+        return [
+            (f"{path}[{_key(k, i)}]", one)
+            for i, (k, one) in enumerate(value.items())
+            if not isinstance(one, _ATOMS)
+        ]
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         if len(value) > _LARGEST:
             return None
-        return [(f"{path}[{i}]", one) for i, one in enumerate(value)]
+        return [(f"{path}[{i}]", one) for i, one in enumerate(value) if not isinstance(one, _ATOMS)]
     if not objects or isinstance(value, _OPAQUE):
         return None
     dot = f"{path}." if path else ""
@@ -96,9 +110,11 @@ def _inside(value: Any, path: str, objects: int) -> list[tuple[str, Any]] | None
         return [(f"{dot}{key}", one) for key, one in {**named, **own}.items()]
     if type(value).__module__.partition(".")[0] in _FOREIGN and not is_stateful(value):
         return None
-    held = dict(vars(value)) if hasattr(value, "__dict__") else {}
-    if dataclasses.is_dataclass(value):  # one with slots has no __dict__
-        held.update({f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)})
+    try:
+        held = dict(vars(value)) if hasattr(value, "__dict__") else {}
+        held.update(slots_of(value))
+    except Exception:  # of the object's own code
+        return None
     return [(f"{dot}{key}", one) for key, one in held.items()]
 
 

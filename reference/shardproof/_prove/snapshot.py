@@ -28,7 +28,7 @@ from shardproof._prove import extra
 from shardproof._prove.leaves import inner_of, sparse_parts
 from shardproof._prove.modules import WRAPPERS, Modules, local_shard
 from shardproof._prove.optimizers import Optimizers
-from shardproof._prove.reach import reach
+from shardproof._prove.reach import reach, slots_of
 
 _STEP = 64 << 20
 _SET = ("_state_dict_type", "_state_dict_config", "_optim_state_dict_config")
@@ -208,6 +208,11 @@ class _Objects:
         self.containers = [
             (one, _contents(one)) for one in map(_container, reached) if one is not None
         ]
+        self.slots = [
+            (one, slots_of(one))
+            for one in reached
+            if not isinstance(one, (torch.Tensor, torch.Generator)) and _container(one) is None
+        ]
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 for param in group["params"]:
@@ -240,6 +245,10 @@ class _Objects:
             now.update(own)
         for container, content in self.containers:
             _refill(container, content)
+        for one, slots in self.slots:
+            for key, value in slots.items():
+                if getattr(one, key, None) is not value:
+                    object.__setattr__(one, key, value)  # also of a frozen one
         for param, requires_grad, grad in self.params:
             if param.requires_grad != requires_grad:
                 param.requires_grad_(requires_grad)

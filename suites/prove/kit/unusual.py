@@ -73,6 +73,8 @@ class Around(torch.optim.Optimizer):
 class Holder:
     """A plain object with a tensor."""
 
+    __slots__ = ("average",)
+
     def __init__(self) -> None:
         self.average = torch.ones(3)
 
