@@ -12,11 +12,11 @@ from torch import nn
 
 from conformance.kit.cases import each
 from conformance.kit.collectives import Collectives
-from conformance.kit.compare import assert_unchanged, fingerprint, local
+from conformance.kit.compare import assert_same, assert_unchanged, fingerprint, local
 from conformance.kit.containers import CONTAINERS
 from conformance.kit.data import EACH_DTYPE, SHAPES, VIEWS, numbers
 from conformance.kit.generated import examples, state_dicts
-from conformance.kit.layouts import ONE_D, S, dtensor, part, placement_id, rows, sharded_tensor
+from conformance.kit.layouts import ONE_D, R, S, dtensor, part, placement_id, rows, sharded_tensor
 from conformance.kit.levels import STRIDES
 from conformance.kit.memory import MIB, peak_growth
 from conformance.kit.nested import (
@@ -115,6 +115,31 @@ class TestCreateCpuStateDict:
         for name, tensor in value.items():
             strides = local(got[name]).stride()
             assert strides == local(tensor).stride(), f"{name}: strides {strides}"
+
+    @pytest.mark.law("cost")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("within", ["tensors", "dtensors"])
+    def test_memory_of_views(self, judged: Any, mesh: Any, within: str) -> None:
+        """A buffer takes the bytes of its elements, whatever lies between those of the tensor."""
+        value = {
+            "expanded": numbers(1, 3).expand(4, 3),
+            "expanded within": numbers(2, 1, 3).expand(2, 4, 3),
+            "every eighth": numbers(4, 32)[:, ::8],
+            "columns": numbers(6, 9)[:, 2:5],
+            "turned": numbers(32, 4)[::8].t(),
+            "overlapping": numbers(10).as_strided((4, 3), (2, 1)),
+        }
+        if within == "dtensors":
+            for name, tensor in value.items():
+                value[name] = dtensor(tensor.contiguous(), mesh(1), [R], local=tensor)
+        got = judged(value)
+        for name, tensor in value.items():
+            buffer = local(got[name])
+            assert buffer.shape == tensor.shape, f"{name}: {buffer.shape}"
+            taken, needed = buffer.untyped_storage().nbytes(), buffer.numel() * buffer.itemsize
+            assert taken == needed, f"{name}: {taken} bytes for {needed}"
+            buffer.copy_(local(tensor))
+            assert_same(buffer, local(tensor), name)
 
     @pytest.mark.law("structure")
     @pytest.mark.world(2)

@@ -44,6 +44,7 @@ FLOATS: dict[torch.dtype, list[list[float]]] = {
         [1e300, 1.0, -1.0, 0.5],
         [NAN, NAN, NAN, NAN],
         [-0.0, -0.0, -0.0, -0.0],
+        [5e-324, 5e-324, 5e-324, 5e-324],  # a quarter of one is zero
     ],
     torch.float16: [[2.0, NAN, 1.0, 0.5], [-1.5, 2.5, -3.5, 4.0]],
     torch.bfloat16: [[-1.5, 2.5, -3.5, 4.0], [NAN, 1.0, 2.0, 3.0]],

@@ -57,6 +57,32 @@ class Device(Handle):
 
 
 @pytest.mark.judges("tensor.parallel.fsdp.DTensorExtensions")
+class TestOverTheSameMemory:
+    @pytest.mark.law("autograd")
+    @pytest.mark.world(1)
+    def test_forwards_with_and_without_grad(self, judged: Any, mesh: Any) -> None:
+        """Each forward gets a DTensor that trains as its own mode says, over the same memory."""
+        full = numbers(4, 6).double()
+        extensions, flat = judged(CPU), nn.Parameter(full.flatten())
+        _, extension = fsdp._ext_pre_flatten_transform(
+            dtensor(full, mesh(1), [S(0)]).requires_grad_(), extensions
+        )
+        modes = [torch.no_grad, torch.enable_grad, torch.no_grad]
+        for number, mode in enumerate([*modes, *reversed(modes)]):
+            flat.grad = None
+            with mode():
+                got: Any = fsdp._ext_post_unflatten_transform(
+                    flat.view(4, 6), extension, extensions
+                )
+            trains = mode is torch.enable_grad
+            assert got.requires_grad is trains, f"forward {number}: {got.requires_grad}"
+            if trains:
+                (got * 3).sum().backward()
+                assert flat.grad is not None, f"forward {number}: no gradient"
+                assert_same(flat.grad, torch.full_like(full, 3).flatten(), f"forward {number}")
+
+
+@pytest.mark.judges("tensor.parallel.fsdp.DTensorExtensions")
 class TestPreFlattenTransform:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2)
