@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed.tensor import Placement, Shard
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -49,3 +50,19 @@ def assert_tile(found: Iterable[Any], size: Sequence[int], what: str) -> None:
     volume = sum(int(torch.Size(sizes).numel()) for _, sizes in told)
     assert volume == hits.numel(), f"{what}: {volume} elements in the boxes {told} of {tuple(size)}"
     assert bool((hits == 1).all()), f"{what}: the boxes {told} overlap, or leave gaps"
+
+
+def assert_of_its_own(make: Callable[[], Sequence[ShardMetadata]]) -> None:
+    """What is written into the metadata of one result reaches no other's.
+
+    Moving a ShardedTensor to another device writes them: the device and the lists.
+    """
+    spoilt, kept = list(make()), list(make())
+    before = [str(shard) for shard in kept]
+    for shard in spoilt:
+        for numbers in (shard.shard_offsets, shard.shard_sizes):
+            numbers[:] = [number + 100 for number in numbers]
+        placement: Any = shard.placement
+        placement._rank, placement._device = 100, torch.device("meta")
+    for known, some in (("one that was there", kept), ("a later one", list(make()))):
+        assert [str(shard) for shard in some] == before, f"{known} changed: {some}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, UserDict, defaultdict
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -56,6 +56,25 @@ class Row(tuple[Any, ...]):
     """A tuple type of somebody's own."""
 
 
+class Options(dict[Any, Any]):
+    """As Settings, and another type."""
+
+
+class Marks(list[Any]):
+    """As Tags, and another type."""
+
+
+class Line(tuple[Any, ...]):
+    """As Row, and another type."""
+
+
+class Couple(NamedTuple):
+    """A namedtuple with the fields of Pair, and another type."""
+
+    first: Any
+    second: Any
+
+
 class Point(tuple[Any, ...]):
     """A tuple type that takes its items one by one."""
 
@@ -86,6 +105,9 @@ CONTAINERS: dict[str, Callable[[Any, Any], Any]] = {
     "tuple": lambda a, b: (a, b),
     "tuple subclass": lambda a, b: Row((a, b)),
     "namedtuple": lambda a, b: Pair(a, b),
+    "namedtuples alike": lambda a, b: [Pair(a, 1), Couple(b, 2)],
+    "dict subclasses alike": lambda a, b: [Settings(x=a), Options(x=b)],
+    "lists and tuples alike": lambda a, b: [Tags([a]), Marks([1]), Row((b,)), Line((2,))],
     "list of lists": lambda a, b: [[a], [[b]]],
     "list ending in None": lambda a, b: [a, b, None, None],
     "tuple of dicts": lambda a, b: ({"x": a}, {"x": b}),

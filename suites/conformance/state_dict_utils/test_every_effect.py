@@ -23,7 +23,7 @@ from conformance.kit.effects import (
     on_what_was_given,
 )
 from conformance.kit.functions import Function, Place, each, each_with_kinds
-from conformance.kit.nested import leaves
+from conformance.kit.nested import leaves, storages, tensors
 
 _OPENED = {"open files", "threads of Python"}
 """What a first call may leave: a backend's connections, and who looks after them."""
@@ -62,6 +62,9 @@ def test_as_it_was(
     changed = differing(given, on_what_was_given(call.inputs))
     assert not changed, f"the call changed, of what it was given, {changed}"
     call.check(got)
+    for path, tensor in tensors([got, call.outputs]).items():
+        inference = any(map(torch.is_inference, storages(tensor)))
+        assert not inference, f"{path}: nothing that trains can use it: made in inference mode"
 
 
 @pytest.mark.law("isolation")

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from conformance.kit import accelerator
 from conformance.kit.agree import assert_raises_everywhere, exchange
-from conformance.kit.boxes import assert_box, assert_tile, boxes
+from conformance.kit.boxes import assert_box, assert_of_its_own, assert_tile, boxes
 from conformance.kit.collectives import Collectives
 from conformance.kit.compare import assert_same, fingerprint, shares_memory
 from conformance.kit.data import DTYPES, VIEWS, numbers
@@ -253,6 +253,18 @@ class TestChunkTensor:
             assert_rows(second, mine, pg, "second result")
             spoil({"live": tensor.detach()})
             assert_rows(second, mine, pg, "after the input changed")
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(2)
+    def test_the_metadata_are_its_own(self, judged: Any) -> None:
+        """Who writes into the metadata of one chunk must not write into another's."""
+        made = []  # as long as they live nothing else has their memory
+
+        def shards() -> Any:
+            made.append(call(judged, numbers(4, 3), dist.group.WORLD))
+            return [*made[-1].metadata().shards_metadata, made[-1].local_shards()[0].metadata]
+
+        assert_of_its_own(shards)
 
     @pytest.mark.law("isolation")
     @pytest.mark.world(4)

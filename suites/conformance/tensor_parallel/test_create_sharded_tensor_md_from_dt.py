@@ -13,7 +13,7 @@ from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
 from torch.distributed.device_mesh import DeviceMesh
 
 from conformance.kit.agree import exchange
-from conformance.kit.boxes import assert_box, assert_tile, boxes
+from conformance.kit.boxes import assert_box, assert_of_its_own, assert_tile, boxes
 from conformance.kit.collectives import Collectives
 from conformance.kit.compare import assert_unchanged, fingerprint
 from conformance.kit.data import DTYPES, numbers
@@ -76,6 +76,13 @@ class TestCreateShardMdFromDt:
             got = judged(dtensor(numbers(*size), mesh(2), [R]), rank)
             assert_box(box_of(got), ((0, 0), size), size, str(size))
             assert seat(got) == rank
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(2)
+    def test_the_metadata_are_its_own(self, judged: Any, mesh: Any, rank: int) -> None:
+        """Who writes into the metadata of one shard must not write into another's."""
+        tensor = dtensor(numbers(4, 3), mesh(2), [S(0)])
+        assert_of_its_own(lambda: [judged(tensor, rank)])
 
     @pytest.mark.law("isolation")
     @pytest.mark.world(2)
@@ -177,6 +184,13 @@ class TestCreateShardedTensorMdFromDt:
         assert tuple(made.size()) == size
         expected = boxes(size, 2, S(0))[line.get_local_rank()]
         assert_box(box_of(made.local_shards()[0].metadata), expected, size, "local shard")
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(2)
+    def test_the_metadata_are_its_own(self, judged: Any, mesh: Any) -> None:
+        """Who writes into the metadata of one tensor must not write into another's."""
+        line, tensor = mesh(2), dtensor(numbers(4, 3), mesh(2), [S(0)])
+        assert_of_its_own(lambda: judged(tensor, line.get_group()).shards_metadata)
 
     @pytest.mark.law("isolation")
     @pytest.mark.world(2)

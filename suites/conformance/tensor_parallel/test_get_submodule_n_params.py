@@ -53,6 +53,25 @@ class TestGetSubmoduleNParams:
 
     @pytest.mark.law("values")
     @pytest.mark.world(1)
+    def test_what_was_replaced_since(self, judged: Any, mesh: Any) -> None:
+        """A module that was asked before is looked at anew: what stands at the path now counts."""
+        module: Any = tree(mesh(1))
+        path = "nest.deep.deeper.leaf"
+        fresh = lambda: bag(leaf=nn.Parameter(numbers(3)))  # noqa: E731
+        changes = {
+            "the owner": lambda: setattr(module.nest.deep, "deeper", fresh()),
+            "the module around it": lambda: setattr(module.nest, "deep", bag(deeper=fresh())),
+            "the child of the root": lambda: setattr(module, "nest", bag(deep=bag(deeper=fresh()))),
+        }
+        kept = []  # what is gone is not freed, so that nothing new has its address
+        for name, change in changes.items():
+            kept.append(judged(module, path)[0])
+            change()
+            owner, _ = judged(module, path)
+            assert owner is module.nest.deep.deeper, f"{name} was replaced: {owner}"
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(1)
     def test_from_a_module_further_down(self, judged: Any, mesh: Any) -> None:
         """A path starts at the module that is given, which need not be the root."""
         module = tree(mesh(1))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +19,7 @@ from conformance.kit.compare import assert_same, local
 from conformance.kit.data import numbers
 from conformance.kit.effects import Watched
 from conformance.kit.layouts import R, S
+from conformance.kit.nested import storages
 from conformance.kit.tensor_parallel import backward, net
 from conformance.kit.tp_kinds import Seat, laid
 from conformance.kit.tp_process import CONTEXTS, changed, flags, process
@@ -35,6 +37,8 @@ def _state_stays(function: Function, judged: Any, seat: Seat) -> None:
             with enter():
                 before = process()
                 got = road.call(judged)
+                if context != "inference":
+                    assert not _for_inference(got), f"{what}: nothing that trains can use it"
                 assert not changed(before, process()), f"{what}: {changed(before, process())}"
             for key, tensor in road.inputs.items():
                 found = changed(inputs[key], flags(tensor))
@@ -61,6 +65,11 @@ def _nothing_is_kept(function: Function, judged: Any, seat: Seat) -> None:
 def _tensors(got: Any) -> list[torch.Tensor]:
     found = got if isinstance(got, (tuple, list)) else [got]
     return [t for t in found if isinstance(t, torch.Tensor)]
+
+
+def _for_inference(got: Any) -> bool:
+    held = [part for tensor in _tensors(got) for part in storages(tensor)]
+    return any(part.is_inference() for part in held if not isinstance(part, ShardedTensor))
 
 
 @pytest.mark.judges("tensor.parallel.fsdp._chunk_dtensor")

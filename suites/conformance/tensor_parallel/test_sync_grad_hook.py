@@ -106,6 +106,22 @@ class TestSyncGradHook:
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(2)
+    def test_what_a_dtensor_holds(self, judged: Any, mesh: Any) -> None:
+        """A pending local tensor is finished on the compute stream as well."""
+        for name, options in {
+            "without a stream": {},
+            "with one": {"device_handle": (handle := Handle()), "compute_stream": STREAM},
+        }.items():
+            pending = all_reduce(numbers(4), "sum", dist.group.WORLD)
+            grad = dtensor(numbers(8), mesh(2), [S(0)], local=pending)
+            with Waits(handle) as waits:
+                got = judged(grad, **options)
+            assert type(got._local_tensor) is torch.Tensor, f"{name}: it is pending still"
+            assert_same(got._local_tensor, numbers(4) * 2, name)
+            assert set(waits.streams) == {options.get("compute_stream")}, f"{name}: elsewhere"
+
+    @pytest.mark.law("autograd")
+    @pytest.mark.world(2)
     def test_waits_without_a_stream(self, judged: Any) -> None:
         """Without a compute stream the wait happens on the current one, before the return."""
         handle = Handle()

@@ -82,6 +82,24 @@ class TestUpdateModuleParam:
             assert list(module.state_dict()) == keys, f"{name}: {list(module.state_dict())}"
 
     @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_parameters_that_change_places(self, judged: Any) -> None:
+        """Each name gets the parameter that the list gives it, whichever name had it before."""
+        names = ["first", "child.one", "child.two", "last"]
+        for name, given in {
+            "two of a module": {"first": "last", "last": "first"},
+            "two of two modules": {"first": "child.one", "child.one": "first"},
+            "in a circle": dict(zip(names, [*names[1:], names[0]], strict=True)),
+            "one moves on": {"child.one": "child.two", "child.two": "child.three"},
+        }.items():
+            module = sample()
+            held = dict(module.named_parameters())
+            judged([(*owner_of(module, n), held[other]) for n, other in given.items()])
+            for path in held:
+                now = module.get_parameter(path)
+                assert now is held[given.get(path, path)], f"{name}: {path} has another parameter"
+
+    @pytest.mark.law("structure")
     @pytest.mark.world(1, 2)
     def test_between_dtensor_and_local(self, judged: Any, mesh: Any, world: Any) -> None:
         """A DTensor parameter gives way to a local one and comes back, the order unchanged."""
