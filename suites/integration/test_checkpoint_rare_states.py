@@ -160,6 +160,29 @@ class TestStagedStates:
             assert_same(found[1][name], value, name)
 
 
+@pytest.mark.exercises("checkpoint.async")
+class TestStagedViews:
+    @pytest.mark.law("values")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("stager", [None, BlockingAsyncStager], ids=["default", "blocking"])
+    def test_conjugated_and_negated(self, device: Any, shared: Path, stager: Any) -> None:
+        """What async_save() writes must be the values that a lazy view has."""
+        spectrum = numbers(4, dtype=torch.complex64, device=device)
+        state = {
+            "conjugate": spectrum.conj(),
+            "negated": spectrum.conj().imag,
+            "as it is": spectrum,
+        }
+        written: Any = state_dict_saver.async_save(
+            state, checkpoint_id=shared, async_stager=stager and stager()
+        )
+        written.result(timeout=20)
+        found = {name: torch.zeros(4, dtype=value.dtype) for name, value in state.items()}
+        state_dict_loader.load(found, checkpoint_id=shared)
+        for name, value in state.items():
+            assert_same(found[name], value.resolve_conj().resolve_neg(), name)
+
+
 def on_fsdp1(model: nn.Module, device: Any, line: Any) -> nn.Module:
     return FullyShardedDataParallel(model, device_id=device, use_orig_params=True)
 
