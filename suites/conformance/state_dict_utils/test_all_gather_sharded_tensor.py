@@ -51,6 +51,14 @@ LAYOUTS: dict[str, Callable[[int], Layout]] = {
         rows((n * (n + 1) // 2, 2), list(range(1, n + 1))),
     ),
     "empty shard": lambda n: ((2 * n - 2, 3), rows((2 * n - 2, 3), [2] * (n - 1) + [0])),
+    "empty shard beside": lambda n: (
+        (2 * n, 3),
+        rows((2 * n, 3), [2, 0] + [2] * (n - 1), [0, 0, *range(1, n)]),
+    ),
+    "empty shard before": lambda n: (
+        (2 * n, 3),
+        rows((2 * n, 3), [0, 2] + [2] * (n - 1), [0, 0, *range(1, n)]),
+    ),
     "all on the last rank": lambda n: ((5, 2), rows((5, 2), [5], [n - 1])),
     "owners reversed": lambda n: (
         (2 * n, 3),

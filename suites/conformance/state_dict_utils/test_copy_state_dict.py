@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from functools import partial
 from typing import Any
@@ -254,6 +255,22 @@ class TestCopyStateDict:
             assert_refusal(error, what=name)
 
         each(impossible, refuse)
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.should(WORDS)
+    @pytest.mark.world(1)
+    def test_an_error_names_its_own_key(self, judged: Any) -> None:
+        """Of all that a state dict holds the error must name the leaf that does not fit."""
+        rest = {"step": 3, "name": "x", "none": None, "more": [1.5, {"size": numbers(2)}]}
+        for place in range(len(rest) + 1):
+            for said, target in {
+                "another shape": numbers(4),
+                "a target on meta": numbers(3).to("meta"),
+            }.items():
+                value = dict([*rest.items()][:place])
+                value |= {"odd": numbers(3)} | dict([*rest.items()][place:])
+                into = copy.deepcopy(value) | {"odd": target}
+                refused(lambda: judged(value, into), "odd", what=f"{said}, {place}")  # noqa: B023
 
     @pytest.mark.law("values")
     @pytest.mark.world(1)

@@ -110,6 +110,39 @@ def test_other_values_for_tied_targets(
             assert_same(local(got), part(values["c"], mesh(2), [placement]), f"{placement} {key}")
 
 
+def _read_otherwise(memory: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Leaves over one memory, by strides and dtype alike, whose bits are read in another way."""
+    if memory.is_complex():
+        return {"itself": memory, "conjugated": memory.conj()}
+    return {"itself": memory, "negated": torch._neg_view(memory)}
+
+
+@pytest.mark.law("values")
+@pytest.mark.world(2, collective=8, limit=30)
+@each(
+    lambda function: (
+        function.name in {*_COPIES, "_broadcast_state_dict", "_distribute_state_dict"}
+        and function.name != "_create_cpu_state_dict"
+    )
+)
+def test_one_memory_with_two_values(
+    function: Function, world: Any, mesh: Any, subject: Any, device: torch.device
+) -> None:
+    """A conjugated or negated view of a leaf has values of its own, and is no tie."""
+    judged = subject.function(f"_state_dict_utils.{function.name}")
+    for memory in (numbers(4, 3) + 1, numbers(4, 3, dtype=torch.complex64) * (1 + 2j)):
+        value: dict[str, Any] = _read_otherwise(memory)
+        expected = {key: leaf.clone() for key, leaf in value.items()}
+        if function.name in _COPIES:
+            got = _COPIES[function.name](judged, {"at": [value], "alone": numbers(2)})["at"][0]
+        else:
+            got = {key: torch.zeros_like(leaf) for key, leaf in expected.items()}
+            source = value if world.rank == 0 or not function.talks else {}
+            judged(source, got, device)
+        for key, leaf in got.items():
+            assert_same(leaf.resolve_conj().resolve_neg(), expected[key], f"{key} {memory.dtype}")
+
+
 @pytest.mark.judges("_state_dict_utils._iterate_state_dict")
 class TestIterateTies:
     @pytest.mark.law("structure")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -210,6 +211,23 @@ class TestUnflattenTensor:
         assert_type(local.grad, torch.Tensor, "the gradient")
         expected = rows_of_batch.sum(0).unsqueeze(1).expand(4, 3)
         assert_same(local.grad, expected.contiguous())
+
+    @pytest.mark.law("autograd")
+    @pytest.mark.world(4)
+    def test_gradients_of_each_placement_on_a_grid(self, judged: Any, mesh: Any) -> None:
+        """Along each dimension of a mesh a gradient of any placement comes to the tensor's own."""
+        grid, full, grad = mesh(2, 2), numbers(4, 6), numbers(4, 6, salt=1)
+        for placements in product([R, S(0), S(1)], repeat=2):
+            for given in product([R, S(0), S(1), Partial()], repeat=2):
+                share, whole = 1, [R if p.is_partial() else p for p in given]
+                for p, place in zip(given, grid.get_coordinate() or (), strict=True):
+                    share *= (3, -2)[place] if p.is_partial() else 1  # they add up to one
+                local = part(full, grid, placements).clone().requires_grad_()
+                made = judged(local, dtensor(full, grid, placements)._spec)
+                mine = part(grad, grid, whole) * share
+                made.backward(dtensor(grad, grid, given, local=mine))
+                expected = part(grad, grid, placements)
+                assert_same(local.grad, expected, f"{placement_id(given)} to {placements}")
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(2)
