@@ -31,7 +31,12 @@ def needs_bucket(leaf: ShardedLeaf, cpu_offload: bool) -> bool:
     """
     domain = leaf.layout.domain
     assert domain is not None
-    direct = all(part.is_contiguous() and part.device == domain.device for part in leaf.local)
+    direct = all(
+        part.is_contiguous()
+        and part.device == domain.device
+        and not (part.is_conj() or part.is_neg())
+        for part in leaf.local
+    )
     offloaded = cpu_offload and domain.device != CPU
     return not direct or offloaded or leaf.layout.stride is not None
 

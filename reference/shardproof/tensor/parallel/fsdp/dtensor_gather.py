@@ -177,7 +177,7 @@ def _gather_large(
     stages: Sequence[Stage], row: torch.Tensor, width: int, into: torch.Tensor | None
 ) -> torch.Tensor:
     """All ranks' bytes, padded to ``width``, a row each; straight ``into`` memory if given."""
-    if row.nbytes == width and row.is_contiguous():
+    if row.nbytes == width and row.is_contiguous() and not row.is_neg():
         payload = row.view(-1).view(torch.uint8)
     else:
         payload = torch.empty(width, dtype=torch.uint8, device=row.device)
