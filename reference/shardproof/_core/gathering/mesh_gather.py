@@ -104,7 +104,7 @@ class MeshGather:
             i for i, rank in enumerate(ranks) if destinations is None or rank in destinations
         ]
         self.stages = [domain.stage(d) for d in dims]
-        self.peers = _peers(self.coordinates_along, dims, self.reductions)
+        self.peers = _peers(layout.shard_numbers(self.coordinates), dims, self.reductions)
         self.kinds = kinds
         self.cpu_offload = cpu_offload
 
@@ -289,11 +289,10 @@ def _replace_coordinates(
 
 
 def _peers(
-    coordinates_along: Sequence[tuple[int, ...]], dims: Sequence[int], reductions: Mapping[int, str]
+    numbers: Sequence[tuple[int, ...]], dims: Sequence[int], reductions: Mapping[int, str]
 ) -> list[list[int]]:
     """The participants whose values are reduced into one, in row-major order."""
     groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for index, along in enumerate(coordinates_along):
-        kept = tuple(p for dim, p in zip(dims, along, strict=True) if dim not in reductions)
-        groups[kept].append(index)
+    for index, shard in enumerate(numbers):
+        groups[tuple(shard[dim] for dim in dims if dim not in reductions)].append(index)
     return list(groups.values())

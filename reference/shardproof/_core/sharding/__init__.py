@@ -1,7 +1,7 @@
 """Which rank holds which elements of a tensor, as arithmetic on sizes. No byte moves here.
 
 - ``simulated_ranks``: ranks that one process plays, as under torch's LocalTensorMode.
-- ``ranks``: the global ranks of device meshes, and this rank's coordinate.
+- ``ranks``: the global ranks of device meshes, coordinates, and which shard each rank holds.
 - ``domain``: the ranks of a mesh or process group that share tensors, in order.
 - ``blocks``: which elements each shard holds, by mesh coordinate and placements.
 - ``uniform_grid``: shards of equal size, as one view of the whole tensor.

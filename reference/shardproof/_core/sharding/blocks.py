@@ -123,6 +123,11 @@ def _cuts(ndim: int, placements: tuple[Placement, ...], order: Any) -> tuple[Cut
     )
 
 
+def split_dims(cuts: Sequence[Cut], mesh_shape: Sequence[int]) -> tuple[int, ...]:
+    """The mesh dimensions along which ranks hold different shards."""
+    return tuple(sorted({cut.mesh_dim for cut in cuts if mesh_shape[cut.mesh_dim] > 1}))
+
+
 @lru_cache(maxsize=16384)
 def block_at(
     shape: tuple[int, ...],

@@ -18,10 +18,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shardproof._core import limits
-from shardproof._core.sharding.blocks import Block, Cut, block_at, box_block, cuts_of, partial_dims
+from shardproof._core.sharding.blocks import (
+    Block,
+    Cut,
+    block_at,
+    box_block,
+    cuts_of,
+    partial_dims,
+    split_dims,
+)
 from shardproof._core.sharding.domain import Domain
 from shardproof._core.sharding.partial_reduction import check_reductions
-from shardproof._core.sharding.ranks import mesh_ranks
+from shardproof._core.sharding.ranks import mesh_ranks, shard_numbers
 from shardproof._core.sharding.uniform_grid import UniformGrid, blocks_and_grid_at, grid_of
 from shardproof._core.tensors.properties import CPU, dtype_of, is_row_major, shape_of, wrapper_of
 from shardproof._core.tensors.subclasses import is_table, shards_of, wait_for_pending
@@ -42,6 +50,7 @@ class TensorLayout:
         dims: the domain's dimensions over which the data differs.
         reductions: dimension -> pending reduction.
         cuts: how a DTensor is sharded; None for a ShardedTensor.
+        numbers: which shard each member holds, where its coordinate does not say it.
         shards: (global rank, block) of each shard of a ShardedTensor.
         local_blocks: the blocks that this rank holds.
         nbytes: of a whole tensor.
@@ -62,6 +71,7 @@ class TensorLayout:
     dims: tuple[int, ...] = ()
     reductions: dict[int, str] = field(default_factory=dict)
     cuts: tuple[Cut, ...] | None = None
+    numbers: tuple[tuple[int, ...], ...] = ()
     shards: list[tuple[int, Block]] = field(default_factory=list)
     local_blocks: list[Block] = field(default_factory=list)
     held: bool = False
@@ -73,10 +83,20 @@ class TensorLayout:
         """What the members at these coordinates hold, and the grid that this makes, if any."""
         assert self.domain is not None
         if self.cuts is not None:
-            return blocks_and_grid_at(self.shape, self.domain.shape, self.cuts, coordinates)
+            numbers = self.shard_numbers(coordinates)
+            return blocks_and_grid_at(self.shape, self.domain.shape, self.cuts, numbers)
         ranks = [self.domain.members[c[0]] for c in coordinates]
         held = [[block for rank, block in self.shards if rank == r] for r in ranks]
         return held, grid_of(self.shape, held)
+
+    def shard_numbers(
+        self, coordinates: tuple[tuple[int, ...], ...]
+    ) -> tuple[tuple[int, ...], ...]:
+        """Which shards the members at these coordinates hold, along each mesh dimension."""
+        if not self.numbers:
+            return coordinates
+        assert self.domain is not None
+        return tuple([self.numbers[self.domain.position(c)] for c in coordinates])
 
     @property
     def meta(self) -> bool:
@@ -103,7 +123,7 @@ class TensorLayout:
     def bucket_key(self) -> Hashable:
         """Equal for leaves that travel together, and sorted the same way on every rank."""
         assert self.domain is not None
-        return self.domain.key, self.dims, tuple(sorted(self.reductions.items()))
+        return self.domain.key, self.dims, tuple(sorted(self.reductions.items())), self.numbers
 
 
 def summary(tensor: DTensor | ShardedTensor) -> str:
@@ -242,7 +262,11 @@ def layout_of(tensor: DTensor | ShardedTensor, domain: Domain | None) -> TensorL
         stride, words, nbytes, cuts, reductions, dims, partial = _mesh_layout_of(tensor)
         layout = TensorLayout(domain, domain.members, shape, dtype, stride, device, words, nbytes)
         layout.dims, layout.reductions, layout.cuts = dims, reductions, cuts
-        layout.local_blocks = [block_at(shape, domain.shape, cuts, domain.my_coordinate)]
+        layout.numbers = shard_numbers(tensor.device_mesh, split_dims(cuts, domain.shape))
+        if layout.numbers:  # known of this rank's own groups: others may have made theirs otherwise
+            layout.summary += f", which hold the shards {layout.numbers}"
+        (number,) = layout.shard_numbers((domain.my_coordinate,))
+        layout.local_blocks = [block_at(shape, domain.shape, cuts, number)]
         wrapper = wrapper_of(wait_for_pending(tensor._local_tensor))
         if wrapper is not None and not is_table(wrapper):
             layout.summary += f", over {wrapper.__name__}"

@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.utils.hooks import RemovableHandle
 
-from shardproof._core.sharding.blocks import spec_block
+from shardproof._core.sharding.blocks import cuts_of, spec_block, split_dims
 from shardproof._core.sharding.dtensors import represented_dtensor
-from shardproof._core.sharding.ranks import my_coordinate
+from shardproof._core.sharding.ranks import my_shard_number
 from shardproof._core.tensors.subclasses import wait_for_pending
 from shardproof._core.tensors.values import allocate, put
 from shardproof.tensor.parallel._data_parallel_utils import (
@@ -159,10 +159,10 @@ def local_part(value: torch.Tensor, spec: DTensorSpec) -> torch.Tensor:
                 value, lambda v: v.redistribute(placements=spec.placements).to_local()
             )
         value = move_by_dtensor(value, lambda v: v.full_tensor())
-    coordinate = my_coordinate(spec.mesh)
-    if coordinate is None:
+    mine = my_shard_number(spec.mesh, split_dims(cuts_of(spec), spec.mesh.shape))
+    if mine is None:
         return value.new_empty((0,))
-    block = spec_block(spec, coordinate)
+    block = spec_block(spec, mine)
     part = allocate(block.shape, value.dtype, value.device)
     for there, here in block.regions(tuple((0, size) for size in block.shape)):
         put(part[here], value[there])
