@@ -51,7 +51,8 @@ def fsdp_rank(root: DeviceMesh) -> int:
 
 def given(full: torch.Tensor, root: DeviceMesh, held: Placement | None) -> torch.Tensor:
     """The tensor that FSDP1 asks to be chunked: plain, or a DTensor over TP's mesh."""
-    return full.clone() if held is None else dtensor(full, tp_mesh(root), [held])
+    tp = tp_mesh(root)
+    return full.clone() if held is None else dtensor(full, tp, [held], at=tp.get_coordinate())
 
 
 def unsharded(root: DeviceMesh, held: Placement | None) -> list[Placement]:
@@ -68,12 +69,13 @@ def sharded(root: DeviceMesh, held: Placement | None) -> list[Placement]:
 
 def tp_local(full: torch.Tensor, root: DeviceMesh, held: Placement | None) -> torch.Tensor:
     """The part of `full` that TP leaves to this rank."""
-    return part(full, root, unsharded(root, held))
+    return part(full, root, unsharded(root, held), root.get_coordinate())
 
 
 def chunk(full: torch.Tensor, root: DeviceMesh, held: Placement | None) -> torch.Tensor:
     """The rows of the TP-local tensor that FSDP leaves to this rank."""
-    return part(tp_local(full, root, held), root, [*[R] * (root.ndim - 2), S(0), R])
+    rows = [*[R] * (root.ndim - 2), S(0), R]
+    return part(tp_local(full, root, held), root, rows, root.get_coordinate())
 
 
 def shards(placement: Placement, dim: int) -> bool:

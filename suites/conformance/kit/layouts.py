@@ -2,6 +2,10 @@
 
 The oracle is torch.chunk: `part` cuts what a rank holds out of the whole tensor, and a check
 compares with that. Nothing is distributed by the code under test.
+
+Where a mesh lists its ranks out of order, a rank's coordinate and its number in the group of a mesh
+dimension differ. What torch moves goes by the number: shards of `fully_shard`, `full_tensor()`.
+So do parts here. Functions of FSDP1 go by the coordinate, which their checks pass.
 """
 
 from __future__ import annotations
@@ -74,21 +78,28 @@ def _pieces(tensor: torch.Tensor, count: int, dim: int) -> list[torch.Tensor]:
     return found + [empty] * (count - len(found))
 
 
+def number_in_groups(mesh: DeviceMesh) -> list[int]:
+    """This rank's number in the group of each mesh dimension."""
+    assert mesh.get_coordinate() is not None, "this rank is not in the mesh"
+    return [dist.get_rank(mesh.get_group(dim)) for dim in range(mesh.ndim)]
+
+
 def part(
     full: torch.Tensor,
     mesh: DeviceMesh,
     placements: Sequence[Placement],
-    coordinate: Sequence[int] | None = None,
+    at: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """What the rank at `coordinate` (default: this rank) holds of `full`."""
-    place = coordinate if coordinate is not None else mesh.get_coordinate()
-    assert place is not None, "this rank is not in the mesh"
-    for size, at, placement in zip(map(int, mesh.shape), place, placements, strict=True):
+    """What the rank that is `at` (default: this one, by its numbers) holds of `full`."""
+    place = at if at is not None else number_in_groups(mesh)
+    for size, index, placement in zip(map(int, mesh.shape), place, placements, strict=True):
         if isinstance(placement, _StridedShard):
             groups = _pieces(full, int(placement.split_factor), placement.dim)
-            full = torch.cat([_pieces(g, size, placement.dim)[at] for g in groups], placement.dim)
+            full = torch.cat(
+                [_pieces(g, size, placement.dim)[index] for g in groups], placement.dim
+            )
         elif isinstance(placement, Shard):
-            full = _pieces(full, size, placement.dim)[at]
+            full = _pieces(full, size, placement.dim)[index]
     return full
 
 
@@ -98,11 +109,12 @@ def dtensor(
     placements: Sequence[Placement],
     *,
     local: torch.Tensor | None = None,
+    at: Sequence[int] | None = None,
 ) -> DTensor:
-    """A DTensor that holds `full`; no collective runs. `local` replaces this rank's part."""
+    """A DTensor that holds `full`; no collective runs. `local` replaces this rank's `part`."""
     if local is None:
         inside = mesh.get_coordinate() is not None
-        local = part(full, mesh, placements).clone() if inside else full.new_empty(0)
+        local = part(full, mesh, placements, at).clone() if inside else full.new_empty(0)
     return DTensor.from_local(
         local,
         mesh,

@@ -120,7 +120,7 @@ class Unusual(Seat):
 def cut(
     full: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement] | None
 ) -> torch.Tensor:
-    """What this rank holds of `full`, in memory of its own: `part`, for any dtype; None: all.
+    """What this rank's coordinate holds of `full`, in memory of its own, of any dtype; None: all.
 
     On a rank outside of the mesh that is an empty tensor.
     """
@@ -128,7 +128,7 @@ def cut(
         return full.new_empty((0,))
     plain = full.detach().resolve_conj().resolve_neg()
     whole = plain.view(WHOLE[full.dtype.itemsize]) if full.dtype.itemsize in WHOLE else plain
-    held = whole if placements is None else part(whole, mesh, placements)
+    held = whole if placements is None else part(whole, mesh, placements, mesh.get_coordinate())
     return held.clone(memory_format=torch.contiguous_format).view(full.dtype)
 
 

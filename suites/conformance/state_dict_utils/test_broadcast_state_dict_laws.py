@@ -194,7 +194,7 @@ class TestBroadcastStateDictGroup:
     def test_a_mesh_in_another_rank_order(
         self, judged: Any, mesh: Any, rank: int, device: torch.device
     ) -> None:
-        """On a mesh of unsorted ranks each gets the part of its mesh coordinate."""
+        """On a mesh of unsorted ranks each gets the part that full_tensor() reads there."""
         turned = mesh(4, ranks=[3, 1, 0, 2])
         full = numbers(9, 3, device=device)
         mine = {"w": target(full, turned, [S(0)])}

@@ -289,7 +289,7 @@ class TestDistributeStateDict:
     def test_a_mesh_in_another_rank_order(
         self, judged: Any, mesh: Any, device: torch.device
     ) -> None:
-        """On a mesh of unsorted ranks each gets the part of its mesh coordinate."""
+        """On a mesh of unsorted ranks each gets the part that full_tensor() reads there."""
         turned = mesh(4, ranks=[3, 1, 0, 2])
         full = numbers(9, 3, device=device)
         local = {"w": target(full, turned, [S(0)])}

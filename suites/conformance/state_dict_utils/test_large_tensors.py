@@ -21,7 +21,7 @@ SHAPES = [(1024, 640), (1, 1024, 640), (1023, 641)]
 
 EACH_DEPTH = pytest.mark.parametrize("all_placements", [ONE_D, TWO_D], ids=["1-D", "2-D"])
 
-EACH_MESH = pytest.mark.parametrize("ranks", [[0, 1, 2, 3], [3, 1, 0, 2]], ids=["sorted", "turned"])
+EACH_MESH = pytest.mark.parametrize("ranks", [[0, 1, 2, 3], [3, 1, 2, 0]], ids=["sorted", "turned"])
 
 EACH_RUN = pytest.mark.thorough(but=["sorted-1-D", "turned-2-D"])
 
@@ -42,7 +42,7 @@ class TestGatherLargeTensors:
     def test_any_placement(
         self, judged: Any, mesh: Any, ranks: list[int], all_placements: Any
     ) -> None:
-        """Large shards come to the place of their mesh coordinate, on unsorted meshes, too."""
+        """Large shards come to where full_tensor() reads them, on unsorted meshes, too."""
         over = mesh(*(4,) if all_placements is ONE_D else (2, 2), ranks=ranks)
         cases = {
             f"{placement_id(p)} {shape}": (p, shape) for p in all_placements for shape in SHAPES
@@ -99,7 +99,7 @@ class TestBroadcastLargeTensors:
         ranks: list[int],
         all_placements: Any,
     ) -> None:
-        """Each rank gets the part of its mesh coordinate, on unsorted meshes, too."""
+        """Each rank gets the part that full_tensor() reads there, on unsorted meshes, too."""
         over = mesh(*(4,) if all_placements is ONE_D else (2, 2), ranks=ranks)
         cases = {
             f"{placement_id(p)} {shape}": (p, shape) for p in all_placements for shape in SHAPES

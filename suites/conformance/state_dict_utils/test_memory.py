@@ -51,7 +51,7 @@ class TestGather:
         """Over an unsorted 2-D mesh a rank must need no more than the model and a bucket."""
 
         def make(model: Model) -> Callable[[], Any]:
-            value = sharded(model, mesh(2, 2, ranks=[3, 1, 0, 2]), *map(S, dims))
+            value = sharded(model, mesh(2, 2, ranks=[3, 1, 2, 0]), *map(S, dims))
             return lambda: judged(value)
 
         grows(WHOLE, make)

@@ -39,7 +39,8 @@ def assert_gathered(
     """`got` is the plain, finished tensor that TP's dimension alone leaves to this rank."""
     # An AsyncCollectiveTensor is a tensor, too, but one that somebody still has to wait for.
     assert type(got) is torch.Tensor, f"{what}: expected a plain tensor, got {type(got).__name__}"
-    assert_same(got, part(full, root, [*[R] * (root.ndim - 1), placements[-1]]), what)
+    kept = [*[R] * (root.ndim - 1), placements[-1]]
+    assert_same(got, part(full, root, kept, root.get_coordinate()), what)
 
 
 @pytest.mark.judges("tensor.parallel.fsdp._all_gather_dtensor")
@@ -67,7 +68,8 @@ class TestAllGatherDTensor:
         for placements in [*TWO_D, [SS(0, 2), R]]:
             for size in [(1024, 1280), (1023, 1281), (1, 1024, 1280)]:
                 full = torch.arange(torch.Size(size).numel(), dtype=torch.float32).view(size)
-                got = judged(dtensor(full, root, placements), root)
+                tensor = dtensor(full, root, placements, at=root.get_coordinate())
+                got = judged(tensor, root)
                 what = f"{size} as {placement_id(placements)}"
                 assert_gathered(got, full, root, placements, what)
 
@@ -231,7 +233,7 @@ class TestAllGatherDTensor:
         root, full = mesh(2, 2, ranks=[3, 1, 2, 0]), numbers(8, 4)
         for held in HELD:
             placements = sharded(root, held)
-            got = judged(dtensor(full, root, placements), root)
+            got = judged(dtensor(full, root, placements, at=root.get_coordinate()), root)
             assert_gathered(got, full, root, placements, held_id(held))
 
     @pytest.mark.law("symmetry")
