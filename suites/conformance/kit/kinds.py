@@ -104,6 +104,14 @@ def _conjugated_rows(full: torch.Tensor, mesh: Any) -> DTensor:
     return dtensor(full, mesh, [S(0)], local=mine)
 
 
+def _negated_rows(full: torch.Tensor, mesh: Any) -> DTensor:
+    """Rows whose memory holds the negatives: torch has to turn their signs when it reads them."""
+    mine = again(part(full, mesh, [S(0)]))
+    if mine.dtype in (torch.float32, torch.float64):  # of narrower ones torch quiets NaNs
+        mine = torch._neg_view(mine.neg())
+    return dtensor(full, mesh, [S(0)], local=mine)
+
+
 def _pending(full: torch.Tensor, mesh: Any) -> DTensor:
     """The first rank adds all of it, the others nothing: -0.0 is what changes no float."""
     mine = again(full)
@@ -193,7 +201,8 @@ KINDS: dict[str, Kind] = {
     ),
     "rows strided on one rank": Kind(_strided_on_one, _ALL, usual=False),
     "turned rows": Kind(_turned_rows, _ALL, usual=False),
-    "conjugated rows": Kind(_conjugated_rows, _NOT_LANDED, usual=False),
+    "conjugated rows": Kind(_conjugated_rows, _ALL, usual=False),
+    "negated rows": Kind(_negated_rows, _ALL, usual=False),
     "columns": Kind(lambda full, mesh: dtensor(full, mesh, [S(full.dim() - 1)]), _ALL),
     "replica": Kind(lambda full, mesh: dtensor(full, mesh, [R]), _ALL),
     "replica that trains": Kind(

@@ -76,6 +76,7 @@ def _large_of_each_kind() -> Leaves:
     images = _cycle(5 << 20, torch.float32).view(64, 8, 64, 160)
     found["channels last"] = ("rows", images.to(memory_format=torch.channels_last))
     conjugated = _cycle(1 << 19, torch.complex64).view(512, 1024)
+    found["negated"] = ("negated rows", square)
     return found | {"conjugated": ("conjugated rows", conjugated * 1j)}
 
 

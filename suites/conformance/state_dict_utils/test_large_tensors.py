@@ -26,6 +26,10 @@ EACH_MESH = pytest.mark.parametrize("ranks", [[0, 1, 2, 3], [3, 1, 2, 0]], ids=[
 EACH_RUN = pytest.mark.thorough(but=["sorted-1-D", "turned-2-D"])
 
 
+LYING = {**VIEWS, "negated": torch._neg_view, "conjugated": torch.conj}
+"""Name -> another layout, or other values that the same memory means: negative, conjugate ones."""
+
+
 def distinct(*shape: int, salt: int = 0) -> torch.Tensor:
     """A tensor whose elements all differ, exact in float32."""
     count = torch.Size(shape).numel()
@@ -68,17 +72,19 @@ class TestGatherLargeTensors:
 
     @pytest.mark.law("values")
     @pytest.mark.world(2)
-    @pytest.mark.parametrize("view", VIEWS)
+    @pytest.mark.parametrize("view", LYING)
     def test_a_rank_whose_part_is_laid_out_otherwise(
         self, judged: Any, mesh: Any, view: str
     ) -> None:
-        """A part that is strided on one rank alone must be gathered right, and nobody hangs."""
+        """A part that lies otherwise on one rank alone must be gathered right, and nobody hangs."""
         line = mesh(2)
         full = distinct(1024, 640)
+        if view == "conjugated":
+            full = torch.complex(full, full + 1)
         mine = part(full, line, [S(0)]).clone()
         if line.get_coordinate()[0] == 1:
-            mine = VIEWS[view](mine)
-        other = VIEWS[view](part(full, line, [S(0)], [1]).clone())
+            mine = LYING[view](mine)
+        other = LYING[view](part(full, line, [S(0)], [1]).clone())
         got = judged({"w": dtensor(full, line, [S(0)], local=mine)})
         assert_same(got["w"], torch.cat([part(full, line, [S(0)], [0]), other]))
 

@@ -31,11 +31,18 @@ _GRIDS = ([3, 1, 2, 0], [2, 3, 0, 1], [1, 0, 3, 2])
 
 def _cases(mesh: Any) -> Iterator[Case]:
     """(name, mesh, placements) where torch reads back what it has distributed."""
-    for placements in ([S(0)], [S(1)]):
-        yield "a line", mesh(4, ranks=[3, 1, 0, 2]), placements
+    for dim in (0, 1):
+        yield "a line", mesh(4, ranks=[3, 1, 0, 2]), [S(dim)]
     for ranks in _GRIDS:
         over = mesh(2, 2, ranks=ranks)
-        for placements in ([S(0), R], [R, S(0)], [S(0), S(0)], [S(1), S(0)], [SS(0, 2), S(0)]):
+        layouts: list[list[Any]] = [
+            [S(0), R],
+            [R, S(0)],
+            [S(0), S(0)],
+            [S(1), S(0)],
+            [SS(0, 2), S(0)],
+        ]
+        for placements in layouts:
             yield f"grid {ranks}", over, placements
     yield "a grid with one row turned", mesh(2, 2, ranks=[0, 1, 3, 2]), [S(0), S(1)]
     yield "a grid that is sharded along one dimension", mesh(2, 2, ranks=[0, 3, 2, 1]), [R, S(0)]

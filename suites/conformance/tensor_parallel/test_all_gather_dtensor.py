@@ -151,6 +151,25 @@ class TestAllGatherDTensor:
 
     @pytest.mark.law("values")
     @pytest.mark.world(2)
+    @pytest.mark.parametrize("rows", [6, 6000], ids=["small", "large"])
+    def test_lazy_signs(self, judged: Any, mesh: Any, rank: int, rows: int) -> None:
+        """Chunks whose memory means the negative or the conjugate are gathered as their values."""
+        root = mesh(2, 1)
+        for name, lazy in {"negated": torch._neg_view, "conjugated": torch.conj}.items():
+            full = torch.arange(3.0 * rows).view(rows, 3)
+            full = torch.complex(full, full + 1) if name == "conjugated" else full
+            for turned in ({0, 1}, {0}, {1}):
+                whole = full.clone()
+                for n, chunk_of_n in enumerate(whole.chunk(2)):
+                    if n in turned:
+                        chunk_of_n.copy_(lazy(chunk_of_n.clone()))
+                mine = full.chunk(2)[rank].clone()
+                mine = lazy(mine) if rank in turned else mine
+                tensor = dtensor(full, root, [S(0), R], local=mine)
+                assert_gathered(judged(tensor, root), whole, root, [S(0), R], f"{name} {turned}")
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
     @pytest.mark.parametrize("rows", [3, 2, 0], ids=lambda rows: f"{rows} rows")
     def test_a_shard_of_one_element(self, judged: Any, mesh: Any, rows: int) -> None:
         """A shard of one element or none must arrive whatever the stride it has."""

@@ -196,9 +196,8 @@ class TestGetLocalBox:
             line = mesh(len(ranks), ranks=ranks)
             if rank in ranks:
                 expected = boxes(size, len(ranks), S(0))[ranks.index(rank)]
-                assert_box(
-                    judged(dtensor(numbers(*size), line, [S(0)])), expected, size, f"{ranks}"
-                )
+                tensor = dtensor(numbers(*size), line, [S(0)], at=line.get_coordinate())
+                assert_box(judged(tensor), expected, size, f"{ranks}")
         root = mesh(2, 2)
         expected = boxes(size, 2, S(0))[rank % 2]
         got = judged(dtensor(numbers(*size), tp_mesh(root), [S(0)]))

@@ -17,7 +17,7 @@ from shardproof._core.comms.agreement import Failure
 from shardproof._core.comms.collectives import broadcast, finish
 from shardproof._core.loading.value_checks import plain_full_tensor
 from shardproof._core.sharding.domain import Domain
-from shardproof._core.tensors.properties import is_opaque, is_ordinary, unwrapped
+from shardproof._core.tensors.properties import is_lazy, is_opaque, is_ordinary, unwrapped
 from shardproof._core.tensors.ties import geometry, maybe_tied
 from shardproof._core.tensors.values import bits
 
@@ -134,7 +134,7 @@ def build_manifest(
                     ordinary
                     and plain.device == device
                     and plain.is_contiguous()
-                    and not (plain.is_conj() or plain.is_neg())
+                    and not is_lazy(plain)
                 )
                 number = manifest.number(ManifestEntry("tensor", tuple(size), dtype, flat))
                 if is_small:

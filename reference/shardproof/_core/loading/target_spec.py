@@ -19,6 +19,7 @@ from shardproof._core.sharding.table_shards import shards_in
 from shardproof._core.sharding.target_part import WHOLE, target_part_of
 from shardproof._core.tensors.properties import (
     QUANTIZED,
+    is_lazy,
     is_opaque,
     is_ordinary,
     kind_of,
@@ -207,7 +208,7 @@ class TargetSpec:
 
 def _as_it_is(memory: torch.Tensor) -> bool:
     """Whether memory holds its values in their order, as they are."""
-    return memory.is_contiguous() and not (memory.is_conj() or memory.is_neg())
+    return memory.is_contiguous() and not is_lazy(memory)
 
 
 def _same_kind(ours: torch.dtype, theirs: torch.dtype) -> bool:

@@ -22,7 +22,7 @@ from shardproof._core.sharding.dtensors import (
 )
 from shardproof._core.sharding.table_shards import shards_in
 from shardproof._core.tensors.prefault import LARGE, prefault
-from shardproof._core.tensors.properties import CPU, is_ordinary
+from shardproof._core.tensors.properties import CPU, is_lazy, is_ordinary
 from shardproof._core.tensors.subclasses import (
     PLAIN,
     copy_by_class,
@@ -262,7 +262,7 @@ class Target:
         assert block is not None
         shown = values.dtype
         if shown is not dtype:
-            if memory.dtype == dtype and is_ordinary(memory):
+            if memory.dtype == dtype and is_ordinary(memory) and not is_lazy(memory):
                 memory = memory.view(shown)
             else:
                 values = values.view(dtype)

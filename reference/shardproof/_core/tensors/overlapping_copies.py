@@ -13,7 +13,7 @@ import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-from shardproof._core.tensors.properties import is_ordinary
+from shardproof._core.tensors.properties import is_lazy, is_ordinary
 from shardproof._core.tensors.subclasses import wait_for_pending
 from shardproof._core.tensors.ties import extent, geometry
 from shardproof._core.tensors.values import allocate
@@ -100,4 +100,4 @@ def _memories(leaf: Any) -> list[torch.Tensor]:
 
 
 def _is_lazy(memory: torch.Tensor) -> bool:
-    return memory.is_meta or memory.is_conj() or memory.is_neg()
+    return memory.is_meta or is_lazy(memory)

@@ -77,6 +77,11 @@ def is_ordinary(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_quantized
 
 
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether memory holds the negatives or the conjugates of the values."""
+    return tensor.is_conj() or tensor.is_neg()
+
+
 def is_opaque(layout: torch.layout, dtype: torch.dtype) -> bool:
     """Whether such tensors (sparse, quantized) hold more than elements at strides.
 

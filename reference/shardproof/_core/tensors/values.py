@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardproof._core.tensors.prefault import LARGE, prefault
-from shardproof._core.tensors.properties import is_ordinary, is_row_major
+from shardproof._core.tensors.properties import is_lazy, is_ordinary, is_row_major
 from shardproof._core.tensors.subclasses import (
     PLAIN,
     copy_by_class,
@@ -64,7 +64,7 @@ def carrier_dtype(dtype: torch.dtype) -> torch.dtype:
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bits of ``tensor`` as integers: a view, unless a lazy conj or neg has to be resolved."""
     plain = tensor.detach() if tensor.requires_grad else tensor
-    if plain.is_conj() or plain.is_neg():
+    if is_lazy(plain):
         with warnings.catch_warnings():
             # torch warns of complex32 whenever it makes one.
             warnings.simplefilter("ignore")
@@ -109,7 +109,7 @@ def put(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) 
         and dtype == source.dtype
         and is_ordinary(target)
         and is_ordinary(source)
-        and not (target.is_conj() or target.is_neg())
+        and not is_lazy(target)
     )
     # Detached, so that nothing is recorded: that is cheaper than a no_grad block a tensor.
     if is_custom(type(target)) or is_custom(type(source)):
@@ -134,7 +134,10 @@ def copy_all(
 
     FSDP copies its all-gathered parameters out with the same one.
     """
-    if targets:
+    if any(map(is_lazy, targets)):  # that call refuses to write to them
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source, non_blocking=non_blocking)
+    elif targets:
         torch._foreach_copy_(targets, sources, non_blocking=non_blocking)
 
 
