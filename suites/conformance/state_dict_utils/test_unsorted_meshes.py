@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from conformance.kit.compare import assert_same
 from conformance.kit.data import numbers
@@ -26,6 +27,8 @@ Case = tuple[str, DeviceMesh, list[Any]]
 
 # Grids by whose groups some ranks hold the same shards of both dimensions, and some shards nobody
 # holds, are not here: of these torch's ranks read different tensors.
+EACH_SIZE = pytest.mark.parametrize("size", [(12, 8), (7, 5)], ids=["even", "uneven"])
+
 _GRIDS = ([3, 1, 2, 0], [2, 3, 0, 1], [1, 0, 3, 2])
 
 
@@ -117,12 +120,13 @@ class TestGatherUnsortedMeshes:
 class TestBroadcastUnsortedMeshes:
     @pytest.mark.law("group")
     @pytest.mark.world(4)
+    @EACH_SIZE
     def test_where_full_tensor_reads(
-        self, judged: Any, mesh: Any, rank: int, device: torch.device
+        self, judged: Any, mesh: Any, rank: int, device: torch.device, size: tuple[int, int]
     ) -> None:
         """Each rank gets the part that full_tensor() reads there."""
         cases = {f"{name}, {placement_id(p)}": (over, p) for name, over, p in _cases(mesh)}
-        full = {key: numbers(7, 5, salt=n) for n, key in enumerate(cases)}
+        full = {key: numbers(*size, salt=n) for n, key in enumerate(cases)}
         mine = {key: target(full[key], over, p) for key, (over, p) in cases.items()}
         judged(full if rank == 0 else {}, mine, device)
         for key, (over, placements) in cases.items():
@@ -161,10 +165,17 @@ class TestBroadcastUnsortedMeshes:
 class TestDistributeUnsortedMeshes:
     @pytest.mark.law("group")
     @pytest.mark.world(4)
-    def test_where_full_tensor_reads(self, judged: Any, mesh: Any, device: torch.device) -> None:
+    @EACH_SIZE
+    def test_where_full_tensor_reads(
+        self, judged: Any, mesh: Any, device: torch.device, size: tuple[int, int]
+    ) -> None:
         """Each rank keeps the part that full_tensor() reads there."""
-        cases = {f"{name}, {placement_id(p)}": (over, p) for name, over, p in _cases(mesh)}
-        full = {key: numbers(7, 5, salt=n) for n, key in enumerate(cases)}
+        cases = {
+            f"{name}, {placement_id(p)}": (over, p)
+            for name, over, p in _cases(mesh)
+            if not any(isinstance(one, _StridedShard) for one in p)  # torch refuses uneven ones
+        }
+        full = {key: numbers(*size, salt=n) for n, key in enumerate(cases)}
         mine = {key: target(full[key], over, p) for key, (over, p) in cases.items()}
         judged(full, mine, device)
         for key, (over, placements) in cases.items():
