@@ -20,7 +20,7 @@ from conformance.kit.agree import attempt, exchange
 from conformance.kit.collectives import Collectives
 from conformance.kit.compare import assert_same, assert_type, fingerprint, local, shares_memory
 from conformance.kit.data import numbers
-from conformance.kit.layouts import R, S, dtensor, part
+from conformance.kit.layouts import R, S, dtensor, part, read_whole
 from conformance.kit.refusals import assert_refusal
 from conformance.kit.tensor_parallel import (
     SHARDED,
@@ -251,6 +251,20 @@ class TestPreDpModuleTransformStateDict:
                     param.add_(1)
             assert fingerprint(given) == before, f"{what}: the given dict was changed"
             module.zero_grad()
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    def test_load_over_an_unsorted_mesh(self, judged: Any, mesh: Any) -> None:
+        """Full tensors and DTensors land where full_tensor() reads them, if ranks are unsorted."""
+        line, zero = mesh(2, ranks=[1, 0]), numbers(4, 2) * 0
+        module = bag(w=weight(zero, line, [S(0)]))
+        judged(module)
+        for salt, placement in enumerate((None, R, S(0), S(1))):
+            full = numbers(4, 2, salt=salt + 1)
+            given = full if placement is None else dtensor(full, line, [placement])
+            module.load_state_dict({"w": given})
+            assert_same(module.w.detach(), part(full, line, [S(0)]), f"loaded from {placement}")
+            assert_same(read_whole(module.state_dict()["w"]), full, f"saved after {placement}")
 
     @pytest.mark.law("values")
     @pytest.mark.world(2)

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from shardproof._core.sharding.blocks import cuts_of, spec_block, split_dims
 from shardproof._core.sharding.dtensors import represented_dtensor
-from shardproof._core.sharding.ranks import my_shard_number
+from shardproof._core.sharding.ranks import group_orders, my_shard_number
 from shardproof._core.tensors.subclasses import wait_for_pending
 from shardproof._core.tensors.values import allocate, put
 from shardproof.tensor.parallel._data_parallel_utils import (
@@ -154,7 +154,9 @@ def local_part(value: torch.Tensor, spec: DTensorSpec) -> torch.Tensor:
     """
     value = value.detach()
     if isinstance(value, DTensor):
-        if value.device_mesh == spec.mesh:
+        # On a mesh that lists its ranks out of order a redistribution cuts by the coordinate.
+        right = value.placements == spec.placements or not group_orders(spec.mesh)
+        if value.device_mesh == spec.mesh and right:
             return move_by_dtensor(
                 value, lambda v: v.redistribute(placements=spec.placements).to_local()
             )
