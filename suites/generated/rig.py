@@ -76,10 +76,10 @@ def _pieces(tensor: torch.Tensor, count: int, dim: int) -> list[torch.Tensor]:
 
 
 def part(full: torch.Tensor, over: DeviceMesh, names: Sequence[str]) -> torch.Tensor:
-    """What this rank holds of a whole tensor."""
-    place = over.get_coordinate()
-    if place is None:
+    """What this rank holds of a whole tensor, by its number in the group of each mesh dimension."""
+    if over.get_coordinate() is None:
         return full.new_empty(0)
+    place = [over.get_group(dim).rank() for dim in range(over.ndim)]
     for size, at, one in zip(over.shape, place, placements(names), strict=True):
         if isinstance(one, _StridedShard):
             groups = _pieces(full, int(one.split_factor), one.dim)

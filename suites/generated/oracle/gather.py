@@ -119,7 +119,7 @@ def _reduced(peers: Mapping[int, Sim], op: str) -> torch.Tensor:
     held: dict[tuple[int, ...], Any] = {}
     dims = [n for n, name in enumerate(one.placements) if name == "R"]
     for rank, sim in peers.items():
-        at = sims.coordinate(one.mesh, rank)
+        at = sims.numbers(one.mesh, rank)
         if any(at[n] for n in dims):
             continue  # a replica
         place = tuple(at[n] for n in kept)

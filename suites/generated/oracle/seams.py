@@ -165,7 +165,7 @@ def _boxes(sim: Sim) -> list[Any]:
     assert sim.mesh is not None
     found = []
     for rank in sim.mesh[1]:
-        held = sims.indices_of(sim.size, sim.mesh, sim.placements, rank)
+        held = sims.indices_of(sim.size, sim.mesh, sim.placements, rank, sims.coordinate)
         sizes = tuple(len(some) for some in held)
         starts = tuple(
             some[0] if some else total for some, total in zip(held, sim.size, strict=True)

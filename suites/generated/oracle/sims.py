@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,12 +93,27 @@ def coordinate(mesh: Mesh, rank: int) -> tuple[int, ...]:
     return tuple(int(n) for n in found[0])
 
 
+def numbers(mesh: Mesh, rank: int) -> tuple[int, ...]:
+    """A rank's number in the group of each mesh dimension: torch sorts the ranks of a group."""
+    table = np.array(mesh[1]).reshape(mesh[0])
+    here = coordinate(mesh, rank)
+    found = []
+    for dim in range(len(here)):
+        line: list[Any] = [*here[:dim], slice(None), *here[dim + 1 :]]
+        found.append(sorted(table[tuple(line)].tolist()).index(rank))
+    return tuple(found)
+
+
 def indices_of(
-    size: Sequence[int], mesh: Mesh, placements: Sequence[str], rank: int
+    size: Sequence[int],
+    mesh: Mesh,
+    placements: Sequence[str],
+    rank: int,
+    place: Callable[[Mesh, int], tuple[int, ...]] = numbers,
 ) -> list[list[int]]:
     """For each dimension the global indices that a rank holds, in their order there."""
     held = [list(range(n)) for n in size]
-    for count, at, name in zip(mesh[0], coordinate(mesh, rank), placements, strict=True):
+    for count, at, name in zip(mesh[0], place(mesh, rank), placements, strict=True):
         if name.startswith("SS"):
             dim, factor = map(int, name[2:].split("x"))
             groups = [_chunks(some, count)[at] for some in _chunks(held[dim], factor)]

@@ -29,6 +29,7 @@ from torch.distributed.tensor.placement_types import (
     _StridedShard,
 )
 
+from shardproof._core.sharding.ranks import my_shard_number
 from shardproof._core.sharding.simulated_ranks import for_each_rank
 
 _LOCAL_SHAPES: WeakKeyDictionary[DeviceMesh, dict[Hashable, tuple[int, ...]]] = WeakKeyDictionary()
@@ -176,6 +177,18 @@ def local_shape(spec: DTensorSpec) -> tuple[int, ...]:
     if shape is None:
         shape = shapes[key] = spec_block(spec, coordinate).shape
     return shape
+
+
+def may_be_local_shape(spec: DTensorSpec, shape: Sequence[int]) -> bool:
+    """Whether torch makes local tensors of this shape here.
+
+    On a mesh that lists its ranks out of order it takes the sizes of uneven shards now from the
+    coordinate, as ``distribute_tensor`` does, now from the number in the group.
+    """
+    if tuple(shape) == local_shape(spec):
+        return True
+    mine = my_shard_number(spec.mesh, split_dims(cuts_of(spec), spec.mesh.shape))
+    return mine is not None and tuple(shape) == spec_block(spec, mine).shape
 
 
 @for_each_rank

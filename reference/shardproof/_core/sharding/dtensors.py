@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-from shardproof._core.sharding.blocks import local_shape
+from shardproof._core.sharding.blocks import local_shape, may_be_local_shape
 
 FSDP_FLATTENED = "_fsdp_flattened"
 """The mark that FSDP1 puts on what it has flattened, ``torch.distributed.fsdp._common_utils``."""
@@ -57,9 +57,9 @@ def represented_dtensor(value: Any) -> Any:
         return value
     if isinstance(value, DTensor):
         return value
-    shape, local = local_shape(spec), value.detach()
+    local = value.detach()
     if getattr(value, FSDP_FLATTENED, False):
-        local = torch.empty(shape, dtype=value.dtype, device="meta")
-    elif tuple(value.shape) != shape:
+        local = torch.empty(local_shape(spec), dtype=value.dtype, device="meta")
+    elif not may_be_local_shape(spec, value.shape):
         return value
     return build_dtensor(local, spec)

@@ -16,7 +16,7 @@ from torch._C._functorch import unwrap_if_dead
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-from shardproof._core.sharding.blocks import local_shape
+from shardproof._core.sharding.blocks import local_shape, may_be_local_shape
 from shardproof._core.sharding.dtensors import build_dtensor, spec_with_dtype
 from shardproof._core.sharding.ranks import my_coordinate
 from shardproof._core.tensors.subclasses import PLAIN, unwrap_pending
@@ -120,7 +120,7 @@ def unflatten_eagerly(
 ) -> DTensor:
     """As :func:`_unflatten_tensor`, for callers that the compiler does not look into either."""
     expected = local_shape(spec)
-    if tensor.shape != expected:
+    if tensor.shape != expected and not may_be_local_shape(spec, tensor.shape):
         if my_coordinate(spec.mesh) is not None:
             raise ValueError(
                 f"local tensor of shape {tuple(tensor.shape)} does not fit: the spec of global "
