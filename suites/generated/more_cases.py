@@ -88,7 +88,7 @@ def all_gather_dtensors(draw: st.DrawFn) -> Case:
     entry["mesh"] = draw(st.sampled_from(ROOTS[world]))
     entry["placements"] = draws.placements(draw, entry["mesh"], len(entry["shape"]))
     case: Case = {"world": world, "pool": [entry], "trees": {}}
-    if one_in(draw, 6) and not {"layout", "trains"} & entry.keys():
+    if entry["shape"] and one_in(draw, 6) and not {"layout", "trains"} & entry.keys():
         case["wrong"] = [(0, draw(st.integers(0, world - 1)), "shape")]
     step = {"call": "all_gather_dtensor", "tensor": 0, "mesh": entry["mesh"]}
     case["steps"] = [step, *([dict(step)] if one_in(draw, 3) else [])]

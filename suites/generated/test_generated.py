@@ -81,13 +81,15 @@ def test_wrong_usage_is_named(
 
 
 def test_the_oracle_cuts_as_torch_chunks() -> None:
-    """What each rank holds is what torch.chunk gives it, in each order of ranks."""
+    """What each rank holds is what torch.chunk gives its number in the group, which is sorted."""
     whole = torch.arange(7 * 3).reshape(7, 3)
     for size in (1, 2, 3, 4):
         mesh = (size,), tuple(reversed(range(size)))
         pieces = [*torch.chunk(whole, size), *[whole[:0]] * size]
-        for place, rank in enumerate(mesh[1]):
-            assert torch.equal(sims.cut(whole, mesh, ("S0",), rank), pieces[place])
+        for rank in range(size):
+            assert torch.equal(sims.cut(whole, mesh, ("S0",), rank), pieces[rank])
+    grid = (2, 2), (3, 1, 2, 0)
+    assert [sims.numbers(grid, r) for r in range(4)] == [(0, 0), (1, 0), (0, 1), (1, 1)]
     strided = [sims.cut(whole[:4], ((2, 2), (0, 1, 2, 3)), ("SS0x2", "S0"), r) for r in range(4)]
     assert [part[0, 0].item() for part in strided] == [0, 6, 3, 9]
 
