@@ -1,11 +1,11 @@
-"""SP-031: a full state dict permutes rows when the mesh lists its ranks out of order.
+"""SP-031: a load from rank 0 permutes weights when the mesh lists its ranks out of order.
 
     torchrun --standalone --nproc-per-node 2 sp_031_mesh_in_another_order_permutes_rows.py
 
-What breaks: the mesh is [1, 0], so rank 1 holds the first rows of the weight and rank 0 the last.
-  The full state dict puts rank 0's rows first.
-Why: torch sorts the ranks when it makes the mesh's process group, and gathers in the order of the
-  group. The placements mean the order of the mesh.
+What breaks: fully_shard over the mesh [1, 0]. A full state dict that rank 0 has is loaded, and each
+  rank gets the rows of the other: the model computes something else.
+Why: torch sorts the ranks when it makes the mesh's process group, and fully_shard trains in the
+  order of the group. The load cuts by the coordinate, which is that of the mesh.
 For whom: users who build a DeviceMesh whose ranks are not in rising order, for example to follow
   the network's topology.
 
@@ -19,9 +19,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.fsdp import fully_shard
 
 store, rank, size = next(dist.rendezvous("env://"))
 store.set(f"ready {rank}", "")
@@ -30,13 +30,15 @@ faulthandler.dump_traceback_later(20, exit=True)  # a rank that hangs ends with 
 limit = timedelta(seconds=5)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
-mesh = DeviceMesh("cpu", [1, 0])
-rows = torch.arange(4.0).unsqueeze(1).chunk(2)[mesh.get_coordinate()[0]]
 model = nn.Linear(1, 4, bias=False)
-model.weight = nn.Parameter(DTensor.from_local(rows, mesh, [Shard(0)]))
-full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-expected = "rows [0.0, 1.0, 2.0, 3.0]"
-got = f"rows {full['weight'].flatten().tolist()}"
+fully_shard(model, mesh=DeviceMesh("cpu", [1, 0]))
+options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+full = {"weight": torch.arange(4.0).unsqueeze(1)}
+set_model_state_dict(model, full if rank == 0 else {}, options=options)
+with torch.no_grad():
+    output = model(torch.ones(1, 1))
+expected = "output [0.0, 1.0, 2.0, 3.0]"
+got = f"output {output.flatten().tolist()}"
 
 # The store answers even after a collective has failed.
 store.set(f"rank {rank}", got)
