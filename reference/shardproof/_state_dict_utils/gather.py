@@ -48,7 +48,8 @@ def _gather_state_dict(
         The same containers around plain tensors in memory of their own, without an autograd
         graph, on the device of the rank's part or on the CPU. Gathered tensors do not require
         grad; plain ones keep Parameter-ness and ``requires_grad``. Ties survive, and travel once.
-        Pending reductions are carried out. Outside ``ranks_only`` ``{}``. A rank outside a
+        Pending reductions are carried out. Shards are put together as ``full_tensor()`` does, by
+        the number of their rank in the group of each mesh dimension. Outside ``ranks_only`` ``{}``. A rank outside a
         DTensor's mesh gets that leaf as the local tensor that it has.
 
     Raises:
