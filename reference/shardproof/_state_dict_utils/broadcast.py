@@ -51,9 +51,9 @@ def _broadcast_state_dict(
         cpu_offload: leave CPU tensors (pytorch#149516).
 
     After it, for each key that both have: a rank holds of a DTensor what ``full_tensor()`` reads
-    there, by the rank's number in the group of each mesh dimension. A DTensor with memory is the same object with new
-    values (with ``cpu_offload`` only if its memory is on the CPU, else a new DTensor there). A
-    meta DTensor is replaced by a new one on ``device`` with its dtype, mesh and placements. A plain
+    there, by the rank's number in the group of each mesh dimension. A DTensor with memory is the
+    same object with new values (with ``cpu_offload`` only if its memory is on the CPU, else a new
+    DTensor there). A meta DTensor is replaced by a new one on ``device`` with its dtype, mesh and placements. A plain
     target is replaced by the full tensor on ``device``, in the shape and dtype in which it came,
     which its module adapts in its load hooks or refuses; where a target is on meta, so that the
     module is given what lands, floating-point tensors take the target's dtype. A 0-dim tensor for

@@ -49,8 +49,8 @@ def _gather_state_dict(
         graph, on the device of the rank's part or on the CPU. Gathered tensors do not require
         grad; plain ones keep Parameter-ness and ``requires_grad``. Ties survive, and travel once.
         Pending reductions are carried out. Shards are put together as ``full_tensor()`` does, by
-        the number of their rank in the group of each mesh dimension. Outside ``ranks_only`` ``{}``. A rank outside a
-        DTensor's mesh gets that leaf as the local tensor that it has.
+        the number of their rank in the group of each mesh dimension. Outside ``ranks_only`` ``{}``.
+        A rank outside a DTensor's mesh gets that leaf as the local tensor that it has.
 
     Raises:
         ValueError, TypeError, KeyError, RuntimeError: the same on every rank that shares a group
