@@ -53,13 +53,14 @@ def _broadcast_state_dict(
     After it, for each key that both have: a rank holds of a DTensor what ``full_tensor()`` reads
     there, by the rank's number in the group of each mesh dimension. A DTensor with memory is the
     same object with new values (with ``cpu_offload`` only if its memory is on the CPU, else a new
-    DTensor there). A meta DTensor is replaced by a new one on ``device`` with its dtype, mesh and placements. A plain
-    target is replaced by the full tensor on ``device``, in the shape and dtype in which it came,
-    which its module adapts in its load hooks or refuses; where a target is on meta, so that the
-    module is given what lands, floating-point tensors take the target's dtype. A 0-dim tensor for
-    a plain target comes out on the CPU, but on ``device`` for a meta one. None stays None where a
-    tensor with dimensions is offered; another value that is no tensor is replaced. Tied targets
-    stay tied: the last key of the full state dict wins. Keys that no rank has never travel.
+    DTensor there). A meta DTensor is replaced by a new one on ``device`` with its dtype, mesh and
+    placements. A plain target is replaced by the full tensor on ``device``, in the shape and dtype
+    in which it came, which its module adapts in its load hooks or refuses; where a target is on
+    meta, so that the module is given what lands, floating-point tensors take the target's dtype. A
+    0-dim tensor for a plain target comes out on the CPU, but on ``device`` for a meta one. None
+    stays None where a tensor with dimensions is offered; another value that is no tensor is
+    replaced. Tied targets stay tied: the last key of the full state dict wins. Keys that no rank
+    has never travel.
 
     Raises, the same on every rank, before anything changes:
         TypeError: the full state dict has a DTensor or ShardedTensor (pytorch#164843), or a value
