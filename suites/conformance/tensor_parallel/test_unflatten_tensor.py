@@ -78,6 +78,19 @@ class TestUnflattenTensor:
             assert_describes(judged(local, like._spec), like, local, what)
 
     @pytest.mark.law("group")
+    @pytest.mark.world(2)
+    def test_uneven_shards_of_an_unsorted_mesh(self, judged: Any, mesh: Any) -> None:
+        """Local tensors of both sizes that torch makes there must be taken.
+
+        distribute_tensor() goes by the rank's coordinate, fully_shard by its number in the group.
+        """
+        line, full = mesh(2, ranks=[1, 0]), numbers(5, 3)
+        for at in (None, line.get_coordinate()):
+            like = dtensor(full, line, [S(0)], at=at)
+            got = judged(like.to_local().clone(), like._spec)
+            assert_same(got.to_local(), part(full, line, [S(0)], at), str(at))
+
+    @pytest.mark.law("group")
     @pytest.mark.world(3)
     @pytest.mark.parametrize("trains", [False, True])
     def test_a_mesh_without_this_rank(
