@@ -1,6 +1,6 @@
-"""SP-095: FSDP1 over tensor parallelism permutes its own sharded state dict on an unsorted mesh.
+"""SP-093: FSDP1 over tensor parallelism permutes its own sharded state dict on an unsorted mesh.
 
-    torchrun --standalone --nproc-per-node 2 sp_095_fsdp1_permutes_its_own_chunks.py
+    torchrun --standalone --nproc-per-node 2 sp_093_fsdp1_permutes_its_own_chunks.py
 
 What breaks: a model under FSDP1 and tensor parallelism over a mesh that lists rank 1 before rank 0.
   Its sharded state dict is got and set again at once. Each rank's rows are those of the other.
@@ -53,7 +53,7 @@ shows = any(answer != expected for answer in answers.values())
 if rank == 0:
     for r, answer in answers.items():
         print(f"rank {r}: expected {expected}; got {answer}")
-    print("SP-095 shows" if shows else "SP-095 does not show", flush=True)
+    print("SP-093 shows" if shows else "SP-093 does not show", flush=True)
     store.set("printed", "")
 store.wait(["printed"])  # torchrun ends the other ranks as soon as one ends with 1
 sys.exit(1 if shows else 0)
