@@ -6,15 +6,21 @@ trains with goes by the number in the group, not by the mesh's coordinate.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     set_model_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
+from conformance.kit.compare import assert_same
+from conformance.kit.data import numbers
 from integration.kit.checkpoints import assert_full, dress, given, spoil, whole
 from integration.kit.models import MLP
 from integration.kit.oracle import PLAIN, Pair
@@ -56,6 +62,19 @@ class TestUnsortedMeshes:
         _saved(pair, "trained")
         _loaded(pair, FULL, "loaded by all")
         _loaded(pair, BROADCAST, "loaded by rank 0")
+
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("rows", [4, 3], ids=["even", "uneven"])
+    def test_a_checkpoint_on_no_mesh(self, device: torch.device, shared: Path, rows: int) -> None:
+        """What it has saved in shards must be the same model for who loads it whole."""
+        model = torch.nn.Linear(2, rows, bias=False, device=device)
+        with torch.no_grad():
+            model.weight.copy_(numbers(rows, 2))
+        fully_shard(model, mesh=DeviceMesh(device.type, [1, 0]))
+        state_dict_saver.save(get_model_state_dict(model), checkpoint_id=shared)
+        found = {"weight": torch.zeros(rows, 2, device=device)}
+        state_dict_loader.load(found, checkpoint_id=shared)
+        assert_same(found["weight"], numbers(rows, 2))
 
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", ["ddp", "fully_shard", "fsdp1"])

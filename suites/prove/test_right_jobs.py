@@ -136,6 +136,16 @@ def test_under_the_subject(make: Any) -> None:
 
 
 @pytest.mark.exercises("prove")
+@pytest.mark.world(2, collective=60, limit=120)
+def test_a_mesh_out_of_order(subject: Any) -> None:
+    """What is lost on a mesh of ranks [1, 0] is torch's, and named; the rest is whole."""
+    proof = prove(jobs.sharded_on([1, 0]))
+    torchs = set() if subject.root == "shardproof" else {"SP-031"}
+    assert {finding.defect for finding in proof.losses} == {"SP-094", *torchs}, str(proof)
+    assert proof.verdict("full") == "whole", str(proof)
+
+
+@pytest.mark.exercises("prove")
 @pytest.mark.world(4, collective=60, limit=120)
 def test_tensor_parallelism_under_ddp(subject: Any) -> None:
     """With the reference the model's roads are whole, and the optimizer's loss is named.

@@ -41,6 +41,8 @@ class Traits:
     frozen: bool
     pieces: bool
     """Some rank holds a DTensor in several pieces."""
+    unsorted: bool
+    """The mesh of some DTensor lists its ranks out of order."""
     torch: tuple[int, int]
     installed: bool
 
@@ -70,6 +72,7 @@ def traits_of(modules: Modules) -> Traits:
         hybrid=any("HYBRID" in str(m.sharding_strategy) for m in fsdp1),
         frozen=any(not param.requires_grad for param in params),
         pieces=any(map(_in_pieces, tensors)),
+        unsorted=any(map(_out_of_order, tensors)),
         torch=_version(),
         installed=is_installed(),
     )
@@ -165,6 +168,9 @@ _RULES = (
     _Rule("SP-087", ("dcp", "dcp-async", "dcp-mesh", "flat"), kinds=("raises",),
           says="validate global plan", needs=("pieces",), mended=False,
           advice="redistribute it to Shard placements before the save"),
+    _Rule("SP-031", ("broadcast", "file"), kinds=_WRONG, needs=("unsorted",)),
+    _Rule("SP-094", ("dcp-mesh",), needs=("unsorted",), mended=False,
+          advice="list the ranks of a mesh in rising order"),
     _Rule("SP-088", ("dcp-async",), kinds=("raises",),
           says="'data_ptr', with args: .*ShardedTensor|on an invalid python storage", mended=False,
           advice="pass async_stager=BlockingAsyncStager() for FSDP1, and clones of other tensors"),
@@ -203,6 +209,13 @@ def _in_pieces(tensor: torch.Tensor) -> bool:
         for at in itertools.product(*map(range, sizes))
         for runs in part_of(tensor.shape, tensor.placements, sizes, at).runs
     )
+
+
+def _out_of_order(tensor: torch.Tensor) -> bool:
+    if not isinstance(tensor, DTensor):
+        return False
+    ranks = tensor.device_mesh.mesh
+    return any(not ranks.equal(ranks.sort(dim).values) for dim in range(ranks.ndim))
 
 
 def _replicated(model: nn.Module) -> bool:

@@ -75,9 +75,18 @@ def sparse_parts(tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
 
 
 def mesh_coordinates(mesh: Any, rank: int) -> tuple[int, ...] | None:
-    """Where the rank stands in the mesh; None outside."""
+    """Which shard this rank has along each dimension of the mesh; None outside.
+
+    Where a mesh lists its ranks out of order, torch trains and gathers by the rank's number in the
+    group of the dimension, whose ranks it has sorted, not by the coordinate.
+    """
     found = (mesh.mesh == rank).nonzero()
-    return tuple(int(i) for i in found[0]) if len(found) else None
+    if not len(found):
+        return None
+    return tuple(
+        dist.get_group_rank(mesh.get_group(dim), rank) if size > 1 else 0
+        for dim, size in enumerate(mesh.mesh.shape)
+    )
 
 
 def describe_mesh(mesh: Any) -> str:

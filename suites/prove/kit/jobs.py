@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -133,6 +133,13 @@ def sharded() -> Job:
     model = net(norm=False)
     fully_shard(model.up)
     fully_shard(model)
+    return started(model)
+
+
+def sharded_on(ranks: list[int]) -> Job:
+    """Over a mesh of these ranks, in this order."""
+    model = net(norm=False)
+    fully_shard(model, mesh=DeviceMesh("cpu", ranks))
     return started(model)
 
 
