@@ -139,7 +139,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "conjugate_forgotten",
         "a lazily conjugated tensor arrives without the conjugation",
         "_core/tensors/values.py",
-        "    if is_lazy(plain):\n",
+        "    if plain.is_conj() or plain.is_neg():\n",
         "    if plain.is_conj():\n        plain = plain.conj()\n    if plain.is_neg():\n",
         "bits",
     ),

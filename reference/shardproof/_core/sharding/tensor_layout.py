@@ -200,6 +200,7 @@ class _MeshLayout(NamedTuple):
         reductions: mesh dimension -> pending reduction.
         dims: the mesh dimensions over which the data differs.
         partial: a kind of partial of its own among the placements.
+        numbers: which shard each rank holds, where its coordinate does not say it.
 
     """
 
@@ -210,6 +211,7 @@ class _MeshLayout(NamedTuple):
     reductions: dict[int, str]
     dims: tuple[int, ...]
     partial: type | None
+    numbers: tuple[tuple[int, ...], ...]
 
 
 # Weak: a mesh holds process groups.
@@ -241,7 +243,10 @@ def _mesh_layout_of(tensor: DTensor) -> _MeshLayout:
     cuts = cuts_of(spec)
     split = {cut.mesh_dim for cut in cuts if sizes[cut.mesh_dim] > 1} | set(pending)
     nbytes, dims = math.prod(shape) * dtype.itemsize, tuple(sorted(split))
-    found = _MeshLayout(stride, summary(tensor), nbytes, cuts, reductions, dims, partial)
+    words, numbers = summary(tensor), shard_numbers(spec.mesh, split_dims(cuts, sizes))
+    if numbers:  # known of this rank's own groups: others may have made theirs otherwise
+        words += f", which hold the shards {numbers}"
+    found = _MeshLayout(stride, words, nbytes, cuts, reductions, dims, partial, numbers)
     known[key] = found
     return found
 
@@ -259,14 +264,12 @@ def layout_of(tensor: DTensor | ShardedTensor, domain: Domain | None) -> TensorL
             # This rank takes no part, and a placement that it does not know is not its matter.
             ranks = mesh_ranks(tensor.device_mesh)
             return TensorLayout(None, ranks, shape, dtype, None, device, summary(tensor), 0)
-        stride, words, nbytes, cuts, reductions, dims, partial = _mesh_layout_of(tensor)
+        stride, words, nbytes, cuts, reductions, dims, partial, numbers = _mesh_layout_of(tensor)
         layout = TensorLayout(domain, domain.members, shape, dtype, stride, device, words, nbytes)
         layout.dims, layout.reductions, layout.cuts = dims, reductions, cuts
-        layout.numbers = shard_numbers(tensor.device_mesh, split_dims(cuts, domain.shape))
-        if layout.numbers:  # known of this rank's own groups: others may have made theirs otherwise
-            layout.summary += f", which hold the shards {layout.numbers}"
-        (number,) = layout.shard_numbers((domain.my_coordinate,))
-        layout.local_blocks = [block_at(shape, domain.shape, cuts, number)]
+        here = domain.my_coordinate
+        layout.numbers, at = numbers, numbers[domain.position(here)] if numbers else here
+        layout.local_blocks = [block_at(shape, domain.shape, cuts, at)]
         wrapper = wrapper_of(wait_for_pending(tensor._local_tensor))
         if wrapper is not None and not is_table(wrapper):
             layout.summary += f", over {wrapper.__name__}"

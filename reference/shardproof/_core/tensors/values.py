@@ -64,7 +64,7 @@ def carrier_dtype(dtype: torch.dtype) -> torch.dtype:
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bits of ``tensor`` as integers: a view, unless a lazy conj or neg has to be resolved."""
     plain = tensor.detach() if tensor.requires_grad else tensor
-    if is_lazy(plain):
+    if plain.is_conj() or plain.is_neg():
         with warnings.catch_warnings():
             # torch warns of complex32 whenever it makes one.
             warnings.simplefilter("ignore")
@@ -134,7 +134,8 @@ def copy_all(
 
     FSDP copies its all-gathered parameters out with the same one.
     """
-    if any(map(is_lazy, targets)):  # that call refuses to write to them
+    # That call refuses to write to lazy ones.
+    if any(map(torch.Tensor.is_neg, targets)) or any(map(torch.Tensor.is_conj, targets)):
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source, non_blocking=non_blocking)
     elif targets:
