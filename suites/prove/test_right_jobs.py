@@ -111,7 +111,7 @@ def test_stages_of_a_pipeline(rank: int) -> None:
         (job.model, torch.optim.SGD(params), "optimizer 0 has parameters of models"),
         ([job.model[0], job.model[0]], None, "models 0 and 1 both have"),
         ([job.model[0], 3], None, "item 1 is int"),
-        ([], None, "got list"),
+        ([], None, "got an empty list"),
     ):
         with pytest.raises(shardproof.WrongUseError, match=says):
             shardproof.prove(model, optimizer, limit=LIMIT, progress=False)

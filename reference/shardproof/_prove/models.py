@@ -25,7 +25,8 @@ def models_in(model: Any) -> list[nn.Module]:
                 )
         return list(model)
     raise TypeError(
-        f"prove takes a torch.nn.Module as model, or a list of them: got {type(model).__name__}"
+        "prove takes a torch.nn.Module as model, or a list of them: got "
+        + (type(model).__name__ if not isinstance(model, list) else "an empty list")
     )
 
 
