@@ -35,7 +35,7 @@ _TEXTS = ("id", "title", "severity_note", "owner", "sees", "cause")
 _LISTS = ("severity", "mended_by", "roads", "functions", "laws")
 _OPTIONAL_TEXTS = ("affects", "build", "workaround")
 _OPTIONAL_LISTS = ("upstream",)
-_UPSTREAM = re.compile(r"https://github\.com/pytorch/\w+/(issues|pull)/\d+")
+_UPSTREAM = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+/(issues|pull)/\d+")
 
 
 class BadDefectError(Exception):
@@ -115,7 +115,7 @@ def _one(path: Path) -> Defect:
     for url in lists["upstream"]:
         if not _UPSTREAM.fullmatch(url):
             raise BadDefectError(
-                f"{path}: upstream: {url!r}, expected an issue or a pull request of pytorch"
+                f"{path}: upstream: {url!r}, expected an issue or a pull request on GitHub"
             )
     affects = _versions(path, "affects", texts.pop("affects") or "torch >=0")
     return Defect(**texts, **lists, affects=affects)  # type: ignore[arg-type]

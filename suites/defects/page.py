@@ -25,9 +25,9 @@ alone.
 - [By severity](#by-severity): each word with its rule, and its defects.
 - [By road](#by-road): for each way that people train and save, what is safe on which torch.
 
-A defect stands under the worst of its words. *Checks* are the checks of a whole run on torch
-{torch} that meet it. *Mended by* says whether [`shardproof.install()`](install.md), a later torch
-or nobody mends it.
+A defect stands under the worst of its words. *Checks* are those of a run on torch {torch} with
+`--thorough` that meet it. *Mended by* says whether [`shardproof.install()`](install.md), a later
+torch or nobody mends it.
 
 ## By severity
 """

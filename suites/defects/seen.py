@@ -1,7 +1,7 @@
 """What whole runs saw of each defect, kept in seen.json: how many checks, and how these failed.
 
-    python -m defects.seen FOLDER…    write it from runs of torch.distributed, conformance and
-                                      integration, of the pinned torch
+    python -m defects.seen FOLDER…    write it from a run of torch.distributed with --thorough,
+                                      conformance and integration, of the pinned torch
 
 The page counts checks by it, and test_defects holds each severity to it.
 """
