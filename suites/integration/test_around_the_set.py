@@ -158,6 +158,7 @@ class TestOptimizer:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(4, collective=8, limit=25)
     @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+    @pytest.mark.thorough(but=["nested"])
     def test_missing_on_rank_0(self, device: Any, world: Any, flat: bool) -> None:
         """A broadcast state that lacks a parameter's is refused on every rank, by name."""
         mine = RECIPES["fully_shard"].make(MLP, device)

@@ -41,7 +41,7 @@ from integration.kit.optimizers import (
     other,
     train_wrapped,
 )
-from integration.kit.recipes import GATHERS, RECIPES, Trainee
+from integration.kit.recipes import GATHERS, RECIPES, Trainee, gathering
 
 
 def save(state: dict[str, Any], folder: Path) -> None:
@@ -102,7 +102,7 @@ ODD = replace(MLP, name="odd", build=_odd)
 class TestModelOntoAnotherMesh:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("recipe", FLAT)
+    @pytest.mark.parametrize("recipe", gathering(FLAT))
     def test_as_many_ranks(self, device: Any, shared: Path, recipe: str) -> None:
         """What a 2x2 mesh saved is loaded on 2x2, 4x1 and 1x4, each rank its part."""
         folder = shared / "saved"
@@ -114,7 +114,7 @@ class TestModelOntoAnotherMesh:
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("recipe", FLAT)
+    @pytest.mark.parametrize("recipe", gathering(FLAT))
     def test_fewer_ranks(self, device: Any, world: Any, shared: Path, recipe: str) -> None:
         """What four ranks saved two can load, as 2x1 and as 1x2, in their own group."""
         folder = shared / "saved"
@@ -146,6 +146,7 @@ class TestModelOntoAnotherMesh:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", AT_ONCE)
+    @pytest.mark.thorough(but=["fsdp1", "fully_shard"])
     def test_uneven_shards(self, device: Any, shared: Path, recipe: str) -> None:
         """Shards of different size, and empty ones, travel between 2x2, 4x1 and 1x4."""
         first = shared / "first"
@@ -183,6 +184,7 @@ class TestModelOntoNoMesh:
     @pytest.mark.parametrize("recipe", AT_ONCE)
     # torch warns whoever loads without a process group that it takes him to be alone.
     @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+    @pytest.mark.thorough(but=["ddp", "fully_shard"])
     def test_one_process_alone(self, device: Any, world: Any, shared: Path, recipe: str) -> None:
         """One process loads what four saved into plain tensors, or into a torch.save file."""
         folder, expected = shared / "saved", whole(ODD)

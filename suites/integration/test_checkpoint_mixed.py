@@ -91,6 +91,7 @@ class TestTorchAndSubject:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("shape", [(2, 2), (4, 1)], ids=str)
     @pytest.mark.parametrize("writes", ["torch", "subject"])
+    @pytest.mark.thorough(but=["torch-(4, 1)", "subject-(2, 2)"])
     def test_the_model_alone(
         self, device: Any, shared: Path, subject: Subject, writes: str, shape: tuple[int, int]
     ) -> None:

@@ -102,6 +102,7 @@ class TestGetModelStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(8)
     @pytest.mark.parametrize("recipe", HYBRID)
+    @pytest.mark.thorough(but=["fully_shard-hybrid"])
     def test_each_option_hybrid(self, device: Any, recipe: str) -> None:
         """With replicas each combination must give the oracle's keys and values, too."""
         get(recipe, device, full_on_cpu=False)
@@ -111,7 +112,7 @@ class TestGetModelStateDict:
 class TestSetModelStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("recipe", FLAT)
+    @pytest.mark.parametrize("recipe", gathering(FLAT))
     @GATHERS
     def test_each_option(self, device: Any, recipe: str) -> None:
         """Each combination puts the given values into the parameters that the model has."""
@@ -139,6 +140,7 @@ class TestSetModelStateDict:
     @pytest.mark.world(8)
     @pytest.mark.parametrize("recipe", HYBRID)
     @GATHERS
+    @pytest.mark.thorough(but=["hsdp"])
     def test_each_option_hybrid(self, device: Any, recipe: str) -> None:
         """With replicas each combination must put the values into the parameters, too."""
         load(recipe, device)

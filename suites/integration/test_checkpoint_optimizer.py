@@ -118,6 +118,7 @@ class TestGetOptimizerStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4, collective=8, limit=25)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
+    @pytest.mark.thorough(but=["ddp", "fully_shard"])
     def test_full_on_the_cpu(self, device: Any, recipe: str) -> None:
         """With cpu_offload besides, rank 0 gets it in CPU memory and the others {}."""
         get(recipe, device, FULL_ON_CPU)

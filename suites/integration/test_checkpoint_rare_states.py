@@ -242,6 +242,7 @@ class TestNoState:
     @pytest.mark.world(2)
     @pytest.mark.parametrize("make", [without, in_one_group, of_each, momentum])
     @pytest.mark.parametrize("options", [StateDictOptions(), FULL, BROADCAST], ids=range(3))
+    @pytest.mark.thorough(but=["0-without", "1-in_one_group", "2-of_each", "2-momentum"])
     def test_it_takes_what_it_gave(
         self, device: Any, mesh: Any, make: Any, options: StateDictOptions
     ) -> None:

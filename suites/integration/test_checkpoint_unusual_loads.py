@@ -100,11 +100,18 @@ def assert_named(
 class TestWhatDoesNotFit:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(4, collective=8, limit=25)
-    @pytest.mark.parametrize(
-        "recipe", [pytest.param("ddp", marks=pytest.mark.thorough), "fully_shard"]
-    )
+    @pytest.mark.parametrize("recipe", ["ddp", "fully_shard"])
     @pytest.mark.parametrize("way", list(WAYS))
     @pytest.mark.parametrize("kind", list(BROKEN))
+    @pytest.mark.thorough(
+        but=[
+            "missing-sharded-fully_shard",
+            "missing-broadcast-fully_shard",
+            "extra-full-fully_shard",
+            "extra-broadcast-fully_shard",
+            "another shape-broadcast-fully_shard",
+        ]
+    )
     def test_strict(self, device: Any, world: Any, recipe: str, way: str, kind: str) -> None:
         """Every rank raises and names the key; then a good state dict can still be loaded."""
         options, (broken, _) = WAYS[way], BROKEN[kind]
@@ -119,6 +126,7 @@ class TestWhatDoesNotFit:
     @pytest.mark.world(4, collective=8, limit=25)
     @pytest.mark.parametrize("recipe", ["ddp", "fully_shard"])
     @pytest.mark.parametrize("way", ["full", "broadcast"])
+    @pytest.mark.thorough(but=["full-ddp", "broadcast-fully_shard"])
     def test_another_shape_changes_nothing(
         self, device: Any, world: Any, recipe: str, way: str
     ) -> None:
@@ -135,6 +143,7 @@ class TestWhatDoesNotFit:
     @pytest.mark.world(4, collective=8, limit=25)
     @pytest.mark.parametrize("recipe", ["ddp", "fully_shard"])
     @pytest.mark.parametrize("kind", list(BROKEN))
+    @pytest.mark.thorough(but=["missing-ddp", "extra-fully_shard", "another shape-fully_shard"])
     def test_on_one_rank(self, device: Any, world: Any, recipe: str, kind: str) -> None:
         """A full state dict that is broken on one rank: that rank raises, and nobody waits."""
         broken, _ = BROKEN[kind]
@@ -147,7 +156,7 @@ class TestWhatDoesNotFit:
 
     @pytest.mark.law("structure")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("recipe", ["ddp", "replicate", "fully_shard"])
+    @pytest.mark.parametrize("recipe", gathering(["ddp", "replicate", "fully_shard"]))
     def test_lenient(self, device: Any, world: Any, recipe: str) -> None:
         """Without strict what is missing keeps its value, what is too much is left out."""
         for way, options in WAYS.items():
@@ -171,6 +180,7 @@ class TestModelsOnMeta:
     # torch's own set_model_state_dict asks for it where all is on meta, and warns of that.
     @pytest.mark.filterwarnings("ignore:`_get_pg_default_device` will be deprecated")
     @pytest.mark.filterwarnings("ignore:Multiple backends are registered")
+    @pytest.mark.thorough(but=["tp-straight", "fully_shard-to_empty"])
     def test_they_materialise(self, device: Any, world: Any, prepared: bool, wrapped: bool) -> None:
         """A bf16 model on meta takes a float64 state dict: dtype, ties and frozenness stay."""
         # Where all is on meta torch asks the group for a device; Gloo's is the CPU.
@@ -235,7 +245,7 @@ ADAPTED: Model = replace(MLP, name="adapted", build=_adapted, shard=_shard_adapt
 class TestAdapters:
     @pytest.mark.law("structure")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("recipe", FLAT)
+    @pytest.mark.parametrize("recipe", gathering(FLAT))
     def test_the_adapters_alone(self, device: Any, recipe: str) -> None:
         """ignore_frozen_params saves the adapters alone; loaded, they leave another base alone."""
         mine = trainee(recipe, ADAPTED, device)
@@ -258,7 +268,7 @@ class TestAdapters:
 class TestMeshesWithoutRankZero:
     @pytest.mark.law("group")
     @pytest.mark.world(4, collective=8, limit=25)
-    @pytest.mark.parametrize("recipe", FLAT)
+    @pytest.mark.parametrize("recipe", gathering(FLAT))
     def test_only_its_ranks_call(self, device: Any, world: Any, shared: Path, recipe: str) -> None:
         """On a mesh of ranks 1 and 3 these alone get, set and save state dicts."""
         for shape in [(1, 2), (2, 1)] if recipe != "fsdp1" else [(2, 1)]:

@@ -125,7 +125,7 @@ class TestRoads:
 
     @pytest.mark.law("structure")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("recipe", over("ddp", "replicate", "fsdp1", "fully_shard"))
+    @pytest.mark.parametrize("recipe", over("replicate", "ddp", "fsdp1", "fully_shard"))
     def test_an_early_optimizer(self, device: Any, recipe: Recipe) -> None:
         """An optimizer that is made right after wrapping, before any forward, trains the model."""
         pair = Pair(recipe.make(MLP, device, early=True))

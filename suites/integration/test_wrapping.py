@@ -107,6 +107,15 @@ class TestWrapping:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("moment", MOMENTS)
     @pytest.mark.parametrize("recipe", ways(WAYS))
+    @pytest.mark.thorough(
+        but=[
+            "ddp-static-after a forward",
+            "ddp-group-before the wrap",
+            "replicate-mesh-before the wrap",
+            "replicate-mesh-transformed-after a forward",
+            "replicate-group-after a forward",
+        ]
+    )
     def test_steps(self, device: Any, recipe: Recipe, moment: str) -> None:
         """However it is wrapped, and whenever its optimizer was made, the model must train."""
         early: list[torch.optim.Optimizer] = []

@@ -209,22 +209,25 @@ parallelism, and where FSDP1 gives or takes the state of an optimizer."""
 
 def gathering(names: Sequence[str], *some: str) -> list[Any]:
     """Names of recipes as parameters of a check; over `some` of them it is one that GATHERS."""
-    return [pytest.param(name, marks=[GATHERS] if name in some else []) for name in names]
+    return [
+        pytest.param(name, marks=[*([GATHERS] if name in some else []), *_thorough(name, names)])
+        for name in names
+    ]
 
 
 def over(*names: str) -> list[Any]:
-    """These recipes as parameters of a check, each with the area that it exercises.
-
-    `replicate` takes DDP's road: beside it, it is thorough.
-    """
+    """These recipes as parameters of a check, each with the area that it exercises."""
     return [
         pytest.param(
             RECIPES[name],
             id=name,
-            marks=[
-                pytest.mark.exercises(RECIPES[name].area),
-                *([pytest.mark.thorough] if name == "replicate" and "ddp" in names else []),
-            ],
+            marks=[pytest.mark.exercises(RECIPES[name].area), *_thorough(name, names)],
         )
         for name in names
     ]
+
+
+def _thorough(name: str, names: Sequence[str]) -> list[Any]:
+    """`replicate` takes DDP's road: of the two, the one that is named second is thorough."""
+    twins = [name for name in names if name in ("ddp", "replicate")]
+    return [pytest.mark.thorough] if name in twins[1:] else []
