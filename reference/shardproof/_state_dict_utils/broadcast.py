@@ -196,6 +196,8 @@ def _check_infos(full: dict[str, Any], keys: list[str], manifest: Manifest, sour
         if key not in full:
             raise KeyError(f"the full state dict lacks {key!r}")
         info, entry = full[key], entries[key]
-        expected = (tuple(getattr(info, "size", ())), getattr(info, "dtype", None))
-        if isinstance(info, _TensorInfo) and expected != (entry.size, entry.dtype):
-            raise ValueError(f"{key!r}: expected {expected}, the first rank has {entry.size}")
+        if not isinstance(info, _TensorInfo):
+            continue
+        told, found = (tuple(info.size), info.dtype), (entry.size, entry.dtype)
+        if told != found:
+            raise ValueError(f"{key!r}: size and dtype {told}, the first rank has {found}")

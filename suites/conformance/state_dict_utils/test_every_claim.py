@@ -196,11 +196,11 @@ class TestBroadcastTensorsClaims(_IntoTargets):
         info = subject.function("_state_dict_utils._TensorInfo")
         full = numbers(*FULL)
         into = {KEY: sound(mesh(2), PLACEMENTS["rows"])}
-        told = info(torch.Size((6, 8)), full.dtype)
+        told, words = info(torch.Size((6, 8)), full.dtype), "6, 8"
         if what == "dtype":
-            told = info(full.shape, torch.int32)
+            told, words = info(full.shape, torch.int32), str(full.dtype)
         source = {KEY: full if world.rank == 0 else told}
-        assert_raises_everywhere(world, lambda: judged(source, into, [KEY], device), KEY)
+        assert_raises_everywhere(world, lambda: judged(source, into, [KEY], device), KEY, words)
 
 
 @pytest.mark.judges("_state_dict_utils._distribute_state_dict")
