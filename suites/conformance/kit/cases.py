@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
+
+import pytest
 
 from harness.rank.reporter import assertion_of
 
@@ -26,3 +28,12 @@ def each(cases: Iterable[Case], body: Callable[[Case], Any]) -> None:
             failed.append(f"{case}: {type(error).__name__}: {text}")
     assert total, "no case was tried"
     assert not failed, f"{len(failed)} of {total} cases fail: " + "\n  ".join(failed)
+
+
+def every_second(cases: Sequence[Any], start: int = 0) -> pytest.MarkDecorator:
+    """The mark of a check that runs every second case each time, the others with --thorough.
+
+    For examples that several checks share: with `start` 0 in some and 1 in others, each run judges
+    all of them, which in all of the checks take too long.
+    """
+    return pytest.mark.thorough(but=[getattr(case, "id", case) for case in cases[start::2]])

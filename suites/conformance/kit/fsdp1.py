@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,6 +21,10 @@ from conformance.kit.layouts import SS, R, S, dtensor, part, placement_id
 
 HELD: list[Placement | None] = [None, R, S(0), S(1)]
 """How TP holds a weight; None: TP leaves its module alone, and the weight is a plain tensor."""
+
+WHOLE_AND_ROWS = pytest.mark.thorough(but=["R", "S0"])
+PLAIN_AND_COLUMNS = pytest.mark.thorough(but=["plain", "S1"])
+"""Two of `HELD` each run, one whole and one sharded; the others with --thorough."""
 
 EVEN = [(8, 4), (4, 2, 3), (6, 4), (12, 2)]
 """Shapes that two ranks of TP share alike; FSDP's chunks of them may be uneven."""

@@ -320,7 +320,10 @@ def each(chosen: Callable[[Function], bool] = lambda _: True) -> pytest.MarkDeco
 
 
 def each_with_kinds() -> pytest.MarkDecorator:
-    """The same, once with the kinds of leaves that upstream takes, and once with the others."""
+    """The same, once with the kinds of leaves that upstream takes, and once with the others.
+
+    What upstream takes is judged each time of functions that talk: the others treat leaf by leaf.
+    """
     return pytest.mark.parametrize(
         ("function", "usual"),
         [
@@ -328,7 +331,10 @@ def each_with_kinds() -> pytest.MarkDecorator:
                 function,
                 usual,
                 id=f"{function.name}-{'usual' if usual else 'unusual'}",
-                marks=pytest.mark.judges(f"_state_dict_utils.{function.name}"),
+                marks=[
+                    pytest.mark.judges(f"_state_dict_utils.{function.name}"),
+                    *([pytest.mark.thorough] if usual and not function.talks else []),
+                ],
             )
             for function in FUNCTIONS
             for usual in (True, False)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed._shard.metadata import ShardMetadata
@@ -51,6 +52,8 @@ TWO_D: list[list[Placement]] = [
     [SS(1, 2), S(1)],
 ]
 """Placements over a 2x2 mesh; [SS(0, 2), S(0)] is FSDP over a weight that TP shards by row."""
+SOME_OF_TWO_D = pytest.mark.thorough(but=["R-S1", "S0-S0", "S0-S1", "SS0x2-S0"])
+"""One of each kind each run: on one dimension, on both the same, on both others, and strided."""
 THREE_D: list[list[Placement]] = [
     [R, S(0), S(1)],
     [R, SS(0, 2), S(0)],
