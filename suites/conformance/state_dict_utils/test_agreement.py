@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial
 
 from conformance.kit.agree import assert_raises_everywhere, attempt, exchange
+from conformance.kit.cases import every_second
 from conformance.kit.compare import assert_same
 from conformance.kit.containers import dashed
 from conformance.kit.data import numbers
@@ -194,6 +195,7 @@ class TestGatherAgrees:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=6, limit=25)
     @pytest.mark.parametrize("make", [*_cases(_ALONE), *_cases(_TURNED, UNSORTED)])
+    @pytest.mark.thorough(but=["rows-and-columns", "ranks-in-another-order"])
     def test_with_a_group_to_agree_over(
         self, judged: Any, mesh: Any, world: Any, make: Any
     ) -> None:
@@ -205,6 +207,7 @@ class TestGatherAgrees:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(4, collective=6, limit=25)
     @pytest.mark.parametrize("make", _cases(_ON_FOUR))
+    @pytest.mark.thorough(but=["grid-and-turned-grid"])
     def test_over_four_ranks_with_a_group(
         self, judged: Any, mesh: Any, world: Any, make: Any
     ) -> None:
@@ -327,6 +330,7 @@ class TestBroadcastAgrees:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=6, limit=25)
     @pytest.mark.parametrize("make", _TARGET_CASES)
+    @every_second(_TARGET_CASES)
     def test_targets_that_differ(
         self, judged: Any, mesh: Any, world: Any, device: torch.device, make: Any
     ) -> None:
@@ -376,6 +380,12 @@ class TestBroadcastTensorsAgree:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=6, limit=25)
     @pytest.mark.parametrize("make", _TARGET_CASES)
+    @pytest.mark.thorough(
+        but=[
+            *("rows-and-whole", "rows-and-rows-in-turn", "DTensor-and-plain", "memory-and-meta"),
+            "ranks-in-another-order",
+        ]
+    )
     def test_targets_that_differ(
         self, judged: Any, mesh: Any, world: Any, subject: Any, device: torch.device, make: Any
     ) -> None:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import Placement
 from conformance.kit.compare import assert_same, fingerprint, local
 from conformance.kit.data import EACH_DTYPE, SHAPES, VIEWS, numbers
 from conformance.kit.landing import assert_landed, blank, target
-from conformance.kit.layouts import THREE_D, TWO_D, R, S, placement_id
+from conformance.kit.layouts import SOME_OF_TWO_D, THREE_D, TWO_D, R, S, placement_id
 from conformance.kit.levels import IDENTITY, STRIDES
 
 ON_META = pytest.mark.parametrize("meta", [False, True], ids=["real", "meta"])
@@ -48,6 +48,7 @@ class TestBroadcastStateDictValues:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 3, 4)
     @ON_META
+    @pytest.mark.thorough(but=["w1-meta", "w2-meta", "w3-real"])
     def test_every_shape_lands(
         self, judged: Any, mesh: Any, world: Any, device: torch.device, meta: bool
     ) -> None:
@@ -81,6 +82,7 @@ class TestBroadcastStateDictValues:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("placements", TWO_D, ids=placement_id)
+    @SOME_OF_TWO_D
     def test_every_placement_on_a_2d_mesh_lands(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, placements: list[Placement]
     ) -> None:
@@ -97,6 +99,7 @@ class TestBroadcastStateDictValues:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("shape", [(1, 2, 2), (2, 1, 2), (2, 2, 1)], ids=str)
+    @pytest.mark.thorough(but=["(1, 2, 2)", "(2, 2, 1)"])
     def test_every_placement_on_a_3d_mesh_lands(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, shape: tuple[int, ...]
     ) -> None:
@@ -112,6 +115,7 @@ class TestBroadcastStateDictValues:
     @pytest.mark.law("values")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("view", VIEWS)
+    @pytest.mark.thorough(but=["offset", "transposed", "expanded"])
     def test_sources_of_every_layout_are_read(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, view: str
     ) -> None:
@@ -189,6 +193,7 @@ class TestBroadcastStateDictStructure:
     @pytest.mark.law("structure")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("strict", [True, False], ids=["strict", "lenient"])
+    @pytest.mark.thorough(but=["w1-lenient", "w2-strict", "w2-lenient"])
     def test_strict_removes_keys_that_the_source_lacks(
         self, judged: Any, mesh: Any, world: Any, device: torch.device, strict: bool
     ) -> None:
@@ -292,6 +297,7 @@ class TestBroadcastStateDictStructure:
     @pytest.mark.world(2)
     @ON_META
     @pytest.mark.parametrize("kind", ["sharded", "whole", "plain"])
+    @pytest.mark.thorough(but=["sharded-meta", "whole-real", "plain-real", "plain-meta"])
     def test_tied_targets_stay_tied(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, kind: str, meta: bool
     ) -> None:

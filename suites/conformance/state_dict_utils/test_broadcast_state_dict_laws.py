@@ -51,6 +51,7 @@ class TestBroadcastStateDictIsolation:
     @pytest.mark.law("isolation")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("offload", [True, False], ids=["offload", "stay"])
+    @pytest.mark.thorough(but=["w1-stay", "w2-offload"])
     def test_the_full_dict_is_only_read(
         self, judged: Any, mesh: Any, world: Any, device: torch.device, offload: bool
     ) -> None:
@@ -68,6 +69,7 @@ class TestBroadcastStateDictIsolation:
     @pytest.mark.law("isolation")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("meta", [False, True], ids=["real", "meta"])
+    @pytest.mark.thorough(but=["w1-real", "w2-real", "w2-meta"])
     def test_the_full_dict_lends_no_memory(
         self, judged: Any, mesh: Any, world: Any, device: torch.device, meta: bool
     ) -> None:

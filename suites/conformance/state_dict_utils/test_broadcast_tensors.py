@@ -56,6 +56,7 @@ class TestBroadcastTensors:
     @pytest.mark.law("values")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("dtype", [*SOME_DTYPES, torch.float8_e5m2, torch.int64], ids=dtype_id)
+    @pytest.mark.thorough(but=["bfloat16", "uint16", "bool", "complex64", "float8_e5m2"])
     def test_every_dtype_lands_to_the_bit(
         self, judged: Any, mesh: Any, given: Any, device: torch.device, dtype: torch.dtype
     ) -> None:
@@ -75,6 +76,7 @@ class TestBroadcastTensors:
 
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 3, 4)
+    @pytest.mark.thorough(but=["w2", "w3"])
     def test_every_shape_lands(
         self, judged: Any, mesh: Any, world: Any, given: Any, device: torch.device
     ) -> None:
@@ -115,6 +117,7 @@ class TestBroadcastTensors:
     @pytest.mark.law("values")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("view", VIEWS)
+    @pytest.mark.thorough(but=["contiguous", "transposed", "expanded"])
     def test_sources_of_every_layout_are_read(
         self, judged: Any, given: Any, device: torch.device, view: str
     ) -> None:
@@ -168,6 +171,7 @@ class TestBroadcastTensors:
     @pytest.mark.law("isolation")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("number", [1, 2], ids=["one", "several"])
+    @pytest.mark.thorough(but=["w1-one", "w2-several"])
     def test_the_source_is_only_read(
         self, judged: Any, mesh: Any, world: Any, given: Any, device: torch.device, number: int
     ) -> None:

@@ -77,6 +77,7 @@ class TestCopyStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("placements", ONE_D, ids=placement_id)
+    @pytest.mark.thorough(but=["R", "S1"])
     def test_dtensors(self, judged: Any, mesh: Any, placements: Any) -> None:
         """The local tensor of a DTensor takes the values, even, uneven or empty."""
         line = mesh(2)

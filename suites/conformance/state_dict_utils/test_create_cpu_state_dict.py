@@ -144,6 +144,7 @@ class TestCreateCpuStateDict:
     @pytest.mark.law("structure")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("placements", ONE_D, ids=placement_id)
+    @pytest.mark.thorough(but=["R", "S0"])
     def test_dtensors(self, judged: Any, mesh: Any, placements: Any) -> None:
         """A DTensor's buffer has its mesh, placements and local shape; nothing is communicated."""
         line = mesh(2)

@@ -68,6 +68,13 @@ class TestGather:
     @pytest.mark.parametrize(
         "options", [{}, {"cpu_offload": True}, {"cpu_offload": True, "ranks_only": (0,)}], ids=str
     )
+    @pytest.mark.thorough(
+        but=[
+            "{}-traceable",
+            "{'cpu_offload': True}-closed",
+            "{'cpu_offload': True, 'ranks_only': (0,)}-traceable",
+        ]
+    )
     def test_all_of_it_is_gathered(
         self, judged: Any, mesh: Any, rank: int, flatten: bool, options: Any
     ) -> None:
@@ -131,6 +138,7 @@ class TestIterate:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("cpu_offload", [False, True], ids=["as-it-is", "cpu"])
+    @pytest.mark.thorough(but=["as-it-is-closed", "cpu-traceable"])
     def test_all_of_it_is_kept(
         self, judged: Any, mesh: Any, flatten: bool, cpu_offload: bool
     ) -> None:
@@ -285,6 +293,7 @@ class TestDistribute:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("held", ["plain", "class"])
+    @pytest.mark.thorough(but=["plain-closed", "class-traceable"])
     def test_a_full_tensor_of_the_class(
         self, judged: Any, device: torch.device, flatten: bool, held: str
     ) -> None:

@@ -15,7 +15,7 @@ from conformance.kit.compare import assert_same, fingerprint
 from conformance.kit.data import DTYPES, SHAPES, VIEWS, numbers
 from conformance.kit.groups import group
 from conformance.kit.landing import assert_landed, blank, target
-from conformance.kit.layouts import THREE_D, TWO_D, R, S, placement_id
+from conformance.kit.layouts import SOME_OF_TWO_D, THREE_D, TWO_D, R, S, placement_id
 from conformance.kit.levels import STRIDES
 from conformance.kit.nested import assert_apart, spoil
 from conformance.kit.refusals import refused
@@ -53,6 +53,7 @@ class TestDistributeStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 3, 4)
     @ON_META
+    @pytest.mark.thorough(but=["w1-meta", "w2-meta", "w3-real"])
     def test_every_shape_lands(
         self, judged: Any, mesh: Any, world: Any, device: torch.device, meta: bool
     ) -> None:
@@ -86,6 +87,7 @@ class TestDistributeStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("placements", TWO_D, ids=placement_id)
+    @SOME_OF_TWO_D
     def test_every_placement_on_a_2d_mesh_lands(
         self, judged: Any, mesh: Any, device: torch.device, placements: list[Placement]
     ) -> None:
@@ -102,6 +104,7 @@ class TestDistributeStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("shape", [(1, 2, 2), (2, 1, 2), (2, 2, 1)], ids=str)
+    @pytest.mark.thorough(but=["(1, 2, 2)", "(2, 2, 1)"])
     def test_every_placement_on_a_3d_mesh_lands(
         self, judged: Any, mesh: Any, device: torch.device, shape: tuple[int, ...]
     ) -> None:
@@ -212,6 +215,7 @@ class TestDistributeStateDict:
     @pytest.mark.law("isolation")
     @pytest.mark.world(1, 2)
     @ON_META
+    @pytest.mark.thorough(but=["w1-real", "w2-meta"])
     def test_the_full_dict_is_only_read(
         self, judged: Any, mesh: Any, world: Any, device: torch.device, meta: bool
     ) -> None:

@@ -111,6 +111,7 @@ class _IntoTargets:
     @pytest.mark.world(2, collective=8, limit=40)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
     @pytest.mark.parametrize("rows", [8, 1 << 18], ids=["small", "large"])
+    @pytest.mark.thorough(but=["small-torch.float64", "large-torch.bfloat16"])
     def test_a_local_part_of_another_width(
         self,
         judged: Any,

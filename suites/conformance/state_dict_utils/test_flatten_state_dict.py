@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 
 from conformance.kit.agree import attempt
-from conformance.kit.cases import each
+from conformance.kit.cases import each, every_second
 from conformance.kit.compare import assert_unchanged, fingerprint
 from conformance.kit.containers import CONTAINERS, READ_ONLY, Settings, dashed
 from conformance.kit.data import numbers
@@ -165,6 +165,7 @@ class TestUnflattenStateDict:
     @pytest.mark.law("structure")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("name", EVERY, ids=dashed)
+    @every_second([dashed(name) for name in EVERY])
     def test_every_container_comes_back(self, judged: Any, subject: Any, name: str) -> None:
         """unflatten(flatten(x)) equals x, types and keys included, for every container."""
         flatten = subject.function("_state_dict_utils._flatten_state_dict")

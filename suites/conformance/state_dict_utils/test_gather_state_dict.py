@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Shard
 from conformance.kit.compare import assert_same, local
 from conformance.kit.data import EACH_DTYPE, SHAPES, VIEWS, numbers
 from conformance.kit.layouts import (
+    SOME_OF_TWO_D,
     THREE_D,
     TWO_D,
     R,
@@ -58,6 +59,7 @@ class TestGatherStateDictValues:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 3, 4)
     @pytest.mark.parametrize("placement", [R, S(0), S(1), S(2)], ids=lambda p: placement_id([p]))
+    @pytest.mark.thorough(but=["w1-R", "w2-S0", "w2-S2", "w3-S1", "w3-R", "w4-S0"])
     def test_every_shape_is_gathered(
         self, judged: Any, mesh: Any, world: Any, placement: Placement
     ) -> None:
@@ -70,6 +72,7 @@ class TestGatherStateDictValues:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("placements", TWO_D, ids=placement_id)
+    @SOME_OF_TWO_D
     def test_every_placement_on_a_2d_mesh_is_gathered(
         self, judged: Any, mesh: Any, placements: list[Placement]
     ) -> None:
@@ -83,6 +86,7 @@ class TestGatherStateDictValues:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("placements", THREE_D, ids=placement_id)
+    @pytest.mark.thorough(but=["R-S0-S1", "R-SS0x2-S0", "S0-S0-S0"])
     def test_every_placement_on_a_3d_mesh_is_gathered(
         self, judged: Any, mesh: Any, placements: list[Placement]
     ) -> None:
@@ -95,6 +99,7 @@ class TestGatherStateDictValues:
     @pytest.mark.law("values")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("op", ["sum", "avg", "max", "min", "product"])
+    @pytest.mark.thorough(but=["sum", "avg", "max"])
     def test_partial_values_are_reduced(self, judged: Any, mesh: Any, rank: int, op: str) -> None:
         """A Partial DTensor comes out as its reduced value, the same on every rank."""
         pair = [numbers(4, 3, salt=s) for s in (0, 1)]
@@ -121,6 +126,7 @@ class TestGatherStateDictValues:
     @pytest.mark.law("values")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("view", VIEWS)
+    @pytest.mark.thorough(but=["transposed", "offset", "expanded"])
     def test_local_tensors_of_every_layout_are_read(
         self, judged: Any, mesh: Any, view: str
     ) -> None:
@@ -193,6 +199,7 @@ class TestGatherStateDictValues:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("cpu_offload", [True, False], ids=["offload", "stay"])
+    @pytest.mark.thorough(but=["w1-stay", "w2-offload", "w2-stay"])
     def test_results_are_on_the_leafs_device_or_the_cpu(
         self, judged: Any, mesh: Any, world: Any, device: torch.device, cpu_offload: bool
     ) -> None:
@@ -259,6 +266,7 @@ class TestGatherStateDictStructure:
     @pytest.mark.law("structure")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("kind", ["rows", "replicated", "plain", "sharded tensor"])
+    @pytest.mark.thorough(but=["w1-plain", "w2-rows", "w2-replicated", "w2-sharded tensor"])
     def test_tied_tensors_stay_tied(self, judged: Any, mesh: Any, world: Any, kind: str) -> None:
         """Leaves that share memory share it in the result; equal ones that do not stay apart."""
         full = numbers(6, 3)

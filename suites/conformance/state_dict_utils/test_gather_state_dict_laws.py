@@ -73,6 +73,7 @@ class TestGatherStateDictIsolation:
     @pytest.mark.law("isolation")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("key", ["rows", "whole", "st", "in"])
+    @pytest.mark.thorough(but=["w1-in", "w2-rows", "w2-whole", "w2-st"])
     def test_training_on_does_not_change_the_result(
         self, judged: Any, mesh: Any, world: Any, key: str
     ) -> None:
@@ -157,6 +158,7 @@ class TestGatherStateDictGroup:
     @pytest.mark.law("group")
     @pytest.mark.world(3)
     @pytest.mark.parametrize("wanted", [(), (0,), (1,), (2,), (0, 2), (2, 1)], ids=str)
+    @pytest.mark.thorough(but=["()", "(0,)", "(2, 1)"])
     def test_only_the_ranks_of_ranks_only_get_the_result(
         self, judged: Any, mesh: Any, rank: int, wanted: tuple[int, ...]
     ) -> None:

@@ -73,6 +73,7 @@ class TestGatherLargeTensors:
     @pytest.mark.law("values")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("view", LYING)
+    @pytest.mark.thorough(but=["transposed", "expanded", "negated", "conjugated"])
     def test_a_rank_whose_part_is_laid_out_otherwise(
         self, judged: Any, mesh: Any, view: str
     ) -> None:
@@ -122,6 +123,7 @@ class TestBroadcastLargeTensors:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("kinds", ["SS", "SR", "RS", "SP", "PS", "PR"])
+    @pytest.mark.thorough(but=["SR", "SP", "PS"])
     def test_ranks_with_other_targets(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, kinds: str
     ) -> None:

@@ -32,6 +32,7 @@ class TestGather:
     @pytest.mark.should(MEMORY)
     @pytest.mark.world(4)
     @pytest.mark.parametrize("dim", [0, 1])
+    @pytest.mark.thorough(but=["1"])
     def test_a_result_and_a_bucket(self, judged: Any, mesh: Any, grows: Any, dim: int) -> None:
         """Besides the model that it gets, a rank must need no more than a bucket."""
 
@@ -45,6 +46,7 @@ class TestGather:
     @pytest.mark.should(MEMORY)
     @pytest.mark.world(4)
     @pytest.mark.parametrize("dims", [(0, 0), (0, 1)], ids=str)
+    @pytest.mark.thorough(but=["(0, 1)"])
     def test_over_an_unsorted_mesh(
         self, judged: Any, mesh: Any, grows: Any, dims: tuple[int, int]
     ) -> None:
@@ -92,6 +94,7 @@ class TestBroadcast:
     @pytest.mark.should(MEMORY)
     @pytest.mark.world(4)
     @pytest.mark.parametrize("dim", [0, 1])
+    @pytest.mark.thorough(but=["0"])
     def test_shards_are_filled_where_they_are(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, grows: Any, dim: int
     ) -> None:
@@ -144,6 +147,7 @@ class TestDistribute:
     @pytest.mark.should(MEMORY)
     @pytest.mark.world(4)
     @pytest.mark.parametrize("placement", [S(0), S(1), R], ids=str)
+    @pytest.mark.thorough(but=["S(1)", "R"])
     def test_the_shards_and_no_more(
         self, judged: Any, mesh: Any, device: torch.device, grows: Any, placement: Any
     ) -> None:

@@ -41,7 +41,7 @@ class TestBroadcastMemory:
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("strict", [False, _also(True)], ids=["loose", "strict"])
-    @pytest.mark.parametrize("cpu_offload", [False, True], ids=["device", "cpu"])
+    @pytest.mark.parametrize("cpu_offload", [_also(False), True], ids=["device", "cpu"])
     @pytest.mark.parametrize("placement", [S(0), _also(R)], ids=str)
     def test_options(
         self,
@@ -67,6 +67,7 @@ class TestBroadcastMemory:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("cpu_offload", [False, True], ids=["device", "cpu"])
     @pytest.mark.parametrize("kind", ["sharded", _also("replicated"), _also("plain"), "tied"])
+    @pytest.mark.thorough(but=["sharded-cpu", "tied-device"])
     def test_targets_on_meta(
         self,
         judged: Any,
@@ -169,7 +170,7 @@ class TestBroadcastMemory:
 class TestBroadcastTensorsMemory:
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("meta", [False, True], ids=["memory", "meta"])
+    @pytest.mark.parametrize("meta", [_also(False), True], ids=["memory", "meta"])
     def test_shards(
         self,
         judged: Any,
@@ -198,6 +199,7 @@ class TestDistributeMemory:
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("kind", ["sharded", "plain", "tied"])
+    @pytest.mark.thorough(but=["sharded", "tied"])
     def test_targets_on_meta(
         self, judged: Any, mesh: Any, device: torch.device, grows: Any, kind: str
     ) -> None:
@@ -221,7 +223,7 @@ class TestDistributeMemory:
 class TestDistributeTensorsMemory:
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
-    @pytest.mark.parametrize("meta", [False, True], ids=["memory", "meta"])
+    @pytest.mark.parametrize("meta", [_also(False), True], ids=["memory", "meta"])
     def test_shards(
         self, judged: Any, mesh: Any, device: torch.device, grows: Any, meta: bool
     ) -> None:

@@ -115,6 +115,7 @@ class TestGatherOddLeaves:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=8, limit=30)
     @pytest.mark.parametrize("at", [0, 1, None], ids=str)
+    @pytest.mark.thorough(but=["1", "None"])
     def test_a_placement_of_its_own(
         self, judged: Any, mesh: Any, world: Any, at: int | None
     ) -> None:
@@ -217,6 +218,7 @@ class TestGatherOddLeaves:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=8, limit=30)
     @pytest.mark.parametrize("at", [0, 1, None], ids=str)
+    @pytest.mark.thorough(but=["1", "None"])
     def test_several_that_are_wrong(
         self, judged: Any, mesh: Any, world: Any, at: int | None
     ) -> None:

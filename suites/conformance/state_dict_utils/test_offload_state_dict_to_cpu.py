@@ -117,6 +117,7 @@ class TestOffloadStateDictToCpu:
     @pytest.mark.law("values")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("placements", ONE_D, ids=placement_id)
+    @pytest.mark.thorough(but=["R", "S1"])
     def test_dtensors(self, judged: Any, mesh: Any, placements: Any) -> None:
         """A DTensor stays one, its local tensor copied: even, uneven and empty shards."""
         line = mesh(2)

@@ -84,6 +84,7 @@ class TestGatherWrapped:
     @pytest.mark.world(2)
     @pytest.mark.parametrize("placements", [[S(0)], [S(1)], [R]], ids=placement_id)
     @pytest.mark.parametrize("only", [(), (1,)], ids=["all", "one"])
+    @pytest.mark.thorough(but=["all-S0", "all-R", "one-S1"])
     def test_all_that_it_holds_is_gathered(
         self, judged: Any, mesh: Any, world: Any, placements: Any, only: tuple[int, ...]
     ) -> None:
@@ -127,6 +128,7 @@ class TestBroadcastOpaque:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=8, limit=25)
     @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.thorough(but=["coo", "quantized", "wrapper"])
     def test_it_is_refused_everywhere(
         self, judged: Any, mesh: Any, world: Any, device: torch.device, kind: str
     ) -> None:

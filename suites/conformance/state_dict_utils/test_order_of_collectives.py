@@ -33,6 +33,7 @@ class TestGatherInOneOrder:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(4, collective=8, limit=25)
     @pytest.mark.parametrize("ranks_only", [(), (1,)], ids=["all", "one"])
+    @pytest.mark.thorough(but=["all"])
     def test_kinds_of_leaves(
         self, judged: Any, mesh: Any, rank: int, ranks_only: tuple[int, ...]
     ) -> None:
@@ -66,6 +67,7 @@ class TestGatherInOneOrder:
     @pytest.mark.law("group")
     @pytest.mark.world(3, collective=8, limit=25)
     @pytest.mark.parametrize("kind", ["sharded", "pending"])
+    @pytest.mark.thorough(but=["pending"])
     def test_meshes_in_a_circle(self, judged: Any, mesh: Any, rank: int, kind: str) -> None:
         """Of three meshes of two ranks each, no rank must wait for one that waits for it."""
         pairs = [(0, 1), (1, 2), (0, 2)]

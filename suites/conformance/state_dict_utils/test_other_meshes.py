@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial
 
 from conformance.kit.agree import attempt
+from conformance.kit.cases import every_second
 from conformance.kit.compare import assert_same, fingerprint, local
 from conformance.kit.containers import dashed
 from conformance.kit.data import numbers
@@ -110,6 +111,7 @@ class TestCopyToOtherMeshes:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("make", CASES)
+    @every_second(CASES)
     def test_parts_that_belong_elsewhere(
         self, judged: Any, subject: Any, mesh: Any, make: Any
     ) -> None:
@@ -120,6 +122,7 @@ class TestCopyToOtherMeshes:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("make", SAME_CASES)
+    @every_second(SAME_CASES)
     def test_the_same_parts(self, judged: Any, mesh: Any, make: Any) -> None:
         """A target on a mesh of other names, or of another object, must take the values."""
         source, into = _two(make, mesh)
@@ -132,6 +135,7 @@ class TestIterateToOtherMeshes:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("make", CASES)
+    @every_second(CASES, start=1)
     def test_parts_that_belong_elsewhere(
         self, judged: Any, subject: Any, mesh: Any, make: Any
     ) -> None:
@@ -144,6 +148,7 @@ class TestIterateToOtherMeshes:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("make", SAME_CASES)
+    @every_second(SAME_CASES, start=1)
     def test_the_same_parts(self, judged: Any, mesh: Any, make: Any) -> None:
         """A companion on a mesh of other names, or of another object, must take the values."""
         source, into = _two(make, mesh)
@@ -156,6 +161,7 @@ class TestSimilarityOfOtherMeshes:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("make", CASES)
+    @every_second(CASES)
     def test_parts_that_belong_elsewhere(self, judged: Any, mesh: Any, make: Any) -> None:
         """What could not be copied must not be called similar."""
         source, into = _two(make, mesh)
@@ -164,6 +170,7 @@ class TestSimilarityOfOtherMeshes:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("make", SAME_CASES)
+    @every_second(SAME_CASES)
     def test_the_same_parts(self, judged: Any, mesh: Any, make: Any) -> None:
         """Meshes of other names, or other objects, must be called similar."""
         source, into = _two(make, mesh)

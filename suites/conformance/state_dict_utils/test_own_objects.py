@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from conformance.kit.cases import every_second
 from conformance.kit.compare import assert_same, fingerprint, shares_memory
 from conformance.kit.containers import Settings, Tags, dashed
 from conformance.kit.data import numbers
@@ -103,6 +104,7 @@ class TestBroadcastOwnObjects:
     @pytest.mark.law("isolation")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("make", CASES)
+    @pytest.mark.thorough(but=[f"w2-{case.id}" for case in CASES[::2]])
     def test_values_that_can_be_changed(
         self, judged: Any, rank: int, device: torch.device, make: Any
     ) -> None:
@@ -131,6 +133,7 @@ class TestBroadcastOwnObjects:
     @pytest.mark.law("isolation")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("kind", ["plain", "meta", "sharded", "number", "strict"])
+    @pytest.mark.thorough(but=["w1-number", "w2-plain", "w2-meta", "w2-sharded", "w2-strict"])
     def test_a_0dim_tensor(
         self, judged: Any, mesh: Any, world: Any, device: torch.device, kind: str
     ) -> None:
@@ -191,6 +194,7 @@ class TestDistributeOwnObjects:
     @pytest.mark.law("isolation")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("make", CASES)
+    @every_second(CASES)
     def test_values_that_can_be_changed(self, judged: Any, device: torch.device, make: Any) -> None:
         """A value that lands must be the target's own."""
         full = {"value": make(), "w": numbers(4)}
@@ -217,6 +221,7 @@ class TestGatherOwnObjects:
     @pytest.mark.law("isolation")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("make", CASES)
+    @every_second(CASES, start=1)
     def test_values_that_can_be_changed(self, judged: Any, make: Any) -> None:
         """A value in the result must not be the state dict's own."""
         value = {"value": make(), "w": numbers(4)}
@@ -229,6 +234,7 @@ class TestOffloadOwnObjects:
     @pytest.mark.law("isolation")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("make", CASES)
+    @every_second(CASES)
     def test_values_that_can_be_changed(self, judged: Any, make: Any) -> None:
         """A value in the snapshot must not be the state dict's own."""
         value = {"value": make(), "w": numbers(4)}
@@ -241,6 +247,7 @@ class TestCopyOwnObjects:
     @pytest.mark.law("isolation")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("make", CASES)
+    @every_second(CASES, start=1)
     def test_values_that_can_be_changed(self, judged: Any, make: Any) -> None:
         """A value in the result must not be the source's own, but for tensors, the target's."""
         value, into = {"value": make()}, {"value": make()}

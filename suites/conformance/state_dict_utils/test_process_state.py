@@ -115,6 +115,7 @@ class _State:
     @pytest.mark.law("isolation")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("size", ["small", "large"])
+    @pytest.mark.thorough(but=["small"])
     def test_right_under_any_state(self, judged: Any, roads: Any, size: str) -> None:
         """Values must be right whatever the caller's defaults and modes are."""
         full = numbers(6, 4) if size == "small" else numbers(1024, 1024)

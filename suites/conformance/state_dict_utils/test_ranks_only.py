@@ -39,6 +39,7 @@ class TestGatherRanksOnly:
     @pytest.mark.law("group")
     @pytest.mark.world(3, collective=8, limit=25)
     @pytest.mark.parametrize("wanted", [(1, 1), (2, 0, 2), (2, 1, 0), (0, 7)], ids=str)
+    @pytest.mark.thorough(but=["(2, 0, 2)", "(0, 7)"])
     def test_repeated_unordered_or_of_others(
         self, judged: Any, mesh: Any, rank: int, wanted: tuple[int, ...]
     ) -> None:
@@ -49,6 +50,7 @@ class TestGatherRanksOnly:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(3, collective=8, limit=25)
     @pytest.mark.parametrize("kind", ["list", "set", "range", "torch.Size"])
+    @pytest.mark.thorough(but=["set", "torch.Size"])
     def test_any_collection(self, judged: Any, mesh: Any, rank: int, kind: str) -> None:
         """Any collection of ranks must do, as it does for upstream's function."""
         collection: Any = {
@@ -64,6 +66,7 @@ class TestGatherRanksOnly:
     @pytest.mark.world(2, collective=8, limit=25)
     @pytest.mark.parametrize("wanted", [(2,), (-1,), (5, 7)], ids=str)
     @pytest.mark.parametrize("given", ["with-pg", "without"])
+    @pytest.mark.thorough(but=["with-pg-(2,)", "with-pg-(-1,)", "without-(5, 7)"])
     def test_a_rank_that_is_none(
         self, judged: Any, mesh: Any, world: Any, wanted: tuple[int, ...], given: str
     ) -> None:
@@ -79,6 +82,9 @@ class TestGatherRanksOnly:
     @pytest.mark.parametrize("members", [(1, 3), pytest.param((3, 1), marks=UNSORTED)], ids=str)
     @pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1)], ids=str)
     @pytest.mark.parametrize("kind", ["rows", "plain"])
+    @pytest.mark.thorough(
+        but=["rows-(0,)-(3, 1)", "rows-(0, 1)-(1, 3)", "plain-(1,)-(3, 1)", "plain-(0, 1)-(3, 1)"]
+    )
     def test_numbers_of_the_group(
         self,
         judged: Any,
@@ -102,6 +108,7 @@ class TestOffloadRanksOnly:
     @pytest.mark.law("group")
     @pytest.mark.world(3)
     @pytest.mark.parametrize("wanted", [(), (0,), (2, 2), (1, 0)], ids=str)
+    @pytest.mark.thorough(but=["()", "(1, 0)"])
     def test_only_those_ranks(self, judged: Any, rank: int, wanted: tuple[int, ...]) -> None:
         """The ranks of `ranks_only` must get the snapshot, the others `{}`; empty means all."""
         full = numbers(3)

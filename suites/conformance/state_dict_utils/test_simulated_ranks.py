@@ -172,6 +172,7 @@ class TestBroadcast:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("options", [{}, {"cpu_offload": True}, {"strict": True}], ids=str)
+    @pytest.mark.thorough(but=["{}", "{'strict': True}"])
     def test_every_rank_is_played(self, judged: Any, mesh: Any, options: Any) -> None:
         """Every rank that is played must get its part, and no key but those that it has."""
         mesh(4), mesh(2, 2)

@@ -16,6 +16,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from conformance.kit.agree import assert_raises_everywhere
+from conformance.kit.cases import every_second
 from conformance.kit.compare import assert_same
 from conformance.kit.data import SOME_DTYPES, dtype_id, numbers
 from conformance.kit.layouts import R, S, dtensor
@@ -94,6 +95,7 @@ class TestGather:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("layout", LAYOUTS)
+    @every_second(list(LAYOUTS))
     def test_a_table_is_gathered(self, judged: Any, mesh: Any, rank: int, layout: str) -> None:
         """A table must come back whole and plain, beside a plain DTensor."""
         size, placement, cut = LAYOUTS[layout]
@@ -109,6 +111,7 @@ class TestGather:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("dtype", SOME_DTYPES, ids=dtype_id)
+    @pytest.mark.thorough(but=["float32", "uint16", "bool"])
     def test_the_shards_have_the_dtype(
         self, judged: Any, mesh: Any, rank: int, dtype: torch.dtype
     ) -> None:
@@ -164,6 +167,7 @@ class TestOffload:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("layout", LAYOUTS)
+    @every_second(list(LAYOUTS), start=1)
     def test_a_table_is_kept(self, judged: Any, mesh: Any, rank: int, layout: str) -> None:
         """A table must be in the snapshot with the shards of this rank."""
         size, placement, cut = LAYOUTS[layout]
@@ -181,6 +185,7 @@ class TestStaging:
     @pytest.mark.should("upstream's buffers of a table take no copy")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("layout", LAYOUTS)
+    @every_second(list(LAYOUTS))
     def test_a_table_is_staged(
         self, judged: Any, subject: Any, mesh: Any, rank: int, layout: str
     ) -> None:
@@ -203,6 +208,7 @@ class TestBroadcast:
     @pytest.mark.should("upstream writes no table: a target of this class may be refused by name")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("layout", LAYOUTS)
+    @every_second(list(LAYOUTS), start=1)
     def test_a_table_takes_its_part(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, layout: str
     ) -> None:

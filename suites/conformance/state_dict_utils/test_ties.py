@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from conformance.kit.cases import every_second
 from conformance.kit.compare import assert_same, local, shares_memory
 from conformance.kit.containers import dashed
 from conformance.kit.data import numbers
@@ -43,6 +44,7 @@ class TestOffloadKeepsTies:
     @pytest.mark.law("structure")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("make", PLAIN_CASES)
+    @every_second(PLAIN_CASES, start=1)
     def test_views_that_overlap(self, judged: Any, make: Any) -> None:
         """What is written to one leaf of the snapshot must be read in the leaf that overlaps it."""
         value = make()
@@ -53,6 +55,7 @@ class TestOffloadKeepsTies:
     @pytest.mark.law("structure")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("make", DISTRIBUTED_CASES)
+    @every_second(DISTRIBUTED_CASES)
     def test_across_kinds(self, judged: Any, mesh: Any, make: Any) -> None:
         """The same must hold between the memory of DTensors, and of a DTensor and a tensor."""
         value = make(mesh(1))
@@ -75,6 +78,7 @@ class TestCreateKeepsTies:
     @pytest.mark.law("structure")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("make", PLAIN_CASES)
+    @every_second(PLAIN_CASES, start=1)
     def test_views_that_overlap(self, judged: Any, make: Any) -> None:
         """Buffers for leaves that overlap must overlap the same way."""
         value = make()
@@ -85,6 +89,7 @@ class TestCreateKeepsTies:
     @pytest.mark.law("structure")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("make", DISTRIBUTED_CASES)
+    @every_second(DISTRIBUTED_CASES, start=1)
     def test_across_kinds(self, judged: Any, mesh: Any, make: Any) -> None:
         """The same must hold between the memory of DTensors, and of a DTensor and a tensor."""
         value = make(mesh(1))
@@ -95,6 +100,7 @@ class TestCreateKeepsTies:
     @pytest.mark.law("structure")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("make", PLAIN_CASES)
+    @every_second(PLAIN_CASES)
     def test_in_shared_memory(self, judged: Any, make: Any) -> None:
         """Buffers in shared memory must overlap as the leaves do, and all be shared."""
         value = make()
@@ -115,6 +121,7 @@ class TestIterateKeepsTies:
     @pytest.mark.law("structure")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("make", PLAIN_CASES)
+    @every_second(PLAIN_CASES)
     def test_views_that_overlap(self, judged: Any, make: Any) -> None:
         """With `cpu_offload` results that overlap must come to the CPU so that they still do."""
         value = make()
@@ -125,6 +132,7 @@ class TestIterateKeepsTies:
     @pytest.mark.law("structure")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("make", DISTRIBUTED_CASES)
+    @every_second(DISTRIBUTED_CASES)
     def test_across_kinds(self, judged: Any, mesh: Any, make: Any) -> None:
         """The same must hold between the memory of DTensors, and of a DTensor and a tensor."""
         value = make(mesh(1))
@@ -135,6 +143,7 @@ class TestIterateKeepsTies:
     @pytest.mark.law("structure")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("make", COPIED_CASES)
+    @every_second(COPIED_CASES, start=1)
     def test_into_a_companion_that_overlaps(self, judged: Any, make: Any) -> None:
         """A companion whose leaves overlap must hold all values, and be the result."""
         value, companion = make(), make()
@@ -155,6 +164,7 @@ class TestCopyKeepsTies:
     @pytest.mark.law("structure")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("make", COPIED_CASES)
+    @every_second(COPIED_CASES)
     def test_into_leaves_that_overlap(self, judged: Any, make: Any) -> None:
         """A target whose leaves overlap must hold all values, and be the result."""
         value, into = make(), make()
@@ -166,6 +176,7 @@ class TestCopyKeepsTies:
     @pytest.mark.law("isolation")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("make", COPIED_CASES)
+    @every_second(COPIED_CASES, start=1)
     def test_into_itself(self, judged: Any, make: Any) -> None:
         """A state dict that is copied into itself must stay as it is."""
         value, expected = make(), make()
@@ -193,6 +204,7 @@ class TestGatherKeepsTies:
     @pytest.mark.law("structure")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("make", PLAIN_CASES)
+    @every_second(PLAIN_CASES)
     def test_views_that_overlap(self, judged: Any, mesh: Any, make: Any) -> None:
         """Plain leaves that overlap must still do so in the result, beside a gathered one."""
         full = numbers(4, 2)
@@ -286,6 +298,9 @@ class TestBroadcastKeepsTies:
     @pytest.mark.world(2)
     @pytest.mark.parametrize("cpu_offload", [False, True], ids=["device", "cpu"])
     @pytest.mark.parametrize("make", TIED_CASES)
+    @pytest.mark.thorough(
+        but=[f"{case.id}-{('device', 'cpu')[n % 2]}" for n, case in enumerate(TIED_CASES)]
+    )
     def test_targets_over_one_memory(
         self,
         judged: Any,
@@ -307,6 +322,7 @@ class TestDistributeKeepsTies:
     @pytest.mark.law("structure")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("make", TIED_CASES)
+    @every_second(TIED_CASES)
     def test_targets_over_one_memory(
         self, judged: Any, mesh: Any, device: torch.device, make: Any
     ) -> None:
