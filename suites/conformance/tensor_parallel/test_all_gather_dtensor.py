@@ -15,9 +15,20 @@ from conformance.kit.agree import assert_raises_everywhere, attempt, exchange
 from conformance.kit.collectives import Collectives
 from conformance.kit.compare import assert_same, fingerprint, shares_memory
 from conformance.kit.data import EACH_DTYPE, VIEWS, numbers
-from conformance.kit.fsdp1 import EVEN, HELD, UNEVEN, fsdp_rank, given, held_id, sharded, tp_local
+from conformance.kit.fsdp1 import (
+    EVEN,
+    HELD,
+    PLAIN_AND_COLUMNS,
+    UNEVEN,
+    fsdp_rank,
+    given,
+    held_id,
+    sharded,
+    tp_local,
+)
 from conformance.kit.generated import drawn, layouts
 from conformance.kit.layouts import (
+    SOME_OF_TWO_D,
     SS,
     THREE_D,
     TWO_D,
@@ -49,6 +60,7 @@ class TestAllGatherDTensor:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
     @pytest.mark.parametrize("sizes", [EVEN, UNEVEN], ids=["even", "uneven"])
+    @pytest.mark.thorough(but=["even-plain", "even-S0", "uneven-R", "uneven-S1"])
     def test_the_tp_local_tensor(self, judged: Any, mesh: Any, held: Any, sizes: Any) -> None:
         """From FSDP's chunks every rank gets its TP-local tensor, plain and finished."""
         for shape in (2, 2), (4, 1), (1, 4):
@@ -76,6 +88,7 @@ class TestAllGatherDTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
+    @PLAIN_AND_COLUMNS
     def test_empty_chunks(self, judged: Any, mesh: Any, held: Any) -> None:
         """Ranks that hold nothing take part, and get what the others hold."""
         for shape in (2, 2), (4, 1):
@@ -89,6 +102,7 @@ class TestAllGatherDTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("placements", TWO_D, ids=placement_id)
+    @SOME_OF_TWO_D
     def test_any_placement(self, judged: Any, mesh: Any, placements: Any) -> None:
         """Whatever the outer dimension does with the tensor, it is gathered; TP's stays."""
         root = mesh(2, 2)
@@ -100,6 +114,7 @@ class TestAllGatherDTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("shape", [(2, 2, 1), (1, 2, 2), (2, 1, 2)], ids=str)
+    @pytest.mark.thorough(but=["(2, 2, 1)", "(1, 2, 2)"])
     def test_three_dimensions(self, judged: Any, mesh: Any, shape: Any) -> None:
         """Over a 3-D mesh all dimensions but TP's are gathered."""
         root = mesh(*shape)
@@ -197,6 +212,7 @@ class TestAllGatherDTensor:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
     @pytest.mark.parametrize("sizes", [EVEN, UNEVEN], ids=["even", "uneven"])
+    @pytest.mark.thorough(but=["even-R", "even-S1", "uneven-plain", "uneven-S0"])
     def test_chunked_and_back(
         self, judged: Any, subject: Any, mesh: Any, held: Any, sizes: Any
     ) -> None:
@@ -214,6 +230,7 @@ class TestAllGatherDTensor:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
     @pytest.mark.parametrize(("rows", "most"), [(32, 1), (1024, 2)], ids=["small", "large"])
+    @pytest.mark.thorough(but=["small-plain", "small-S0", "large-S1"])
     def test_number_of_collectives(
         self, judged: Any, mesh: Any, held: Any, rows: int, most: int
     ) -> None:
@@ -302,6 +319,7 @@ class TestAllGatherDTensor:
         ],
         ids=["narrower", "wider", "shape", "placement"],
     )
+    @pytest.mark.thorough(but=["narrower-small", "shape-large", "placement-small"])
     def test_another_whole_on_one_rank(
         self, judged: Any, mesh: Any, world: Any, rows: int, other: Any
     ) -> None:

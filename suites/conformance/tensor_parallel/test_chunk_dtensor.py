@@ -18,7 +18,9 @@ from conformance.kit.data import DTYPES, VIEWS, numbers
 from conformance.kit.fsdp1 import (
     EVEN,
     HELD,
+    PLAIN_AND_COLUMNS,
     UNEVEN,
+    WHOLE_AND_ROWS,
     assert_chunked,
     fsdp_mesh,
     fsdp_rank,
@@ -58,6 +60,7 @@ class TestChunkDTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
+    @PLAIN_AND_COLUMNS
     def test_the_whole_is_the_global_tensor(self, judged: Any, mesh: Any, held: Any) -> None:
         """The chunks of all ranks, read by their placements, are the global tensor."""
         root = mesh(2, 2)
@@ -111,8 +114,7 @@ class TestChunkDTensor:
     @pytest.mark.parametrize("held", HELD, ids=held_id)
     @pytest.mark.thorough(
         but=[
-            *("plain-HSDP-without-TP", "R-DDP", "S0-HSDP-of-one-replica", "S0-HSDP-without-TP"),
-            *("S1-DDP", "S1-HSDP-of-one-replica"),
+            *("plain-HSDP-without-TP", "R-DDP", "S0-HSDP-of-one-replica", "S1-DDP"),
         ]
     )
     def test_three_dimensions(self, judged: Any, mesh: Any, held: Any, shape: Any) -> None:
@@ -127,6 +129,7 @@ class TestChunkDTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(8)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
+    @WHOLE_AND_ROWS
     def test_hsdp_over_tp(self, judged: Any, mesh: Any, held: Any) -> None:
         """With replicas, chunks and TP shards at once every rank holds its chunk."""
         root = mesh(2, 2, 2)
@@ -149,6 +152,7 @@ class TestChunkDTensor:
     @pytest.mark.law("group")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
+    @pytest.mark.thorough(but=["plain", "R", "S0"])
     def test_one_dimension_of_three(self, judged: Any, mesh: Any, held: Any) -> None:
         """FSDP over one dimension of a 3-D mesh, the one before TP, cuts over that dimension."""
         for shape in (2, 2, 1), (1, 2, 2):
@@ -172,6 +176,7 @@ class TestChunkDTensor:
     @pytest.mark.law("group")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
+    @WHOLE_AND_ROWS
     def test_a_mesh_in_another_rank_order(self, judged: Any, mesh: Any, held: Any) -> None:
         """A rank holds the chunk of its place in the mesh, whatever its number in the group."""
         root, full = mesh(2, 2, ranks=[3, 1, 2, 0]), numbers(8, 4)
@@ -181,6 +186,7 @@ class TestChunkDTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
+    @WHOLE_AND_ROWS
     def test_every_dtype(self, judged: Any, mesh: Any, held: Any) -> None:
         """Every dtype is chunked bit for bit, those that the backend cannot move, too."""
         root = mesh(2, 2)
@@ -192,6 +198,7 @@ class TestChunkDTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
+    @WHOLE_AND_ROWS
     def test_every_memory_layout(self, judged: Any, mesh: Any, held: Any) -> None:
         """Transposed, sliced, expanded and offset tensors are chunked as their values say."""
         root = mesh(2, 2)
@@ -219,6 +226,7 @@ class TestChunkDTensor:
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
+    @WHOLE_AND_ROWS
     def test_nothing_is_sent(self, judged: Any, mesh: Any, held: Any) -> None:
         """No collective runs, since the rank holds all that its chunk is cut from."""
         for shape in (2, 2), (4, 1), (1, 2, 2), (2, 2, 1):
@@ -241,6 +249,7 @@ class TestChunkDTensor:
     @pytest.mark.world(4)
     @pytest.mark.needs("resident memory")
     @pytest.mark.parametrize("held", [None, S(1)], ids=held_id)
+    @pytest.mark.thorough(but=["S1"])
     def test_no_more_memory_than_the_chunk(self, judged: Any, mesh: Any, held: Any) -> None:
         """The call touches memory for the chunk, and not for the whole tensor."""
         root = mesh(4, 1)
@@ -256,6 +265,7 @@ class TestChunkDTensor:
     @pytest.mark.law("isolation")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
+    @PLAIN_AND_COLUMNS
     def test_the_result_is_a_copy(self, judged: Any, mesh: Any, held: Any) -> None:
         """The chunk is memory of its own, so training on does not change it."""
         for shape in (2, 2), (1, 4), (4, 1):
@@ -270,6 +280,7 @@ class TestChunkDTensor:
     @pytest.mark.law("isolation")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
+    @PLAIN_AND_COLUMNS
     def test_the_input_stays_as_it_was(self, judged: Any, mesh: Any, held: Any) -> None:
         """The tensor is not changed, nor by writes to the result; a second call gives the same."""
         root, full = mesh(2, 2), numbers(8, 4)
@@ -287,7 +298,7 @@ class TestChunkDTensor:
     @pytest.mark.world(4)
     @pytest.mark.needs("functional gathers")
     @pytest.mark.parametrize("held", HELD, ids=held_id)
-    @pytest.mark.thorough(but=["plain", "S0"])
+    @pytest.mark.thorough(but=["S0"])
     def test_compiled_as_one_graph(self, judged: Any, mesh: Any, held: Any) -> None:
         """From torch 2.12 on the compiler finds no break in it; the chunks are the whole."""
         root, full = mesh(2, 2), numbers(8, 4)
@@ -306,6 +317,7 @@ class TestChunkDTensor:
     @pytest.mark.world(4)
     @pytest.mark.needs("functional gathers")
     @pytest.mark.parametrize("held", HELD, ids=held_id)
+    @WHOLE_AND_ROWS
     def test_consumers_read_the_placements(self, judged: Any, mesh: Any, held: Any) -> None:
         """A checkpoint's planner and a redistribution take the chunks for what they are."""
         root = mesh(2, 2)
@@ -329,6 +341,7 @@ class TestChunkDTensor:
     @pytest.mark.law("autograd")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
+    @PLAIN_AND_COLUMNS
     def test_no_graph_is_kept(self, judged: Any, mesh: Any, held: Any) -> None:
         """The chunk of a trained weight, or of one inside a graph, is part of no graph."""
         root = mesh(2, 2)

@@ -51,6 +51,7 @@ class TestCreateShardMdFromDt:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 4)
     @pytest.mark.parametrize("sizes", SIZES.values(), ids=list(SIZES))
+    @pytest.mark.thorough(but=["w1-uneven", "w2-even", "w2-empty", "w4-uneven"])
     def test_this_ranks_shard(self, judged: Any, mesh: Any, world: Any, sizes: Any) -> None:
         """The metadata holds the box, the rank and the device of this rank's shard."""
         line = mesh(world.size)
@@ -101,6 +102,7 @@ class TestCreateShardedTensorMdFromDt:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 4)
     @pytest.mark.parametrize("sizes", SIZES.values(), ids=list(SIZES))
+    @pytest.mark.thorough(but=["w1-uneven", "w2-even", "w2-empty", "w4-uneven"])
     def test_it_covers_the_tensor(self, judged: Any, mesh: Any, world: Any, sizes: Any) -> None:
         """The shards tile the tensor, even, uneven and empty ones."""
         line = mesh(world.size)
@@ -117,6 +119,7 @@ class TestCreateShardedTensorMdFromDt:
     @pytest.mark.law("values")
     @pytest.mark.world(2, 4)
     @pytest.mark.parametrize("sizes", SIZES.values(), ids=list(SIZES))
+    @pytest.mark.thorough(but=["w2-even", "w2-empty", "w4-uneven"])
     def test_each_shard_is_where_it_says(
         self, judged: Any, mesh: Any, world: Any, sizes: Any
     ) -> None:
@@ -139,6 +142,7 @@ class TestCreateShardedTensorMdFromDt:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, 4)
     @pytest.mark.parametrize("placements", ONE_D, ids=placement_id)
+    @pytest.mark.thorough(but=["w2-R", "w2-S0", "w4-S1"])
     def test_all_ranks_say_the_same(
         self, judged: Any, mesh: Any, world: Any, placements: Any
     ) -> None:

@@ -21,6 +21,7 @@ from conformance.kit.compare import assert_same, assert_type, fingerprint, share
 from conformance.kit.data import DTYPES, numbers
 from conformance.kit.fsdp1 import (
     HELD,
+    WHOLE_AND_ROWS,
     assert_chunked,
     chunk,
     fsdp_mesh,
@@ -87,6 +88,7 @@ class TestPreFlattenTransform:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("placements", ONE_D, ids=placement_id)
+    @pytest.mark.thorough(but=["w1-S0", "w2-R", "w2-S1"])
     def test_the_local_tensor_and_its_description(
         self, judged: Any, mesh: Any, world: Any, placements: Any
     ) -> None:
@@ -124,6 +126,7 @@ class TestPreFlattenTransform:
     @pytest.mark.law("structure")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("trains", [True, False], ids=["trained", "frozen"])
+    @pytest.mark.thorough(but=["w1-frozen", "w2-trained"])
     def test_requires_grad_is_the_parameters(
         self, judged: Any, mesh: Any, world: Any, trains: bool
     ) -> None:
@@ -143,6 +146,7 @@ class TestPostUnflattenTransform:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("placements", ONE_D, ids=placement_id)
+    @pytest.mark.thorough(but=["w1-S0", "w2-R", "w2-S1"])
     def test_the_dtensor_comes_back(
         self, judged: Any, mesh: Any, world: Any, placements: Any
     ) -> None:
@@ -275,6 +279,7 @@ class TestStateDictTransforms:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
+    @WHOLE_AND_ROWS
     def test_chunk_tensor(self, judged: Any, mesh: Any, held: Any) -> None:
         """FSDP's chunk comes as a ShardedTensor, and can be loaded from."""
         root = mesh(1, 4)

@@ -43,6 +43,7 @@ class TestFlattenTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 4)
     @pytest.mark.parametrize("placements", ONE_D, ids=placement_id)
+    @pytest.mark.thorough(but=["w1-R", "w2-S0", "w2-S1", "w4-R"])
     def test_the_local_tensor_and_the_spec(
         self, judged: Any, mesh: Any, world: Any, placements: Any
     ) -> None:
@@ -161,6 +162,7 @@ class TestFlattenTensor:
     @pytest.mark.law("structure")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("trains", [True, False], ids=["trained", "frozen"])
+    @pytest.mark.thorough(but=["w1-frozen", "w2-trained"])
     def test_requires_grad_is_the_parameters(
         self, judged: Any, mesh: Any, world: Any, trains: bool
     ) -> None:
@@ -209,6 +211,7 @@ class TestFlattenTensor:
     @pytest.mark.law("isolation")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("trains", [True, False], ids=["trained", "frozen"])
+    @pytest.mark.thorough(but=["w1-frozen", "w2-trained"])
     def test_the_dtensor_stays_as_it_was(
         self, judged: Any, mesh: Any, world: Any, trains: bool
     ) -> None:

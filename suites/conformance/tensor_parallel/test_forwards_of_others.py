@@ -166,6 +166,7 @@ class TestLocalizeDtensorWithinAForward:
     @pytest.mark.law("all-or-nothing")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("kind", ["parameter", "buffer"])
+    @pytest.mark.thorough(but=["w1-buffer", "w2-parameter"])
     def test_a_module_that_could_not_compute(
         self, judged: Any, mesh: Any, world: Any, kind: str
     ) -> None:
@@ -245,6 +246,7 @@ class TestReconstructDtensorWithinAForward:
     @pytest.mark.law("structure")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("where", ["", "child"], ids=["the module", "a child"])
+    @pytest.mark.thorough(but=["w1-a child", "w2-the module"])
     def test_what_was_replaced_since(
         self, judged: Any, subject: Any, mesh: Any, world: Any, where: str
     ) -> None:

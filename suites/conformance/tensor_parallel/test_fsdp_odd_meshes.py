@@ -74,6 +74,7 @@ class TestChunkDTensorOddMeshes:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("names", [None, ("x",), ("dp",)], ids=str)
     @pytest.mark.parametrize("shape", [(2, 2), (1, 4)], ids=str)
+    @pytest.mark.thorough(but=["(2, 2)-None", "(2, 2)-('dp',)", "(1, 4)-('x',)"])
     def test_a_tp_mesh_that_was_built_on_its_own(
         self, judged: Any, mesh: Any, rank: int, names: Any, shape: tuple[int, int]
     ) -> None:

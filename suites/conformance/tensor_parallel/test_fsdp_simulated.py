@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from conformance.kit.boxes import boxes
 from conformance.kit.compare import assert_same
 from conformance.kit.data import numbers
-from conformance.kit.fsdp1 import HELD, fsdp_mesh, held_id, tp_mesh, unsharded
+from conformance.kit.fsdp1 import HELD, WHOLE_AND_ROWS, fsdp_mesh, held_id, tp_mesh, unsharded
 from conformance.kit.layouts import R, S, dtensor, part, placement_id
 
 SIZES = [(8, 4), (12, 2), (4, 2, 3)]
@@ -55,6 +55,7 @@ class TestChunkDTensor:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
+    @WHOLE_AND_ROWS
     def test_each_rank_gets_its_chunk(self, judged: Any, mesh: Any, held: Any) -> None:
         """Each rank that is played holds the chunk that its place on the mesh gives to it."""
         root, mode = mesh(2, 2), LocalTensorMode(4)
@@ -79,6 +80,7 @@ class TestAllGatherDTensor:
         [[S(0), R], [S(0), S(1)], [S(0), S(0)], [S(1), R], [R, S(0)]],
         ids=placement_id,
     )
+    @pytest.mark.thorough(but=["S0-S1", "S0-S0", "R-S0"])
     def test_each_rank_gets_its_part(self, judged: Any, mesh: Any, placements: Any) -> None:
         """Each rank that is played gets the part that tensor parallelism leaves to it."""
         root, mode = mesh(2, 2), LocalTensorMode(4)
@@ -95,6 +97,7 @@ class TestUnflattenTensor:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", [R, S(0), S(1)], ids=held_id)
     @pytest.mark.parametrize("trains", [True, False], ids=["trained", "frozen"])
+    @pytest.mark.thorough(but=["trained-S0", "frozen-R", "frozen-S1"])
     def test_the_dtensor_around_all_of_them(
         self, judged: Any, mesh: Any, held: Any, trains: bool
     ) -> None:
@@ -130,6 +133,7 @@ class TestGetLocalBox:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", [R, S(0), S(1)], ids=held_id)
+    @pytest.mark.thorough(but=["R", "S0"])
     def test_a_box_for_each(self, judged: Any, mesh: Any, held: Any) -> None:
         """Offsets and sizes stand for those of each rank that is played."""
         root, mode = mesh(2, 2), LocalTensorMode(4)

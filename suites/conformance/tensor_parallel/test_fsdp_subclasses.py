@@ -43,8 +43,6 @@ KINDS = pytest.mark.parametrize("flatten", [True, False], ids=["traceable", "clo
 GEOMETRY = pytest.mark.parametrize("policy", [None, "sizes"], ids=["fixed", "asked"])
 """Whether sizes and strides are stored, or questions that the type answers."""
 
-EACH_RUN = pytest.mark.thorough(but=["fixed-traceable", "asked-closed"])
-
 
 def held_tensor(kind: type[Pair], full: torch.Tensor, root: Any, held: Any) -> torch.Tensor:
     """What FSDP1 asks to be chunked, of that type: plain, or around it a DTensor."""
@@ -64,11 +62,13 @@ def spoil(tensor: Any) -> None:
 class TestChunkDTensor:
     @KINDS
     @GEOMETRY
-    @EACH_RUN
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4)
     @pytest.mark.needs("functional gathers")
     @pytest.mark.parametrize("held", HELD, ids=held_id)
+    @pytest.mark.thorough(
+        but=["plain-fixed-traceable", "R-asked-closed", "S0-fixed-traceable", "S1-asked-closed"]
+    )
     def test_the_chunk_is_of_the_type(
         self, judged: Any, mesh: Any, held: Any, flatten: bool, policy: Any
     ) -> None:
@@ -99,10 +99,18 @@ class TestChunkDTensor:
 class TestChunkTensor:
     @KINDS
     @GEOMETRY
-    @EACH_RUN
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", [*HELD, "ShardedTensor"], ids=str)
+    @pytest.mark.thorough(
+        but=[
+            "None-asked-closed",
+            "R-fixed-traceable",
+            "S(0)-asked-closed",
+            "S(1)-fixed-traceable",
+            "ShardedTensor-asked-closed",
+        ]
+    )
     def test_the_chunk_is_of_the_type(
         self, judged: Any, mesh: Any, held: Any, flatten: bool, policy: Any
     ) -> None:
@@ -164,11 +172,19 @@ def gathered(gather: Any, kind: type[Pair], full: torch.Tensor, root: Any, place
 class TestAllGatherDTensor:
     @KINDS
     @GEOMETRY
-    @EACH_RUN
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4)
     @pytest.mark.needs("functional gathers")
     @pytest.mark.parametrize("placements", PLACED, ids=placement_id)
+    @pytest.mark.thorough(
+        but=[
+            "S0-R-asked-closed",
+            "S0-S1-fixed-traceable",
+            "SS0x2-S0-asked-closed",
+            "S0-S0-fixed-traceable",
+            "R-R-asked-closed",
+        ]
+    )
     def test_all_that_it_holds_arrives(
         self, judged: Any, mesh: Any, placements: Any, flatten: bool, policy: Any
     ) -> None:
@@ -219,6 +235,7 @@ class TestAllGatherDTensor:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=8, limit=60)
     @pytest.mark.needs("functional gathers")
+    @pytest.mark.thorough(but=["closed"])
     def test_one_operation_less(self, judged: Any, mesh: Any, world: Any, flatten: bool) -> None:
         """Without one of the operations it is gathered, or refused on every rank alike."""
         root = mesh(2, 1)
@@ -261,6 +278,9 @@ class TestAllGatherDTensor:
     @pytest.mark.needs("functional gathers")
     @pytest.mark.parametrize("odd", [0, 1])
     @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+    @pytest.mark.thorough(
+        but=["small-0-traceable", "small-1-closed", "large-0-closed", "large-1-traceable"]
+    )
     def test_one_rank_has_such_a_type(
         self, judged: Any, mesh: Any, world: Any, flatten: bool, odd: int, large: bool
     ) -> None:

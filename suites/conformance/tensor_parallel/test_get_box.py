@@ -41,6 +41,7 @@ class TestGetBox:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 4)
     @pytest.mark.parametrize("placements", ONE_D, ids=placement_id)
+    @pytest.mark.thorough(but=["w1-S0", "w2-R", "w2-S1", "w4-S0"])
     def test_the_size_is_this_ranks(
         self, judged: Any, mesh: Any, world: Any, placements: Any
     ) -> None:
@@ -80,6 +81,16 @@ class TestGetBoxFor:
     @pytest.mark.world(1, 2, 3, 4)
     @pytest.mark.parametrize("even", [True, False], ids=["even", "uneven"])
     @pytest.mark.parametrize("placements", [[S(0)], [S(1)]], ids=placement_id)
+    @pytest.mark.thorough(
+        but=[
+            "w1-S0-uneven",
+            "w2-S0-even",
+            "w2-S1-uneven",
+            "w3-S0-uneven",
+            "w3-S1-even",
+            "w4-S1-uneven",
+        ]
+    )
     def test_the_box_of_each_shard(
         self, judged: Any, mesh: Any, world: Any, placements: Any, even: bool
     ) -> None:
@@ -176,6 +187,7 @@ class TestGetLocalBox:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 4)
     @pytest.mark.parametrize("even", [True, False], ids=["even", "uneven"])
+    @pytest.mark.thorough(but=["w1-even", "w2-even", "w2-uneven", "w4-uneven"])
     def test_this_ranks_box(self, judged: Any, mesh: Any, world: Any, even: bool) -> None:
         """A rank gets the box of the shard that it holds."""
         line = mesh(world.size)

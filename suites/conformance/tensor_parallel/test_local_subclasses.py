@@ -52,6 +52,14 @@ class TestFlattenTensor:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("trains", [True, False], ids=["trained", "frozen"])
+    @pytest.mark.thorough(
+        but=[
+            "trained-fixed-closed",
+            "trained-asked-traceable",
+            "frozen-fixed-traceable",
+            "frozen-asked-closed",
+        ]
+    )
     def test_the_local_tensor_of_the_type(
         self, judged: Any, mesh: Any, trains: bool, flatten: bool, policy: Any
     ) -> None:
@@ -96,6 +104,14 @@ class TestUnflattenTensor:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("trains", [True, False], ids=["trained", "frozen"])
+    @pytest.mark.thorough(
+        but=[
+            "trained-fixed-traceable",
+            "trained-asked-closed",
+            "frozen-fixed-closed",
+            "frozen-asked-traceable",
+        ]
+    )
     def test_the_dtensor_around_the_type(
         self, judged: Any, mesh: Any, trains: bool, flatten: bool, policy: Any
     ) -> None:

@@ -58,6 +58,7 @@ class Calls(nn.Module):
 class TestPreDpModuleTransform:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 3, 4)
+    @pytest.mark.thorough(but=["w2", "w3"])
     def test_the_module_computes_what_it_did(self, judged: Any, mesh: Any, world: Any) -> None:
         """The transformed module gives the unsharded one's output; the transform is silent."""
         line = mesh(world.size)
@@ -121,6 +122,15 @@ class TestPreDpModuleTransform:
     @pytest.mark.parametrize("moment", ["before", "after"])
     @pytest.mark.parametrize(
         "where", ["pre-hook", "child's pre-hook", "child's hook", "hook", "forward"]
+    )
+    @pytest.mark.thorough(
+        but=[
+            "pre-hook-before",
+            "child's pre-hook-after",
+            "child's hook-before",
+            "w1-hook-after",
+            "forward-after",
+        ]
     )
     def test_after_an_exception(self, judged: Any, mesh: Any, where: str, moment: str) -> None:
         """A forward that fails, in a hook older or newer than the transform, leaves all local."""

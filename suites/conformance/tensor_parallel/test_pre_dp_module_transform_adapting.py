@@ -107,6 +107,7 @@ class TestPreDpModuleTransformAdapting:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("kind", ["hook before", "hook after", "override"])
+    @pytest.mark.thorough(but=["w1-override", "w2-hook before", "w2-hook after"])
     def test_a_module_that_adapts_what_it_loads(
         self, judged: Any, mesh: Any, world: Any, kind: str
     ) -> None:
@@ -130,6 +131,7 @@ class TestPreDpModuleTransformAdapting:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("moment", ["before", "after"])
+    @pytest.mark.thorough(but=["w1-after", "w2-before"])
     def test_a_hook_that_adapts_what_is_saved(
         self, judged: Any, mesh: Any, world: Any, moment: str
     ) -> None:
@@ -236,6 +238,7 @@ class TestPreDpModuleTransformAdapting:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("trained", [False, True], ids=["new", "with state"])
+    @pytest.mark.thorough(but=["w1-new", "w2-with state"])
     def test_an_optimizer_from_before(
         self, judged: Any, mesh: Any, world: Any, trained: bool
     ) -> None:

@@ -34,6 +34,7 @@ class TestPreDpModuleTransformCopies:
     @pytest.mark.law("isolation")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("when", ["at once", "after a step"])
+    @pytest.mark.thorough(but=["w1-at once", "w2-after a step"])
     def test_a_copy_trains_on_its_own(self, judged: Any, mesh: Any, world: Any, when: str) -> None:
         """A deep copy has parameters of its own; it trains exactly, and so does the original."""
         line = mesh(world.size)

@@ -38,6 +38,7 @@ class TestPreDpModuleTransformLaws:
     @pytest.mark.law("structure")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("parts", [["up"], ["up", "down"]], ids=["one part", "all parts"])
+    @pytest.mark.thorough(but=["w1-all parts", "w2-one part"])
     def test_parts_that_were_transformed_before(
         self, judged: Any, mesh: Any, world: Any, parts: list[str]
     ) -> None:

@@ -229,6 +229,7 @@ class TestPreDpModuleTransformStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 4)
     @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.thorough(but=["w1-replicated", "w2-full", "w2-mixed", "w4-sharded"])
     def test_load(self, judged: Any, mesh: Any, world: Any, kind: str) -> None:
         """Full tensors and DTensors land in the same Parameters; what was given is not changed."""
         line = mesh(world.size)
@@ -308,6 +309,7 @@ class TestPreDpModuleTransformStateDict:
     @pytest.mark.law("structure")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("kind", ["full", "sharded"])
+    @pytest.mark.thorough(but=["w1-full", "w2-sharded"])
     def test_keys_that_do_not_fit(self, judged: Any, mesh: Any, world: Any, kind: str) -> None:
         """Missing and unexpected keys are reported as nn.Module does; strict ones by name."""
         line = mesh(world.size)

@@ -67,6 +67,7 @@ class TestPreDpModuleTransformTraining:
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(1, 2)
+    @pytest.mark.thorough(but=["w2"])
     def test_frozen_weights_do_not_train(self, judged: Any, mesh: Any, world: Any) -> None:
         """Frozen weights stay as they are while the others train; they get no gradient."""
         line, frozen = mesh(world.size), ["up.weight", "down.bias"]
@@ -82,6 +83,7 @@ class TestPreDpModuleTransformTraining:
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(1, 2)
+    @pytest.mark.thorough(but=["w2"])
     def test_frozen_and_thawed_later(self, judged: Any, mesh: Any, world: Any) -> None:
         """Weights that are frozen, or thawed, after the transform follow from the next forward."""
         line = mesh(world.size)
@@ -154,6 +156,7 @@ class TestPreDpModuleTransformTraining:
     @pytest.mark.law("autograd")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    @pytest.mark.thorough(but=["w1-no_grad", "w2-inference_mode"])
     def test_a_first_forward_outside_autograd(
         self, judged: Any, mesh: Any, world: Any, mode: Any
     ) -> None:
@@ -173,6 +176,7 @@ class TestPreDpModuleTransformTraining:
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(1, 2)
+    @pytest.mark.thorough(but=["w2"])
     def test_the_order_of_forwards_and_backwards(self, judged: Any, mesh: Any, world: Any) -> None:
         """Several forwards may come before one backward, or before several, in any order."""
         line = mesh(world.size)
@@ -211,6 +215,7 @@ class TestPreDpModuleTransformTraining:
     @pytest.mark.law("autograd")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("part_of_it", ["the module", "its children", "both"])
+    @pytest.mark.thorough(but=["w1-its children", "w2-both"])
     def test_activation_checkpointing(
         self, judged: Any, mesh: Any, world: Any, part_of_it: str
     ) -> None:

@@ -45,6 +45,7 @@ class TestReconstructDtensor:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 3, 4)
     @pytest.mark.parametrize("placements", ONE_D, ids=placement_id)
+    @pytest.mark.thorough(but=["w1-S1", "w2-R", "w2-S0", "w3-S1", "w4-S0"])
     def test_back_to_dtensors(
         self, judged: Any, localize: Any, mesh: Any, world: Any, placements: Any
     ) -> None:
@@ -64,6 +65,7 @@ class TestReconstructDtensor:
 
     @pytest.mark.law("structure")
     @pytest.mark.world(1, 2, 3)
+    @pytest.mark.thorough(but=["w1", "w3"])
     def test_the_inverse(self, judged: Any, localize: Any, mesh: Any, world: Any) -> None:
         """Localized again, the module holds the same Parameter in its place, without traffic."""
         line = mesh(world.size)
@@ -202,6 +204,7 @@ class TestReconstructDtensor:
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(1, 2, 3, 4)
+    @pytest.mark.thorough(but=["w2", "w3"])
     def test_gradients_reach_the_local_parameters(
         self, judged: Any, localize: Any, mesh: Any, world: Any
     ) -> None:

@@ -39,6 +39,7 @@ class TestUnflattenTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 4)
     @pytest.mark.parametrize("placements", ONE_D, ids=placement_id)
+    @pytest.mark.thorough(but=["w1-R", "w2-S0", "w2-S1", "w4-R"])
     def test_the_dtensor_that_the_spec_describes(
         self, judged: Any, mesh: Any, world: Any, placements: Any
     ) -> None:
@@ -132,6 +133,7 @@ class TestUnflattenTensor:
     @pytest.mark.law("structure")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("trains", [True, False], ids=["trained", "frozen"])
+    @pytest.mark.thorough(but=["w1-frozen", "w2-trained"])
     def test_flatten_and_back(
         self, judged: Any, subject: Any, mesh: Any, world: Any, trains: bool
     ) -> None:
