@@ -99,7 +99,10 @@ def test_a_rank_that_hangs(rank: int, world: Any) -> None:
         ({"roads": "cdp"}, "roads='cdp': prove knows the roads"),
         ({"roads": []}, "roads is empty"),
         ({"model": torch.nn.Sequential(torch.nn.LazyLinear(3))}, "0.weight is not initialized"),
-        ({"model": []}, "prove takes a torch.nn.Module as model, or a list of them: got an empty list"),
+        (
+            {"model": []},
+            "prove takes a torch.nn.Module as model, or a list of them: got an empty list",
+        ),
     ],
 )
 def test_wrong_use_on_one_rank(rank: int, arguments: Any, says: str) -> None:
