@@ -103,6 +103,7 @@ class TestModelOntoAnotherMesh:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT))
+    @pytest.mark.thorough(but=["fsdp1", "fully_shard"])
     def test_as_many_ranks(self, device: Any, shared: Path, recipe: str) -> None:
         """What a 2x2 mesh saved is loaded on 2x2, 4x1 and 1x4, each rank its part."""
         folder = shared / "saved"
@@ -115,6 +116,7 @@ class TestModelOntoAnotherMesh:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT))
+    @pytest.mark.thorough(but=["ddp", "fully_shard"])
     def test_fewer_ranks(self, device: Any, world: Any, shared: Path, recipe: str) -> None:
         """What four ranks saved two can load, as 2x1 and as 1x2, in their own group."""
         folder = shared / "saved"

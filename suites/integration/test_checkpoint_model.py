@@ -84,6 +84,7 @@ class TestGetModelStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "replicate"))
+    @pytest.mark.thorough(but=["fsdp1", "fully_shard"])
     def test_full_on_the_cpu(self, device: Any, recipe: str) -> None:
         """With full_state_dict and cpu_offload rank 0 gets the whole state, the others {}."""
         get(recipe, device, full_on_cpu=True)
@@ -91,6 +92,7 @@ class TestGetModelStateDict:
     @pytest.mark.law("isolation")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "replicate"))
+    @pytest.mark.thorough(but=["ddp", "fsdp1"])
     def test_what_was_got_stays(self, device: Any, recipe: str) -> None:
         """A state dict in CPU memory, or a full one, is a snapshot: training does not change it."""
         for got in (Got(False, True, False), Got(True, False, False)):

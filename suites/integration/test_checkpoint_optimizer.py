@@ -111,6 +111,7 @@ class TestGetOptimizerStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
+    @pytest.mark.thorough(but=["ddp", "fully_shard"])
     def test_full(self, device: Any, recipe: str) -> None:
         """With full_state_dict every rank gets the unsharded optimizer's state."""
         get(recipe, device, FULL)
@@ -118,7 +119,7 @@ class TestGetOptimizerStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4, collective=8, limit=25)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
-    @pytest.mark.thorough(but=["ddp", "fully_shard"])
+    @pytest.mark.thorough(but=["fsdp1", "fully_shard"])
     def test_full_on_the_cpu(self, device: Any, recipe: str) -> None:
         """With cpu_offload besides, rank 0 gets it in CPU memory and the others {}."""
         get(recipe, device, FULL_ON_CPU)
@@ -126,6 +127,7 @@ class TestGetOptimizerStateDict:
     @pytest.mark.law("structure")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(["fsdp1", "fully_shard"], "fsdp1"))
+    @pytest.mark.thorough(but=["fsdp1"])
     def test_a_frozen_parameter(self, device: Any, recipe: str) -> None:
         """A frozen parameter has no state, and its place in its parameter group."""
         get(recipe, device, [*SHARDED[:1], *FULL[:1]], frozen=True)
@@ -143,6 +145,7 @@ class TestSetOptimizerStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
+    @pytest.mark.thorough(but=["fsdp1", "fully_shard"])
     def test_sharded(self, device: Any, recipe: str) -> None:
         """A sharded state, nested or flat, lands in a new optimizer, which then trains alike."""
         load(recipe, device, SHARDED)
@@ -164,6 +167,7 @@ class TestSetOptimizerStateDict:
     @pytest.mark.law("structure")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(["fsdp1", "fully_shard"], "fsdp1"))
+    @pytest.mark.thorough(but=["fully_shard"])
     def test_a_frozen_parameter(self, device: Any, recipe: str) -> None:
         """The state of a model with a frozen parameter lands, too, strict or not."""
         load(recipe, device, [*SHARDED[:1], *FULL_SETS], frozen=True)
@@ -171,6 +175,7 @@ class TestSetOptimizerStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
+    @pytest.mark.thorough(but=["ddp", "fsdp1"])
     def test_each_rank_takes_back_its_own(self, device: Any, recipe: str) -> None:
         """What a rank got without options it can load; training goes on as if nothing was."""
         for name in OPTIMIZERS:
