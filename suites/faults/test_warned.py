@@ -113,6 +113,15 @@ def test_the_compiler_warns(subject):
     code = "def backend(graph, _): warn('of the compiler'); return graph"
     exec(compile(code, "<compiler>", "exec"), scope)
     assert torch.compile(lambda x: x + 1, backend=scope["backend"])(torch.ones(1)) == 2
+def of(name, code):
+    scope = {"__name__": name, "warn": warnings.warn}
+    exec(compile(code, f"<{name}>", "exec"), scope)
+    return scope["f"]
+COMPILED = of("torch._dynamo.eval_frame", "def f(call): call()")
+READ = of("torch._dynamo.convert_frame", "def f(): warn('of the compiler')")
+SUBJECT = of("loud.it", "def f(call): call()")
+def test_the_compiler_warns_below_the_subject(): COMPILED(lambda: SUBJECT(READ))
+def test_the_subject_compiles(): SUBJECT(READ)
 """
 
 
@@ -125,7 +134,11 @@ def test_a_checks_own_warnings_are_errors_still(suite: Suite) -> None:
         assert "UserWarning: mine" in outcome.check(f"test_{name}")["message"]
     assert outcome.check("test_ignored")["verdict"] == "pass"
     assert outcome.check("test_a_library_warns")["verdict"] == "fail"
-    assert outcome.check("test_the_compiler_warns")["verdict"] == "pass", outcome.output
+    for name in ("the_compiler_warns", "the_compiler_warns_below_the_subject"):
+        check = outcome.check(f"test_{name}")
+        assert check["verdict"] == "pass", outcome.output
+        assert "of the compiler" not in str(check["warnings"])
+    assert "of the compiler" in str(outcome.check("test_the_subject_compiles")["warnings"])
 
 
 PLANTED = """

@@ -83,17 +83,26 @@ class _Active:
         return self.root != INSTALLED_TORCH and (name + ".").startswith(self.root + ".")
 
     def issued_by(self, frame: FrameType | None) -> str:
-        """Whose warning this frame issues: `CALL` or `IMPORT` of the subject, `COMPILER`, or ""."""
-        outermost, compiled = None, False
+        """Whose warning this frame issues: `CALL` or `IMPORT` of the subject, `COMPILER`, or "".
+
+        The compiler's it is where torch.compile warns of what it reads, and the check, not the
+        subject, called torch.compile. It reads a function when that is called: after a graph break
+        the subject, which goes on uncompiled, calls what is read next.
+        """
+        outermost, compiles, compiled, left = None, False, False, False
         while frame is not None:
-            if self.is_subjects(frame):
-                outermost = frame
-            elif not _of_a_library(frame):
+            if not left and self.is_subjects(frame):
+                outermost, compiled = frame, False
+            elif not left and not _of_a_library(frame):
                 if outermost is None:
-                    return COMPILER if compiled else ""
-                break
-            compiled |= str(frame.f_globals.get("__name__", "")).startswith("torch._dynamo.")
+                    return COMPILER if compiles else ""
+                left = True
+            if str(frame.f_globals.get("__name__", "")).startswith("torch._dynamo."):
+                compiles |= outermost is None
+                compiled = True
             frame = frame.f_back
+        if outermost is not None and compiles and compiled:
+            return COMPILER
         imported = outermost is not None and outermost.f_code.co_name == "<module>"
         return IMPORT if imported else CALL
 
