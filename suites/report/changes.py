@@ -6,7 +6,7 @@ Only checks that ran in both count; what only one of them ran is named apart. `c
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -104,38 +104,41 @@ def changes(
     )
 
 
+def _count(several: Sized, what: str = "check") -> str:
+    return f"{len(several)} {what}{'' if len(several) == 1 else 's'}"
+
+
 def lines(found: Changes, first: str, second: str) -> Iterator[str]:
     """The comparison for a person; `first` and `second` name the runs."""
     known = read()
     yield f"{first} -> {second}: {found.common} checks ran in both"
     for title, group in (("new", found.appeared), ("gone", found.vanished)):
-        yield f"{title}: {len(group)} defect{'s' if len(group) != 1 else ''}"
+        yield f"{title}: {_count(group, 'defect')}"
         for identity in sorted(group, key=lambda i: _rank(known, i)):
-            yield f"  {_told(known, identity)} ({len(group[identity])} checks)"
+            yield f"  {_told(known, identity)} ({_count(group[identity])})"
     for identity, ids in found.renamed.items():
-        count = f"{len(ids)} check{'s' if len(ids) != 1 else ''}"
-        yield f"met now by {count} that failed before, too: {_told(known, identity)}"
+        yield f"met now by {_count(ids)} that failed before, too: {_told(known, identity)}"
     for title, several in (
-        ("fail now, and lead to no defect", found.new_failures),
-        ("hold now, and led to no defect", found.mended),
-        ("are worse", [c for c in found.changed if c.worse]),
-        ("are better, and still fail", [c for c in found.changed if not c.worse]),
+        ("now failing, without a defect", found.new_failures),
+        ("now holding, without a defect", found.mended),
+        ("worse", [c for c in found.changed if c.worse]),
+        ("better, and still failing", [c for c in found.changed if not c.worse]),
     ):
         if several:
-            yield f"{len(several)} checks {title}:"
+            yield f"{title}: {_count(several)}"
             for change in several:
                 yield f"  {change.before} -> {change.now}  {change.check}"
                 if change.message:
                     yield f"      {change.message}"
     if found.varied:
-        yield f"{len(found.varied)} checks failed in another of the ways that their defect names"
+        yield f"{_count(found.varied)} failed in another of the ways that their defect names"
     if found.slower:
-        yield f"{len(found.slower)} measurements cost more:"
+        yield f"costing more: {_count(found.slower, 'measurement')}"
         for one in found.slower:
             yield f"  {one.before:.4g} -> {one.now:.4g}  {one.what}"
     for name, ids in ((first, found.only_before), (second, found.only_now)):
         if ids:
-            yield f"{len(ids)} checks ran in {name} only, and do not count: {ids[0]}" + (
+            yield f"in {name} only, and not counted: {_count(ids)}, {ids[0]}" + (
                 " …" if ids[1:] else ""
             )
     yield "something got worse" if found.worse else "nothing got worse"
@@ -193,9 +196,9 @@ def kind(check: Mapping[str, Any]) -> str:
     if check["verdict"] in ("pass", "xpass"):
         return "holds"
     fates = {rank["fate"] for rank in check["ranks"]}
-    if fates & {"collective timeout", "silent"}:
-        return "hangs"
-    return "crashes" if "died" in fates else "fails"
+    if "died" in fates:  # whoever waits, waits for the dead
+        return "crashes"
+    return "hangs" if fates & {"collective timeout", "silent"} else "fails"
 
 
 def _said(check: Mapping[str, Any]) -> str:

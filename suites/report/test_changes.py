@@ -84,6 +84,12 @@ def test_a_failure_gets_worse(fate: str, kind: str) -> None:
     assert not changes(bad, mild).worse
 
 
+def test_a_rank_that_waits_for_one_that_died_does_not_hang() -> None:
+    one, other = known("a", "SP-001", fate="died"), known("a", "SP-001", fate="died")
+    other["ranks"].append({"rank": 1, "fate": "silent"})
+    assert not changes(run(one), run(other)).changed
+
+
 def test_a_failure_in_another_way_that_its_defect_names_is_no_change() -> None:
     """SP-034 corrupts, hangs or crashes, differently from run to run; SP-001 does neither."""
     mild, bad = run(known("a", "SP-034")), run(known("a", "SP-034", fate="silent"))
@@ -91,9 +97,7 @@ def test_a_failure_in_another_way_that_its_defect_names_is_no_change() -> None:
     assert not found.worse
     assert not found.changed
     assert [c.now for c in found.varied] == ["hangs"]
-    assert "1 checks failed in another of the ways that their defect names" in lines(
-        found, "a", "b"
-    )
+    assert "1 check failed in another of the ways that their defect names" in lines(found, "a", "b")
 
 
 def test_a_failure_without_a_defect_is_worse() -> None:

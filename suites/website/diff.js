@@ -83,7 +83,7 @@ else (() => {
   function checks(title, places, found) {
     if (!places.length) return [];
     const tell = (n) => [`${WORDS[found.old[n].toLowerCase()]} → ${WORDS[found.now[n].toLowerCase()]}  `, make("code", data.checks[n])];
-    return [make("section", "", make("h2", `${several(places.length, "check")} ${title}`), list(places, tell))];
+    return [make("section", "", make("h2", `${title}: ${several(places.length, "check")}`), list(places, tell))];
   }
 
   function show() {
@@ -98,15 +98,15 @@ else (() => {
     find("commits").textContent = `The runs are of two commits of the suites, ${one.commit.slice(0, 12)} and ${other.commit.slice(0, 12)}: what differs may be the suites’ doing.`;
     find("counted").textContent = `${several(found.common, "check")} ran in both.`;
     const alone = [one, other].flatMap((run, side) => found.only[side].length
-      ? [make("details", "", make("summary", `${several(found.only[side].length, "check")} ran in ${run.title} only, and do not count`),
+      ? [make("details", "", make("summary", `In ${run.title} only, and not counted: ${several(found.only[side].length, "check")}`),
               list(found.only[side], (n) => [make("code", data.checks[n])]))] : []);
     find("changes").replaceChildren(
       ...defects("New", found.appeared), ...defects("Gone", found.vanished),
-      ...checks("fail now, and lead to no defect", found.failures, found),
-      ...checks("hold now, and led to no defect", found.mended, found),
-      ...checks("are worse", found.worse, found),
-      ...checks("are better, and still fail", found.better, found),
-      ...checks("failed in another of the ways that their defect names", found.varied, found),
+      ...checks("Now failing, without a defect", found.failures, found),
+      ...checks("Now holding, without a defect", found.mended, found),
+      ...checks("Worse", found.worse, found),
+      ...checks("Better, and still failing", found.better, found),
+      ...checks("Failing in another of the ways that their defect names", found.varied, found),
       ...defects("Met now by checks that failed before, too", found.renamed), ...alone);
     document.title = `shardproof: ${one.title} → ${other.title}`;
   }

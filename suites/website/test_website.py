@@ -294,14 +294,12 @@ def test_in_a_browser_two_runs_differ_as_ci_compare_says(
         assert set(re.findall(r"SP-\d{3}", section(f"{title}: "))) == set(met)
     assert set(re.findall(r"SP-\d{3}", section("Met now by"))) == set(expected.renamed)
     for title, several in (
-        ("fail now, and lead", expected.new_failures),
-        ("hold now, and led", expected.mended),
-        ("are worse", [c for c in expected.changed if c.worse]),
-        ("are better", [c for c in expected.changed if not c.worse]),
+        ("Now failing, without a defect", expected.new_failures),
+        ("Now holding, without a defect", expected.mended),
+        ("Worse", [c for c in expected.changed if c.worse]),
+        ("Better, and still failing", [c for c in expected.changed if not c.worse]),
     ):
-        listed = re.findall(
-            r"<li>(\w+) → (\w+) +<code>(\w+)</code>", section(rf"\d+ checks? {title}")
-        )
+        listed = re.findall(r"<li>(\w+) → (\w+) +<code>(\w+)</code>", section(f"{title}: "))
         assert sorted(listed) == sorted((c.before, c.now, c.check) for c in several), title
     assert ("in another of the ways" in shown) is bool(expected.varied)
     assert f"{expected.common} check{'s' if expected.common != 1 else ''} ran in both." in text_of(

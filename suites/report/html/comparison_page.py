@@ -59,9 +59,9 @@ def page(
             for name, group in (*groups, _renamed(found))
         ],
         lists=[
-            ("new", "Fail now, and lead to no defect", found.new_failures),
+            ("new", "Now failing, without a defect", found.new_failures),
             ("worse", "Known failures that are worse", [c for c in found.changed if c.worse]),
-            ("mended", "Hold now, and led to no defect", found.mended),
+            ("mended", "Now holding, without a defect", found.mended),
             ("better", "Known failures that are better", [c for c in found.changed if not c.worse]),
         ],
         only=[
