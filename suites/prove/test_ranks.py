@@ -188,6 +188,20 @@ def test_attributes_and_generators_stay(rank: int) -> None:
 
 
 @pytest.mark.world(2, collective=30, limit=60)
+def test_the_state_of_a_communication_hook(rank: int) -> None:
+    """It is in no state dict, and stays when prove trains a step."""
+    job, state = unusual.compressed()
+    count, errors = state.iter, state.error_dict[0].clone()
+    proof = shardproof.prove(
+        job.model, job.optimizer, step=job.step, roads="sharded", limit=20, progress=False
+    )
+    assert proof.whole, str(proof)
+    assert "PowerSGDState.error_dict[0]" in [finding.name for finding in proof.findings]
+    assert state.iter == count
+    assert torch.equal(state.error_dict[0], errors)
+
+
+@pytest.mark.world(2, collective=30, limit=60)
 def test_a_default_device(rank: int) -> None:
     """Another default device takes nothing of prove's."""
     job = jobs.sharded()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from shardproof._prove.reach import MODULE_OWN, reach
+from shardproof._prove.reach import MODULE_OWN, held_by, reach
 
 _UNNAMED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 WRAPPERS = (DistributedDataParallel, FullyShardedDataParallel)
@@ -96,6 +96,11 @@ class Modules:
         seen: set[int] = set()
         for prefix, module in self.modules:
             if isinstance(module, WRAPPERS):
+                for state in _hook_states(module):
+                    name = f"{prefix}{type(state).__name__}"
+                    yield name, state
+                    for key, value in held_by(state).items():
+                        yield from reach(value, f"{name}.{key}", self.names.keys(), seen)
                 continue
             for key, value in self.plain(module).items():
                 yield from reach(value, prefix + key, self.names.keys(), seen)
@@ -164,6 +169,15 @@ class Modules:
                 prime = (id(shared.prim_module), shared.prim_param_name)
                 if prime in named:
                     yield (id(shared.module), shared.param_name), named[prime]
+
+
+def _hook_states(wrapper: nn.Module) -> list[Any]:
+    """The states of its communication hooks; PowerSGD, say, keeps its errors in one."""
+    own = vars(wrapper)
+    states = [state for _, state in own.get("_comm_hooks", ())]  # DDP's
+    if own.get("_comm_hook") is not None:  # FSDP1's
+        states.append(own.get("_comm_hook_state"))
+    return states
 
 
 def local_shard(handle: Any) -> torch.Tensor:

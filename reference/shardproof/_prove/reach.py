@@ -81,6 +81,11 @@ def slots_of(value: Any) -> dict[str, Any]:
     return found
 
 
+def held_by(value: Any) -> dict[str, Any]:
+    """All attributes of an object itself."""
+    return {**getattr(value, "__dict__", {}), **slots_of(value)}
+
+
 def is_stateful(value: Any) -> bool:
     """Whether it has a state dict of its own: a scaler, a scheduler, a data loader."""
     kind = type(value)
@@ -111,8 +116,7 @@ def _inside(value: Any, path: str, objects: int) -> list[tuple[str, Any]] | None
     if type(value).__module__.partition(".")[0] in _FOREIGN and not is_stateful(value):
         return None
     try:
-        held = dict(vars(value)) if hasattr(value, "__dict__") else {}
-        held.update(slots_of(value))
+        held = held_by(value)
     except Exception:  # of the object's own code
         return None
     return [(f"{dot}{key}", one) for key, one in held.items()]

@@ -7,6 +7,10 @@ from typing import Any
 import numpy
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import (
+    PowerSGDState,
+    powerSGD_hook,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor, Shard
@@ -272,3 +276,11 @@ def stages(rank: int) -> Job:
         optimizer.step()
         optimizer.zero_grad()
     return Job(models, optimizers, lambda: None)
+
+
+def compressed() -> tuple[Job, PowerSGDState]:
+    """DDP with gradients that PowerSGD compresses, which keeps its errors for the next step."""
+    model = DistributedDataParallel(nn.Linear(8, 64))
+    state = PowerSGDState(None, start_powerSGD_iter=2)
+    model.register_comm_hook(state, powerSGD_hook)
+    return started(model, steps=4), state
