@@ -52,8 +52,10 @@ def _offload_state_dict_to_cpu(
     walk = Walk(state_dict)
     if type_check:
         check_leaf_types(walk)
+    result: dict[str, Any]
     if not wants_result_here(ranks_only, None):
-        return {}
+        result = walk.nothing()
+        return result
     ready = pinned_copy.copy_small_together(walk.leaves)
     tied = list(maybe_tied(walk.leaves))
     of = snapshots_of_tied(walk.leaves, tied)
@@ -65,7 +67,7 @@ def _offload_state_dict_to_cpu(
             results.append(of(value))
         else:
             results.append(snapshot_by(value, cpu_copy, made=ready.get(index)))
-    result: dict[str, Any] = walk.rebuilt(results)
+    result = walk.rebuilt(results)
     return result
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from itertools import repeat
 from typing import Any
 
@@ -120,7 +120,7 @@ def _iterate_state_dict(
             called[key] = result
         results.append(result)
     if not here:
-        return {} if isinstance(iter_object, Mapping) else None
+        return walk.nothing()
     if companion is not ABSENT:
         results = copy_into_companions(walk, results, non_blocking)
     return walk.rebuilt(results)

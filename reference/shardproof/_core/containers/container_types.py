@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import pickle
 from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -93,7 +94,8 @@ def empty_like_mapping(like: Mapping[Any, Any]) -> Any:
     """An empty mapping of the type of ``like``, attributes such as ``_metadata`` included.
 
     A type that cannot be made without knowing its constructor, for example a read-only view,
-    becomes a dict.
+    becomes a dict. A factory that cannot be pickled stays behind: upstream gives a dict without
+    one, and what was gathered, staged or flattened is there to be saved.
     """
     kind = type(like)
     if kind is dict:
@@ -108,7 +110,7 @@ def empty_like_mapping(like: Mapping[Any, Any]) -> Any:
     if not isinstance(like, dict):
         return {}
     fresh = kind.__new__(kind)
-    if isinstance(like, defaultdict):
+    if isinstance(like, defaultdict) and _can_be_saved(like.default_factory):
         fresh.default_factory = like.default_factory
     if hasattr(like, "__dict__"):
         fresh.__dict__.update({k: _own(v) for k, v in vars(like).items()})
@@ -134,6 +136,14 @@ def filled_like(like: Mapping[Any, Any], items: Iterable[tuple[Any, Any]]) -> An
         if vars(like)[name] is like[name]:
             own[name] = fresh[name]
     return fresh
+
+
+def _can_be_saved(factory: Any) -> bool:
+    try:
+        pickle.dumps(factory)
+    except Exception:
+        return False
+    return True
 
 
 def sequence_of(kind: type[Any], items: list[Any]) -> Any:

@@ -156,6 +156,10 @@ class Walk:
         """The path of one leaf; for messages, since it walks again."""
         return next(path for at, path in enumerate(self.paths()) if at == index)
 
+    def nothing(self) -> Any:
+        """What a rank gets that wants no result, as upstream gives it."""
+        return {} if self._root is not None and self._root.named else None
+
     def rebuilt(self, results: list[Any]) -> Any:
         """The same containers around other leaves, one result for each leaf in order."""
         if self._root is None:

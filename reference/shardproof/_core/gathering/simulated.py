@@ -40,7 +40,6 @@ def gather_simulated(
             device = torch.device("cpu") if cpu_offload else whole.device
             known[id(value)] = snapshot(whole, device)
         results.append(known[id(value)])
-    if not wants_result_here(ranks_only, pg):
-        return {}
-    result: dict[str, Any] = walk.rebuilt(results)
+    here = wants_result_here(ranks_only, pg)
+    result: dict[str, Any] = walk.rebuilt(results) if here else walk.nothing()
     return result

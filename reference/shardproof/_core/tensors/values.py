@@ -180,15 +180,20 @@ def fresh_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def as_parameter_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Give ``tensor`` the ``requires_grad`` and the Parameter-ness of ``like``."""
+    """Give ``tensor`` the ``requires_grad``, Parameter-ness and attributes of ``like``."""
     # Asking for the very type first: nn.Parameter has an instance check of its own, in Python. It
     # goes by the mark that a Parameter of another type of tensor bears.
     kind = type(like)
     if kind is not torch.Tensor and (
         getattr(like, "_is_param", False) if kind is DTensor else isinstance(like, nn.Parameter)
     ):
-        return nn.Parameter(tensor, requires_grad=like.requires_grad)
-    return tensor.requires_grad_() if like.requires_grad else tensor
+        tensor = nn.Parameter(tensor, requires_grad=like.requires_grad)
+    elif like.requires_grad:
+        tensor.requires_grad_()
+    # What libraries write on tensors, and nn.Buffer does. A class of its own keeps its parts there.
+    if (kind in PLAIN or kind is DTensor) and (attributes := vars(like)):
+        vars(tensor).update(attributes)
+    return tensor
 
 
 _device = attrgetter("device")

@@ -1,0 +1,141 @@
+"""What callers do with a result today: read attributes of its tensors, pickle it, ask for None."""
+
+from __future__ import annotations
+
+import pickle
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from conformance.kit.compare import assert_same
+from conformance.kit.data import numbers
+from conformance.kit.layouts import S, dtensor
+
+SAME = (lambda tensor, *_: tensor,) * 3
+
+
+def _written_on() -> dict[str, torch.Tensor]:
+    """Tensors that bear attributes, as libraries write them; nn.Buffer is one of these."""
+    parameter = nn.Parameter(numbers(3))
+    tied = numbers(2)
+    value = {"parameter": parameter, "plain": numbers(4), "tied": tied, "twin": tied}
+    for tensor in value.values():
+        tensor.__dict__["partition_dim"] = 0
+    return {**value, "buffer": nn.Buffer(numbers(2))}
+
+
+def _assert_written_on(got: dict[str, Any]) -> None:
+    for name, tensor in got.items():
+        if name != "buffer":
+            found = getattr(tensor, "partition_dim", None)
+            assert found == 0, f"{name}.partition_dim is {found}, expected 0"
+    assert isinstance(got["buffer"], nn.Buffer), "the buffer is no nn.Buffer any more"
+
+
+def _with_local_factory() -> dict[str, Any]:
+    return {"seen": defaultdict(lambda: 0, a=1), "deep": [defaultdict(lambda: 0, b=2)]}
+
+
+def _assert_can_be_pickled(got: Any) -> None:
+    back = pickle.loads(pickle.dumps(got))
+    assert back == {"seen": {"a": 1}, "deep": [{"b": 2}]}, f"got {back}"
+
+
+@pytest.mark.judges("_state_dict_utils._gather_state_dict")
+class TestGathered:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("cpu_offload", [False, True], ids=["device", "cpu_offload"])
+    def test_attributes_of_tensors(self, judged: Any, cpu_offload: bool) -> None:
+        """Tensors that every rank holds whole must keep the attributes written on them."""
+        _assert_written_on(judged(_written_on(), cpu_offload=cpu_offload))
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    def test_a_factory_that_cannot_be_pickled(self, judged: Any) -> None:
+        """A defaultdict with a local factory must not prevent the result from being saved."""
+        _assert_can_be_pickled(judged(_with_local_factory()))
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(2)
+    def test_no_mapping_for_one_rank(self, judged: Any, mesh: Any, rank: int) -> None:
+        """Of a list, or of one tensor, a rank outside `ranks_only` must get None."""
+        full = numbers(5, 2)
+        sharded = dtensor(full, mesh(2), [S(0)])
+        several, single = judged([sharded], ranks_only=(0,)), judged(sharded, ranks_only=(0,))
+        if rank:
+            assert (several, single) == (None, None), f"got {several} and {single}"
+        else:
+            assert_same(several[0], full, "in a list")
+            assert_same(single, full, "alone")
+
+
+@pytest.mark.judges("_state_dict_utils._offload_state_dict_to_cpu")
+class TestOffloaded:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    def test_attributes_of_tensors(self, judged: Any, mesh: Any) -> None:
+        """Tensors must keep the attributes written on them, DTensors, too."""
+        sharded = dtensor(numbers(5, 2), mesh(1), [S(0)])
+        sharded.__dict__["partition_dim"] = 0
+        _assert_written_on(judged({**_written_on(), "sharded": sharded}))
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    def test_a_factory_that_cannot_be_pickled(self, judged: Any) -> None:
+        """A defaultdict with a local factory must not prevent the result from being saved."""
+        _assert_can_be_pickled(judged(_with_local_factory()))
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(2)
+    def test_no_mapping_for_one_rank(self, judged: Any, rank: int) -> None:
+        """Of a list, or of one tensor, a rank outside `ranks_only` must get None."""
+        got = judged([numbers(2)], ranks_only=(0,)), judged(numbers(2), ranks_only=(0,))
+        assert rank == 0 or got == (None, None), f"got {got}"
+
+
+@pytest.mark.judges("_state_dict_utils._iterate_state_dict")
+class TestIterated:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    def test_attributes_of_tensors(self, judged: Any) -> None:
+        """Tensors that are offloaded must keep the attributes written on them."""
+        _assert_written_on(judged(_written_on(), *SAME, cpu_offload=True))
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    def test_a_factory_that_cannot_be_pickled(self, judged: Any) -> None:
+        """A defaultdict with a local factory must not prevent the result from being saved."""
+        _assert_can_be_pickled(judged(_with_local_factory(), *SAME))
+
+
+@pytest.mark.judges("_state_dict_utils._create_cpu_state_dict")
+class TestBuffers:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    def test_a_factory_that_cannot_be_pickled(self, judged: Any) -> None:
+        """A defaultdict with a local factory must not prevent the result from being saved."""
+        _assert_can_be_pickled(judged(_with_local_factory()))
+
+
+@pytest.mark.judges("_state_dict_utils._copy_state_dict")
+class TestCopied:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    def test_a_factory_that_cannot_be_pickled(self, judged: Any) -> None:
+        """A defaultdict with a local factory must not prevent the result from being saved."""
+        _assert_can_be_pickled(judged(_with_local_factory(), _with_local_factory()))
+
+
+@pytest.mark.judges("_state_dict_utils._flatten_state_dict")
+class TestFlattened:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    def test_a_factory_that_cannot_be_pickled(self, judged: Any, subject: Any) -> None:
+        """With a local factory the mapping can be pickled, and what comes back by it saved."""
+        flat, mapping = judged(_with_local_factory())
+        unflatten = subject.function("_state_dict_utils._unflatten_state_dict")
+        _assert_can_be_pickled(unflatten(flat, pickle.loads(pickle.dumps(mapping))))
