@@ -189,7 +189,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "ranks outside ranks_only get the dict, too",
         "_state_dict_utils/gather.py",
         "    if destinations is not None and dist.get_rank() not in destinations:\n"
-        "        return {}\n    return copies",
+        "        return found.walk.nothing()\n    return copies",
         "    return copies",
         "gather_state_dict",
         "gather_state_dict_laws",

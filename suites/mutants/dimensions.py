@@ -265,10 +265,10 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "a_mark_on_parameters",
         "a parameter that was copied has an attribute more",
         "_core/tensors/values.py",
-        "        return nn.Parameter(tensor, requires_grad=like.requires_grad)\n",
+        "        tensor = nn.Parameter(tensor, requires_grad=like.requires_grad)\n",
         (
             "        like.was_copied = True  # type: ignore[attr-defined]\n"
-            "        return nn.Parameter(tensor, requires_grad=like.requires_grad)\n"
+            "        tensor = nn.Parameter(tensor, requires_grad=like.requires_grad)\n"
         ),
         "every_effect",
     ),

@@ -52,10 +52,8 @@ def _offload_state_dict_to_cpu(
     walk = Walk(state_dict)
     if type_check:
         check_leaf_types(walk)
-    result: dict[str, Any]
     if not wants_result_here(ranks_only, None):
-        result = walk.nothing()
-        return result
+        return walk.nothing()
     ready = pinned_copy.copy_small_together(walk.leaves)
     tied = list(maybe_tied(walk.leaves))
     of = snapshots_of_tied(walk.leaves, tied)
@@ -67,7 +65,7 @@ def _offload_state_dict_to_cpu(
             results.append(of(value))
         else:
             results.append(snapshot_by(value, cpu_copy, made=ready.get(index)))
-    result = walk.rebuilt(results)
+    result: dict[str, Any] = walk.rebuilt(results)
     return result
 
 

@@ -74,9 +74,9 @@ def _gather_state_dict(
     agreed = agree_on_leaves(found, pg, device, cpu_offload)
     copies = LocalCopies(found, cpu_offload)
     gathered = gather_whole_tensors(found, destinations, agreed, copies)
-    here = destinations is None or dist.get_rank() in destinations
-    result: dict[str, Any] = copies.rebuild_around(gathered) if here else found.walk.nothing()
-    return result
+    if destinations is not None and dist.get_rank() not in destinations:
+        return found.walk.nothing()
+    return copies.rebuild_around(gathered)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What callers do with a result today: read attributes of its tensors, pickle it, ask for None."""
+"""What callers rely on today: attributes of results, pickles, None, and no process group."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from conformance.kit.compare import assert_same
@@ -58,6 +59,20 @@ class TestGathered:
     def test_a_factory_that_cannot_be_pickled(self, judged: Any) -> None:
         """A defaultdict with a local factory must not prevent the result from being saved."""
         _assert_can_be_pickled(judged(_with_local_factory()))
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("cpu_offload", [False, True], ids=["device", "cpu_offload"])
+    def test_without_a_process_group(self, judged: Any, cpu_offload: bool) -> None:
+        """A process that is no part of a job must get the state dict of its plain tensors."""
+        dist.destroy_process_group()
+        try:
+            got = judged({"w": numbers(3), "step": 4}, cpu_offload=cpu_offload)
+        finally:
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        assert_same(got["w"], numbers(3), "w")
+        assert got["step"] == 4, f"step is {got['step']}"
 
     @pytest.mark.law("compatibility")
     @pytest.mark.world(2)

@@ -132,6 +132,9 @@ def agree_on_failure(domains: Sequence[Domain], failure: Failure | None) -> Fail
     is in several domains.
 
     """
+    if not domains:
+        # A process without a process group has no rank.
+        return failure
     known_ranks = 1 << dist.get_rank()
     expected_ranks = sum(1 << rank for rank in set().union(*(domain.members for domain in domains)))
     todo = list(domains)
