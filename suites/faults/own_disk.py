@@ -35,9 +35,9 @@ def why_not() -> str:
 
 
 def fill(folder: Path) -> Path:
-    """Write until there is no room; the file."""
+    """Write until there is no room; the file, to which several processes may add."""
     file = folder / "filler"
-    with file.open("wb", buffering=0) as stream:
+    with file.open("ab", buffering=0) as stream:
         for size in (1 << 12, 1):
             with contextlib.suppress(OSError):
                 while True:
