@@ -48,7 +48,7 @@ _GOES_ON = " " * 11
 
 
 def _heads(lines: list[str]) -> list[int]:
-    return [n for n, line in enumerate(lines) if line.endswith(" cos")]
+    return [n for n, line in enumerate(lines) if line.rstrip().endswith(" cos")]
 
 
 def _short_matrix(text: str) -> str:
