@@ -141,7 +141,7 @@ def filled_like(like: Mapping[Any, Any], items: Iterable[tuple[Any, Any]]) -> An
 def _can_be_saved(factory: Any) -> bool:
     try:
         pickle.dumps(factory)
-    except Exception:
+    except Exception:  # whatever the object's own code raises: saving the result would raise it
         return False
     return True
 

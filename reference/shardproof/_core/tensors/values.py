@@ -180,7 +180,10 @@ def fresh_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def as_parameter_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Give ``tensor`` the ``requires_grad``, Parameter-ness and attributes of ``like``."""
+    """Give ``tensor`` the ``requires_grad`` and the Parameter-ness of ``like``.
+
+    On the same device also the attributes that somebody has written on it.
+    """
     # Asking for the very type first: nn.Parameter has an instance check of its own, in Python. It
     # goes by the mark that a Parameter of another type of tensor bears.
     kind = type(like)
@@ -190,8 +193,14 @@ def as_parameter_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         tensor = nn.Parameter(tensor, requires_grad=like.requires_grad)
     elif like.requires_grad:
         tensor.requires_grad_()
-    # What libraries write on tensors, and nn.Buffer does. A class of its own keeps its parts there.
-    if (kind in PLAIN or kind is DTensor) and (attributes := vars(like)):
+    # What libraries write on tensors, and nn.Buffer does. Upstream's result is the tensor itself;
+    # on another device it has lost them, and they may not be fit to be saved. A class of its own
+    # keeps its parts there.
+    if (
+        (kind in PLAIN or kind is DTensor)
+        and (attributes := vars(like))
+        and tensor.device == like.device
+    ):
         vars(tensor).update(attributes)
     return tensor
 
