@@ -105,3 +105,9 @@ def test_ranks_of_one_machine_listen_on_loopback_alone(suite: Suite) -> None:
     )
     outcome = Session(folder).finish()
     assert outcome.exit == 0, outcome.output
+
+
+def test_a_subject_that_replaces_no_callers(suite: Suite) -> None:
+    outcome = judge(suite(CHECKS), "", "--callers")
+    assert outcome.exit == 2
+    assert "--callers: stranger has no module checkpoint.state_dict" in outcome.output

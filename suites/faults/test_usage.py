@@ -22,6 +22,7 @@ ONE = "import pytest\n@pytest.mark.world(2)\ndef test_it(rank): pass\n"
 
 WRONG = [
     (["--subject", "no.such.fork"], "--subject no.such.fork: cannot be imported"),
+    (["--subject", "torch"], "--subject torch: has none of the modules _state_dict_utils, "),
     (["--subject", "not a name"], "--subject 'not a name' is not an import root"),
     (["--subject", "./my-fork"], "--subject ./my-fork: expected an import root, not a path"),
     (["--subject", "/tmp"], "--subject /tmp: expected an import root, not a path: a dotted name"),
@@ -39,7 +40,6 @@ WRONG = [
         "--install-at before: a rank that starts as a new interpreter has imported torch's modules",
     ),
     (["--callers"], "--callers: torch.distributed is in place already"),
-    (["--subject", "json", "--callers"], "--callers: json has no module checkpoint.state_dict"),
     (["--seed", "x"], "--seed 'x': expected a number or 'random'"),
     (["--collective-limit", "9", "--check-limit", "5"], "the clocks must be positive and grow"),
     (["-k", "nothing_like_this"], "no check was selected"),

@@ -276,6 +276,11 @@ def _subject(root: str) -> subject_import.SubjectInfo:
             f"--subject {root}: cannot be imported ({known.error}). "
             "Install it into .venv, or put its folder on PYTHONPATH"
         )
+    if known.is_no_subject:
+        raise pytest.UsageError(
+            f"--subject {root}: has none of the modules {', '.join(subjects.MODULES)}. "
+            f"Expected the import root that holds them, as {subjects.INSTALLED_TORCH} does"
+        )
     return known
 
 

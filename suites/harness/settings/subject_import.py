@@ -45,6 +45,11 @@ class SubjectInfo:
     """What each module of the set has, and the root (""), where a child was asked."""
 
     @property
+    def is_no_subject(self) -> bool:
+        """Whether the root holds none of the set's modules; a fork may hold some of them."""
+        return self.names is not None and all(self.names[name] is None for name in MODULES)
+
+    @property
     def replaces_no_callers(self) -> str:
         """Why the subject cannot take the place of torch's callers, or an empty text."""
         if self.root == INSTALLED_TORCH:
