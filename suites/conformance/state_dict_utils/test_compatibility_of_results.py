@@ -13,7 +13,9 @@ from torch import nn
 
 from conformance.kit.compare import assert_same
 from conformance.kit.data import numbers
+from conformance.kit.functions import Function, Place, each
 from conformance.kit.layouts import S, dtensor
+from conformance.kit.nested import tensors
 
 SAME = (lambda tensor, *_: tensor,) * 3
 
@@ -36,13 +38,28 @@ def _assert_written_on(got: dict[str, Any]) -> None:
     assert isinstance(got["buffer"], nn.Buffer), "the buffer is no nn.Buffer any more"
 
 
-def _with_local_factory() -> dict[str, Any]:
-    return {"seen": defaultdict(lambda: 0, a=1), "deep": [defaultdict(lambda: 0, b=2)]}
+def _with_local_factory(flat: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "seen": defaultdict(lambda: 0, flat),
+        "deep": [defaultdict(lambda: 0, {"again": flat["w"]})],
+    }
 
 
-def _assert_can_be_pickled(got: Any) -> None:
-    back = pickle.loads(pickle.dumps(got))
-    assert back == {"seen": {"a": 1}, "deep": [{"b": 2}]}, f"got {back}"
+@pytest.mark.law("compatibility")
+@pytest.mark.world(1)
+@each(lambda f: f.nested and f.name not in ("_check_state_dict_similarity", "_traverse_state_dict"))
+def test_a_factory_that_cannot_be_pickled(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device
+) -> None:
+    """A defaultdict with a local factory must not prevent the result from being saved."""
+    place = Place(world, mesh(1), subject, device)
+    got = function.call(place, {"w": ("plain", numbers(3))}, _with_local_factory).run()
+    found = tensors(pickle.loads(pickle.dumps(got)))
+    assert len(found) == 2, f"tensors at {list(found)}, expected two"
+    for path, tensor in found.items():
+        assert tensor.shape == (3,), f"{path}: {tensor.shape}"
+        if function.values:
+            assert_same(tensor, numbers(3), str(path))
 
 
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")
@@ -53,12 +70,6 @@ class TestGathered:
     def test_attributes_of_tensors(self, judged: Any, cpu_offload: bool) -> None:
         """Tensors that every rank holds whole must keep the attributes written on them."""
         _assert_written_on(judged(_written_on(), cpu_offload=cpu_offload))
-
-    @pytest.mark.law("compatibility")
-    @pytest.mark.world(1)
-    def test_a_factory_that_cannot_be_pickled(self, judged: Any) -> None:
-        """A defaultdict with a local factory must not prevent the result from being saved."""
-        _assert_can_be_pickled(judged(_with_local_factory()))
 
     @pytest.mark.law("compatibility")
     @pytest.mark.world(1)
@@ -99,12 +110,6 @@ class TestOffloaded:
         _assert_written_on(judged({**_written_on(), "sharded": sharded}))
 
     @pytest.mark.law("compatibility")
-    @pytest.mark.world(1)
-    def test_a_factory_that_cannot_be_pickled(self, judged: Any) -> None:
-        """A defaultdict with a local factory must not prevent the result from being saved."""
-        _assert_can_be_pickled(judged(_with_local_factory()))
-
-    @pytest.mark.law("compatibility")
     @pytest.mark.world(2)
     def test_no_mapping_for_one_rank(self, judged: Any, rank: int) -> None:
         """Of a list, or of one tensor, a rank outside `ranks_only` must get None."""
@@ -119,38 +124,3 @@ class TestIterated:
     def test_attributes_of_tensors(self, judged: Any) -> None:
         """Tensors that are offloaded must keep the attributes written on them."""
         _assert_written_on(judged(_written_on(), *SAME, cpu_offload=True))
-
-    @pytest.mark.law("compatibility")
-    @pytest.mark.world(1)
-    def test_a_factory_that_cannot_be_pickled(self, judged: Any) -> None:
-        """A defaultdict with a local factory must not prevent the result from being saved."""
-        _assert_can_be_pickled(judged(_with_local_factory(), *SAME))
-
-
-@pytest.mark.judges("_state_dict_utils._create_cpu_state_dict")
-class TestBuffers:
-    @pytest.mark.law("compatibility")
-    @pytest.mark.world(1)
-    def test_a_factory_that_cannot_be_pickled(self, judged: Any) -> None:
-        """A defaultdict with a local factory must not prevent the result from being saved."""
-        _assert_can_be_pickled(judged(_with_local_factory()))
-
-
-@pytest.mark.judges("_state_dict_utils._copy_state_dict")
-class TestCopied:
-    @pytest.mark.law("compatibility")
-    @pytest.mark.world(1)
-    def test_a_factory_that_cannot_be_pickled(self, judged: Any) -> None:
-        """A defaultdict with a local factory must not prevent the result from being saved."""
-        _assert_can_be_pickled(judged(_with_local_factory(), _with_local_factory()))
-
-
-@pytest.mark.judges("_state_dict_utils._flatten_state_dict")
-class TestFlattened:
-    @pytest.mark.law("compatibility")
-    @pytest.mark.world(1)
-    def test_a_factory_that_cannot_be_pickled(self, judged: Any, subject: Any) -> None:
-        """With a local factory the mapping can be pickled, and what comes back by it saved."""
-        flat, mapping = judged(_with_local_factory())
-        unflatten = subject.function("_state_dict_utils._unflatten_state_dict")
-        _assert_can_be_pickled(unflatten(flat, pickle.loads(pickle.dumps(mapping))))
