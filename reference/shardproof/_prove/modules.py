@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from shardproof._prove.reach import MODULE_OWN, held_by, reach
+from shardproof._prove.reach import MODULE_OWN, attributes_of, reach
 
 _UNNAMED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 WRAPPERS = (DistributedDataParallel, FullyShardedDataParallel)
@@ -99,7 +99,7 @@ class Modules:
                 for state in _hook_states(module):
                     name = f"{prefix}{type(state).__name__}"
                     yield name, state
-                    for key, value in held_by(state).items():
+                    for key, value in attributes_of(state).items():
                         yield from reach(value, f"{name}.{key}", self.names.keys(), seen)
                 continue
             for key, value in self.plain(module).items():

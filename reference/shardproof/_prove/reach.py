@@ -81,8 +81,8 @@ def slots_of(value: Any) -> dict[str, Any]:
     return found
 
 
-def held_by(value: Any) -> dict[str, Any]:
-    """All attributes of an object itself."""
+def attributes_of(value: Any) -> dict[str, Any]:
+    """The attributes of an object, from its dict and from its slots."""
     return {**getattr(value, "__dict__", {}), **slots_of(value)}
 
 
@@ -116,7 +116,7 @@ def _inside(value: Any, path: str, objects: int) -> list[tuple[str, Any]] | None
     if type(value).__module__.partition(".")[0] in _FOREIGN and not is_stateful(value):
         return None
     try:
-        held = held_by(value)
+        held = attributes_of(value)
     except Exception:  # of the object's own code
         return None
     return [(f"{dot}{key}", one) for key, one in held.items()]

@@ -33,7 +33,7 @@ def each(cases: Iterable[Case], body: Callable[[Case], Any]) -> None:
 def every_second(cases: Sequence[Any], start: int = 0) -> pytest.MarkDecorator:
     """The mark of a check that runs every second case each time, the others with --thorough.
 
-    For examples that several checks share: with `start` 0 in some and 1 in others, each run judges
-    all of them, which in all of the checks take too long.
+    For examples that several checks share. With `start` 0 in some of the checks and 1 in others,
+    each run judges every example somewhere; all examples in all checks would take too long.
     """
     return pytest.mark.thorough(but=[getattr(case, "id", case) for case in cases[start::2]])

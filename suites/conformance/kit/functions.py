@@ -322,7 +322,7 @@ def each(chosen: Callable[[Function], bool] = lambda _: True) -> pytest.MarkDeco
 def each_with_kinds() -> pytest.MarkDecorator:
     """The same, once with the kinds of leaves that upstream takes, and once with the others.
 
-    What upstream takes is judged each time of functions that talk: the others treat leaf by leaf.
+    The first is thorough for functions without collectives: these treat each leaf by itself.
     """
     return pytest.mark.parametrize(
         ("function", "usual"),

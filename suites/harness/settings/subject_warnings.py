@@ -85,23 +85,23 @@ class _Active:
     def issued_by(self, frame: FrameType | None) -> str:
         """Whose warning this frame issues: `CALL` or `IMPORT` of the subject, `COMPILER`, or "".
 
-        The compiler's it is where torch.compile warns of what it reads, and the check, not the
-        subject, called torch.compile. It reads a function when that is called: after a graph break
-        the subject, which goes on uncompiled, calls what is read next.
+        It is the compiler's where torch.compile warns of the code that it reads, and the check
+        called torch.compile, not the subject. Compilation may start below the subject: after a
+        graph break the subject runs uncompiled, and what it calls is compiled at the call.
         """
-        outermost, compiles, compiled, left = None, False, False, False
+        outermost, compiling, by_the_check, past_subject = None, False, False, False
         while frame is not None:
-            if not left and self.is_subjects(frame):
-                outermost, compiled = frame, False
-            elif not left and not _of_a_library(frame):
+            if not past_subject and self.is_subjects(frame):
+                outermost, by_the_check = frame, False
+            elif not past_subject and not _of_a_library(frame):
                 if outermost is None:
-                    return COMPILER if compiles else ""
-                left = True
+                    return COMPILER if compiling else ""
+                past_subject = True
             if str(frame.f_globals.get("__name__", "")).startswith("torch._dynamo."):
-                compiles |= outermost is None
-                compiled = True
+                compiling |= outermost is None
+                by_the_check = True
             frame = frame.f_back
-        if outermost is not None and compiles and compiled:
+        if outermost is not None and compiling and by_the_check:
             return COMPILER
         imported = outermost is not None and outermost.f_code.co_name == "<module>"
         return IMPORT if imported else CALL

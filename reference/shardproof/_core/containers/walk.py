@@ -157,7 +157,7 @@ class Walk:
         return next(path for at, path in enumerate(self.paths()) if at == index)
 
     def nothing(self) -> Any:
-        """What a rank gets that wants no result, as upstream gives it."""
+        """The result on a rank outside `ranks_only`, as upstream's: {} for a mapping, else None."""
         return {} if self._root is not None and self._root.named else None
 
     def rebuilt(self, results: list[Any]) -> Any:
