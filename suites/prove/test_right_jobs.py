@@ -90,6 +90,13 @@ def test_unusual_optimizers() -> None:
 
 
 @pytest.mark.world(2, collective=60, limit=120)
+def test_values_that_do_not_compare() -> None:
+    """What a parameter group holds may be an array, a NaN or an object: unchanged is no loss."""
+    proof = prove(unusual.with_values_in_groups(), roads=["sharded", "flat"])
+    assert proof.whole, str(proof)
+
+
+@pytest.mark.world(2, collective=60, limit=120)
 def test_unusual_tensors() -> None:
     """Conjugate, quantized, empty and overlapping buffers are whole where torch can load them."""
     roads = ["sharded", "sharded-cpu", "full"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,11 +131,20 @@ def _value(tensor: torch.Tensor, at: int) -> str:
 
 
 def _same(one: Any, other: Any) -> bool:
+    """Whether two values of a parameter group are equal, or are pickled to the same bytes.
+
+    An array has no single answer to ``==``, a NaN says no to itself, and so does an object without
+    ``__eq__`` to its copy.
+    """
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
     if one is other:
         return True
-    try:
-        return bool(one == other)
-    except Exception:
-        return False
+    with suppress(Exception):  # of the values' own code: then the bytes decide
+        if one == other:
+            return True
+    with suppress(Exception):
+        return pickle.dumps(one) == pickle.dumps(other)
+    return False

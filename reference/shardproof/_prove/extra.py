@@ -1,4 +1,4 @@
-"""Extra states of modules (get_extra_state): told as text, and changed before a load."""
+"""Extra states of modules (get_extra_state), and other values, as text; changes before a load."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from shardproof._prove.digests import digest
 from shardproof._prove.leaves import leaves_of
+from shardproof._prove.reach import attributes_of
 
 _LONG = 120
 
@@ -75,9 +76,11 @@ def _text(value: Any, deep: int) -> str:
         return "{" + ", ".join(sorted(_text(one, deep - 1) for one in value)) + "}"
     if hasattr(value, "tobytes"):  # numpy
         return f"{getattr(value, 'dtype', '')}({_text(value.tobytes(), 1)})"
-    if " object at 0x" in repr(value):
-        return f"{type(value).__name__}{_text(dict(getattr(value, '__dict__', {})), deep - 1)}"
-    return repr(value)
+    if " at 0x" not in (text := repr(value)):
+        return text
+    if (name := getattr(value, "__qualname__", None)) is not None:
+        return f"{type(value).__name__} {name}"
+    return f"{type(value).__name__}{_text(attributes_of(value), deep - 1)}"
 
 
 def _other(value: Any) -> Any:

@@ -92,7 +92,7 @@ class Inventory:
     def values_told(self) -> dict[str, dict[str, str]]:
         """What is no tensor, for the other ranks."""
         return {
-            "values": {key: repr(value) for key, value in self.values.items()},
+            "values": {key: extra.text_of_state(value) for key, value in self.values.items()},
             "flags": {key: str(flag) for key, flag in self.flags.items()},
             "extra": self.extra,
         }

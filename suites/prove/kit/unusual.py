@@ -284,3 +284,31 @@ def compressed() -> tuple[Job, PowerSGDState]:
     state = PowerSGDState(None, start_powerSGD_iter=2)
     model.register_comm_hook(state, powerSGD_hook)
     return started(model, steps=4), state
+
+
+class Schedule:
+    """Of a user's own, without an __eq__."""
+
+    def __init__(self) -> None:
+        self.rates = [0.5, 0.25]
+
+
+def with_values_in_groups() -> Job:
+    """Parameter groups with an array, a NaN and an object, which compare with nothing."""
+    job = jobs.sharded()
+    job.optimizer.param_groups[0].update(
+        scale=numpy.array([1.0, 2.0]),
+        curve=nn.functional.relu,
+        best=float("nan"),
+        plan={"schedule": Schedule(), "steps": [numpy.float32(2), numpy.ones(2)]},
+    )
+    return job
+
+
+def table_of_its_own(rank: int) -> Job:
+    """A table in a parameter group, longer than its repr() is."""
+    table = numpy.zeros(5000)
+    table[2500] = rank
+    job = jobs.sharded()
+    job.optimizer.param_groups[0]["table"] = table
+    return job

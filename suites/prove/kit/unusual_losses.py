@@ -99,6 +99,14 @@ UNUSUAL = (
         ("coverage",),
     ),
     Loss(
+        "one number of a long table in a parameter group differs on one rank",
+        unusual.table_of_its_own,
+        "table of param_groups[0]",
+        (1,),
+        ("sharded",),
+        ("inventory",),
+    ),
+    Loss(
         "a learning rate differs in a later stage of a pipeline",
         unusual.rate_in_a_later_stage,
         "lr of param_groups[0]",
