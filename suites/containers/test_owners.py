@@ -1,4 +1,4 @@
-"""Whoever owns ./out: README's commands run as that user, and leave the results to them."""
+"""Whoever owns ./out: the commands of docs/containers.md leave the results to that user."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def owned(image: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterato
     made.down()
 
 
-def as_the_readme_says(project: Project, service: str, *arguments: str) -> Outcome:
-    """The command for this service that stands in README, with these arguments after it."""
+def as_the_page_says(project: Project, service: str, *arguments: str) -> Outcome:
+    """The command for this service that stands on the page, with these arguments after it."""
     (line,) = re.findall(
-        rf"^docker (compose .* {service})$", (ROOT / "README.md").read_text(), re.M
+        rf"^docker (compose .* {service})$", (ROOT / "docs/containers.md").read_text(), re.M
     )
     return project.compose(*shlex.split(line)[1:], *arguments)
 
 
 def test_results_belong_to_the_owner_of_the_folder(owned: Project) -> None:
-    done = as_the_readme_says(owned, "tests-cpu", "-k", FEW)
+    done = as_the_page_says(owned, "tests-cpu", "-k", FEW)
     assert done.exit == 0
     assert "moved exact data" in done.output, "the preflight comes first"
     results = done.results()
@@ -51,7 +51,7 @@ def test_results_belong_to_the_owner_of_the_folder(owned: Project) -> None:
 
 
 def test_on_gpus_likewise(owned: Project) -> None:
-    done = as_the_readme_says(owned, "tests", "-k", FEW)
+    done = as_the_page_says(owned, "tests", "-k", FEW)
     assert f"user {owned.user} writes it" in done.output
     assert "preflight: not fit for a run: torch, GPUs" in done.output, "the only thing missing"
     assert done.exit == 3
