@@ -21,7 +21,9 @@ from pathlib import Path
 
 import pytest
 
+from mutants.executed import one_of_each_first
 from mutants.judge import SUBJECT, CannotPlantError
+from mutants.scope import SCOPES, Scope
 
 FOLDER = Path(__file__).parent / "patches"
 DIMENSIONS = {
@@ -96,8 +98,16 @@ class Patch:
         if done.returncode:
             raise CannotPlantError(f"{self.name}: does not apply: {done.stderr.strip()}")
 
+    @property
+    def scope(self) -> Scope:
+        """That of the modules that it changes: the set, or torch's callers of it."""
+        callers = SCOPES["callers"]
+        return callers if any(map(callers.has, self.lines())) else SCOPES["set"]
+
     def choose(self, items: Mapping[str, pytest.Item]) -> list[str]:
-        """The checks of the functions that it names."""
+        """The checks of the functions that it names; of a caller, all: they train and save."""
+        if self.scope is SCOPES["callers"]:
+            return one_of_each_first(items)
         found: list[str] = []
         for function in self.functions:
             of_it = [i for i, item in items.items() if _judges(item, function)]

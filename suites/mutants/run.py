@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.system import devices, pipes
-from mutants import patches
+from mutants import patches, scope
 from mutants.catalog import MUTANTS, Mutant
 from mutants.executed import Executed, one_of_each_first
 from mutants.judge import ROOT, CannotPlantError, Judge, Result, from_a_warm_parent
@@ -115,6 +115,10 @@ def judge_all(faults: list[Fault], report: Report, first: int | None) -> None:
             print(f"ci/mutants: the parent ended with {status}", file=sys.stderr)
 
 
+def _scope(fault: Fault) -> scope.Scope:
+    return fault.scope if isinstance(fault, Patch) else scope.SCOPES["set"]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ci/mutants", description=__doc__)
     add = parser.add_argument
@@ -127,6 +131,11 @@ def _parser() -> argparse.ArgumentParser:
         const=patches.FOLDER,
         metavar="DIR",
         help=f"only patches, of this folder (default: {patches.FOLDER.relative_to(ROOT)})",
+    )
+    add(
+        "--callers",
+        action="store_true",
+        help="patches of what install(callers=True) puts in, judged by suites/integration",
     )
     add(
         "--first",
@@ -149,6 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Judge the faults named, or all."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.callers:
+        scope.choose("callers")
     if options.patches and not options.patches.is_dir():
         parser.error(f"--patches {options.patches}: expected a folder of patches")
     try:
@@ -160,6 +171,15 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--patches {options.patches}: holds no file NAME.patch")
     if not options.patches:
         faults = [*MUTANTS, *faults]
+    others = {f.name for f in faults if _scope(f) is not scope.current()}
+    faults = [f for f in faults if f.name not in others]
+    if not faults:
+        parser.error("no fault of " + ("torch's callers" if options.callers else "the set: --callers"))
+    if of_others := others & set(options.names):
+        parser.error(
+            f"{', '.join(sorted(of_others))}: "
+            + ("no fault of torch's callers" if options.callers else "of torch's callers: --callers")
+        )
     known = {f.name: f for f in faults}
     if unknown := set(options.names) - known.keys():
         parser.error(f"no fault {', '.join(sorted(unknown))}; see ci/mutants --list")

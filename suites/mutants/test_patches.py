@@ -11,6 +11,7 @@ from harness.settings.subjects import MODULES
 from mutants import patches
 from mutants.judge import REFERENCE, SUBJECT, CannotPlantError, copy_reference
 from mutants.patches import Patch
+from mutants.scope import SCOPES
 
 _HEADER = "Fault: it is lost\nDimension: 4\nFunctions: _gather_state_dict\n\n"
 _DIFF = f"""--- a/{SUBJECT}/__init__.py
@@ -31,6 +32,10 @@ def test_a_patch_applies_and_compiles(path: Path, tmp_path: Path) -> None:
         planted = (tmp_path / SUBJECT / file).read_text()
         assert planted != (REFERENCE / file).read_text(), f"{file} is as it was"
         compile(planted, file, "exec")
+    if patch.scope is SCOPES["callers"]:
+        for module, _, name in (f.rpartition(".") for f in patch.functions):
+            assert hasattr(importlib.import_module(f"{SUBJECT}.{module}"), name)
+        return
     modules = [SUBJECT, *(f"{SUBJECT}.{module}" for module in MODULES)]
     names = {n for module in modules for n in vars(importlib.import_module(module))}
     classes = {f.partition(".")[0] for f in patch.functions if f.partition(".")[0] in names}
