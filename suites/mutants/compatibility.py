@@ -114,7 +114,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "table_of_another_dtype",
         "a table is read as what its wrapper says, not as what its shards are",
         "_core/tensors/properties.py",
-        "return tensor.dtype if shard is None else shard.dtype",
+        "return shards[0].dtype if shards else tensor.dtype",
         "return tensor.dtype",
         "tables",
     ),

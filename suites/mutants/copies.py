@@ -45,8 +45,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "buffers_lose_strides",
         "staging buffers are always row-major",
         "_state_dict_utils/staging.py",
-        "        return torch.empty_like(tensor, device=CPU, pin_memory=pinnable)\n    tensor =",
-        "        return torch.empty(tensor.size(), dtype=tensor.dtype)\n    tensor =",
+        "        return torch.empty_like(tensor, device=CPU, pin_memory=pinnable)\n    fill =",
+        "        return torch.empty(tensor.size(), dtype=tensor.dtype)\n    fill =",
         "create_cpu_state_dict",
     ),
     (

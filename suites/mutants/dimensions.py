@@ -237,8 +237,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "copied_into_another_dtype",
         "a local tensor of another dtype than its DTensor says is converted in silence",
         "_core/copies/copy_into.py",
-        "theirs._local_tensor.dtype and not _by_class(theirs):\n",
-        "theirs._local_tensor.dtype and False:\n",
+        "theirs.dtype and not _by_class(theirs):\n",
+        "theirs.dtype and False:\n",
         "every_claim",
     ),
     # --- side effects -------------------------------------------------------------------------

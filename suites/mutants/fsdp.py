@@ -63,8 +63,8 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "boxes_by_floor",
         "boxes of uneven shards overlap or leave gaps",
         "tensor/parallel/fsdp/boxes.py",
-        "    return -(-size // count)",
-        "    return size // count",
+        "whole, step = shape[dim], -(-shape[dim] // count)",
+        "whole, step = shape[dim], shape[dim] // count",
         "get_box",
     ),
     (

@@ -87,8 +87,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "wrapper_not_shared",
         "a buffer that other processes are to map is in private memory",
         "_state_dict_utils/staging.py",
-        "getattr(tensor, name), pin_memory=pin_memory, share_memory=share_memory",
-        "getattr(tensor, name), pin_memory=pin_memory, share_memory=False",
+        "wrapper_around(tensor, fill)",
+        "wrapper_around(tensor, partial(fill, share_memory=False))",
         "opaque_tensors",
     ),
     (
@@ -127,8 +127,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "wrapper_buffer_in_part",
         "the buffer of a wrapper holds the first of its tensors",
         "_state_dict_utils/staging.py",
-        "        return made.detach()\n",
-        "        return buffers[names[0]]\n",
+        "        return wrapper_around(tensor, fill).detach()\n",
+        "        return fill(getattr(tensor, tensor.__tensor_flatten__()[0][0]))\n",
         "opaque_tensors",
     ),
 )

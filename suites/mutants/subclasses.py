@@ -26,7 +26,7 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "inner_is_pending",
         "what a wrapper holds is handed on before it has arrived",
         "_core/tensors/subclasses.py",
-        "                setattr(tensor, name, finished)\n",
+        "                setattr(tensor, name, tree_unflatten(finished, structure))\n",
         "                pass\n",
         "fsdp_subclasses",
     ),
@@ -113,14 +113,11 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "large_chunk_unverified",
         "of a large weight a chunk of the wrong shape is gathered as if it were right",
         "tensor/parallel/fsdp/dtensor_gather.py",
+        "stages, route.coordinates, chunk)\n",
         (
-            "    _check_verdicts(rows, tensor, domain, route.coordinates)\n"
-            "    moved = carrier_dtype(whole.dtype)\n"
-        ),
-        (
-            "    if along:\n"
-            "        _check_verdicts(rows, tensor, domain, route.coordinates)\n"
-            "    moved = carrier_dtype(whole.dtype)\n"
+            "stages, route.coordinates, chunk) if along else collect(\n"
+            "        stages, torch.empty(_FIRST_BYTES, dtype=torch.uint8), short=True\n"
+            "    )\n"
         ),
         "fsdp_details",
     ),

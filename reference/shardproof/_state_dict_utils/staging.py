@@ -21,13 +21,15 @@ from shardproof._core.containers.walk import Walk
 from shardproof._core.sharding.dtensors import with_local
 from shardproof._core.sharding.sharded_tensors import with_shards
 from shardproof._core.tensors.overlapping_copies import OverlappingCopies
-from shardproof._core.tensors.properties import CPU, is_ordinary, local_of, wrapper_of
+from shardproof._core.tensors.properties import CPU, is_ordinary, local_of
 from shardproof._core.tensors.subclasses import (
     buffer_by_class,
+    has_own_operations,
     is_custom,
     is_table,
     shards_of,
     wait_for_pending,
+    wrapper_around,
 )
 from shardproof._core.tensors.ties import maybe_tied, tie_key
 from shardproof._core.tensors.values import MOVABLE, allocate_like, bit_dtype
@@ -105,12 +107,10 @@ def _buffer_like(tensor: torch.Tensor, *, pin_memory: bool, share_memory: bool) 
     pinnable = pin_memory and tensor.numel() > 0
     if not share_memory and tensor.dtype in MOVABLE and is_ordinary(tensor):
         return torch.empty_like(tensor, device=CPU, pin_memory=pinnable)
+    fill = partial(_buffer_like, pin_memory=pin_memory, share_memory=share_memory)
     tensor = wait_for_pending(tensor)
     if is_table(type(tensor)):
-        shards = [
-            _buffer_like(shard, pin_memory=pin_memory, share_memory=share_memory)
-            for shard in shards_of(tensor)
-        ]
+        shards = list(map(fill, shards_of(tensor)))
         table: Any = tensor
         return type(table)(shards, table.local_offsets()) if shards else tensor
     if is_custom(type(tensor)) and not hasattr(type(tensor), "__tensor_flatten__"):
@@ -118,18 +118,8 @@ def _buffer_like(tensor: torch.Tensor, *, pin_memory: bool, share_memory: bool) 
         if share_memory:
             cast(Any, own.share_memory_)()
         return own.pin_memory() if pinnable and not share_memory else own
-    if (wrapper := cast(Any, wrapper_of(tensor))) is not None:
-        names, context = cast(Any, tensor).__tensor_flatten__()
-        buffers = {
-            name: _buffer_like(
-                getattr(tensor, name), pin_memory=pin_memory, share_memory=share_memory
-            )
-            for name in names
-        }
-        made: torch.Tensor = wrapper.__tensor_unflatten__(
-            buffers, context, tensor.size(), tensor.stride()
-        )
-        return made.detach()
+    if has_own_operations(tensor):
+        return wrapper_around(tensor, fill).detach()
     if tensor.layout is not torch.strided:
         if pin_memory or share_memory:
             how = "shared" if share_memory else "pinned"

@@ -249,18 +249,15 @@ def block_elements(full: torch.Tensor, block: Block, start: int, stop: int) -> l
     return found
 
 
-def deliver(
-    data: torch.Tensor,
-    block: Block,
-    piece: Piece,
-    write: Callable[[Region, torch.Tensor], object],
-) -> None:
-    """Hand the elements of a piece to ``write(region of the global tensor, values)``."""
+def regions_of_piece(
+    data: torch.Tensor, block: Block, piece: Piece
+) -> Iterator[tuple[Region, torch.Tensor]]:
+    """(region of the global tensor, values for it) of the elements of a piece."""
     if block.region is not None and piece.stop - piece.start == block.numel:
-        write(block.region, data.view(block.shape))
+        yield block.region, data.view(block.shape)
         return
     for box, at, count in rectangles(block.shape, piece.start, piece.stop):
         part = data[at - piece.start : at - piece.start + count]
         part = part.view([hi - lo for lo, hi in box])
         for there, here in block.regions(box):
-            write(there, part[here])
+            yield there, part[here]

@@ -12,7 +12,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from shardproof._core.sharding.ranks import same_ranks
 from shardproof._core.tensors.pinned_copy import copy_across_devices
-from shardproof._core.tensors.properties import dtype_of, kind_of, shape_of, unwritable
+from shardproof._core.tensors.properties import dtype_of, kind_of, local_parts, shape_of, unwritable
 from shardproof._core.tensors.subclasses import PLAIN, is_custom, wait_for_pending
 from shardproof._core.tensors.values import MOVABLE, put
 
@@ -171,13 +171,9 @@ def _all_laid_out_alike(ours: list[DTensorSpec], theirs: list[DTensorSpec]) -> b
     )
 
 
-def without_data(tensor: Any) -> bool:
+def without_data(tensor: torch.Tensor) -> bool:
     """Whether a tensor leaf is on meta, in whole or in part."""
-    if isinstance(tensor, DTensor):
-        tensor = tensor._local_tensor
-    elif isinstance(tensor, ShardedTensor):
-        return any(shard.tensor.is_meta for shard in tensor.local_shards())
-    return isinstance(tensor, torch.Tensor) and tensor.is_meta
+    return any(part.is_meta for part in local_parts(tensor))
 
 
 def difference(ours: Any, theirs: Any) -> str | None:
@@ -192,31 +188,22 @@ def difference(ours: Any, theirs: Any) -> str | None:
         return f"expected shape {shape_of(ours)}, got {shape_of(theirs)}"
     if dtype_of(ours) != dtype_of(theirs) and not _by_class(theirs):
         return f"expected dtype {dtype_of(ours)}, got {dtype_of(theirs)}"
-    if isinstance(ours, DTensor):
-        if ours._spec is not theirs._spec and (tuple(ours.placements) != tuple(theirs.placements)):
-            return f"expected placements {ours.placements}, got {theirs.placements}"
-        if not same_ranks(ours.device_mesh, theirs.device_mesh):
-            return f"expected mesh {ours.device_mesh}, got {theirs.device_mesh}"
-        mine, other = ours._local_tensor.size(), theirs._local_tensor.size()
-        if mine != other:
-            return f"expected local shape {tuple(mine)}, got {tuple(other)}"
-        if ours._local_tensor.dtype != theirs._local_tensor.dtype and not _by_class(theirs):
-            return (
-                f"expected local dtype {ours._local_tensor.dtype}, got {theirs._local_tensor.dtype}"
-            )
-        return _layout_difference(
-            wait_for_pending(ours._local_tensor), wait_for_pending(theirs._local_tensor)
-        )
     if isinstance(ours, ShardedTensor):
         held, given = _shard_boxes(ours), _shard_boxes(theirs)
         if held != given:
             return f"expected shards (offsets, sizes) {held}, got {given}"
         return None
-    return _layout_difference(wait_for_pending(ours), wait_for_pending(theirs))
-
-
-def _layout_difference(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
-    """What one of two tensors of a shape and dtype can hold and the other cannot."""
+    if isinstance(ours, DTensor):
+        if ours._spec is not theirs._spec and (tuple(ours.placements) != tuple(theirs.placements)):
+            return f"expected placements {ours.placements}, got {theirs.placements}"
+        if not same_ranks(ours.device_mesh, theirs.device_mesh):
+            return f"expected mesh {ours.device_mesh}, got {theirs.device_mesh}"
+        ours, theirs = ours._local_tensor, theirs._local_tensor
+        if ours.size() != theirs.size():
+            return f"expected local shape {tuple(ours.size())}, got {tuple(theirs.size())}"
+        if ours.dtype != theirs.dtype and not _by_class(theirs):
+            return f"expected local dtype {ours.dtype}, got {theirs.dtype}"
+    ours, theirs = wait_for_pending(ours), wait_for_pending(theirs)
     if ours.layout is not theirs.layout:
         return f"expected layout {ours.layout}, got {theirs.layout}"
     return None
@@ -224,17 +211,8 @@ def _layout_difference(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
 
 def copy_leaf(target: Any, source: Any, non_blocking: bool = False) -> None:
     """Write a tensor leaf into another that :func:`difference` found equal to it."""
-    if isinstance(target, DTensor):
-        put(
-            wait_for_pending(target._local_tensor),
-            wait_for_pending(source._local_tensor),
-            non_blocking,
-        )
-    elif isinstance(target, ShardedTensor):
-        for ours, theirs in zip(target.local_shards(), source.local_shards(), strict=True):
-            put(ours.tensor, wait_for_pending(theirs.tensor), non_blocking)
-    else:
-        put(target, wait_for_pending(source), non_blocking)
+    for ours, theirs in zip(local_parts(target), local_parts(source), strict=True):
+        put(wait_for_pending(ours), wait_for_pending(theirs), non_blocking)
 
 
 def _shard_boxes(tensor: ShardedTensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

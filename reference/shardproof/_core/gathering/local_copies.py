@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardproof._core.comms.buckets import Piece, deliver, row_major_elements
 from shardproof._core.containers.leaf_values import copy_leaf_value
 from shardproof._core.gathering.mesh_gather import carrier_view, result_device, result_for
 from shardproof._core.gathering.sharded_leaves import FoundLeaves, ShardedLeaf
@@ -19,7 +18,7 @@ from shardproof._core.tensors.overlapping_copies import OverlappingCopies
 from shardproof._core.tensors.properties import CPU, local_of, requires_grad_of
 from shardproof._core.tensors.subclasses import PLAIN, is_custom, is_table
 from shardproof._core.tensors.ties import geometry, maybe_tied
-from shardproof._core.tensors.values import as_parameter_like, fresh_copy
+from shardproof._core.tensors.values import as_carrier, as_parameter_like, fresh_copy
 
 
 class LocalCopies:
@@ -62,9 +61,8 @@ class LocalCopies:
         if not layout.meta:
             whole = carrier_view(full)
             for block, part in zip(layout.local_blocks, leaf.local, strict=True):
-                data = torch.cat(row_major_elements(part, 0, block.numel))
-                piece = Piece(0, 0, 1, 0, 0, block.numel, 0, 0)
-                deliver(data, block, piece, partial(_write, whole))
+                assert block.region is not None  # shards of a ShardedTensor are rectangles
+                whole[block.region].copy_(as_carrier(part))
         return full
 
     def rebuild_around(self, gathered: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -131,7 +129,3 @@ class LocalCopies:
             tied = zip(copied, maybe_tied(copied), strict=True)
             self._tied = frozenset(id(value) for value, ask in tied if ask)
         return self._tied
-
-
-def _write(whole: torch.Tensor, region: tuple[slice, ...], values: torch.Tensor) -> None:
-    whole[region].copy_(values)

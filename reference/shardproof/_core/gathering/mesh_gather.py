@@ -7,16 +7,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import product
 
 import torch
 
 from shardproof._core import limits
-from shardproof._core.comms.buckets import BucketStream, Parcel, Piece, deliver, pack, piece_views
+from shardproof._core.comms.buckets import (
+    BucketStream,
+    Parcel,
+    Piece,
+    pack,
+    piece_views,
+    regions_of_piece,
+)
 from shardproof._core.comms.collectives import all_gather_into, collect, collect_to
 from shardproof._core.gathering.leaf_entries import Agreement
 from shardproof._core.gathering.sharded_leaves import ShardedLeaf
 from shardproof._core.sharding.partial_reduction import reduce_partials
+from shardproof._core.sharding.ranks import coordinates_along
 from shardproof._core.sharding.tensor_layout import TensorLayout
 from shardproof._core.sharding.uniform_grid import UniformGrid
 from shardproof._core.tensors.pinned_copy import copy_to_pinned, is_on_gpu
@@ -47,22 +54,8 @@ def carrier_view(full: torch.Tensor) -> torch.Tensor:
     return full if dtype is full.dtype else full.view(dtype)
 
 
-class _Copies:
-    """Copies that are found one by one and made in one call."""
-
-    def __init__(self) -> None:
-        self._targets: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
-
-    def add(self, target: torch.Tensor, values: torch.Tensor) -> None:
-        """Remember one."""
-        self._targets.append(target)
-        self._values.append(values)
-
-    def run(self) -> None:
-        """Make them."""
-        copy_all(self._targets, self._values)
-
+Copies = list[tuple[torch.Tensor, torch.Tensor]]
+"""(target, values) of copies that are found one by one and made in one call."""
 
 # Up to how many bytes whole tensors are put together many at a time: they are copied twice then,
 # and a larger one costs more to copy than to look at.
@@ -91,13 +84,10 @@ class MeshGather:
         layout = kinds[0][0].layout
         domain, dims = layout.domain, layout.dims
         assert domain is not None
-        self.domain, self.reductions = domain, layout.reductions
+        self.domain, self.dims, self.reductions = domain, dims, layout.reductions
         self.may_travel_alone = agreed.allows_whole(domain) and len(dims) == 1
         here = domain.my_coordinate
-        self.coordinates_along = list(product(*(range(domain.shape[d]) for d in dims)))
-        self.coordinates = tuple(
-            [_replace_coordinates(here, dims, along) for along in self.coordinates_along]
-        )
+        self.coordinates = tuple(coordinates_along(here, dims, domain.shape))
         self.me = self.coordinates.index(here)
         ranks = [domain.members[domain.position(c)] for c in self.coordinates]
         self.takers = [
@@ -127,7 +117,7 @@ class MeshGather:
                 grids[id(parcel)] = grid
         if parcels:
             # What a rank sends, and all rows twice: Gloo receives them into its own first.
-            size = len(self.coordinates_along)
+            size = len(self.coordinates)
             todo = BucketStream(parcels, size, held=1 + 2 * size)
             self._gather_stream(todo, [grids[id(parcel)] for parcel in todo.parcels], results)
         if self.me in self.takers:
@@ -142,7 +132,7 @@ class MeshGather:
         That saves two copies of it, but works only where the rows of an all-gather are the tensor.
         The answer rests on what all ranks have agreed on.
         """
-        if len(self.takers) < len(self.coordinates_along) or not self.may_travel_alone:
+        if len(self.takers) < len(self.coordinates) or not self.may_travel_alone:
             return False
         if not layout.large:
             return False
@@ -167,8 +157,9 @@ class MeshGather:
             bucket = torch.empty(width, dtype=torch.uint8, device=self.domain.device)
             pack(bucket, pieces[self.me], parcels, _part)
             if len(self.takers) == 1:
-                taker = self.coordinates_along[self.takers[0]]
-                rows = collect_to(self.stages, bucket, self.coordinates_along[self.me], taker)
+                at = [self.coordinates[index] for index in (self.me, self.takers[0])]
+                mine, dest = ([place[dim] for dim in self.dims] for place in at)
+                rows = collect_to(self.stages, bucket, mine, dest)
             else:
                 rows = collect(self.stages, bucket)
             if rows is not None and self.me in self.takers:
@@ -189,7 +180,7 @@ class MeshGather:
         grids: Sequence[UniformGrid | None],
         results: dict[str, torch.Tensor],
     ) -> None:
-        todo = _Copies()
+        todo: Copies = []
         if pieces[0] is pieces[-1]:
             for piece, room in piece_views(rows, pieces[0], parcels):
                 parcel = parcels[piece.parcel]
@@ -214,7 +205,7 @@ class MeshGather:
                         each = list(room.view(len(room), len(leaves), -1).unbind(1))
                     for leaf, part in zip(leaves, each, strict=True):
                         target = grid.block_rows(carrier_view(self._result(leaf, results)))
-                        todo.add(target, grid.rows(part, target))
+                        todo.append((target, grid.rows(part, target)))
         else:
             for group in self.peers:
                 for number, piece in enumerate(pieces[group[0]]):
@@ -223,7 +214,7 @@ class MeshGather:
                     leaf = parcel.items[piece.first]
                     parts = [rows[i, p.at : p.end] for i, p in zip(group, peers, strict=True)]
                     self._unpack_piece(parcel, leaf, group, piece, parts, results, todo)
-        todo.run()
+        copy_all([target for target, _ in todo], [values for _, values in todo])
 
     def _come_together(self, leaves: Sequence[ShardedLeaf], device: torch.device) -> bool:
         """Whether the results of these leaves are best made many at a time."""
@@ -249,7 +240,7 @@ class MeshGather:
         piece: Piece,
         parts: Sequence[torch.Tensor],
         results: dict[str, torch.Tensor],
-        todo: _Copies,
+        todo: Copies,
     ) -> None:
         """Unpack one piece of one rank, or of the ranks whose values are reduced into one."""
         dtype = leaf.layout.dtype
@@ -260,7 +251,8 @@ class MeshGather:
             data = parts[0].view(carrier_dtype(dtype))
         block = parcel.blocks[group[0]][piece.block]
         whole = carrier_view(self._result(leaf, results))
-        deliver(data, block, piece, lambda region, values: todo.add(whole[region], values))
+        for region, values in regions_of_piece(data, block, piece):
+            todo.append((whole[region], values))
 
 
 def _part(leaf: ShardedLeaf, block: int) -> torch.Tensor:
@@ -277,15 +269,6 @@ def result_for(leaf: ShardedLeaf, cpu_offload: bool) -> torch.Tensor:
     layout = leaf.layout
     device = result_device(layout, cpu_offload)
     return allocate(layout.shape, layout.dtype, device, layout.stride)
-
-
-def _replace_coordinates(
-    here: Sequence[int], dims: Sequence[int], along: Sequence[int]
-) -> tuple[int, ...]:
-    coordinate = list(here)
-    for dim, index in zip(dims, along, strict=True):
-        coordinate[dim] = index
-    return tuple(coordinate)
 
 
 def _peers(

@@ -323,8 +323,7 @@ class Transport:
                     continue
                 source = grid.block_rows(whole)
                 space = grid.rows(part, source)
-                single = len(grid.parts) == 1 and grid.repeats == (1, 1)
-                if single and part.nbytes > _WORTH_A_VIEW:
+                if grid.parts[0] == len(rows) and part.nbytes > _WORTH_A_VIEW:
                     source, space = source[first:], space[first:]
                 into.append(space)
                 values.append(source)

@@ -16,6 +16,7 @@ import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import product
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -64,7 +65,7 @@ class Block:
     def regions(self, box: Sequence[Run]) -> Iterator[tuple[Region, Region]]:
         """Pairs (region of the global tensor, region of ``box``) that cover ``box``."""
         per_dim = [_overlaps(runs, lo, hi) for runs, (lo, hi) in zip(self.runs, box, strict=True)]
-        for choice in _product(per_dim):
+        for choice in product(*per_dim):
             yield tuple(pair[0] for pair in choice), tuple(pair[1] for pair in choice)
 
 
@@ -146,7 +147,7 @@ def block_at(
         for split in range(cut.splits):
             start, stop = _chunk(length, cut.splits, split)
             lo, hi = _chunk(stop - start, parts, index)
-            kept.extend(_take(held, start + lo, start + hi))
+            kept.extend((g.start, g.stop) for g, _ in _overlaps(held, start + lo, start + hi))
         runs[cut.tensor_dim] = tuple(kept) or ((0, 0),)
     return make_block([_merged(dim_runs) for dim_runs in runs])
 
@@ -164,9 +165,7 @@ def local_shape(spec: DTensorSpec) -> tuple[int, ...]:
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return (0,)
-    shapes = _LOCAL_SHAPES.get(mesh)
-    if shapes is None:
-        shapes = _LOCAL_SHAPES[mesh] = {}
+    shapes = _LOCAL_SHAPES.setdefault(mesh, {})
     # Forwards ask for the same few shapes again and again.
     key = (tuple(coordinate), spec.placements, spec.shape, getattr(spec, "shard_order", None))
     try:
@@ -256,11 +255,6 @@ def _chunk(size: int, parts: int, index: int) -> Run:
     return min(index * step, size), min((index + 1) * step, size)
 
 
-def _take(runs: Sequence[Run], lo: int, hi: int) -> list[Run]:
-    """The global runs behind the positions [lo, hi) of a shard dimension."""
-    return [(g.start, g.stop) for g, _ in _overlaps(runs, lo, hi)]
-
-
 def _merged(runs: Sequence[Run]) -> Runs:
     merged: list[Run] = []
     for start, stop in runs:
@@ -281,14 +275,3 @@ def _overlaps(runs: Sequence[Run], lo: int, hi: int) -> list[tuple[slice, slice]
             found.append((slice(start + begin - at, start + end - at), slice(begin - lo, end - lo)))
         at += stop - start
     return found
-
-
-def _product(
-    per_dim: Sequence[Sequence[tuple[slice, slice]]],
-) -> Iterator[tuple[tuple[slice, slice], ...]]:
-    if not per_dim:
-        yield ()
-        return
-    for head in per_dim[0]:
-        for tail in _product(per_dim[1:]):
-            yield (head, *tail)

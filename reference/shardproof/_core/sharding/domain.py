@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardproof._core.sharding.ranks import mesh_ranks
+from shardproof._core.sharding.ranks import coordinates_along, mesh_ranks
 from shardproof._core.tensors.properties import CPU
 
 
@@ -62,18 +62,15 @@ class Domain:
         """This rank's position."""
         return self.positions[dist.get_rank()]
 
-    def coordinate(self, index: int) -> tuple[int, ...]:
-        """The coordinate of a position, row-major."""
-        found: list[int] = []
-        for size in reversed(self.shape):
-            index, at = divmod(index, size)
-            found.append(at)
-        return tuple(reversed(found))
+    @cached_property
+    def coordinates(self) -> list[tuple[int, ...]]:
+        """The coordinate of each position: row-major."""
+        return list(product(*map(range, self.shape)))
 
     @cached_property
     def my_coordinate(self) -> tuple[int, ...]:
         """This rank's coordinate."""
-        return self.coordinate(self.index())
+        return self.coordinates[self.index()]
 
     def position(self, coordinate: Sequence[int]) -> int:
         """The position of a coordinate."""
@@ -90,11 +87,7 @@ class Domain:
         """The members that differ from this rank in these dimensions alone, this rank included."""
         found = self._members_along.get(dims)
         if found is None:
-            ranges = [
-                range(n) if d in dims else (self.my_coordinate[d],)
-                for d, n in enumerate(self.shape)
-            ]
-            indices = map(self.position, product(*ranges))
+            indices = map(self.position, coordinates_along(self.my_coordinate, dims, self.shape))
             found = self._members_along[dims] = tuple([self.members[index] for index in indices])
         return found
 
@@ -103,7 +96,7 @@ class Domain:
         group = self.groups[dim]
         assert group is not None
         ranks = dist.get_process_group_ranks(group)
-        return Stage(group, tuple(self.coordinate(self.positions[r])[dim] for r in ranks))
+        return Stage(group, tuple(self.coordinates[self.positions[r]][dim] for r in ranks))
 
     def stages(self) -> list[Stage]:
         """The communication along each dimension that has more than one member."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -26,6 +26,20 @@ def my_coordinate(mesh: DeviceMesh) -> tuple[int, ...] | None:
     """This rank's coordinate on ``mesh``, None where the rank is no part of it."""
     coordinate = mesh.get_coordinate()
     return None if coordinate is None else tuple(int(c) for c in coordinate)
+
+
+def coordinates_along(
+    here: Sequence[int], dims: Sequence[int], shape: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """The coordinates that differ from ``here`` in ``dims`` alone, the last of which runs fastest.
+
+    ``shape`` is that of the mesh.
+    """
+    found = []
+    for along in product(*(range(shape[dim]) for dim in dims)):
+        moved = dict(zip(dims, along, strict=True))
+        found.append(tuple([moved.get(dim, at) for dim, at in enumerate(here)]))
+    return found
 
 
 def mesh_ranks(mesh: DeviceMesh) -> tuple[int, ...]:

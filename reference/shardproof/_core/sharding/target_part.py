@@ -67,9 +67,7 @@ def target_part_of(spec: DTensorSpec) -> tuple[TargetPart, Block | None, bool]:
 
     Models have few layouts, and loads ask for the same again and again.
     """
-    known = _TARGET_PARTS.get(spec.mesh)
-    if known is None:
-        known = _TARGET_PARTS[spec.mesh] = {}
+    known = _TARGET_PARTS.setdefault(spec.mesh, {})
     # The types, too: a kind of partial of its own may equal the plain one.
     kinds = tuple(map(type, spec.placements))
     # An equal mesh of an earlier world may still be there, in which this process was another rank.

@@ -221,9 +221,7 @@ _MESH_LAYOUTS: WeakKeyDictionary[DeviceMesh, dict[Hashable, _MeshLayout]] = Weak
 def _mesh_layout_of(tensor: DTensor) -> _MeshLayout:
     """Models have few layouts, and checkpoints ask for the same again and again."""
     spec, dtype = tensor._spec, dtype_of(tensor)
-    known = _MESH_LAYOUTS.get(spec.mesh)
-    if known is None:
-        known = _MESH_LAYOUTS[spec.mesh] = {}
+    known = _MESH_LAYOUTS.setdefault(spec.mesh, {})
     # The types, too: a kind of partial of its own may equal the plain one.
     kinds = tuple(map(type, spec.placements))
     order = getattr(spec, "shard_order", None)

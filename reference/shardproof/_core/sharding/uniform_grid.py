@@ -10,12 +10,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import permutations, product
+from itertools import chain, permutations
+from operator import mul
 from typing import Any
 
 import torch
 
 from shardproof._core.sharding.blocks import Block, Cut, block_at
+from shardproof._core.sharding.ranks import coordinates_along
 from shardproof._core.tensors.values import copies_of_each, stack_into
 
 # Bytes that stay in the processor's second cache while they are written and read once.
@@ -31,7 +33,8 @@ class UniformGrid:
 
     Attributes:
         shape: of the tensor.
-        parts: how many blocks there are, per tensor dimension that is cut, outermost first.
+        parts: how many blocks there are, per tensor dimension that is cut, outermost first; then 1
+            for each of the others.
         block: the shape of one block.
         numel: the number of its elements.
         stacked: the blocks, without repetition, follow each other in a contiguous tensor.
@@ -179,28 +182,14 @@ def grid_of(shape: Sequence[int], blocks: Sequence[Sequence[Block]]) -> UniformG
         return None
     starts = [cell.starts for cell in cells[:: repeats[1]][:once]]
     for dims in permutations(cut):
-        cells_in_order = product(*(range(counts[dim]) for dim in dims))
-        expected = []
-        for cell in cells_in_order:
-            start = [0] * len(size)
-            for dim, index in zip(dims, cell, strict=True):
-                start[dim] = index * size[dim]
-            expected.append(tuple(start))
-        if starts == expected:
+        cells_in_order = coordinates_along([0] * len(size), dims, counts)
+        if starts == [tuple(map(mul, cell, size)) for cell in cells_in_order]:
             break
     else:
         return None
-    split: list[int] = []
-    at: dict[int, int] = {}
-    rest: list[int] = []
-    for dim, (count, part) in enumerate(zip(counts, size, strict=True)):
-        if dim in dims:
-            at[dim] = len(split)
-            split.append(count)
-        rest.append(len(split))
-        split.append(part)
     follow = len(dims) == 1 and all(size[dim] == 1 for dim in range(dims[0]))
-    order = (*(at[dim] for dim in dims), *rest)
+    # Each dimension is split into two: the number of its parts, and the size of one.
+    dims = (*dims, *(dim for dim, count in enumerate(counts) if count == 1))
     return UniformGrid(
         shape=tuple(shape),
         parts=tuple(counts[dim] for dim in dims),
@@ -208,8 +197,8 @@ def grid_of(shape: Sequence[int], blocks: Sequence[Sequence[Block]]) -> UniformG
         numel=cells[0].numel,
         stacked=follow and repeats == (1, 1),
         repeats=repeats,
-        _split=tuple(split),
-        _order=order,
+        _split=tuple(chain(*zip(counts, size, strict=True))),
+        _order=(*(2 * dim for dim in dims), *range(1, 2 * len(size), 2)),
     )
 
 

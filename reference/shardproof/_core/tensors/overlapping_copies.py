@@ -10,10 +10,8 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.tensor import DTensor
 
-from shardproof._core.tensors.properties import is_lazy, is_ordinary
+from shardproof._core.tensors.properties import is_lazy, is_ordinary, local_parts
 from shardproof._core.tensors.subclasses import wait_for_pending
 from shardproof._core.tensors.ties import extent, geometry
 from shardproof._core.tensors.values import allocate
@@ -52,7 +50,8 @@ class OverlappingCopies:
     def _find_regions(self, leaves: Iterable[Any]) -> None:
         by_storage: dict[Hashable, dict[Hashable, tuple[int, int]]] = {}
         for leaf in leaves:
-            for memory in _memories(leaf):
+            for part in local_parts(leaf) if isinstance(leaf, torch.Tensor) else ():
+                memory = wait_for_pending(part)
                 if is_ordinary(memory) and memory.numel() and not _is_lazy(memory):
                     start = int(memory.storage_offset()) * memory.element_size()
                     held = by_storage.setdefault(memory.untyped_storage()._cdata, {})
@@ -89,14 +88,6 @@ class OverlappingCopies:
         # Memory that was registered with a device is given back with this object.
         made._shardproof_region = base  # type: ignore[attr-defined]
         return made
-
-
-def _memories(leaf: Any) -> list[torch.Tensor]:
-    if isinstance(leaf, DTensor):
-        return [wait_for_pending(leaf._local_tensor)]
-    if isinstance(leaf, ShardedTensor):
-        return [shard.tensor for shard in leaf.local_shards()]
-    return [wait_for_pending(leaf)] if isinstance(leaf, torch.Tensor) else []
 
 
 def _is_lazy(memory: torch.Tensor) -> bool:

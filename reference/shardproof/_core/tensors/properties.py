@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from shardproof._core.tensors.subclasses import (
     PLAIN,
-    first_shard,
     has_own_dispatch,
     is_custom,
+    shards_of,
     wait_for_pending,
 )
 
@@ -46,8 +46,8 @@ def dtype_of(tensor: torch.Tensor) -> torch.dtype:
     if isinstance(tensor, ShardedTensor):
         return tensor.metadata().tensor_properties.dtype
     if isinstance(tensor, DTensor) and type(tensor._local_tensor) not in PLAIN:
-        shard = first_shard(tensor._local_tensor)
-        return tensor.dtype if shard is None else shard.dtype
+        shards = shards_of(tensor._local_tensor)
+        return shards[0].dtype if shards else tensor.dtype
     return tensor.dtype
 
 
@@ -64,6 +64,13 @@ def local_of(tensor: DTensor) -> torch.Tensor:
     if type(local) is not torch.Tensor:
         local = wait_for_pending(local)
     return local.detach() if local.requires_grad else local
+
+
+def local_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold a leaf's elements on this rank: shards, the local one, or itself."""
+    if isinstance(tensor, ShardedTensor):
+        return [shard.tensor for shard in tensor.local_shards()]
+    return [tensor._local_tensor if isinstance(tensor, DTensor) else tensor]
 
 
 def is_ordinary(tensor: torch.Tensor) -> bool:
@@ -124,16 +131,13 @@ def is_row_major(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return True
 
 
-def unwritable(tensor: Any) -> str | None:
+def unwritable(tensor: torch.Tensor) -> str | None:
     """Why ``tensor`` cannot take values: two of its elements share memory. None where it can."""
-    if isinstance(tensor, DTensor):
-        tensor = tensor._local_tensor
-    elif isinstance(tensor, ShardedTensor):
-        return next(filter(None, (unwritable(s.tensor) for s in tensor.local_shards())), None)
-    if not isinstance(tensor, torch.Tensor) or not is_ordinary(tensor) or tensor.is_contiguous():
-        return None
-    if any(n > 1 and step == 0 for n, step in zip(tensor.size(), tensor.stride(), strict=True)):
-        return "expected memory of its own for each element, got an expanded tensor"
+    for part in local_parts(tensor):
+        if is_ordinary(part) and not part.is_contiguous():
+            sizes = zip(part.size(), part.stride(), strict=True)
+            if any(n > 1 and step == 0 for n, step in sizes):
+                return "expected memory of its own for each element, got an expanded tensor"
     return None
 
 

@@ -7,15 +7,16 @@ functions would ask for: ``copy_`` to take values, ``clone`` or ``to`` to be cop
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from operator import is_not
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 PLAIN = frozenset({torch.Tensor, nn.Parameter})
 _OUR_FUNCTION = (
@@ -102,8 +103,9 @@ def wait_for_pending(tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, AsyncCollectiveTensor):
         return wait_for_pending(tensor.wait())
     if has_own_operations(tensor):
-        for _, value in _held_attributes(tensor):
-            _wait_in(value)
+        for held in tree_leaves([value for _, value in _held_attributes(tensor)]):
+            if isinstance(held, torch.Tensor):
+                wait_for_pending(held)
     return tensor
 
 
@@ -115,18 +117,6 @@ def _held_attributes(tensor: torch.Tensor) -> Iterator[tuple[str, Any]]:
         yield from _attributes(tensor)
 
 
-def _wait_in(value: Any) -> None:
-    if isinstance(value, DTensor):
-        wait_for_pending(value._local_tensor)
-    elif isinstance(value, torch.Tensor):
-        wait_for_pending(value)
-    elif type(value) in (list, tuple):
-        for item in value:
-            _wait_in(item)
-    elif type(value) is dict:
-        _wait_in(list(value.values()))
-
-
 def unwrap_pending(tensor: torch.Tensor) -> torch.Tensor:
     """As :func:`wait_for_pending`, and no tensor in it is an ``AsyncCollectiveTensor`` any more.
 
@@ -135,25 +125,11 @@ def unwrap_pending(tensor: torch.Tensor) -> torch.Tensor:
     tensor = wait_for_pending(tensor)
     if has_own_operations(tensor):
         for name, value in list(_held_attributes(tensor)):
-            finished = _unwrap_value(value)
-            if finished is not value:
-                setattr(tensor, name, finished)
+            held, structure = tree_flatten(value)
+            finished = [unwrap_pending(v) if isinstance(v, torch.Tensor) else v for v in held]
+            if any(map(is_not, finished, held)):
+                setattr(tensor, name, tree_unflatten(finished, structure))
     return tensor
-
-
-def _unwrap_value(value: Any) -> Any:
-    if isinstance(value, AsyncCollectiveTensor):
-        return unwrap_pending(value.wait())
-    if isinstance(value, torch.Tensor):
-        return unwrap_pending(value)
-    if type(value) in (list, tuple):
-        found = [_unwrap_value(item) for item in value]
-        same = all(new is old for new, old in zip(found, value, strict=True))
-        return value if same else type(value)(found)
-    if type(value) is dict:
-        finished = {key: _unwrap_value(item) for key, item in value.items()}
-        return value if all(finished[key] is value[key] for key in value) else finished
-    return value
 
 
 _UNSUPPORTED = (NotImplementedError, TypeError, ValueError, AttributeError, AssertionError)
@@ -177,13 +153,17 @@ def copy_by_class(tensor: torch.Tensor, device: torch.device | None = None) -> t
     try:
         return tensor.to(tensor.device, copy=True)
     except _UNSUPPORTED:
-        return _rebuilt(tensor) if hasattr(type(tensor), "__tensor_flatten__") else tensor
+        if hasattr(type(tensor), "__tensor_flatten__"):
+            return wrapper_around(tensor, copy_by_class)
+        return tensor
 
 
-def _rebuilt(tensor: torch.Tensor) -> torch.Tensor:
-    """A wrapper of the same class around copies of what it holds."""
+def wrapper_around(
+    tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """A wrapper of the class of ``tensor`` around what ``change`` makes of what that holds."""
     names, context = cast(Any, tensor).__tensor_flatten__()
-    inner = {name: copy_by_class(getattr(tensor, name)) for name in names}
+    inner = {name: change(getattr(tensor, name)) for name in names}
     unflatten: Any = type(tensor).__tensor_unflatten__  # type: ignore[attr-defined]
     made: torch.Tensor = unflatten(inner, context, tensor.size(), tensor.stride())
     return made
@@ -211,9 +191,3 @@ def put_by_class(target: torch.Tensor, source: torch.Tensor, non_blocking: bool 
             ours.copy_(theirs, non_blocking=non_blocking)
         return
     target.copy_(source, non_blocking=non_blocking)
-
-
-def first_shard(tensor: torch.Tensor) -> torch.Tensor | None:
-    """A shard of this rank, where ``tensor`` wraps any."""
-    shards = shards_of(tensor)
-    return shards[0] if shards else None

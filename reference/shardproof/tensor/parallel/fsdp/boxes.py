@@ -71,27 +71,13 @@ def _only_mesh_dim(tensor: DTensor) -> DeviceMesh:
     return mesh
 
 
-def _step(size: int, count: int) -> int:
-    """The size of all shards but the last ones, as ``torch.chunk`` cuts."""
-    return -(-size // count)
-
-
 # FSDP asks for every parameter, and models have few shapes.
-@lru_cache(maxsize=4096)
-def _spacing(shape: torch.Size, dim: int | None, count: int) -> torch.Size:
-    """How far apart the shards are: zero but in the sharded dimension."""
-    offsets = [0] * len(shape)
-    if dim is not None:
-        offsets[dim] = _step(shape[dim], count)
-    return torch.Size(offsets)
-
-
 @lru_cache(maxsize=16384)
 def _box_at(shape: torch.Size, dim: int | None, count: int, idx: int) -> Box:
-    """The (offset, size) of one of ``count`` shards."""
+    """The (offset, size) of one of ``count`` shards, as ``torch.chunk`` cuts."""
     offsets, sizes = [0] * len(shape), list(shape)
     if dim is not None:
-        whole, step = shape[dim], _step(shape[dim], count)
+        whole, step = shape[dim], -(-shape[dim] // count)
         offsets[dim] = min(idx * step, whole)
         sizes[dim] = min(step, whole - offsets[dim])
     return torch.Size(offsets), torch.Size(sizes)
@@ -119,7 +105,9 @@ def _get_box(tensor: DTensor) -> Box:
     coordinate = spec.mesh.get_coordinate()
     if coordinate is not None:
         _, sizes = _local_box(tensor, dim, coordinate[0])
-    return _spacing(spec.shape, dim, spec.mesh.size(0)), sizes
+    # They are as far apart as the first two.
+    offsets, _ = _box_at(spec.shape, dim, spec.mesh.size(0), 1)
+    return offsets, sizes
 
 
 def _get_box_for(tensor: DTensor, idx: int) -> Box:

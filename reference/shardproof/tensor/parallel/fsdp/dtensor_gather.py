@@ -87,13 +87,16 @@ def _all_gather_dtensor(tensor: DTensor, parent_mesh: DeviceMesh | None) -> torc
     if isinstance(local, FakeTensor):
         return _redistribute_by_dtensor(tensor)
     if scattered or _reduces(spec.placements):
-        _agree_on_mesh(tensor, local)
+        domain = mesh_domain(mesh)
+        _exchange_verdicts(tensor, local, domain, domain.stages(), domain.coordinates)
         return _redistribute_by_dtensor(tensor)
     if not route.dims:
         _check_local(tensor, local)
         return fresh_copy(local, local.device)
     if own:
-        _agree_on_route(route, tensor, local)
+        domain = mesh_domain(mesh)
+        stages = [domain.stage(d) for d in route.dims]
+        _exchange_verdicts(tensor, local, domain, stages, route.coordinates)
         return _redistribute_by_dtensor(tensor)
     local = local.detach() if local.requires_grad else local
     whole = allocate(route.target.shape, local.dtype, local.device, tuple(spec.stride))
@@ -139,12 +142,9 @@ def _gather_into(whole: torch.Tensor, route: Route, tensor: DTensor, local: torc
     width = route.width * whole.dtype.itemsize
     values = local.detach() if local.device == domain.device else local.to(domain.device)
     row = as_carrier(values)
-    first = _first_message(_verdict(tensor, local), domain.device)
     along = width <= _FIRST_BYTES - _HEADER_BYTES
-    if row.nbytes <= width and along:
-        _write_bytes(first[_HEADER_BYTES:], row)
-    rows = collect(stages, first, short=True)
-    _check_verdicts(rows, tensor, domain, route.coordinates)
+    chunk = row if row.nbytes <= width and along else None
+    rows = _exchange_verdicts(tensor, local, domain, stages, route.coordinates, chunk)
     moved = carrier_dtype(whole.dtype)
     memory = whole.view(moved)
     if along:
@@ -193,27 +193,25 @@ def _write_bytes(into: torch.Tensor, values: torch.Tensor) -> None:
         room.view(values.dtype).view(values.shape).copy_(values)
 
 
-def _first_message(verdict: torch.Tensor, device: torch.device) -> torch.Tensor:
-    message = torch.empty(_FIRST_BYTES, dtype=torch.uint8, device=device)
-    message[:_HEADER_BYTES].copy_(verdict)
-    return message
+def _exchange_verdicts(
+    tensor: DTensor,
+    local: torch.Tensor,
+    domain: Domain,
+    stages: Sequence[Stage],
+    coordinates: Sequence[tuple[int, ...]],
+    chunk: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The first messages of the ranks at ``coordinates``, a row each, once all were found good.
 
-
-def _agree_on_route(route: Route, tensor: DTensor, local: torch.Tensor) -> None:
-    """What :func:`_gather_into` begins with, on a rank whose tensor cannot be sent as bytes."""
-    domain = mesh_domain(tensor.device_mesh)
-    stages = [domain.stage(d) for d in route.dims]
-    first = _first_message(_verdict(tensor, local), domain.device)
-    _check_verdicts(collect(stages, first, short=True), tensor, domain, route.coordinates)
-
-
-def _agree_on_mesh(tensor: DTensor, local: torch.Tensor) -> None:
-    """Exchange verdicts between all ranks of the mesh."""
-    domain = mesh_domain(tensor.device_mesh)
-    stages = [domain.stage(d) for d, size in enumerate(domain.shape) if size > 1]
-    first = _first_message(_verdict(tensor, local), domain.device)
-    coordinates = [domain.coordinate(index) for index in range(len(domain.members))]
-    _check_verdicts(collect(stages, first, short=True), tensor, domain, coordinates)
+    ``chunk`` travels along behind this rank's header.
+    """
+    first = torch.empty(_FIRST_BYTES, dtype=torch.uint8, device=domain.device)
+    first[:_HEADER_BYTES].copy_(_verdict(tensor, local))
+    if chunk is not None:
+        _write_bytes(first[_HEADER_BYTES:], chunk)
+    rows = collect(stages, first, short=True)
+    _check_verdicts(rows, tensor, domain, coordinates)
+    return rows
 
 
 def _check_verdicts(

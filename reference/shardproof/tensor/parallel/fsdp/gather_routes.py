@@ -6,12 +6,13 @@ sizes, so it is remembered.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import product
 from typing import NamedTuple
 
 from shardproof._core.sharding.blocks import Block, Cut, Region, block_at
+from shardproof._core.sharding.ranks import coordinates_along
 
 __all__ = ["Route", "route_of"]
 
@@ -64,12 +65,7 @@ def route_of(
         return Route(target, tuple(dims))
     if not _line_holds_target(shape, mesh_shape, cuts, kept):
         dims.append(kept)
-    coordinates = []
-    for indices in product(*(range(mesh_shape[d]) for d in dims)):
-        coordinate = list(here)
-        for dim, value in zip(dims, indices, strict=True):
-            coordinate[dim] = value
-        coordinates.append(tuple(coordinate))
+    coordinates = coordinates_along(here, dims, mesh_shape)
     blocks = tuple(block_at(shape, mesh_shape, cuts, c) for c in coordinates)
     return Route(
         target,
@@ -120,28 +116,22 @@ def _line_holds_target(
     shape: tuple[int, ...], mesh_shape: tuple[int, ...], cuts: tuple[Cut, ...], kept: int
 ) -> bool:
     """Whether the ranks that differ in all dimensions but ``kept`` hold what one of them needs."""
-    inner = tuple(cut for cut in cuts if cut.mesh_dim == kept)
-    mixed = {cut.tensor_dim for cut in inner} & {
-        cut.tensor_dim for cut in cuts if cut.mesh_dim != kept
-    }
-    for dim in mixed:
-        along = tuple(Cut(0, c.mesh_dim, c.splits) for c in cuts if c.tensor_dim == dim)
-        if along[0].mesh_dim == kept and all(c.mesh_dim != kept for c in along[1:]):
-            continue
-        ranges = [
-            range(size if d != kept and any(c.mesh_dim == d for c in along) else 1)
-            for d, size in enumerate(mesh_shape)
-        ]
-        alone = tuple(c for c in along if c.mesh_dim == kept)
-        for index in range(mesh_shape[kept]):
-            held = 0
-            mine = [0] * len(mesh_shape)
-            mine[kept] = index
-            (want,) = block_at((shape[dim],), mesh_shape, alone, tuple(mine)).runs
-            for other in product(*ranges):
-                coordinate = (*other[:kept], index, *other[kept + 1 :])
-                (runs,) = block_at((shape[dim],), mesh_shape, along, coordinate).runs
-                held += sum(max(min(b, d) - max(a, c), 0) for a, b in want for c, d in runs)
-            if held < sum(b - a for a, b in want):
-                return False
+    inner = [cut for cut in cuts if cut.mesh_dim == kept]
+    outer = [cut for cut in cuts if cut.mesh_dim != kept]
+    if {cut.tensor_dim for cut in inner}.isdisjoint(cut.tensor_dim for cut in outer):
+        return True
+    dims = [cut.mesh_dim for cut in outer]
+    for here in coordinates_along([0] * len(mesh_shape), [kept], mesh_shape):
+        target = block_at(shape, mesh_shape, tuple(inner), here)
+        line = coordinates_along(here, dims, mesh_shape)
+        if sum(_common(target, block_at(shape, mesh_shape, cuts, c)) for c in line) < target.numel:
+            return False
     return True
+
+
+def _common(one: Block, other: Block) -> int:
+    """How many elements are in both."""
+    return math.prod(
+        sum(max(min(b, d) - max(a, c), 0) for a, b in ours for c, d in theirs)
+        for ours, theirs in zip(one.runs, other.runs, strict=True)
+    )

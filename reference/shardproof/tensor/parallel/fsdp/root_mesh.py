@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
+from itertools import product
 from weakref import WeakKeyDictionary
 
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,7 +21,8 @@ from torch.distributed.tensor.placement_types import (
     _StridedShard,
 )
 
-from shardproof._core.sharding.ranks import mesh_ranks, my_coordinate, root_of
+from shardproof._core.sharding.blocks import Cut, block_at
+from shardproof._core.sharding.ranks import coordinates_along, mesh_ranks, my_coordinate, root_of
 from shardproof._core.sharding.simulated_ranks import with_real_ranks
 
 __all__ = ["chunk_placements", "fsdp_dims", "mesh_name", "root_dims", "root_mesh"]
@@ -78,9 +80,7 @@ def root_dims(root: DeviceMesh, mesh: DeviceMesh) -> tuple[tuple[int, ...], ...]
 
 def _root_dims(root: DeviceMesh, mesh: DeviceMesh, here: tuple[int, ...]) -> list[tuple[int, ...]]:
     members = mesh_ranks(root)
-    coordinates = {
-        rank: _coordinate(index, tuple(root.shape)) for index, rank in enumerate(members)
-    }
+    coordinates = dict(zip(members, product(*map(range, root.shape)), strict=True))
     ranks = mesh_ranks(mesh)
     found: list[tuple[int, ...]] = []
     names = root.mesh_dim_names or ()
@@ -91,21 +91,13 @@ def _root_dims(root: DeviceMesh, mesh: DeviceMesh, here: tuple[int, ...]) -> lis
             continue
         # A flattened mesh, or one that was built on its own: the ranks tell.
         step = math.prod(tuple(mesh.shape)[dim + 1 :])
-        coordinates_along = [coordinates.get(rank) for rank in ranks[: step * size : step]]
+        line = [coordinates.get(rank) for rank in ranks[: step * size : step]]
         found.append(
-            tuple(
-                d
-                for d in range(root.ndim)
-                if len({p[d] for p in coordinates_along if p is not None}) > 1
-            )
+            tuple(d for d in range(root.ndim) if len({p[d] for p in line if p is not None}) > 1)
         )
     free = [d for dims in found for d in dims]
-    want = tuple(root.shape[d] for d in free)
-    expected = [
-        members[_position(here, free, _coordinate(i, want), tuple(root.shape))]
-        for i in range(math.prod(want))
-    ]
-    if len(set(free)) != len(free) or tuple(expected) != ranks:
+    expected = coordinates_along(here, free, root.shape)
+    if len(set(free)) != len(free) or expected != [coordinates.get(rank) for rank in ranks]:
         raise ValueError(f"{mesh_name(mesh)} is not a part of {mesh_name(root)}")
     return found
 
@@ -200,41 +192,17 @@ def _strided_shard_describes(size: int, inner: int, outer: int) -> bool:
     """
     if size % (inner * outer) == 0:
         return True
-    step = -(-size // inner)
-    held = [max(min(step, size - t * step), 0) for t in range(inner)]
-    for i in range(outer):
-        pieces = [max(min(-(-n // outer), n - i * -(-n // outer)), 0) for n in held]
-        total = sum(pieces)
-        chunk = -(-total // inner)
-        at = 0
-        for t, piece in enumerate(pieces):
-            if piece != max(min(chunk, total - t * chunk), 0) or at != min(t * chunk, total):
-                return False
-            at += piece
-    return True
+    shard, mesh_shape = (size,), (outer, inner)
+    of_outer, of_inner = Cut(0, 0, 1), Cut(0, 1, 1)
+    described = Cut(0, 0, inner), of_inner
+    return all(
+        block_at(shard, mesh_shape, described, at)
+        == block_at(shard, mesh_shape, (of_inner, of_outer), at)
+        for at in product(range(outer), range(inner))
+    )
 
 
 def _cut_dim(placement: Placement) -> int | None:
     if isinstance(placement, (Shard, _StridedShard)):
         return int(placement.dim)
     return None
-
-
-def _coordinate(index: int, shape: Sequence[int]) -> tuple[int, ...]:
-    found: list[int] = []
-    for size in reversed(shape):
-        index, at = divmod(index, size)
-        found.append(at)
-    return tuple(reversed(found))
-
-
-def _position(
-    here: Sequence[int], free: Sequence[int], coordinate: Sequence[int], shape: Sequence[int]
-) -> int:
-    whole = list(here)
-    for dim, value in zip(free, coordinate, strict=True):
-        whole[dim] = value
-    index = 0
-    for size, value in zip(shape, whole, strict=True):
-        index = index * size + value
-    return index
