@@ -173,8 +173,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "large_negatives_sent_as_they_lie",
         "a large part that is lazily negated on one rank alone is gathered from where it lies",
         "_core/gathering/mesh_gather.py",
-        "        and not (part.is_conj() or part.is_neg())\n",
-        "",
+        "part.device == domain.device and not is_lazy(part)\n",
+        "part.device == domain.device\n",
         "large_tensors",
     ),
     (

@@ -95,8 +95,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "wrapper_replica_in_part",
         "of a replicated wrapper, which does not travel, the first tensor is given",
         "_core/gathering/local_copies.py",
-        "fresh_copy(memory, result",
-        "fresh_copy(getattr(memory, 'a', memory), result",
+        "fresh_copy(leaf.local[0] if joined else memory, device)",
+        "fresh_copy(leaf.local[0] if joined else getattr(memory, 'a', memory), device)",
         "opaque_tensors",
     ),
     (

@@ -163,7 +163,8 @@ def _fill_targets(found: dict[str, tuple[Target, torch.Tensor]]) -> dict[str, An
     for key, (target, full) in found.items():
         spec = target.spec
         if key not in leaders:
-            if spec.copies and full.device == spec.device and _is_small(full):
+            small = spec.copies and type(full) in PLAIN and full.nbytes <= _SMALL
+            if small and full.device == spec.device:
                 alike.setdefault(spec, []).append(key)
             else:
                 results[key] = target.fill_from(full)
@@ -173,11 +174,6 @@ def _fill_targets(found: dict[str, tuple[Target, torch.Tensor]]) -> dict[str, An
     for spec, keys in alike.items():
         results.update(zip(keys, _fill_alike(spec, [found[key] for key in keys]), strict=True))
     return {key: results[key if key in results else leaders[key]] for key in found}
-
-
-def _is_small(full: torch.Tensor) -> bool:
-    """Whether it is of no kind of its own, and small."""
-    return type(full) in PLAIN and full.nbytes <= _SMALL
 
 
 def _fill_alike(spec: TargetSpec, pairs: list[tuple[Target, torch.Tensor]]) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import cache
 from itertools import repeat
 from typing import Any
 
@@ -92,14 +93,24 @@ def _iterate_state_dict(
 
     here = wants_result_here(ranks_only, pg)
     offload = cpu_offload and here and companion is ABSENT
-    functions = _Functions(sharded_tensor_func, dtensor_func, tensor_func)
+    by_kind = (
+        (ShardedTensor, sharded_tensor_func),
+        (DTensor, dtensor_func),
+        (torch.Tensor, tensor_func),
+    )
+
+    @cache
+    def function_for(kind: type) -> TensorFunction | None:
+        return next((function for base, function in by_kind if issubclass(kind, base)), None)
+
     others = walk.companions or repeat(None)
     results: list[Any] = []
     called: dict[Hashable, Any] = {}
     tied = list(maybe_tied(walk.leaves))
     of = snapshots_of_tied(walk.leaves, tied if offload else [False] * len(tied))
     for value, other, shared in zip(walk.leaves, others, tied, strict=False):
-        function = functions[type(value)]
+        kind: type = type(value)
+        function = function_for(kind)
         if function is None:
             results.append(copy_leaf_value(value) if companion is ABSENT else value)
             continue
@@ -124,16 +135,3 @@ def _iterate_state_dict(
     if companion is not ABSENT:
         results = copy_into_companions(walk, results, non_blocking)
     return walk.rebuilt(results)
-
-
-class _Functions(dict[type, "TensorFunction | None"]):
-    """Type of a leaf -> what is called for it; None where it is no tensor."""
-
-    def __init__(self, sharded: TensorFunction, dtensor: TensorFunction, plain: TensorFunction):
-        super().__init__()
-        self._by_kind = (ShardedTensor, sharded), (DTensor, dtensor), (torch.Tensor, plain)
-
-    def __missing__(self, kind: type) -> TensorFunction | None:
-        found = next((function for base, function in self._by_kind if issubclass(kind, base)), None)
-        self[kind] = found
-        return found

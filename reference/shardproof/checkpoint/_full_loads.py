@@ -110,7 +110,7 @@ def load_from_rank0(load: Load, model: nn.Module, state_dict: Mapping[str, Any],
         if info.fsdp_modules and not info.strict:
             names = sorted(name for name, _, key in _names(model, info) if key in state_dict)
     replies, _ = exchange(domain, names, refusal or _too_many_devices(model), repr(names).encode())
-    told = _raised(domain, replies)
+    told = first_failure(domain, replies)
     if told is not None:
         raise told.error()
     given = None if replies is None else set(replies[0][1])
@@ -119,7 +119,7 @@ def load_from_rank0(load: Load, model: nn.Module, state_dict: Mapping[str, Any],
         mine = load(model, _Given(state_dict, lambda key, _: given is None or key in given), info)
     except Exception as raised:
         error, failure = raised, Failure.of(raised)
-    told = _raised(domain, exchange(domain, None, failure)[0])
+    told = first_failure(domain, exchange(domain, None, failure)[0])
     if error is not None:
         raise error
     if told is not None:
@@ -160,10 +160,6 @@ def refuse_alike(
     told = agree_on_failure(domains, failure)
     if told is not None:
         raise told.error()
-
-
-def _raised(domain: Domain, replies: Any) -> Failure | None:
-    return None if replies is None else first_failure(domain, replies)
 
 
 def _names(model: nn.Module, info: Any) -> Iterator[tuple[str, Any, str]]:

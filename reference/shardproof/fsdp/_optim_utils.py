@@ -225,17 +225,11 @@ def _described(value: Any) -> Any:
     return value
 
 
-def _spec_of(fsdp_param_info: Any, fqn: str) -> DTensorSpec | None:
-    """Of which DTensor the parameter is a part; None if of none."""
-    extensions = fsdp_param_info.handle.flat_param._param_extensions
-    extension = extensions[fsdp_param_info.param_indices[fqn]]
-    return extension if isinstance(extension, DTensorSpec) else None
-
-
 def _local_state(fsdp_param_info: Any, fqn: str, state: State) -> State:
     """The state as it belongs to the local tensor that FSDP has flattened."""
-    spec = _spec_of(fsdp_param_info, fqn)
-    if spec is None:
+    extensions = fsdp_param_info.handle.flat_param._param_extensions
+    spec = extensions[fsdp_param_info.param_indices[fqn]]  # of which DTensor it is a part
+    if not isinstance(spec, DTensorSpec):
         return state
     extension = fsdp_param_info.state._fsdp_extension
     return {name: _local_of(value, spec, extension) for name, value in sorted(state.items())}

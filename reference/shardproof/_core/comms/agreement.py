@@ -108,9 +108,9 @@ def exchange(
     return [(None, pickle.loads(zlib.decompress(text))) for text in texts], flags  # noqa: S301
 
 
-def first_failure(domain: Domain, replies: Replies) -> Failure | None:
+def first_failure(domain: Domain, replies: Replies | None) -> Failure | None:
     """The error of the first member that has one, with the member's name."""
-    for index, (failure, _) in enumerate(replies):
+    for index, (failure, _) in enumerate(replies or ()):
         if failure is not None:
             return _with_rank_name(domain, index, failure)
     return None

@@ -58,21 +58,17 @@ class NestBuilder:
     def holder_of_branch(self, path: TypedPath) -> dict[Any, Any]:
         """What holds the last step of a typed path."""
         known = self._known
-        branch = path.branch
-        if branch in known:
-            return known[branch]
-        above = branch.parent
-        if above is not None and above not in known:
-            new: list[Branch] = []
-            while above is not None and above not in known:
-                new.append(above)
-                above = above.parent
-            for step in reversed(new):
-                self._enter(step, path)
-        return self._enter(branch, path)
+        new: list[Branch] = []
+        above: Branch | None = path.branch
+        while above is not None and above not in known:
+            new.append(above)
+            above = above.parent
+        for branch in reversed(new):
+            self._enter(branch, path)
+        return known[path.branch]
 
-    def _enter(self, branch: Branch, path: TypedPath) -> dict[Any, Any]:
-        """The container of a branch, the one above it being known; made where missing."""
+    def _enter(self, branch: Branch, path: TypedPath) -> None:
+        """Know the container of a branch, the one above it being known; made where missing."""
         key, container = branch.key, branch.container
         if branch.parent is None:
             held: Any = self.root
@@ -86,14 +82,13 @@ class NestBuilder:
                 if container is not ANY_DICT:
                     self._becomes[id(held)] = container
                     self._others.append((parent, key, held))
-                return held
+                return
         self._known[branch] = held
         guess = self._becomes.get(id(held), ANY_DICT)
         # Plain paths guess; what knows more of a container wins.
         if container is not guess and guess in (ANY_DICT, ANY_LIST):
             self._becomes[id(held)] = container
             self._in_order = False
-        return held
 
     def is_container(self, value: Any) -> bool:
         """Whether what a container holds is another, and no leaf."""

@@ -81,6 +81,11 @@ def renew_if_empty(value: Any) -> Any:
     return ContainerType(value).build({}) if is_branch(value) and len(value) == 0 else value
 
 
+def _plain_containers(items: OBJ_PATH) -> tuple[ContainerType, ...]:
+    """The container that holds each step of a plain path."""
+    return tuple(ANY_DICT if isinstance(item, str) else ANY_LIST for item in items)
+
+
 class Branch:
     """A container on the way to leaves: what their paths have in common.
 
@@ -101,11 +106,15 @@ class Branch:
     @classmethod
     def plain(cls, items: OBJ_PATH, container: ContainerType) -> Branch:
         """The branch at the end of a path through dicts and lists, which its items tell apart."""
-        branch: Branch | None = None
-        for step, below in enumerate(items):
-            holder = ANY_DICT if isinstance(below, str) else ANY_LIST
-            branch = cls(branch, items[step - 1] if step else None, holder)
-        return cls(branch, items[-1] if items else None, container)
+        return cls.along(items, (*_plain_containers(items), container))
+
+    @classmethod
+    def along(cls, keys: tuple[Any, ...], through: tuple[ContainerType, ...]) -> Branch:
+        """The branch of the last of some containers, each at its key in the one before."""
+        branch = cls(None, None, through[0])
+        for key, container in zip(keys, through[1:], strict=False):
+            branch = cls(branch, key, container)
+        return branch
 
     def ancestry(self) -> list[Branch]:
         """The branches from the root to this one."""
@@ -147,11 +156,7 @@ class TypedPath(tuple[PATH_ITEM, ...]):
     ) -> TypedPath:
         """A path from its items, keys and containers."""
         path = cls(items)
-        branch = Branch(None, None, through[0])
-        for key, container in zip(keys, through[1:], strict=False):
-            branch = Branch(branch, key, container)
-        path.branch = branch
-        path.key = keys[-1]
+        path.branch, path.key = Branch.along(keys, through), keys[-1]
         return path
 
     @classmethod
@@ -159,8 +164,7 @@ class TypedPath(tuple[PATH_ITEM, ...]):
         """``path`` itself, or what it says where it is a plain one."""
         if isinstance(path, cls):
             return path
-        through = tuple(ANY_DICT if isinstance(item, str) else ANY_LIST for item in path)
-        return cls.of(path, path, through)
+        return cls.of(path, path, _plain_containers(path))
 
     @property
     def keys(self) -> tuple[Any, ...]:

@@ -31,7 +31,7 @@ def agree_on_leaves(
     limited = bool(large) and any(
         leaf.layout in large and needs_bucket(leaf, cpu_offload) for leaf in found.leaves.values()
     )
-    agreed = agree_on_entries(domains, found.columns(), found.failure, limited, by_class)
+    agreed = agree_on_entries(domains, found.columns, found.failure, limited, by_class)
     if agreed.failure is not None:
         raise agreed.failure.error()
     return agreed

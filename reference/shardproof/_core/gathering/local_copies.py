@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -33,7 +33,6 @@ class LocalCopies:
     def __init__(self, found: FoundLeaves, cpu_offload: bool) -> None:
         self.cpu_offload = cpu_offload
         self._found = found
-        self._tied: frozenset[int] | None = None
         self._overlapping: dict[torch.device, OverlappingCopies] = {}
 
     def of(self, leaves: Sequence[ShardedLeaf]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -52,10 +51,10 @@ class LocalCopies:
             if made is not None:
                 return made  # Not reached on a CPU: only a GPU's tensors are copied together.
             memory = tensor._local_tensor
-            if is_table(type(memory)) and leaf.local:
-                return fresh_copy(leaf.local[0], result_device(layout, self.cpu_offload))
             if is_custom(type(memory)):
-                return fresh_copy(memory, result_device(layout, self.cpu_offload))
+                joined = is_table(type(memory)) and leaf.local
+                device = result_device(layout, self.cpu_offload)
+                return fresh_copy(leaf.local[0] if joined else memory, device)
             return self._copy(local_of(tensor), id(tensor))
         full = result_for(leaf, self.cpu_offload)
         if not layout.meta:
@@ -76,7 +75,7 @@ class LocalCopies:
                 [None if name in gathered else value for name, value in leaves]
             )
         finished: dict[Hashable, torch.Tensor] = {}
-        shared, offload = self._shared(), self.cpu_offload
+        shared, offload = self._shared, self.cpu_offload
         results: list[Any] = []
         for index, (name, value) in enumerate(leaves):
             if name in gathered:
@@ -87,7 +86,8 @@ class LocalCopies:
                 grad, parameter = requires_grad_of(value), isinstance(value, nn.Parameter)
                 key = geometry(value), type(value), grad, parameter
                 if key not in finished:
-                    finished[key] = self._copy_like_leaf(value)
+                    fresh = self._copy(value, id(value))
+                    finished[key] = value if fresh is value else as_parameter_like(fresh, value)
                 results.append(finished[key])
             else:
                 made = ready.get(index)
@@ -97,35 +97,25 @@ class LocalCopies:
         result: dict[str, Any] = found.walk.rebuilt(results)
         return result
 
-    def _copy_like_leaf(self, value: torch.Tensor) -> torch.Tensor:
-        made = self._copy(value, id(value))
-        return value if made is value else as_parameter_like(made, value)
-
     def _copy(self, memory: torch.Tensor, leaf: int) -> torch.Tensor:
-        if leaf not in self._shared():
-            return self._alone(memory)
         to = CPU if self.cpu_offload else memory.device
+        if leaf not in self._shared:
+            return fresh_copy(memory, to)
         if to not in self._overlapping:
-            tied = [v for v in self._found.walk.leaves if id(v) in self._shared()]
+            tied = [v for v in self._found.walk.leaves if id(v) in self._shared]
             self._overlapping[to] = OverlappingCopies(tied, partial(fresh_copy, device=to))
         return self._overlapping[to].of(memory)
 
-    def _alone(self, memory: torch.Tensor) -> torch.Tensor:
-        return fresh_copy(memory, CPU if self.cpu_offload else memory.device)
-
+    @cached_property
     def _shared(self) -> frozenset[int]:
         """The ids of the leaves that may share memory with another that is copied here."""
-        if self._tied is None:
-            found = self._found
-            travels = {
-                layout: layout.travels for layout in {f.layout for f in found.leaves.values()}
-            }
-            copied = [
-                value
-                for name, value in zip(found.names, found.walk.leaves, strict=True)
-                if isinstance(value, torch.Tensor)
-                and not (name in found.leaves and travels[found.leaves[name].layout])
-            ]
-            tied = zip(copied, maybe_tied(copied), strict=True)
-            self._tied = frozenset(id(value) for value, ask in tied if ask)
-        return self._tied
+        found = self._found
+        travels = {layout: layout.travels for layout in {f.layout for f in found.leaves.values()}}
+        copied = [
+            value
+            for name, value in zip(found.names, found.walk.leaves, strict=True)
+            if isinstance(value, torch.Tensor)
+            and not (name in found.leaves and travels[found.leaves[name].layout])
+        ]
+        tied = zip(copied, maybe_tied(copied), strict=True)
+        return frozenset(id(value) for value, ask in tied if ask)

@@ -27,7 +27,7 @@ from shardproof._core.sharding.ranks import coordinates_along
 from shardproof._core.sharding.tensor_layout import TensorLayout
 from shardproof._core.sharding.uniform_grid import UniformGrid
 from shardproof._core.tensors.pinned_copy import copy_to_pinned, is_on_gpu
-from shardproof._core.tensors.properties import CPU
+from shardproof._core.tensors.properties import CPU, is_lazy
 from shardproof._core.tensors.values import allocate, as_carrier, carrier_dtype, copy_all
 
 
@@ -39,9 +39,7 @@ def needs_bucket(leaf: ShardedLeaf, cpu_offload: bool) -> bool:
     domain = leaf.layout.domain
     assert domain is not None
     direct = all(
-        part.is_contiguous()
-        and part.device == domain.device
-        and not (part.is_conj() or part.is_neg())
+        part.is_contiguous() and part.device == domain.device and not is_lazy(part)
         for part in leaf.local
     )
     offloaded = cpu_offload and domain.device != CPU

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,7 +67,6 @@ class FoundLeaves:
         self.leaves: dict[str, ShardedLeaf] = {}
         self.domains: list[Domain] = []
         self.failure: Failure | None = None
-        self._columns: Columns | None = None
 
     def note_failure(self, error: Exception, name: str | None = None) -> None:
         """Remember the first error: it is raised only after all ranks know of it."""
@@ -76,13 +76,9 @@ class FoundLeaves:
                 failure = Failure(failure.kind, f"{name!r}: {failure.message}")
             self.failure = failure
 
+    @cached_property
     def columns(self) -> Columns:
         """What this rank tells the others of its distributed leaves."""
-        if self._columns is None:
-            self._columns = self._describe()
-        return self._columns
-
-    def _describe(self) -> Columns:
         paths = sorted(self.leaves)
         leaves = list(map(self.leaves.__getitem__, paths))
         kinds: dict[tuple[str, tuple[int, ...], tuple[int, ...]], int] = {}

@@ -26,7 +26,7 @@ def _tied_paths(found: FoundLeaves, details: Mapping[Domain, Sequence[Entries]])
 
     A rank whose part of a tensor is empty cannot tell whether it is tied, so the others decide.
     """
-    columns = found.columns()
+    columns = found.columns
     if not details and all(
         tie is None or tie == path for path, tie in zip(columns.paths, columns.ties, strict=True)
     ):
@@ -53,7 +53,7 @@ def gather_whole_tensors(
 ) -> dict[str, torch.Tensor]:
     """Path -> the whole tensor, for the leaves that this rank wants."""
     tied = _tied_paths(found, agreed.details)
-    columns = found.columns()
+    columns = found.columns
     kinds: list[list[ShardedLeaf]] = [[] for _ in columns.kinds]
     for path, number in zip(columns.paths, columns.numbers, strict=True):
         if path not in tied:

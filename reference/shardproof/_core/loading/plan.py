@@ -40,11 +40,6 @@ class LoadPlan:
     targets: dict[Any, list[Target]] = field(default_factory=dict)
     scalars: list[tuple[Target, torch.Tensor]] = field(default_factory=list)
 
-    def other_shapes(self) -> dict[Any, tuple[int, ...]]:
-        """Key -> the shape of a plain target, where it is not the full tensor's."""
-        shapes = ((key, target.spec.other_shape) for key, target in self.found.items())
-        return {key: shape for key, shape in shapes if shape is not None}
-
     def columns(self, manifest: Manifest, domain: Domain) -> PlanColumns:
         """What this rank needs, in columns that are equal on ranks with equal needs."""
         every = set(domain.members)
@@ -79,7 +74,8 @@ class LoadPlan:
             else:
                 needs = dict.fromkeys((need(target.spec)[0], False) for target in targets)
                 required.append(tuple([numbers.setdefault(n, len(numbers)) for n in needs]))
-        return list(numbers), required, self.other_shapes()
+        shapes = ((key, target.spec.other_shape) for key, target in self.found.items())
+        return list(numbers), required, {key: shape for key, shape in shapes if shape is not None}
 
 
 PlanColumns = tuple[list[Requirement], list[tuple[int, ...]], dict[Any, tuple[int, ...]]]

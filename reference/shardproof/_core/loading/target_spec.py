@@ -68,24 +68,6 @@ class TargetSpec:
 
     """
 
-    __slots__ = (
-        "block",
-        "by_class",
-        "copies",
-        "device",
-        "dtype",
-        "is_opaque",
-        "is_piece",
-        "keeps",
-        "layout",
-        "like_target",
-        "ordinary",
-        "other_shape",
-        "part",
-        "size",
-        "source_dtype",
-    )
-
     def __init__(
         self,
         value: Any,
@@ -213,10 +195,8 @@ def _as_it_is(memory: torch.Tensor) -> bool:
 
 def _same_kind(ours: torch.dtype, theirs: torch.dtype) -> bool:
     """Whether one dtype is another precision of the other."""
-    return (ours.is_floating_point, ours.is_complex) == (
-        theirs.is_floating_point,
-        theirs.is_complex,
-    ) and (ours.is_floating_point or ours.is_complex)
+    both_float = ours.is_floating_point and theirs.is_floating_point
+    return both_float or (ours.is_complex and theirs.is_complex)
 
 
 def _can_hold(ours: torch.dtype, theirs: torch.dtype) -> bool:

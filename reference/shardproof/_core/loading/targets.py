@@ -114,7 +114,19 @@ class TargetFactory:
         if found is None:
             if kind is None:
                 value = self._represented_dtensor(value, size)
-            found = self._make_spec(key, value, size, dtype, layout, device)
+            try:
+                found = TargetSpec(
+                    value,
+                    size,
+                    dtype,
+                    layout,
+                    CPU if self._cpu_offload else device,
+                    in_place=self._in_place,
+                    cpu_offload=self._cpu_offload,
+                    assigned=self._assigned,
+                )
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{key!r}: {error}") from None
             if kind is not None:
                 self._specs[kind, alike] = found
         return Target(key, value, found)
@@ -125,30 +137,6 @@ class TargetFactory:
             return whole
         # Each rank may hold its own part already.
         return value if tuple(value.shape) == size else whole
-
-    def _make_spec(
-        self,
-        key: Any,
-        value: Any,
-        size: tuple[int, ...],
-        dtype: torch.dtype,
-        layout: torch.layout,
-        device: torch.device,
-    ) -> TargetSpec:
-        device = CPU if self._cpu_offload else device
-        try:
-            return TargetSpec(
-                value,
-                size,
-                dtype,
-                layout,
-                device,
-                in_place=self._in_place,
-                cpu_offload=self._cpu_offload,
-                assigned=self._assigned,
-            )
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{key!r}: {error}") from None
 
 
 def _likeness_key(value: Any) -> Hashable | None:
@@ -266,9 +254,6 @@ class Target:
                 memory = memory.view(shown)
             else:
                 values = values.view(dtype)
-        if stop - start == block.numel:
-            yield memory, values.view(block.shape)
-            return
         for box, at, count in rectangles(block.shape, start, stop):
             part = values[at - start : at - start + count].view([hi - lo for lo, hi in box])
             yield memory[tuple(slice(lo, hi) for lo, hi in box)], part

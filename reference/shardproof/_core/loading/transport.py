@@ -25,9 +25,7 @@ from shardproof._core.comms.collectives import (
 )
 from shardproof._core.loading.manifest import Manifest, ManifestEntry
 from shardproof._core.loading.requirements import RequiredBlocks, Requirement, required_blocks_of
-from shardproof._core.loading.target_spec import TargetSpec
 from shardproof._core.loading.targets import Target
-from shardproof._core.sharding.blocks import Block
 from shardproof._core.sharding.domain import Domain
 from shardproof._core.sharding.uniform_grid import UniformGrid
 from shardproof._core.tensors.pinned_copy import (
@@ -137,9 +135,8 @@ class Transport:
             whole = self.wholes[key]
             for target in self.targets.get(key, ()):
                 spec, block = target.spec, target.spec.block
-                if block is None or block.region is None:
-                    target.take_part_of(whole)
-                elif spec.dtype == whole.dtype and whole.dtype in MOVABLE:
+                as_it_is = spec.dtype == whole.dtype and whole.dtype in MOVABLE
+                if as_it_is and block is not None and block.region is not None:
                     memories.append(target.ensure_memory())
                     values.append(whole[block.region])
                 else:
@@ -253,7 +250,9 @@ class Transport:
             if len(targets) == len(keys) and piece.stop - piece.start == block.numel:
                 specs = {target.spec for target in targets}
                 spec = targets[0].spec
-                if len(specs) == 1 and _receives(spec, block, room):
+                # Whether the elements of the block are but to be copied.
+                fits = spec.block == block and spec.source_dtype is room.dtype
+                if len(specs) == 1 and fits:
                     parts = parts.view(len(keys), *block.shape)
                     if spec.copies and spec.device == room.device:
                         for target, memory in zip(targets, copies_of_each(parts), strict=True):
@@ -361,11 +360,6 @@ class _Buffers:
 # Up to how many bytes whole tensors are cut many at a time: they are copied twice then, and a
 # larger one costs more to copy than to look at.
 _SMALL = 1 << 16
-
-
-def _receives(spec: TargetSpec, block: Block, room: torch.Tensor) -> bool:
-    """Whether the elements of a block are but to be copied into targets of this kind."""
-    return spec.block == block and spec.source_dtype is room.dtype
 
 
 def _travels_alone(entry: ManifestEntry, parts: RequiredBlocks) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -189,37 +188,15 @@ def _check_tiling(tensor: ShardedTensor) -> None:
         check_tensor(held or shards, size)
 
 
-class _MeshLayout(NamedTuple):
-    """How a DTensor is laid out on its mesh, whatever its memory.
-
-    Attributes:
-        stride: the global strides where they are not row-major.
-        summary: in words.
-        nbytes: of the whole tensor.
-        cuts: how it is sharded.
-        reductions: mesh dimension -> pending reduction.
-        dims: the mesh dimensions over which the data differs.
-        partial: a kind of partial of its own among the placements.
-        numbers: which shard each rank holds, where its coordinate does not say it.
-
-    """
-
-    stride: tuple[int, ...] | None
-    summary: str
-    nbytes: int
-    cuts: tuple[Cut, ...]
-    reductions: dict[int, str]
-    dims: tuple[int, ...]
-    partial: type | None
-    numbers: tuple[tuple[int, ...], ...]
-
-
 # Weak: a mesh holds process groups.
-_MESH_LAYOUTS: WeakKeyDictionary[DeviceMesh, dict[Hashable, _MeshLayout]] = WeakKeyDictionary()
+_MESH_LAYOUTS: WeakKeyDictionary[DeviceMesh, dict[Hashable, TensorLayout]] = WeakKeyDictionary()
 
 
-def _mesh_layout_of(tensor: DTensor) -> _MeshLayout:
-    """Models have few layouts, and checkpoints ask for the same again and again."""
+def _mesh_layout_of(tensor: DTensor) -> TensorLayout:
+    """The layout of a DTensor but for what depends on this rank: its domain, device and blocks.
+
+    Models have few layouts, and checkpoints ask for the same again and again.
+    """
     spec, dtype = tensor._spec, dtype_of(tensor)
     known = _MESH_LAYOUTS.setdefault(spec.mesh, {})
     # The types, too: a kind of partial of its own may equal the plain one.
@@ -244,7 +221,9 @@ def _mesh_layout_of(tensor: DTensor) -> _MeshLayout:
     words, numbers = summary(tensor), shard_numbers(spec.mesh, split_dims(cuts, sizes))
     if numbers:  # known of this rank's own groups: others may have made theirs otherwise
         words += f", which hold the shards {numbers}"
-    found = _MeshLayout(stride, words, nbytes, cuts, reductions, dims, partial, numbers)
+    found = TensorLayout(None, mesh_ranks(spec.mesh), shape, dtype, stride, CPU, words, nbytes)
+    found.dims, found.reductions, found.cuts, found.numbers = dims, reductions, cuts, numbers
+    found.by_class = partial
     known[key] = found
     return found
 
@@ -262,17 +241,14 @@ def layout_of(tensor: DTensor | ShardedTensor, domain: Domain | None) -> TensorL
             # This rank takes no part, and a placement that it does not know is not its matter.
             ranks = mesh_ranks(tensor.device_mesh)
             return TensorLayout(None, ranks, shape, dtype, None, device, summary(tensor), 0)
-        stride, words, nbytes, cuts, reductions, dims, partial, numbers = _mesh_layout_of(tensor)
-        layout = TensorLayout(domain, domain.members, shape, dtype, stride, device, words, nbytes)
-        layout.dims, layout.reductions, layout.cuts = dims, reductions, cuts
-        here = domain.my_coordinate
-        layout.numbers, at = numbers, numbers[domain.position(here)] if numbers else here
-        layout.local_blocks = [block_at(shape, domain.shape, cuts, at)]
+        layout = replace(_mesh_layout_of(tensor), domain=domain, device=device)
+        (at,) = layout.shard_numbers((domain.my_coordinate,))
+        assert layout.cuts is not None
+        layout.local_blocks = [block_at(shape, domain.shape, layout.cuts, at)]
         wrapper = wrapper_of(wait_for_pending(tensor._local_tensor))
         if wrapper is not None and not is_table(wrapper):
             layout.summary += f", over {wrapper.__name__}"
             layout.by_class = wrapper
-        layout.by_class = layout.by_class or partial
     else:
         if domain is None:  # nothing of it is here
             raise ValueError("this rank is outside the group that gathers the ShardedTensor")

@@ -73,21 +73,16 @@ class UniformGrid:
         then costs a fraction of what views of it and of the rows would.
         """
         made: list[torch.Tensor] = []
-        for at, number, near in self._near(data, count):
-            self._blocks_of(near).copy_(
-                self._rows_of(data, count).narrow(self._tensors_dim, at, number)
-            )
+        for _, rows, near in self._near(data, count):
+            self._blocks_of(near).copy_(rows)
             made.extend(copies_of_each(near))
         return made
 
     def fill(self, data: torch.Tensor, wholes: Sequence[torch.Tensor]) -> None:
         """Write the blocks of whole tensors into rows: the inverse of :meth:`assemble`."""
-        count = len(wholes)
-        for at, number, near in self._near(data, count):
-            stack_into(near.view(-1), list(wholes[at : at + number]))
-            self._rows_of(data, count).narrow(self._tensors_dim, at, number).copy_(
-                self._blocks_of(near)
-            )
+        for at, rows, near in self._near(data, len(wholes)):
+            stack_into(near.view(-1), list(wholes[at : at + len(near)]))
+            rows.copy_(self._blocks_of(near))
 
     def _repeated(self, blocks: torch.Tensor) -> torch.Tensor:
         """A view of shape ``(*parts, ...)`` that shows each block as often as it is needed."""
@@ -102,28 +97,26 @@ class UniformGrid:
         outer, inner = self.repeats
         return self.parts if self.repeats == (1, 1) else (outer, *self.parts, inner)
 
-    @property
-    def _tensors_dim(self) -> int:
-        """Which dimension of :meth:`_rows_of` counts the tensors."""
-        return len(self._participants)
+    def _near(
+        self, data: torch.Tensor, count: int
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """(first tensor, rows of some, room for them) until ``count`` of them are through.
 
-    def _near(self, data: torch.Tensor, count: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """(first tensor, how many, room for them) until ``count`` of them are through."""
+        The rows are a view of shape ``(*participants, tensors, *block)``.
+        """
+        participants = self._participants
+        rows = data.view(*participants, count, *self.block)
         step = max(1, min(count, _NEAR // (math.prod(self.shape) * data.itemsize)))
         near = torch.empty((step, *self.shape), dtype=data.dtype, device=data.device)
         for at in range(0, count, step):
             number = min(step, count - at)
-            yield at, number, near[:number]
+            yield at, rows.narrow(len(participants), at, number), near[:number]
 
     def _blocks_of(self, wholes: torch.Tensor) -> torch.Tensor:
-        """A view of stacked whole tensors of shape ``(*participants, tensors, *block)``."""
+        """The same view of stacked whole tensors."""
         order = [dim + 1 for dim in self._order]
         order.insert(len(self.parts), 0)
         return self._repeated(wholes.view(len(wholes), *self._split).permute(order))
-
-    def _rows_of(self, data: torch.Tensor, count: int) -> torch.Tensor:
-        """The same of rows."""
-        return data.view(*self._participants, count, *self.block)
 
 
 # Up to so many participants a line is remembered: more of them would fill the memory.
@@ -206,8 +199,5 @@ def _repeats(starts: Sequence[Any], once: int) -> tuple[int, int] | None:
     """How often the participants go through all blocks, and how many in a row have the same."""
     inner = next((n for n, start in enumerate(starts) if start != starts[0]), len(starts))
     outer = len(starts) // (inner * once)
-    return (outer, inner) if list(starts) == _times(starts[::inner][:once], outer, inner) else None
-
-
-def _times(starts: Sequence[Any], outer: int, inner: int) -> list[Any]:
-    return [start for start in starts for _ in range(inner)] * outer
+    repeated = [start for start in starts[::inner][:once] for _ in range(inner)] * outer
+    return (outer, inner) if list(starts) == repeated else None
