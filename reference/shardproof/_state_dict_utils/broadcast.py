@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from shardproof._core.comms.agreement import Failure, exchange, first_failure
+from shardproof._core.comms.agreement import Failure, exchange, first_failure, raise_failure
 from shardproof._core.loading.manifest import Manifest, broadcast_manifest, build_manifest
 from shardproof._core.loading.plan import LoadPlan, find_unlike_shapes, make_plan, merge_columns
 from shardproof._core.loading.simulated import load_simulated
@@ -148,8 +148,7 @@ def _load(
     if not source:
         classify()
     manifest, refusal = broadcast_manifest(domain, group, manifest, failure, classify)
-    if refusal is not None:
-        raise refusal.error()
+    raise_failure(refusal)
     plan = LoadPlan()
     try:
         if keys is not None:
@@ -165,8 +164,7 @@ def _load(
         failed = first_failure(domain, replies)
         if failed is None:
             failed = find_unlike_shapes(domain, manifest, [theirs for _, theirs in replies])
-        if failed is not None:
-            raise failed.error()
+        raise_failure(failed)
         kinds, required = merge_columns([theirs for _, theirs in replies])
 
     for target, value in plan.scalars:

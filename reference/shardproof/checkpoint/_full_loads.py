@@ -16,7 +16,13 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as upstream
 from torch.optim import Optimizer
 
-from shardproof._core.comms.agreement import Failure, agree_on_failure, exchange, first_failure
+from shardproof._core.comms.agreement import (
+    Failure,
+    agree_on_failure,
+    exchange,
+    first_failure,
+    raise_failure,
+)
 from shardproof._core.sharding.domain import Domain, group_domain
 from shardproof._core.sharding.simulated_ranks import simulates_ranks
 
@@ -83,9 +89,7 @@ def load_full(load: Load, model: nn.Module, state_dict: Mapping[str, Any], info:
             _, flags = exchange(domain, None, None, flags=mine)
             if flags == _HAS_KEYS | _HAS_NONE and mine == _HAS_NONE:
                 failure = Failure("RuntimeError", _NOT_EVERYWHERE)
-        failure = agree_on_failure(domains, failure)
-        if failure is not None:
-            raise failure.error()
+        raise_failure(agree_on_failure(domains, failure))
     return load(model, _Given(state_dict, may_join), info)
 
 
@@ -110,9 +114,7 @@ def load_from_rank0(load: Load, model: nn.Module, state_dict: Mapping[str, Any],
         if info.fsdp_modules and not info.strict:
             names = sorted(name for name, _, key in _names(model, info) if key in state_dict)
     replies, _ = exchange(domain, names, refusal or _too_many_devices(model), repr(names).encode())
-    told = first_failure(domain, replies)
-    if told is not None:
-        raise told.error()
+    raise_failure(first_failure(domain, replies))
     given = None if replies is None else set(replies[0][1])
     mine = error = failure = None
     try:
@@ -122,8 +124,7 @@ def load_from_rank0(load: Load, model: nn.Module, state_dict: Mapping[str, Any],
     told = first_failure(domain, exchange(domain, None, failure)[0])
     if error is not None:
         raise error
-    if told is not None:
-        raise told.error()
+    raise_failure(told)
     return mine
 
 
@@ -157,9 +158,7 @@ def refuse_alike(
                 upstream._unflatten_optim_state_dict(optimizer, dict(state_dict), info)
         except Exception as error:
             failure = failure or Failure.of(error)
-    told = agree_on_failure(domains, failure)
-    if told is not None:
-        raise told.error()
+    raise_failure(agree_on_failure(domains, failure))
 
 
 def _names(model: nn.Module, info: Any) -> Iterator[tuple[str, Any, str]]:

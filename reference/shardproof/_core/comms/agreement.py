@@ -60,6 +60,12 @@ class Failure:
         return kinds[self.kind](self.message)
 
 
+def raise_failure(failure: Failure | None) -> None:
+    """Raise the error that all ranks have agreed on, if there is one."""
+    if failure is not None:
+        raise failure.error()
+
+
 Replies = list[tuple[Failure | None, Any]]
 
 

@@ -81,16 +81,16 @@ class BucketStream:
         parcels: what travels, in any order.
         participants: how many streams there are.
         held: how many participants' shares of a bucket a rank holds at once, at most, the
-            backend's own copies included; participants where nothing is said.
+            backend's own copies included.
 
     Attributes:
         parcels: in the order of the stream, the same on every rank.
 
     """
 
-    def __init__(self, parcels: Sequence[Parcel], participants: int, held: int = 0) -> None:
+    def __init__(self, parcels: Sequence[Parcel], participants: int, held: int) -> None:
         self.participants = participants
-        share = BUCKET_BYTES // max(held or participants, 1) // _WIDEST * _WIDEST
+        share = BUCKET_BYTES // held // _WIDEST * _WIDEST
         self.width = max(share, _WIDEST)
         # By identity: the caller's parcels keep the blocks alive.
         kinds = {id(p.blocks): p.blocks for p in parcels}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shardproof._core.comms.agreement import raise_failure
 from shardproof._core.gathering.leaf_entries import Agreement, agree_on_entries
 from shardproof._core.gathering.mesh_gather import needs_bucket
 from shardproof._core.gathering.sharded_leaves import FoundLeaves
@@ -32,8 +33,7 @@ def agree_on_leaves(
         leaf.layout in large and needs_bucket(leaf, cpu_offload) for leaf in found.leaves.values()
     )
     agreed = agree_on_entries(domains, found.columns, found.failure, limited, by_class)
-    if agreed.failure is not None:
-        raise agreed.failure.error()
+    raise_failure(agreed.failure)
     return agreed
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
-from shardproof._core.comms.agreement import Failure, agree_on_failure
+from shardproof._core.comms.agreement import Failure, agree_on_failure, raise_failure
 from shardproof._core.comms.collectives import backend_of
 from shardproof._core.gathering.leaf_entries import Agreement, Entries, entries_of
 from shardproof._core.gathering.local_copies import LocalCopies
@@ -85,9 +85,7 @@ def gather_whole_tensors(
                 # Other ranks may wait in what comes next: all hear of it when it is through.
                 message = f"{leaf.path!r}, {leaf.layout.summary}: {type(error).__name__}: {error}"
                 failure = failure or Failure("RuntimeError", message)
-    failure = agree_on_failure(agreed.by_class, failure)
-    if failure is not None:
-        raise failure.error()
+    raise_failure(agree_on_failure(agreed.by_class, failure))
     if not here:
         return {}
     results.update({path: results[leader] for path, leader in tied.items()})

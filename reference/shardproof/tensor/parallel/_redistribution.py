@@ -14,23 +14,12 @@ from torch.distributed.tensor import DTensor
 from shardproof._core.sharding.dtensors import build_dtensor, spec_with_dtype
 from shardproof._core.tensors.properties import is_ordinary
 from shardproof._core.tensors.subclasses import unwrap_pending, wait_for_pending
-from shardproof._core.tensors.values import bits
+from shardproof._core.tensors.values import MOVABLE, bits
 
 __all__ = ["move_by_dtensor"]
 
-_MOVABLE = frozenset(
-    {
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.int64,
-        torch.int32,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
-    }
-)
+# Gloo refuses 16-bit integers.
+_MOVABLE = MOVABLE - {torch.int16}
 _CARRIERS = {1: torch.uint8, 2: torch.float16, 4: torch.int32, 8: torch.int64}
 """Bytes of an element -> a dtype of that width that every backend moves."""
 
