@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ from harness.system import processes, warm
 
 if TYPE_CHECKING:
     import torch
+
+    from benchmarks.run.world import MeasuredWorld
 
 
 SEED = 0
@@ -81,9 +84,9 @@ class Parent:
 
         So the worlds of one are minutes apart where there are many: a neighbour on the machine who
         takes its cache for a while gets one of them, and the median forgives it. Counts and
-        profiles are of the first. Of each the numbers as `measure_all` gives them, or the
-        `world.WorldError` that ended it; in the journal as soon as it is done, and what there is of
-        it when it is interrupted.
+        profiles are of the first. Of each the numbers as `measure_all` gives them, with median and
+        ratios, or the `world.WorldError` that ended it; in the journal as soon as it is done, and
+        what there is of it when it is interrupted.
 
         Args:
             wanted: (benchmark, regime, size) of each.
@@ -94,71 +97,49 @@ class Parent:
             how: more for `measure_all`.
 
         """
-        worlds: list[list[Arms]] = [[] for _ in wanted]
-        done: dict[int, Arms | Exception] = {}
-        try:
-            self._go_on(wanted, worlds, done, timed, counted, profiled, told, how)
-        except KeyboardInterrupt:
-            for number, one in enumerate(wanted):
-                if worlds[number] and number not in done:
-                    self._whole(one, worlds[number])
-            raise
-        return [done[number] for number in range(len(wanted))]
-
-    def _go_on(
-        self,
-        wanted: Sequence[Wanted],
-        worlds: list[list[Arms]],
-        done: dict[int, Arms | Exception],
-        timed: bool,
-        counted: bool,
-        profiled: bool,
-        told: Callable[[str], None],
-        how: dict[str, Any],
-    ) -> None:
-        """Worlds of each of `wanted`, into `worlds`, until all are in `done`."""
         from benchmarks.run.world import WorldError
 
         most = self.settings.worlds if timed else 1
-        spent, first, latest = ([0.0] * len(wanted) for _ in range(3))
-        for turn in range(most):
-            for number, one in enumerate(wanted):
-                if number in done:
-                    continue
-                left = f"{len(wanted) - len(done)} of {len(wanted)} not known yet"
-                told(f"world {turn + 1}, {left}: {label(*one)}")
-                begin = time.monotonic()
-                try:
-                    worlds[number] += self.measure_all(
-                        [one],
-                        timed=timed,
-                        counted=counted and turn == 0,
-                        profiled=profiled and turn == 0,
-                        spent=spent[number],
-                        **how,
-                    )
-                except WorldError as error:
-                    done[number] = error
-                    continue
-                latest[number] = time.monotonic() - begin
-                spent[number] += latest[number]
-                if turn == 0:
-                    first[number] = spent[number]
-                # The first counts, too, which may take longer than all that is timed.
-                long = spent[number] - first[number] > LONGEST * self.settings.world * most
-                # What the last world took the next one may take, too: it has to fit, or what was
-                # measured would be lost.
-                late = spent[number] + latest[number] > self.settings.limit
-                enough = turn + 1 >= FEWEST_WORLDS and (long or _known(worlds[number]))
-                if enough or late or turn + 1 == most:
-                    done[number] = self._whole(one, worlds[number])
+        runs = [_Run(one) for one in wanted]
+        try:
+            for turn in range(most):
+                for run in [run for run in runs if run.found is None]:
+                    left = sum(other.found is None for other in runs)
+                    told(f"world {turn + 1}, {left} of {len(runs)} not known yet: {run.label}")
+                    begin = time.monotonic()
+                    try:
+                        run.worlds += self.measure_all(
+                            [run.one],
+                            timed=timed,
+                            counted=counted and turn == 0,
+                            profiled=profiled and turn == 0,
+                            spent=sum(run.seconds),
+                            **how,
+                        )
+                    except WorldError as error:
+                        run.found = error
+                        continue
+                    run.seconds.append(time.monotonic() - begin)
+                    if run.over(self.settings, most):
+                        self._end(run)
+        except KeyboardInterrupt:
+            for run in runs:
+                if run.worlds and run.found is None:
+                    self._end(run)
+            raise
+        return [run.found for run in runs if run.found is not None]
 
-    def _whole(self, one: Wanted, worlds: Sequence[Arms]) -> Arms:
+    def _end(self, run: _Run) -> None:
         """The numbers of all worlds of a measurement, noted in the journal."""
-        found = {arm: _together([world[arm] for world in worlds]) for arm in worlds[0]}
-        _relate(found)
-        self._note(one, found)
-        return found
+        found = {arm: _together([world[arm] for world in run.worlds]) for arm in run.worlds[0]}
+        for arm, numbers in found.items():
+            for name, other in RATIOS.items():
+                theirs = found.get(other, {}).get("seconds")
+                if other != arm and theirs and numbers["seconds"]:
+                    numbers[name] = ratio(numbers["seconds"], theirs)
+        run.found = found
+        if self._journal is not None:
+            journal.write(self._journal, machine_label(self.settings), run.one, found)
 
     def measure_all(
         self,
@@ -173,60 +154,66 @@ class Parent:
     ) -> Iterator[Arms]:
         """(benchmark, regime, size) one after the other in one world; all of one size.
 
-        Of each: arm to its numbers, which are wrong, seconds (of each world those of its rounds,
-        the slowest rank's), median, and the tracks; of the reference where its first rank spent
-        its time, if `profiled`. `spent` of the seconds that one may take are gone already. Raises
+        Of each: arm to its numbers, which are wrong, seconds (those of this world's rounds, the
+        slowest rank's), and the counts; of the reference where its first rank spent its time, if
+        `profiled`. `spent` of the seconds that one may take are gone already. Raises
         `world.WorldError` with the rank and the cause when the world gives no answer, RuntimeError
         when ranks cannot be forked.
         """
-        from benchmarks.run.world import MeasuredWorld
-
-        tasks = [
-            replace(self._task(b, r, s, arms, timed, counted), profiled=profiled)
-            for b, r, s in wanted
-        ]
-        world = MeasuredWorld(self._spec(tasks[0].size, spent), SEED, tasks)
-        with world.ended():
-            if reason := warm.unfit():
-                raise RuntimeError(reason)
-            world.launch()
-            world.gather()
+        tasks = []
+        for benchmark, regime, size in wanted:
+            here = tuple(arm for arm in arms if not benchmark.missing(arm, self.settings))
+            data = self.data(regime)
+            tasks.append(
+                Task(
+                    *(benchmark, regime, size, self.settings, data, here),
+                    timed=timed,
+                    counted=counted,
+                    profiled=profiled,
+                )
+            )
+        with self._world(tasks, spent) as world:
             for number, task in enumerate(tasks):
                 by_rank = world.measured(number, abandoned)
                 found = {arm: _merged([r[arm] for r in by_rank]) for arm in task.arms}
                 for name in COUNTED:
                     if (task.regime, name) in task.benchmark.varies:
                         found.get(TORCH, {}).pop(name, None)
-                _relate(found)
                 yield found
 
     def fresh_worlds(self, size: int, count: int) -> list[float]:
         """Seconds that each of `count` worlds took from nothing to ready, and to its end."""
-        from benchmarks.run.world import MeasuredWorld
-
         seconds = []
         benchmark = named("benchmarks.bench_gather", "GatherStateDict")
         task = Task(benchmark, "", size, self.settings, {}, ())
         for _ in range(count):
             begin = time.perf_counter()
-            world = MeasuredWorld(self._spec(size), SEED, [task])
-            with world.ended():
-                world.launch()
-                world.gather()
+            with self._world([task]):
+                pass
             seconds.append(time.perf_counter() - begin)
         return seconds
 
-    def _task(
-        self,
-        benchmark: Measured,
-        regime: str,
-        size: int,
-        arms: tuple[str, ...],
-        timed: bool,
-        counted: bool,
-    ) -> Task:
-        here = tuple(a for a in arms if not benchmark.missing(a, self.settings))
-        return Task(benchmark, regime, size, self.settings, self.data(regime), here, timed, counted)
+    @contextlib.contextmanager
+    def _world(self, tasks: Sequence[Task], spent: float = 0.0) -> Iterator[MeasuredWorld]:
+        """A world for these tasks, whose ranks have joined; `spent` of its seconds are gone."""
+        from benchmarks.run.world import MeasuredWorld
+        from harness.settings.requirements import WorldSpec
+
+        own = self.settings
+        limit = max(own.limit - spent, 2.0)
+        collective = min(own.collective, limit / 2)
+        spec = WorldSpec(
+            *(tasks[0].size, own.backend, own.device, collective, limit),
+            reuse=False,
+            share_gpus=own.share_gpus,
+        )
+        world = MeasuredWorld(spec, SEED, tasks)
+        with world.ended():
+            if reason := warm.unfit():
+                raise RuntimeError(reason)
+            world.launch()
+            world.gather()
+            yield world
 
     def data(self, regime: str) -> dict[str, torch.Tensor]:
         """The whole tensors of the regime, made once."""
@@ -237,21 +224,32 @@ class Parent:
             self._data[regime] = {leaf.name: values(n, leaf) for n, leaf in enumerate(made)}
         return self._data[regime]
 
-    def _spec(self, size: int, spent: float = 0.0) -> Any:
-        from harness.settings.requirements import WorldSpec
 
-        own = self.settings
-        limit = max(own.limit - spent, 2.0)
-        collective = min(own.collective, limit / 2)
-        return WorldSpec(
-            *(size, own.backend, own.device, collective, limit),
-            reuse=False,
-            share_gpus=own.share_gpus,
-        )
+@dataclass
+class _Run:
+    """A measurement, as far as it is done."""
 
-    def _note(self, one: Wanted, found: Arms) -> None:
-        if self._journal is not None:
-            journal.write(self._journal, machine_label(self.settings), one, found)
+    one: Wanted
+    worlds: list[Arms] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    """That each of its worlds took, with all that is not timed."""
+    found: Arms | Exception | None = None
+    """Its numbers, or why there are none; None: it goes on."""
+
+    @property
+    def label(self) -> str:
+        return label(*self.one)
+
+    def over(self, settings: Settings, most: int) -> bool:
+        """Whether its ratios are known, or the time for them is over."""
+        spent = sum(self.seconds)
+        # The first counts, too, which may take longer than all that is timed.
+        long = spent - self.seconds[0] > LONGEST * settings.world * most
+        # What the last world took the next one may take, too: it has to fit, or what was
+        # measured would be lost.
+        late = spent + self.seconds[-1] > settings.limit
+        enough = len(self.worlds) >= FEWEST_WORLDS and (long or _known(self.worlds))
+        return enough or late or len(self.worlds) == most
 
 
 def _known(worlds: Sequence[Arms]) -> bool:
@@ -261,38 +259,20 @@ def _known(worlds: Sequence[Arms]) -> bool:
 
 
 def _merged(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """One arm's numbers over all ranks of a world: of each the largest."""
-    merged: dict[str, Any] = {"wrong": next((r["wrong"] for r in ranks if r["wrong"]), "")}
-    if "profile" in ranks[0]:
-        merged["profile"] = ranks[0]["profile"]
-    rounds = ranks[0]["seconds"]  # of all ranks already
-    merged["seconds"] = [rounds] if rounds else []
-    for name in COUNTED:
-        if all(name in r for r in ranks):
-            merged[name] = max(r[name] for r in ranks)
-    return _believed(merged)
+    """One arm's numbers over all ranks of a world, of each count the largest.
+
+    About what is wrong, and about times, the ranks have agreed.
+    """
+    first = ranks[0]
+    if first["wrong"]:
+        return {"wrong": first["wrong"], "seconds": []}
+    counts = {name: max(r[name] for r in ranks) for name in COUNTED if name in first}
+    return first | counts | {"seconds": [first["seconds"]] if first["seconds"] else []}
 
 
 def _together(worlds: list[dict[str, Any]]) -> dict[str, Any]:
-    """One arm's numbers over all worlds; what only the first has is its own."""
-    together = dict(worlds[0])
-    together["wrong"] = next((w["wrong"] for w in worlds if w["wrong"]), "")
-    together["seconds"] = [rounds for world in worlds for rounds in world["seconds"]]
-    return _believed(together)
-
-
-def _believed(numbers: dict[str, Any]) -> dict[str, Any]:
-    """The numbers with their median; none where a result was wrong."""
-    if numbers["wrong"]:
-        return {"wrong": numbers["wrong"], "seconds": []}
-    if numbers["seconds"]:
-        numbers["median"] = typical(numbers["seconds"])
-    return numbers
-
-
-def _relate(found: Arms) -> None:
-    for arm, numbers in found.items():
-        for name, other in RATIOS.items():
-            theirs = found.get(other, {}).get("seconds")
-            if other != arm and theirs and numbers["seconds"]:
-                numbers[name] = ratio(numbers["seconds"], theirs)
+    """One arm's numbers over all worlds, counts of the first; none where a result was wrong."""
+    if wrong := next((w["wrong"] for w in worlds if w["wrong"]), ""):
+        return {"wrong": wrong, "seconds": []}
+    seconds = [rounds for world in worlds for rounds in world["seconds"]]
+    return worlds[0] | {"seconds": seconds} | ({"median": typical(seconds)} if seconds else {})
