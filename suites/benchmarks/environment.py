@@ -6,7 +6,8 @@ commit's reference is copied; so both sides of a comparison run on the very same
 that measures them is the working tree's, as always in asv.
 
 `asv run --quick` is heard here, too, since asv tells its benchmarks nothing of it: they take small
-models then, as `ci/bench --quick` does, whose numbers keep apart from others by their names.
+models then, as `ci/bench --quick` does, whose numbers keep apart from others by their names. And
+the session of a run ends with asv, where nothing else has said that it owns the run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 from asv import environment, util
 
+from benchmarks.session_client import OWNER
 from benchmarks.settings import PREFIX
 
 PACKAGE = "shardproof"
@@ -98,12 +100,18 @@ def clean(root: Path) -> bool:
     return told.returncode == 0 and not told.stdout.strip()
 
 
+def is_asv(command: Sequence[str]) -> bool:
+    """Whether this command line is asv's."""
+    program = Path(command[0])
+    return program.name == "asv" or program.parts[-2:] == ("asv", "__main__.py")
+
+
 def told_quick(command: Sequence[str]) -> bool:
     """Whether this command line is asv's, and asks for a quick run."""
-    program = Path(command[0])
-    is_asv = program.name == "asv" or program.parts[-2:] == ("asv", "__main__.py")
-    return is_asv and not {"--quick", "-q"}.isdisjoint(command[1:])
+    return is_asv(command) and not {"--quick", "-q"}.isdisjoint(command[1:])
 
 
-if told_quick(sys.argv):  # asv imports this before it starts any process
-    os.environ[f"{PREFIX}QUICK"] = "1"
+if is_asv(sys.argv):  # which imports this before it starts any process
+    os.environ.setdefault(OWNER, str(os.getpid()))
+    if told_quick(sys.argv):
+        os.environ[f"{PREFIX}QUICK"] = "1"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ FAULTY = '''
 import os, time
 from pathlib import Path
 from benchmarks.base import Measured
+from benchmarks.work import Work
 
 class Faulty(Measured):
     """A benchmark whose reference misbehaves as its class says."""
@@ -30,7 +32,6 @@ class Faulty(Measured):
     count = 0
 
     def work(self, ctx):
-        from benchmarks.rank_context import Work
         def call():
             type(self).count += 1
             return self.fault(ctx) if bed_arm == "shardproof" else 1
@@ -71,7 +72,7 @@ class Hangs(Faulty):
         time.sleep(1000)
 '''
 SETTINGS = Settings(quick=True, seconds=0.1, deadline=8.0)
-LONG = SETTINGS.with_(deadline=60.0)
+LONG = replace(SETTINGS, deadline=60.0)
 
 
 class Run:
@@ -220,7 +221,7 @@ def test_other_settings_get_another_server(run: Run) -> None:
 def test_nothing_outlives_the_run(run: Run) -> None:
     """When asv ends, however it ends, server and ranks end, even within a measurement."""
     process = start_and_leave_alone(run, LONG)
-    server = int((run.home / "pid").read_text())
+    server = run.server()
     run.owner.kill()
     run.owner.wait()
     process.wait(timeout=20)

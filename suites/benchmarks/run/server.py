@@ -16,7 +16,6 @@ import shutil
 import socket
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,33 +39,18 @@ class Server:
         self._parent = Parent(Settings.from_environment())
         self._results: dict[tuple[Any, ...], tuple[dict[str, Any], set[str]]] = {}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(path))
+        self._listener.listen(8)
 
     def serve(self) -> None:
         """Answer until there is no one left to answer."""
-        fresh = self._path.with_suffix(".new")
-        fresh.unlink(missing_ok=True)
-        self._listener.bind(str(fresh))
-        self._listener.listen(8)
-        fresh.rename(self._path)  # from here on clients find it, and it is ready
-        try:
-            while self._wait():
-                client, _ = self._listener.accept()
-                with client:
-                    if not self._answer(client):
-                        return
-            shutil.rmtree(self._path.parent, ignore_errors=True)  # the run is over
-        finally:
-            self._close()
-
-    def _close(self) -> None:
-        """Be found no more; once, because the path may soon be the next server's."""
-        if self._listener.fileno() >= 0:
-            self._path.unlink(missing_ok=True)
-            self._listener.close()
-
-    def _wait(self) -> bool:
-        ready = _readable(IDLE, self._listener.fileno(), self._owner)
-        return self._listener.fileno() in ready and self._owner not in ready
+        listener = self._listener.fileno()
+        while _readable(IDLE, listener, self._owner) == [listener]:
+            client, _ = self._listener.accept()
+            with client:
+                if not self._answer(client):
+                    return
+        shutil.rmtree(self._path.parent, ignore_errors=True)  # the run is over
 
     def _answer(self, client: socket.socket) -> bool:
         """Serve one connection; whether to go on."""
@@ -76,29 +60,36 @@ class Server:
                 request = json.loads(stream.readline())
         except (ValueError, OSError):  # the client went before it had asked
             return True
-        if request["key"] != self._key:
-            self._close()  # first, or the client would find this server again
-            _send(client, {"stale": True})
-            return False
         answer: dict[str, Any]
+        is_stale = request["key"] != self._key
         try:
-            if size := request.get("fresh_worlds"):
+            if is_stale:
+                self._path.unlink()  # first, or the client would find this server again
+                answer = {"stale": True}
+            elif size := request.get("fresh_worlds"):
                 answer = {"seconds": self._parent.fresh_worlds(size, request["count"])}
             else:
-                answer = {"arms": self._measured(request, self._watch(client))}
+                answer = {"arms": self._measured(request, client)}
         except _AbandonedError:
             return True  # where the owner is gone, too, the next wait ends it
         except Exception as error:
             print(traceback.format_exc(), flush=True)
             answer = {"error": f"{type(error).__name__}: {error}"}
-        _send(client, answer)
-        return True
+        with contextlib.suppress(OSError):  # it went; the answer is kept for the next who asks
+            client.sendall(json.dumps(answer).encode() + b"\n")
+        return not is_stale
 
-    def _measured(self, request: dict[str, Any], abandoned: Callable[[], None]) -> dict[str, Any]:
+    def _measured(self, request: dict[str, Any], client: socket.socket) -> dict[str, Any]:
         """What the arms gave; measured again once a reader comes for the same a second time."""
         name = (request["module"], request["benchmark"], request["regime"], request["size"])
         kept, readers = self._results.get(name, ({}, set()))
         if not kept or request["reader"] in readers:
+
+            def abandoned() -> None:
+                # A client sends one line and then waits: readable means closed.
+                if _readable(0, client.fileno(), self._owner):
+                    raise _AbandonedError
+
             benchmark = named(request["module"], request["benchmark"])
             kept = self._parent.measure(benchmark, *name[2:], abandoned=abandoned)
             readers = set()
@@ -106,35 +97,22 @@ class Server:
         readers.add(request["reader"])
         return kept
 
-    def _watch(self, client: socket.socket) -> Callable[[], None]:
-        def abandoned() -> None:
-            # A client sends one line and then waits: readable means closed.
-            if _readable(0, client.fileno(), self._owner):
-                raise _AbandonedError
-
-        return abandoned
-
 
 def _readable(timeout: float, *descriptors: int) -> list[int]:
     return select.select(descriptors, [], [], timeout)[0]
 
 
-def _send(client: socket.socket, answer: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # it went; the answer is kept for the next who asks
-        client.settimeout(10)
-        client.sendall(json.dumps(answer).encode() + b"\n")
-
-
 def main() -> int:
-    """Serve until the owner is gone."""
+    """Serve until the owner is gone, in a fork, which is nobody's child; 0 once it listens."""
     path, owner, key = sys.argv[1:]
-    if pid := os.fork():
-        Path(path).with_name("pid").write_text(str(pid))
-        os._exit(0)
-    try:
-        server = Server(Path(path), int(owner), key)
-    except ProcessLookupError:
-        return 0
+    reader, writer = os.pipe()
+    if os.fork():
+        os.close(writer)
+        return 0 if os.read(reader, 1) else 1
+    os.close(reader)
+    server = Server(Path(path), int(owner), key)
+    os.write(writer, b"1")
+    os.close(writer)
     server.serve()
     return 0
 
