@@ -10,18 +10,19 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.base import Measured
 from benchmarks.listing import benchmarks, label
 from benchmarks.results.measurements import measure_or_read
+from benchmarks.run.parent import Wanted
 from benchmarks.settings import FLOOR, REFERENCE, TORCH, Settings, leaves
 from benchmarks.statistics import Worlds, interval, ratio, ratios, typical
+from benchmarks.work import Work
 
 if TYPE_CHECKING:
-    from benchmarks.rank_context import RankContext, Work
+    from benchmarks.rank_context import RankContext
 
 
 class _Agreement(Measured):
@@ -33,15 +34,13 @@ class _Agreement(Measured):
         return self.floor(ctx)
 
     def floor(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
-        (first, second) = (ctx.gathers(64 * (ctx.size - 1)) for _ in range(2))
+        small = ctx.gathers(64 * (ctx.size - 1))
 
         def check(got: tuple[Any, Any]) -> None:
-            first.check(got[0])
-            second.check(got[1])
+            small.check(got[0])
+            small.check(got[1])
 
-        return Work(lambda: (first.call(), second.call()), check)
+        return Work(lambda: (small.call(), small.call()), check)
 
 
 class Goal(NamedTuple):
@@ -80,7 +79,6 @@ class Reached(NamedTuple):
         per_tensor: our time for each tensor, in us.
         to_torch: torch's time over ours: smallest, median, largest that it may be.
         missed: the limits that are missed: floor, torch.
-        slower: whether torch is faster beyond what noise explains.
 
     """
 
@@ -88,7 +86,11 @@ class Reached(NamedTuple):
     per_tensor: float
     to_torch: tuple[float, float, float] | None
     missed: tuple[str, ...]
-    slower: bool
+
+    @property
+    def slower(self) -> bool:
+        """Whether torch is faster beyond what noise explains."""
+        return self.to_torch is not None and self.to_torch[2] < 1
 
 
 def reached(goal: Goal, seconds: Mapping[str, Worlds], tensors: int, agreement: float) -> Reached:
@@ -111,15 +113,14 @@ def reached(goal: Goal, seconds: Mapping[str, Worlds], tensors: int, agreement: 
             missed.append("floor")
     elif goal.per_tensor and ours > allowed:
         missed.append("floor")
-    to_torch, slower = None, False
+    to_torch = None
     if goal.torch is not None and TORCH in seconds:
         low, high = interval(ratios(seconds[TORCH], seconds[REFERENCE]))
         to_torch = low, ratio(seconds[TORCH], seconds[REFERENCE]), high
-        slower = high < 1
         # A goal of 1 asks that torch be not faster, and noise makes either faster now and then.
-        if slower or (goal.torch > 1 and to_torch[1] < goal.torch):
+        if high < 1 or (goal.torch > 1 and to_torch[1] < goal.torch):
             missed.append("torch")
-    return Reached(to_floor, ours / tensors * 1e6, to_torch, tuple(missed), slower)
+    return Reached(to_floor, ours / tensors * 1e6, to_torch, tuple(missed))
 
 
 _TENSOR = (
@@ -245,41 +246,41 @@ def main(settings: Settings, pattern: str | None, world: int, file: Path | None)
     if not chosen:
         print(f"ci/bench: no goal's benchmark matches {pattern!r}", file=sys.stderr)
         return 3
-    wanted = [(known[g.benchmark], g.regime, size_of(known[g.benchmark], world)) for g in chosen]
-    for one in wanted:
+    wanted: dict[Goal, Wanted] = {}
+    for goal in chosen:
+        benchmark = known[goal.benchmark]
+        one = benchmark, goal.regime, size_of(benchmark, world)
         if reason := settings.beyond(one[2]):
             print(f"{label(*one)}: {reason}", file=sys.stderr)
-    fits = [not settings.beyond(size) for _, _, size in wanted]
-    chosen, wanted = list(compress(chosen, fits)), list(compress(wanted, fits))
+        else:
+            wanted[goal] = one
     if not wanted:
         print("ci/bench: no goal's world fits here", file=sys.stderr)
         return 3
-    sizes = sorted({size for _, _, size in wanted} - {1})
+    sizes = sorted({size for _, _, size in wanted.values()} - {1})
     agreements = [(_Agreement(), "model", size) for size in sizes]
-    try:
-        place, results = measure_or_read([*agreements, *wanted], settings, file, profiled=True)
-    except (OSError, ValueError) as error:
-        print(f"ci/bench: {error}; --journal makes one", file=sys.stderr)
+    measured = measure_or_read([*agreements, *wanted.values()], settings, file, profiled=True)
+    if measured is None:
         return 2
+    place, results = measured
     agreement = {1: 0.0}
     for size, told in zip(sizes, results, strict=False):
         if isinstance(told, Exception):
             print(f"the agreement of {size} ranks: {told}", file=sys.stderr)
             return 3
         agreement[size] = told[FLOOR]["median"]
-    head = "reference / floor | us a tensor | torch / reference (95 %) | |"
-    print(f"| {place} | limit | {head}")
+    print(f"| {place} | limit | reference / floor | us a tensor | torch / reference (95 %) | |")
     print("| --- | --- | ---: | ---: | ---: | --- |")
     status = 0
     profiles: list[str] = []
-    for goal, one, found in zip(chosen, wanted, results[len(sizes) :], strict=True):
-        name, size = label(*one), one[2]
+    for (goal, one), found in zip(wanted.items(), results[len(sizes) :], strict=True):
+        size = one[2]
         if isinstance(found, Exception):
-            print(f"{name}: {found}", file=sys.stderr)
+            print(f"{label(*one)}: {found}", file=sys.stderr)
             status = 1
             continue
         if wrong := [f"{arm}: {n['wrong']}" for arm, n in found.items() if n.get("wrong")]:
-            print(f"{name}: {'; '.join(wrong)}", file=sys.stderr)
+            print(f"{label(*one)}: {'; '.join(wrong)}", file=sys.stderr)
             status = 1
             continue
         seconds = {arm: n["seconds"] for arm, n in found.items()}
@@ -299,10 +300,9 @@ def main(settings: Settings, pattern: str | None, world: int, file: Path | None)
 
 def _profile(name: str, lines: Sequence[tuple[float, int, str]]) -> list[str]:
     whole = sum(own for own, _, _ in lines)
-    head = f"`{name}`, {whole * 1e3:.3g} ms on rank 0 under the profiler"
     return [
         "",
-        head,
+        f"`{name}`, {whole * 1e3:.3g} ms on rank 0 under the profiler",
         "",
         "```text",
         "share   entries  where",
@@ -320,7 +320,7 @@ def _row(goal: Goal, size: int, got: Reached, why: str) -> tuple[str, bool]:
     if got.to_torch is not None:
         low, middle, high = got.to_torch
         to_torch = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-    cells: Sequence[str] = (
+    cells = (
         f"`{goal.benchmark}` {goal.regime}, {size} rank{'s' if size > 1 else ''}",
         _limit(goal),
         f"{got.to_floor:.2f}" if got.to_floor is not None else "-",

@@ -17,13 +17,17 @@ from benchmarks.settings import Settings
 
 def measure_or_read(
     wanted: Sequence[Wanted], settings: Settings, file: Path | None, **how: Any
-) -> tuple[str, list[Arms | Exception]]:
+) -> tuple[str, list[Arms | Exception]] | None:
     """(where it was measured, of each its numbers or why there are none).
 
-    Raises OSError or ValueError where `file` is given and is no journal.
+    None where `file` is given and is no journal, which is told.
     """
     if file is not None:
-        return journal.kept(file, wanted)
+        try:
+            return journal.kept(file, wanted)
+        except (OSError, ValueError) as error:
+            print(f"ci/bench: {error}; --journal makes one", file=sys.stderr)
+            return None
     # As Ctrl-C does it: what was measured is in the journal.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     found = Parent(settings).measure_each(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.base import SUBJECTS
+from benchmarks.journal import Arms
 from benchmarks.listing import benchmarks, label
 from benchmarks.results.measurements import measure_or_read
 from benchmarks.settings import ARMS, Settings
@@ -38,11 +41,10 @@ def main(settings: Settings, file: Path | None) -> int:
     if not wanted:
         print("ci/bench: no world of the table fits here", file=sys.stderr)
         return 3
-    try:
-        place, results = measure_or_read(wanted, settings, file)
-    except (OSError, ValueError) as error:
-        print(f"ci/bench: {error}; --journal makes one", file=sys.stderr)
+    measured = measure_or_read(wanted, settings, file)
+    if measured is None:
         return 2
+    place, results = measured
     print(f"| {place} | torch | shardproof | floor | collectives | received | peak |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     status = 0
@@ -52,27 +54,23 @@ def main(settings: Settings, file: Path | None) -> int:
             print(f"{name}: {found}", file=sys.stderr)
             status = 1
             continue
-        times: list[str] = []
-        counts: list[dict[str, Any]] = []
-        for arm in ARMS:
-            told = found.get(arm, {})
-            if wrong := told.get("wrong"):
-                print(f"{name}, {arm}: {wrong}", file=sys.stderr)
+        for arm, numbers in found.items():
+            if numbers["wrong"]:
+                print(f"{name}, {arm}: {numbers['wrong']}", file=sys.stderr)
                 status = 1
-            times.append(_seconds(told["median"]) if "median" in told else "-")
-            counts.append(told)
-        columns = [
-            " / ".join(_count(c.get(track), unit) for c in counts[:2])
-            for track, unit in (("collectives", ""), ("received", "B"), ("peak", "B"))
-        ]
         ranks = f"{size} rank{'s' if size > 1 else ''}"
-        row = [
-            f"`{benchmark.functions[0].rpartition('.')[2]}`, {regime}, {ranks}",
-            *times,
-            *columns,
-        ]
+        row = [f"`{benchmark.functions[0].rpartition('.')[2]}`, {regime}, {ranks}"]
+        row += [_shown(found, arm, "median", _seconds) for arm in ARMS]
+        for track, show in (("collectives", str), ("received", _bytes), ("peak", _bytes)):
+            row.append(" / ".join(_shown(found, arm, track, show) for arm in SUBJECTS))
         print(f"| {' | '.join(row)} |", flush=True)
     return status
+
+
+def _shown(found: Arms, arm: str, what: str, show: Callable[[Any], str]) -> str:
+    """That number of the arm, or a dash."""
+    value = found.get(arm, {}).get(what)
+    return "-" if value is None else show(value)
 
 
 def _seconds(value: float) -> str:
@@ -81,12 +79,8 @@ def _seconds(value: float) -> str:
     return f"{value * 1e3:.3g} ms" if value >= 1e-4 else f"{value * 1e6:.3g} us"
 
 
-def _count(value: float | None, unit: str) -> str:
-    if value is None:
-        return "-"
-    if not unit:
-        return f"{value:.0f}"
+def _bytes(value: float) -> str:
     for scale, name in ((1 << 20, "MiB"), (1 << 10, "KiB")):
         if value >= scale:
             return f"{value / scale:.1f} {name}"
-    return f"{value:.0f} {unit}"
+    return f"{value:.0f} B"
