@@ -18,6 +18,7 @@ The parts, in the order in which a number passes them; each imports only those a
     settings        quick or full, device, backend; the regimes and their leaves
     statistics      from the samples of all ranks to one number
     session_client  in asv's process: asks the server of the run
+    work            what a benchmark gives back on a rank: a call, its check, its reset
     rank_context    what a benchmark is given on a rank: data, meshes, the subject, floors
     base            the base class of all benchmarks: what asv sees
     listing         all benchmarks, and the functions that they cover

@@ -17,7 +17,8 @@ from benchmarks.settings import ARMS, FLOOR, REFERENCE, TORCH, Settings
 from benchmarks.statistics import ERROR, doubt
 
 if TYPE_CHECKING:
-    from benchmarks.rank_context import RankContext, Work
+    from benchmarks.rank_context import RankContext
+    from benchmarks.work import Work
 
 SUBJECTS = (TORCH, REFERENCE)
 
@@ -62,7 +63,18 @@ CONSTANT, LINEAR = "constant", "linear"
 """Growth of a count with the size of the world."""
 
 
-class Measured(abc.ABC):
+class AsvSettings:
+    """asv's own settings: one call a sample; the session has its own, shorter limits."""
+
+    timeout = 1500
+    version = "1"
+    number = 1
+    rounds = 1
+    warmup_time = 0
+    min_run_count = 1
+
+
+class Measured(AsvSettings, abc.ABC):
     """One benchmark: a call of the subject, its floor, and where both are measured.
 
     `work` and `floor` run on every rank of the world; what they return is called in turns, in the
@@ -88,13 +100,6 @@ class Measured(abc.ABC):
     growth: ClassVar[Mapping[str, str]] = {}
     """Count to how the reference's grows with the world: constant, or at most linear."""
 
-    # asv's own settings; the session has its own, shorter limits.
-    timeout = 1500
-    version = "1"
-    number = 1
-    rounds = 1
-    warmup_time = 0
-    min_run_count = 1
     param_names = ("subject", "regime", "world")
 
     @abc.abstractmethod
@@ -153,10 +158,7 @@ class Measured(abc.ABC):
             track.__doc__ = meaning
             track.unit = unit  # type: ignore[attr-defined]
             track.params = [list(arms), *axes]  # type: ignore[attr-defined]
-            if name == "ratio_to_torch":
-                track.setup = partial(_torch_is_there, cls)  # type: ignore[attr-defined]
-            elif name in COUNTED:
-                track.setup = partial(_repeats, cls, name)  # type: ignore[attr-defined]
+            track.setup = partial(_torch_has_it, cls, name)  # type: ignore[attr-defined]
             setattr(cls, track.__name__, track)
 
     def setup(self, *params: str) -> None:
@@ -168,16 +170,17 @@ class Measured(abc.ABC):
             raise NotImplementedError(reason)
 
 
-def _torch_is_there(cls: type[Measured], *_: str) -> None:
-    """Leave out the ratio where torch has no number; asv calls it with the parameters."""
-    if reason := cls.missing(TORCH, Settings.from_environment()):
-        raise NotImplementedError(f"torch: {reason}")
+def _torch_has_it(cls: type[Measured], track: str, arm: str, regime: str, *_: str) -> None:
+    """Leave out the ratio where torch has no number, and its count where that differs each time.
 
-
-def _repeats(cls: type[Measured], count: str, arm: str, regime: str, *_: str) -> None:
-    """Leave out torch's count where it is not the same each time."""
-    reason = cls.varies.get((regime.removeprefix("quick "), count))
-    if reason and arm == TORCH:
+    asv calls it with the parameters.
+    """
+    reason = ""
+    if track == "ratio_to_torch":
+        reason = cls.missing(TORCH, Settings.from_environment())
+    elif arm == TORCH:
+        reason = cls.varies.get((regime.removeprefix("quick "), track), "")
+    if reason:
         raise NotImplementedError(f"torch: {reason}")
 
 

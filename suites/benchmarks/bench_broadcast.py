@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from benchmarks.base import Measured
+from benchmarks.work import Work
 
 if TYPE_CHECKING:
     import torch
 
-    from benchmarks.rank_context import RankContext, Work
+    from benchmarks.rank_context import RankContext
 
 
-def _blank(local: dict[str, Any]) -> None:
-    for tensor in local.values():
-        tensor._local_tensor.zero_()
+def _lands(ctx: RankContext, path: str, full: dict[str, Any]) -> Work:
+    """Values of `full`, through that function, in the sharded state dict of this rank."""
+    load, local = ctx.function(path), ctx.sharded()
+
+    def call() -> dict[str, Any]:
+        landed: dict[str, Any] = dict(local)  # torch replaces targets by views of `full`
+        load(full.copy(), landed, ctx.device)
+        return landed
+
+    return Work(call, ctx.are_sharded, lambda: _blank(ctx, local))
+
+
+def _blank(ctx: RankContext, local: dict[str, Any]) -> None:
+    ctx.blank(tensor._local_tensor for tensor in local.values())
 
 
 def _from_first(ctx: RankContext) -> Work:
@@ -31,18 +44,10 @@ class BroadcastStateDict(Measured):
     sizes: ClassVar[tuple[int, ...]] = (2, 4, 8)
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
-        broadcast, local = ctx.function(self.functions[0]), ctx.sharded()
-        full = ctx.whole() if ctx.rank == 0 else {}
-
-        def call() -> dict[str, Any]:
-            landed: dict[str, Any] = dict(local)
-            broadcast(full.copy(), landed, ctx.device)
-            return landed
-
-        check = _shapes(ctx) if ctx.fake else ctx.are_sharded
-        return Work(call, check, lambda: _blank(local))
+        work = _lands(ctx, self.functions[0], ctx.whole() if ctx.rank == 0 else {})
+        if ctx.fake:
+            work.check = _shapes(ctx)
+        return work
 
     def floor(self, ctx: RankContext) -> Work:
         return _from_first(ctx)
@@ -56,8 +61,6 @@ class BroadcastWholeStateDict(Measured):
     sizes: ClassVar[tuple[int, ...]] = (2, 4)
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         broadcast = ctx.function(self.functions[0])
         full: dict[str, Any] = dict(ctx.whole()) if ctx.rank == 0 else {}
         targets = {name: tensor.to("meta") for name, tensor in ctx.whole().items()}
@@ -83,8 +86,6 @@ class BroadcastTensors(Measured):
     def work(self, ctx: RankContext) -> Work:
         import torch
 
-        from benchmarks.rank_context import Work
-
         broadcast, info = map(ctx.function, self.functions)
         local, keys = ctx.sharded(), [leaf.name for leaf in ctx.leaves]
         full: dict[str, Any] = dict(ctx.whole()) if ctx.rank == 0 else {}
@@ -98,7 +99,7 @@ class BroadcastTensors(Measured):
             broadcast(told, landed, list(keys), ctx.device)
             return landed
 
-        return Work(call, ctx.are_sharded, lambda: _blank(local))
+        return Work(call, ctx.are_sharded, lambda: _blank(ctx, local))
 
     def floor(self, ctx: RankContext) -> Work:
         return _from_first(ctx)
@@ -115,20 +116,7 @@ class DistributeStateDict(Measured):
     }
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
-        distribute, full, local = (
-            ctx.function(self.functions[0]),
-            ctx.whole(),
-            ctx.sharded(),
-        )
-
-        def call() -> dict[str, Any]:
-            landed: dict[str, Any] = dict(local)  # torch replaces targets by views of `full`
-            distribute(full.copy(), landed, ctx.device)
-            return landed
-
-        return Work(call, ctx.are_sharded, lambda: _blank(local))
+        return _lands(ctx, self.functions[0], ctx.whole())
 
     def floor(self, ctx: RankContext) -> Work:
         return _on_device(ctx)
@@ -142,13 +130,7 @@ class DistributeTensors(Measured):
     sizes = (4,)
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
-        distribute, full, local = (
-            ctx.function(self.functions[0]),
-            ctx.whole(),
-            ctx.sharded(),
-        )
+        distribute, full, local = ctx.function(self.functions[0]), ctx.whole(), ctx.sharded()
         keys = list(local)
 
         def call() -> dict[str, Any]:
@@ -156,7 +138,7 @@ class DistributeTensors(Measured):
             distribute(pairs, keys, ctx.device)
             return pairs
 
-        return Work(call, ctx.are_sharded, lambda: _blank(local))
+        return Work(call, ctx.are_sharded, lambda: _blank(ctx, local))
 
     def floor(self, ctx: RankContext) -> Work:
         return _on_device(ctx)
@@ -164,15 +146,10 @@ class DistributeTensors(Measured):
 
 def _on_device(ctx: RankContext) -> Work:
     """Floor: one copy of what this rank holds, within its device, into memory that is there."""
-    from benchmarks.rank_context import Work
-
-    source = ctx._pattern(ctx.held)
+    source = ctx.pattern(ctx.held)
     target = source.clone()
-
-    def reset() -> None:
-        target.zero_()
-
-    return Work(lambda: target.copy_(source), lambda got: ctx.same(got, source, "the copy"), reset)
+    check = partial(ctx.same, expected=source, what="the copy")
+    return Work(lambda: target.copy_(source), check, target.zero_)
 
 
 def _shapes(ctx: RankContext) -> Any:

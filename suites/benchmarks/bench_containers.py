@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.base import COUNTS, Measured
+from benchmarks.work import Work
 
 if TYPE_CHECKING:
-    from benchmarks.rank_context import RankContext, Work
+    from benchmarks.rank_context import RankContext
 
 PATH = "_state_dict_utils."
 
@@ -52,8 +53,6 @@ class Contained(Measured):
 
     def floor(self, ctx: RankContext) -> Work:
         """One bare walk over the same containers."""
-        from benchmarks.rank_context import Work
-
         made = nested(ctx)
         count = len(paths(made))
 
@@ -69,17 +68,13 @@ class FlattenStateDict(Contained):
     functions = (f"{PATH}_flatten_state_dict",)
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         flatten, made = ctx.function(self.functions[0]), nested(ctx)
         expected = [leaf for _, leaf in paths(made)]
 
         def check(got: Any) -> None:
             flat, mapping = got
-            assert len(flat) == len(mapping) == len(expected), f"{len(flat)} leaves"
-            assert all(a is b for a, b in zip(flat.values(), expected, strict=True)), (
-                "leaves differ"
-            )
+            assert len(flat) == len(mapping), f"{len(flat)} leaves, {len(mapping)} paths"
+            same(list(flat.values()), expected)
 
         return Work(lambda: flatten(made), check)
 
@@ -90,8 +85,6 @@ class UnflattenStateDict(Contained):
     functions = (f"{PATH}_unflatten_state_dict",)
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         made = nested(ctx)
         flat, mapping = ctx.function(f"{PATH}_flatten_state_dict")(made)
         unflatten = ctx.function(self.functions[0])
@@ -104,8 +97,6 @@ class TraverseStateDict(Contained):
     functions = (f"{PATH}_traverse_state_dict",)
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         traverse, made = ctx.function(self.functions[0]), nested(ctx)
         expected = [leaf for _, leaf in paths(made)]
 
@@ -114,11 +105,7 @@ class TraverseStateDict(Contained):
             traverse(made, lambda _, value: seen.append(value))
             return seen
 
-        def check(got: list[Any]) -> None:
-            assert len(got) == len(expected), f"{len(got)} of {len(expected)} leaves"
-            assert all(a is b for a, b in zip(got, expected, strict=True)), "leaves differ"
-
-        return Work(call, check)
+        return Work(call, lambda got: same(got, expected))
 
 
 class SetElement(Contained):
@@ -127,8 +114,6 @@ class SetElement(Contained):
     functions = (f"{PATH}_set_element",)
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         put, made = ctx.function(self.functions[0]), nested(ctx)
         elements = paths(made)
 
@@ -147,8 +132,6 @@ class IterateStateDict(Contained):
     functions = (f"{PATH}_iterate_state_dict", f"{PATH}_identity_func")
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         iterate, identity = map(ctx.function, self.functions)
         made = nested(ctx)
         return Work(
@@ -162,14 +145,9 @@ class RefuseCompanion(Contained):
     functions = (f"{PATH}_iterate_state_dict", f"{PATH}CompanionMismatch")
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         iterate, mismatch = map(ctx.function, self.functions)
-        identity, source, target = (
-            ctx.function(f"{PATH}_identity_func"),
-            ctx.whole(),
-            ctx.whole(),
-        )
+        identity = ctx.function(f"{PATH}_identity_func")
+        source, target = ctx.whole(), ctx.whole()
         del target[ctx.leaves[-1].name]
 
         def call() -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from benchmarks.base import COUNTS, Measured
 from benchmarks.settings import TORCH, Settings
+from benchmarks.work import Work
 
 if TYPE_CHECKING:
-    from benchmarks.rank_context import RankContext, Work
+    from benchmarks.rank_context import RankContext
+    from benchmarks.settings import Leaf
 
 
 class OffloadStateDictToCpu(Measured):
@@ -26,18 +29,15 @@ class OffloadStateDictToCpu(Measured):
         return super().missing(arm, settings) if settings.device == "cpu" else ""
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         offload, sharded = ctx.function(self.functions[0]), ctx.sharded()
 
-        def check(got: Any) -> None:
-            for leaf in ctx.leaves:
-                mine, theirs = got[leaf.name]._local_tensor, sharded[leaf.name]._local_tensor
-                assert mine.device.type == "cpu", f"{leaf.name}: on {mine.device}"
-                assert mine.data_ptr() != theirs.data_ptr(), f"{leaf.name}: not copied"
-                ctx.same(mine, ctx.mine(leaf), leaf.name)
+        def check(got: Any, leaf: Leaf) -> None:
+            mine, theirs = got._local_tensor, sharded[leaf.name]._local_tensor
+            assert mine.device.type == "cpu", f"{leaf.name}: on {mine.device}"
+            assert mine.data_ptr() != theirs.data_ptr(), f"{leaf.name}: not copied"
+            ctx.same(mine, ctx.mine(leaf), leaf.name)
 
-        return Work(lambda: offload(sharded), check)
+        return Work(lambda: offload(sharded), ctx.of_each(check))
 
     def floor(self, ctx: RankContext) -> Work:
         return ctx.copies(ctx.held)
@@ -49,8 +49,6 @@ class OffloadWholeStateDictToCpu(OffloadStateDictToCpu):
     sizes = (1,)
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         offload, whole = ctx.function(self.functions[0]), ctx.whole()
 
         def check(got: Any) -> None:
@@ -74,15 +72,10 @@ class CopyStateDict(Measured):
     def work(self, ctx: RankContext) -> Work:
         import torch
 
-        from benchmarks.rank_context import Work
-
         copy, source = ctx.function(self.functions[0]), ctx.whole()
         target = {name: torch.zeros_like(t, device="cpu") for name, t in source.items()}
 
-        def reset() -> None:
-            for tensor in target.values():
-                tensor.zero_()
-
+        reset = partial(ctx.blank, target.values())
         return Work(lambda: copy(source, target), ctx.are_whole, reset)
 
     def floor(self, ctx: RankContext) -> Work:
@@ -98,23 +91,19 @@ class CreateCpuStateDict(Measured):
     arguments: ClassVar[dict[str, bool]] = {}
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         create, sharded = ctx.function(self.functions[0]), ctx.sharded()
 
-        def check(got: Any) -> None:
-            assert list(got) == list(sharded), "keys differ"
-            for name, tensor in sharded.items():
-                mine, like = got[name]._local_tensor, tensor._local_tensor
-                assert mine.device.type == "cpu", f"{name}: on {mine.device}"
-                assert (mine.shape, mine.dtype) == (like.shape, like.dtype), f"{name}: {mine.shape}"
-                assert mine.data_ptr() != like.data_ptr(), f"{name}: not new"
-                if self.arguments.get("share_memory"):
-                    assert mine.is_shared(), f"{name}: not shared"
-                if self.arguments.get("pin_memory"):
-                    assert mine.is_pinned(), f"{name}: not pinned"
+        def check(got: Any, leaf: Leaf) -> None:
+            name, mine, like = leaf.name, got._local_tensor, sharded[leaf.name]._local_tensor
+            assert mine.device.type == "cpu", f"{name}: on {mine.device}"
+            assert (mine.shape, mine.dtype) == (like.shape, like.dtype), f"{name}: {mine.shape}"
+            assert mine.data_ptr() != like.data_ptr(), f"{name}: not new"
+            if self.arguments.get("share_memory"):
+                assert mine.is_shared(), f"{name}: not shared"
+            if self.arguments.get("pin_memory"):
+                assert mine.is_pinned(), f"{name}: not pinned"
 
-        return Work(lambda: create(sharded, **self.arguments), check)
+        return Work(lambda: create(sharded, **self.arguments), ctx.of_each(check))
 
     def floor(self, ctx: RankContext) -> Work:
         import torch
@@ -156,22 +145,16 @@ class StageFromDevice(Measured):
     device_only = True
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         copy, create = map(ctx.function, self.functions)
         source = ctx.whole()
         staged = create(source, pin_memory=True)
-
-        def reset() -> None:
-            for tensor in staged.values():
-                tensor.zero_()
 
         def call() -> Any:
             got = copy(source, staged, non_blocking=True)
             ctx.synchronize()
             return got
 
-        return Work(call, ctx.are_whole, reset)
+        return Work(call, ctx.are_whole, partial(ctx.blank, staged.values()))
 
     def floor(self, ctx: RankContext) -> Work:
         return ctx.copies(ctx.total, fresh=False, pinned=True)
@@ -186,8 +169,6 @@ class CheckStateDictSimilarity(Measured):
     tracks = COUNTS
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         similar = ctx.function(self.functions[0])
         one, other = ctx.whole(), ctx.whole()
 

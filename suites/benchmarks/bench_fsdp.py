@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from benchmarks.base import Measured
+from benchmarks.bench_tensor_parallel import bare_dtensors
 from benchmarks.settings import TORCH
+from benchmarks.work import Work
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Placement
 
-    from benchmarks.rank_context import RankContext, Work
+    from benchmarks.rank_context import RankContext
     from benchmarks.settings import Leaf
 
 PATH = "tensor.parallel.fsdp."
@@ -44,18 +47,16 @@ class ChunkDtensor(Measured):
     }
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
         from conformance.kit.fsdp1 import assert_chunked, fsdp_mesh, fsdp_rank, given
 
         chunk, mesh = ctx.function(self.functions[0]), root(ctx)
         line, rank = fsdp_mesh(mesh), fsdp_rank(mesh)
         weights = [given(ctx.full(leaf).to(ctx.device), mesh, held(leaf)) for leaf in ctx.leaves]
 
-        def check(got: list[Any]) -> None:
-            for leaf, tensor in zip(ctx.leaves, got, strict=True):
-                assert_chunked(tensor, ctx.full(leaf), mesh, held(leaf), leaf.name)
+        def check(got: Any, leaf: Leaf) -> None:
+            assert_chunked(got, ctx.full(leaf), mesh, held(leaf), leaf.name)
 
-        return Work(lambda: [chunk(w, rank, line) for w in weights], check)
+        return Work(lambda: [chunk(w, rank, line) for w in weights], ctx.of_each(check))
 
     def floor(self, ctx: RankContext) -> Work:
         return ctx.moves(_chunk_bytes(ctx))
@@ -68,7 +69,6 @@ class AllGatherDtensor(Measured):
     redistributes = True
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
         from conformance.kit.fsdp1 import sharded, tp_local
         from conformance.kit.layouts import dtensor
 
@@ -78,28 +78,18 @@ class AllGatherDtensor(Measured):
             for leaf in ctx.leaves
         ]
 
-        def check(got: list[Any]) -> None:
-            for leaf, tensor in zip(ctx.leaves, got, strict=True):
-                ctx.same(tensor, tp_local(ctx.full(leaf), mesh, held(leaf)), leaf.name)
+        def check(got: Any, leaf: Leaf) -> None:
+            ctx.same(got, tp_local(ctx.full(leaf), mesh, held(leaf)), leaf.name)
 
-        return Work(lambda: [gather(c, mesh) for c in chunks], check)
+        return Work(lambda: [gather(c, mesh) for c in chunks], ctx.of_each(check))
 
     def floor(self, ctx: RankContext) -> Work:
-        import torch
-        import torch.distributed as dist
+        group = root(ctx).get_group(0)
+        return ctx.gathers(_chunk_bytes(ctx) * (group.size() - 1), group)
 
-        from benchmarks.rank_context import Work
 
-        group, count = root(ctx).get_group(0), ctx.size // 2
-        mine = torch.full((_chunk_bytes(ctx),), 7, dtype=torch.uint8, device=ctx.device)
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-        def call() -> torch.Tensor:
-            out = mine.new_empty(len(mine) * count)
-            gather(out, mine, group=group)
-            return out
-
-        return Work(call, lambda got: ctx.same(got, mine.repeat(count), "the gathered bytes"))
+def _rows(ctx: RankContext, leaf: Leaf) -> torch.Tensor:
+    return ctx.full(leaf).chunk(ctx.size)[ctx.rank]
 
 
 class ChunkTensor(Measured):
@@ -111,19 +101,16 @@ class ChunkTensor(Measured):
     def work(self, ctx: RankContext) -> Work:
         import torch.distributed as dist
 
-        from benchmarks.rank_context import Work
-
         chunk, group = ctx.function(self.functions[0]), dist.group.WORLD
-        weights = [ctx.full(leaf).to(ctx.device) for leaf in ctx.leaves]
+        weights = ctx.whole().values()
 
-        def check(got: list[Any]) -> None:
-            for leaf, whole, tensor in zip(ctx.leaves, weights, got, strict=True):
-                (shard,) = tensor.local_shards()
-                ctx.same(shard.tensor, whole.chunk(ctx.size)[ctx.rank], leaf.name)
+        def check(got: Any, leaf: Leaf) -> None:
+            (shard,) = got.local_shards()
+            ctx.same(shard.tensor, _rows(ctx, leaf), leaf.name)
 
         return Work(
             lambda: [chunk(w, ctx.rank, ctx.size, ctx.size, group) for w in weights],
-            check,
+            ctx.of_each(check),
         )
 
     def floor(self, ctx: RankContext) -> Work:
@@ -137,18 +124,17 @@ class Boxes(Measured):
     sizes: ClassVar[tuple[int, ...]] = (2,)
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         box, box_for, local_box = map(ctx.function, self.functions)
         sharded = list(ctx.sharded().values())
 
-        def check(got: list[Any]) -> None:
-            for leaf, (_, other, mine) in zip(ctx.leaves, got, strict=True):
-                assert other == _box(leaf, ctx.size, ctx.size - 1), f"{leaf.name}: {other}"
-                assert mine == _box(leaf, ctx.size, ctx.rank), f"{leaf.name}: {mine}"
+        def check(got: Any, leaf: Leaf) -> None:
+            _, other, mine = got
+            assert other == _box(leaf, ctx.size, ctx.size - 1), f"{leaf.name}: {other}"
+            assert mine == _box(leaf, ctx.size, ctx.rank), f"{leaf.name}: {mine}"
 
         return Work(
-            lambda: [(box(t), box_for(t, ctx.size - 1), local_box(t)) for t in sharded], check
+            lambda: [(box(t), box_for(t, ctx.size - 1), local_box(t)) for t in sharded],
+            ctx.of_each(check),
         )
 
     def floor(self, ctx: RankContext) -> Work:
@@ -177,22 +163,21 @@ class ShardMetadataOf(Measured):
     sizes: ClassVar[tuple[int, ...]] = (2,)
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         describe, shard, group_of = map(ctx.function, self.functions)
         sharded = list(ctx.sharded().values())
 
-        def check(got: list[Any]) -> None:
-            for leaf, (whole, mine) in zip(ctx.leaves, got, strict=True):
-                parts = ctx.size if leaf.placement != "R" else 1
-                assert len(whole.shards_metadata) == parts, f"{leaf.name}: {whole}"
-                for index, part in enumerate([*whole.shards_metadata, mine]):
-                    box = _box(leaf, ctx.size, index if index < parts else ctx.rank)
-                    found = (list(part.shard_offsets), list(part.shard_sizes))
-                    assert found == (list(box[0]), list(box[1])), f"{leaf.name}: {part}"
+        def check(got: Any, leaf: Leaf) -> None:
+            whole, mine = got
+            parts = leaf.parts(ctx.size)
+            assert len(whole.shards_metadata) == parts, f"{leaf.name}: {whole}"
+            for index, part in enumerate([*whole.shards_metadata, mine]):
+                box = _box(leaf, ctx.size, index if index < parts else ctx.rank)
+                found = (list(part.shard_offsets), list(part.shard_sizes))
+                assert found == (list(box[0]), list(box[1])), f"{leaf.name}: {part}"
 
         return Work(
-            lambda: [(describe(t, group_of(t)), shard(t, ctx.rank)) for t in sharded], check
+            lambda: [(describe(t, group_of(t)), shard(t, ctx.rank)) for t in sharded],
+            ctx.of_each(check),
         )
 
     def floor(self, ctx: RankContext) -> Work:
@@ -206,8 +191,6 @@ class RewriteSpec(Measured):
     sizes = (2,)
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         rewrite, specs = ctx.function(self.functions[0]), self._specs(ctx)
 
         def check(got: list[Any]) -> None:
@@ -227,11 +210,8 @@ class RewriteSpec(Measured):
 
         places = [f"rank:{r}/meta" for r in range(ctx.size)]
         return [
-            (
-                ChunkShardingSpec(dim=0, placements=list(places)),
-                ctx.full(leaf).to(ctx.device),
-            )
-            for leaf in ctx.leaves
+            (ChunkShardingSpec(dim=0, placements=list(places)), tensor)
+            for tensor in ctx.whole().values()
         ]
 
 
@@ -242,15 +222,12 @@ class PreLoadStateDict(Measured):
     sizes = (2,)
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         load, sharded = ctx.function(self.functions[0]), self._sharded(ctx)
 
         def check(got: list[Any]) -> None:
             for leaf, tensor, (same, shards) in zip(ctx.leaves, sharded, got, strict=True):
                 assert same is tensor, f"{leaf.name}: another tensor"
-                mine = ctx.full(leaf).chunk(ctx.size)[ctx.rank]
-                ctx.same(shards[0].tensor, mine, leaf.name)
+                ctx.same(shards[0].tensor, _rows(ctx, leaf), leaf.name)
 
         return Work(lambda: [load(t) for t in sharded], check)
 
@@ -260,9 +237,9 @@ class PreLoadStateDict(Measured):
     def _sharded(self, ctx: RankContext) -> list[Any]:
         from conformance.kit.layouts import rows, sharded_tensor
 
-        wholes = [ctx.full(leaf).to(ctx.device) for leaf in ctx.leaves]
         return [
-            sharded_tensor(w, rows(w.shape, [w.shape[0] // ctx.size] * ctx.size)) for w in wholes
+            sharded_tensor(whole, rows(whole.shape, [len(whole) // ctx.size] * ctx.size))
+            for whole in ctx.whole().values()
         ]
 
 
@@ -277,8 +254,6 @@ class Extensions(Measured):
         from torch.distributed.fsdp import _fsdp_extensions as fsdp
         from torch.distributed.fsdp._common_utils import _FSDPDeviceHandle
 
-        from benchmarks.rank_context import Work
-
         handle: Any = _FSDPDeviceHandle.from_device(torch.device(ctx.device.type))
         extensions = ctx.function(self.functions[0])(handle)
         sharded = list(ctx.sharded().values())
@@ -287,14 +262,7 @@ class Extensions(Measured):
             flat = [fsdp._ext_pre_flatten_transform(t, extensions) for t in sharded]
             return [fsdp._ext_post_unflatten_transform(t, e, extensions) for t, e in flat]
 
-        def check(got: list[Any]) -> None:
-            for leaf, tensor in zip(ctx.leaves, got, strict=True):
-                ctx.is_sharded(tensor, leaf)
-
-        return Work(call, check)
+        return Work(call, ctx.are_sharded)
 
     def floor(self, ctx: RankContext) -> Work:
-        from torch.distributed.tensor import DTensor
-
-        pairs = [(t._local_tensor, t._spec) for t in ctx.sharded().values()]
-        return ctx.each(pairs, lambda p: DTensor(*p, requires_grad=False))
+        return bare_dtensors(ctx)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from benchmarks.base import Measured
+from benchmarks.work import Work
 
 if TYPE_CHECKING:
-    from benchmarks.rank_context import RankContext, Work
+    from benchmarks.rank_context import RankContext
 
 
 class GatherStateDict(Measured):
@@ -17,16 +18,11 @@ class GatherStateDict(Measured):
     regimes: ClassVar[tuple[str, ...]] = ("many", "model", "large", "mixed")
     sizes: ClassVar[tuple[int, ...]] = (2, 4, 8)
     varies: ClassVar[dict[tuple[str, str], str]] = {
-        (
-            "mixed",
-            "peak",
-        ): "from 11.47 to 11.53 MB on four ranks; what it waits for ends when it may"
+        ("mixed", "peak"): "from 11.47 to 11.53 MB on four ranks; what it waits for may end late"
     }
     redistributes = True
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         gather, sharded = ctx.function(self.functions[0]), ctx.sharded()
         return Work(lambda: gather(sharded), ctx.are_whole)
 
@@ -43,8 +39,6 @@ class GatherStateDictToFirst(Measured):
     redistributes = True
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         gather, sharded = ctx.function(self.functions[0]), ctx.sharded()
 
         def check(got: Any) -> None:
@@ -67,7 +61,6 @@ class AllGatherShardedTensor(Measured):
     sizes = (2, 4)
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
         from conformance.kit.layouts import rows, sharded_tensor
 
         gather, (leaf,) = ctx.function(self.functions[0]), ctx.leaves

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from benchmarks.base import sampled
+from benchmarks.base import AsvSettings, sampled
 from benchmarks.settings import Settings
 
 _COUNT = 8
@@ -26,27 +26,15 @@ def _checks(params: tuple[Any, ...]) -> list[float]:
     return measure(FRESH.format(cases=_COUNT), fresh=True)
 
 
-class FreshWorld:
+class FreshWorld(AsvSettings):
     """Ranks forked from the warm parent, joined in a process group, and ended."""
 
     params: ClassVar[list[list[int]]] = [[2, 4]]
     param_names = ("ranks",)
-    timeout = 900
-    version = "1"
-    number = 1
-    rounds = 1
-    warmup_time = 0
-    min_run_count = 1
     time_call = sampled(_fresh_worlds)
 
 
-class TrivialCheck:
+class TrivialCheck(AsvSettings):
     """A check of 4 ranks, a 2-D mesh and a gathered DTensor, from set-up to its end."""
 
-    timeout = 900
-    version = "1"
-    number = 1
-    rounds = 1
-    warmup_time = 0
-    min_run_count = 1
     time_call = sampled(_checks)

@@ -8,60 +8,62 @@ checked as far as there are any: nothing arrives from other ranks.
 
 from __future__ import annotations
 
-from benchmarks import bench_broadcast, bench_fsdp, bench_gather, bench_tensor_parallel
-from benchmarks.base import CONSTANT, LINEAR, SCALE
+from typing import ClassVar
 
-WORLDS = (8, 64, 512, 4096, 16384)
+from benchmarks import bench_broadcast, bench_fsdp, bench_gather, bench_tensor_parallel
+from benchmarks.base import CONSTANT, LINEAR, SCALE, Measured
 
 FLAT = {"collectives": CONSTANT, "calls": CONSTANT, "peak": CONSTANT}
 LINES = {"collectives": CONSTANT, "calls": LINEAR, "peak": LINEAR}
 LISTS = {"collectives": CONSTANT, "calls": LINEAR, "peak": CONSTANT}
 
 
-class GatherAtScale(bench_gather.GatherStateDict):
+class _AtScale(Measured):
+    """What these have in common: rank 0 of a fake world, and counts alone."""
+
+    fake = True
+    regimes: ClassVar[tuple[str, ...]] = ("scale",)
+    sizes: ClassVar[tuple[int, ...]] = (8, 64, 512, 4096, 16384)
+    tracks = SCALE
+
+
+class GatherAtScale(_AtScale, bench_gather.GatherStateDict):
     """Rank 0's part of a gather; floor: one all-gather's buffers, filled by one copy each."""
 
-    fake, regimes, sizes, tracks = True, ("scale",), WORLDS, SCALE
     growth = LINES
 
 
-class BroadcastAtScale(bench_broadcast.BroadcastStateDict):
+class BroadcastAtScale(_AtScale, bench_broadcast.BroadcastStateDict):
     """Rank 0's part of a broadcast, which reads and packs the whole model; floor: a scatter."""
 
-    fake, regimes, sizes, tracks = True, ("scale",), WORLDS, SCALE
     growth = LINES
 
 
-class DistributeAtScale(bench_broadcast.DistributeStateDict):
+class DistributeAtScale(_AtScale, bench_broadcast.DistributeStateDict):
     """A rank cuts its part out of its own whole state dict; floor: one copy of the part."""
 
-    fake, regimes, sizes, tracks = True, ("scale",), WORLDS, SCALE
     growth = LISTS
 
 
-class BoxesAtScale(bench_fsdp.Boxes):
+class BoxesAtScale(_AtScale, bench_fsdp.Boxes):
     """Where each weight's shard lies; floor: by hand in a loop."""
 
-    fake, regimes, sizes, tracks = True, ("scale",), WORLDS, SCALE
     growth = FLAT
 
 
-class ShardMetadataAtScale(bench_fsdp.ShardMetadataOf):
+class ShardMetadataAtScale(_AtScale, bench_fsdp.ShardMetadataOf):
     """Each weight described in ShardedTensor's terms, which list every rank; floor: boxes."""
 
-    fake, regimes, sizes, tracks = True, ("scale",), WORLDS, SCALE
     growth = LISTS
 
 
-class LocalizeAtScale(bench_tensor_parallel.LocalizeDtensor):
+class LocalizeAtScale(_AtScale, bench_tensor_parallel.LocalizeDtensor):
     """Weights become local Parameters, for the first time; floor: one setattr each."""
 
-    fake, regimes, sizes, tracks = True, ("scale",), WORLDS, SCALE
     growth = FLAT
 
 
-class ReconstructAtScale(bench_tensor_parallel.ReconstructDtensor):
+class ReconstructAtScale(_AtScale, bench_tensor_parallel.ReconstructDtensor):
     """Local Parameters give way to DTensors, as before a forward; floor: one setattr each."""
 
-    fake, regimes, sizes, tracks = True, ("scale",), WORLDS, SCALE
     growth = FLAT

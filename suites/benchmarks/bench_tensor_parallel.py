@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from benchmarks.base import Measured
+from benchmarks.work import Work
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from benchmarks.rank_context import RankContext, Work
+    from benchmarks.rank_context import RankContext
+    from benchmarks.settings import Leaf
 
 UTILS = "tensor.parallel._data_parallel_utils."
 DDP = "tensor.parallel.ddp."
@@ -23,13 +25,9 @@ class FlattenTensor(Measured):
     version = "2"
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         # Frozen ones would be no comparison: torch makes their local tensors train.
         flatten = ctx.function(self.functions[0])
-        sharded = list(ctx.sharded().values())
-        for tensor in sharded:
-            tensor.requires_grad_()
+        sharded: list[Any] = [tensor.requires_grad_() for tensor in ctx.sharded().values()]
 
         def check(got: list[Any]) -> None:
             for leaf, tensor, (mine, spec) in zip(ctx.leaves, sharded, got, strict=True):
@@ -43,6 +41,14 @@ class FlattenTensor(Measured):
         return ctx.each(list(ctx.sharded().values()), lambda t: (t._local_tensor, t._spec))
 
 
+def bare_dtensors(ctx: RankContext) -> Work:
+    """Floor: of each weight the DTensor, made bare in a loop."""
+    from torch.distributed.tensor import DTensor
+
+    pairs = [(t._local_tensor, t._spec) for t in ctx.sharded().values()]
+    return ctx.each(pairs, lambda p: DTensor(*p, requires_grad=False))
+
+
 class UnflattenTensor(Measured):
     """Each local tensor becomes its DTensor; floor: the DTensor, made bare in a loop."""
 
@@ -50,22 +56,13 @@ class UnflattenTensor(Measured):
     sizes = (2,)
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         unflatten, sharded = ctx.function(self.functions[0]), list(ctx.sharded().values())
         pairs = [(t._local_tensor, t._spec) for t in sharded]
 
-        def check(got: list[Any]) -> None:
-            for leaf, tensor in zip(ctx.leaves, got, strict=True):
-                ctx.is_sharded(tensor, leaf)
-
-        return Work(lambda: [unflatten(t, spec) for t, spec in pairs], check)
+        return Work(lambda: [unflatten(t, spec) for t, spec in pairs], ctx.are_sharded)
 
     def floor(self, ctx: RankContext) -> Work:
-        from torch.distributed.tensor import DTensor
-
-        pairs = [(t._local_tensor, t._spec) for t in ctx.sharded().values()]
-        return ctx.each(pairs, lambda p: DTensor(*p, requires_grad=False))
+        return bare_dtensors(ctx)
 
 
 class SyncGradHook(Measured):
@@ -84,16 +81,15 @@ class SyncGradHook(Measured):
         import torch.distributed as dist
         from torch.distributed._functional_collectives import all_reduce
 
-        from benchmarks.rank_context import Work
-
         group: Any = dist.group.WORLD
-        grads = [ctx.full(leaf).to(ctx.device) for leaf in ctx.leaves]
+        grads = ctx.whole().values()
 
-        def check(got: list[Any]) -> None:
-            for leaf, grad, done in zip(ctx.leaves, grads, got, strict=True):
-                ctx.same(done, grad * ctx.size, leaf.name)
+        def check(got: Any, leaf: Leaf) -> None:
+            ctx.same(got, ctx.full(leaf) * ctx.size, leaf.name)
 
-        return Work(lambda: [finish(all_reduce(g, "sum", group)) for g in grads], check)
+        return Work(
+            lambda: [finish(all_reduce(g, "sum", group)) for g in grads], ctx.of_each(check)
+        )
 
 
 def module(ctx: RankContext) -> Any:
@@ -108,26 +104,36 @@ def module(ctx: RankContext) -> Any:
     return root
 
 
-def are_local(ctx: RankContext, root: nn.Module) -> None:
-    """Every weight is a plain local Parameter with this rank's part."""
-    from torch import nn
+class Swapped(Measured):
+    """What these have in common: one module a weight, and its parameter is set."""
 
-    for leaf, child in zip(ctx.leaves, root.children(), strict=True):
-        assert isinstance(child.weight, nn.Parameter), f"{leaf.name}: no Parameter"
-        ctx.same(child.weight.detach(), ctx.mine(leaf), leaf.name)
+    sizes: ClassVar[tuple[int, ...]] = (2,)
+
+    def floor(self, ctx: RankContext) -> Work:
+        """One setattr a weight."""
+        from torch import nn
+
+        children: list[Any] = list(module(ctx).children())
+        fresh = [(child, nn.Parameter(child.weight.to_local())) for child in children]
+
+        def least(pair: Any) -> Any:
+            child, weight = pair
+            child.weight = weight
+            return child
+
+        return ctx.each(fresh, least)
 
 
-class LocalizeDtensor(Measured):
+class LocalizeDtensor(Swapped):
     """Weights become local Parameters for the first time; floor: one setattr each.
 
     After a forward torch has nothing left to localize: it has lost the parameters.
     """
 
     functions = (f"{DDP}_localize_dtensor",)
-    sizes: ClassVar[tuple[int, ...]] = (2,)
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
+        from torch import nn
 
         localize, root = ctx.function(self.functions[0]), module(ctx)
 
@@ -139,21 +145,20 @@ class LocalizeDtensor(Measured):
             localize(root)
             return root
 
-        return Work(call, lambda got: are_local(ctx, got), reset)
+        def check(got: nn.Module) -> None:
+            for leaf, child in zip(ctx.leaves, got.children(), strict=True):
+                assert isinstance(child.weight, nn.Parameter), f"{leaf.name}: no Parameter"
+                ctx.same(child.weight.detach(), ctx.mine(leaf), leaf.name)
 
-    def floor(self, ctx: RankContext) -> Work:
-        return _swaps(ctx)
+        return Work(call, check, reset)
 
 
-class ReconstructDtensor(Measured):
+class ReconstructDtensor(Swapped):
     """Local Parameters give way to DTensors, as before a forward; floor: one setattr each."""
 
     functions = (f"{DDP}_reconstruct_dtensor",)
-    sizes: ClassVar[tuple[int, ...]] = (2,)
 
     def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
         reconstruct, root = ctx.function(self.functions[0]), module(ctx)
         localize = ctx.function(f"{DDP}_localize_dtensor")
 
@@ -167,45 +172,22 @@ class ReconstructDtensor(Measured):
             return root
 
         def check(got: Any) -> None:
-            for leaf, child in zip(ctx.leaves, got.children(), strict=True):
-                ctx.is_sharded(child.weight.detach(), leaf)
+            ctx.are_sharded([child.weight.detach() for child in got.children()])
 
         return Work(call, check, reset)
 
-    def floor(self, ctx: RankContext) -> Work:
-        return _swaps(ctx)
 
-
-def _swaps(ctx: RankContext) -> Work:
-    from torch import nn
-
-    root = module(ctx)
-    weights: list[Any] = [(child, child.weight) for child in root.children()]
-    weights = [(child, nn.Parameter(weight.to_local())) for child, weight in weights]
-
-    def least(pair: Any) -> Any:
-        child, weight = pair
-        child.weight = weight
-        return child
-
-    return ctx.each(weights, least)
-
-
-class UpdateModuleParam(Measured):
+class UpdateModuleParam(Swapped):
     """Weights found by path and replaced; floor: one setattr each."""
 
     functions = (f"{DDP}_update_module_param", f"{DDP}_get_submodule_n_params")
-    sizes = (2,)
 
     def work(self, ctx: RankContext) -> Work:
         from torch import nn
 
-        from benchmarks.rank_context import Work
-
         update, find = map(ctx.function, self.functions)
         root = module(ctx)
-        locals_ = {name: p.to_local() for name, p in root.named_parameters()}
-        fresh = {name: nn.Parameter(t) for name, t in locals_.items()}
+        fresh = {name: nn.Parameter(p.to_local()) for name, p in root.named_parameters()}
 
         def call() -> nn.Module:
             update([(*find(root, name), param) for name, param in fresh.items()])
@@ -216,30 +198,8 @@ class UpdateModuleParam(Measured):
 
         return Work(call, check)
 
-    def floor(self, ctx: RankContext) -> Work:
-        return _swaps(ctx)
 
-
-class PreDpModuleTransform(Measured):
+class PreDpModuleTransform(LocalizeDtensor):
     """A tensor-parallel module made ready for DDP, once; floor: one setattr a weight."""
 
     functions = (f"{DDP}_pre_dp_module_transform",)
-    sizes = (2,)
-
-    def work(self, ctx: RankContext) -> Work:
-        from benchmarks.rank_context import Work
-
-        transform, root = ctx.function(self.functions[0]), module(ctx)
-
-        def reset() -> None:
-            nonlocal root
-            root = module(ctx)
-
-        def call() -> nn.Module:
-            transform(root)
-            return root
-
-        return Work(call, lambda got: are_local(ctx, got), reset)
-
-    def floor(self, ctx: RankContext) -> Work:
-        return _swaps(ctx)

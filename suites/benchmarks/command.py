@@ -7,10 +7,10 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def main() -> int:
         return goals.main(settings, options.bench, options.world, options.kept)
     if options.publish:
         return _publish()
-    settings = settings.with_(smallest=settings.quick)
+    settings = replace(settings, smallest=settings.quick)
     os.environ.update(settings.environment())
     os.environ[f"{PREFIX}OWNER"] = str(os.getpid())
     _know_machine()
@@ -67,7 +67,8 @@ def _settings(options: argparse.Namespace) -> Settings:
     told = Settings.from_environment()
     quick = told.quick or options.quick
     usual = COMPARED_SECONDS if options.compare and not quick else 0.0
-    return told.with_(
+    return replace(
+        told,
         quick=quick,
         device=options.device,
         backend=options.backend,
@@ -194,7 +195,7 @@ def _counted(options: argparse.Namespace, settings: Settings) -> int:
     from benchmarks.results import baseline
     from benchmarks.run.world import WorldError
 
-    quick = settings.with_(quick=True)
+    quick = replace(settings, quick=True)
     try:
         return baseline.check(quick) if options.check else baseline.update(quick)
     except (WorldError, ValueError) as error:
@@ -218,23 +219,16 @@ def _run(bench: str | None, kept: Path | None) -> int:
     extra = ["--bench", bench] if bench else []
     saved = clean(ROOT)
     if saved:
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        extra += ["--set-commit-hash", head.stdout.strip()]
+        head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True)
+        extra += ["--set-commit-hash", head.strip()]
     with tempfile.TemporaryDirectory() as folder:
-        journal = Path(folder, "journal")
+        journal = (kept or Path(folder, "journal")).absolute()
+        journal.write_text("")  # measurements are added to what is there
         os.environ[f"{PREFIX}JOURNAL"] = str(journal)
         environment = f"existing:{interpreter(ROOT)}"
         status = _asv("run", "--show-stderr", "--environment", environment, *extra)
-        measured = _journal(journal)
-        if kept is not None and journal.exists():
-            shutil.copyfile(journal, kept)
+        measured = [json.loads(line) for line in journal.read_text().splitlines()]
     return _outcome(status, measured, saved)
-
-
-def _journal(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _outcome(status: int, measured: list[dict[str, Any]], saved: bool) -> int:
@@ -261,35 +255,29 @@ def _compare(revision: str, bench: str | None) -> int:
     """Interleaved rounds of two commits, in the overlay environment."""
     if not clean(ROOT):
         print("uncommitted changes: what is compared is the commits, not the working tree")
-    extra = ["--bench", bench or COMPARED]
-    with tempfile.NamedTemporaryFile("w+", suffix=".txt") as log:
-        command = [
-            *(sys.executable, "-m", "asv", "continuous", "--interleave-rounds"),
-            *("--append-samples", "--no-only-changed", "--show-stderr"),
-            *("-a", f"rounds={ROUNDS}", "--factor", str(FACTOR), *extra, revision, "HEAD"),
-        ]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                log.write(line)
-            status = process.wait()
-        log.seek(0)
-        compared = len(re.findall(r"^\| *[-+]? *\|.*\S", log.read(), re.MULTILINE))
+    command = [
+        *(sys.executable, "-m", "asv", "continuous", "--interleave-rounds"),
+        *("--append-samples", "--no-only-changed", "--show-stderr", "--bench", bench or COMPARED),
+        *("-a", f"rounds={ROUNDS}", "--factor", str(FACTOR), revision, "HEAD"),
+    ]
+    compared = False
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            compared |= re.match(r"\| *[-+]? *\|.*\S", line) is not None
     if not compared:
         print("ci/bench: nothing was compared", file=sys.stderr)
         return 3
-    return 1 if status else 0
+    return 1 if process.returncode else 0
 
 
 def _publish() -> int:
     """The site; 3 when there is no point in any graph."""
-    if status := _asv("publish"):
-        return 3 if status else 0
-    points = 0
-    graphs = ROOT / ".asv" / "html" / "graphs"
-    for file in graphs.rglob("bench_*.json"):
-        points += _points(json.loads(file.read_text()))
+    if _asv("publish"):
+        return 3
+    graphs = (ROOT / ".asv" / "html" / "graphs").rglob("bench_*.json")
+    points = sum(_points(json.loads(file.read_text())) for file in graphs)
     print(f"{points} points; open .asv/html/index.html through: .venv/bin/asv preview")
     return 0 if points else 3
 

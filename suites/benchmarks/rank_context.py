@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from benchmarks.settings import Leaf
+from benchmarks.work import Work
 from conformance.kit.layouts import dtensor, part
 from harness.settings.subjects import Subject
 
@@ -27,45 +28,20 @@ def values(salt: int, leaf: Leaf) -> torch.Tensor:
     return index.to(getattr(torch, leaf.dtype)).reshape(leaf.shape)
 
 
-def _nothing() -> None:
-    """Reset of a call that leaves no trace."""
-
-
 @dataclass
-class Work:
-    """A call, what its result must be, and what makes the next call start as the first did."""
-
-    call: Callable[[], Any]
-    check: Callable[[Any], None]
-    """Raises AssertionError when the result is not exact; not timed."""
-    reset: Callable[[], None] = _nothing
-    """Done before every call that is timed, untimed itself."""
-
-    @property
-    def resets(self) -> bool:
-        return self.reset is not _nothing
-
-
 class RankContext:
     """One rank's view of a measurement; made once, used by all arms in turn."""
 
-    def __init__(
-        self,
-        rank: int,
-        size: int,
-        device: torch.device,
-        *,
-        fake: bool,
-        regime: Sequence[Leaf],
-        data: dict[str, torch.Tensor],
-    ) -> None:
-        self.rank, self.size, self.device = rank, size, device
-        self.fake = fake
-        self.arm = ""
-        """The arm whose work is being built: an import root, or `floor`."""
-        self.leaves = regime
-        self._data = data
-        self._meshes: dict[tuple[int, ...], DeviceMesh] = {}
+    rank: int
+    size: int
+    device: torch.device
+    fake: bool
+    leaves: Sequence[Leaf]
+    data: dict[str, torch.Tensor]
+    """Of each leaf the whole tensor, on the CPU, shared by all ranks: not to be written."""
+    arm: str = ""
+    """The arm whose work is being built: an import root, or `floor`."""
+    _meshes: dict[tuple[int, ...], DeviceMesh] = field(default_factory=dict)
 
     # --- the arm
 
@@ -114,7 +90,7 @@ class RankContext:
 
     def full(self, leaf: Leaf) -> torch.Tensor:
         """The leaf's whole tensor, on the CPU, shared by all ranks: not to be written."""
-        return self._data[leaf.name]
+        return self.data[leaf.name]
 
     def whole(self) -> dict[str, torch.Tensor]:
         """All leaves whole, this arm's own copies."""
@@ -138,6 +114,12 @@ class RankContext:
         mine = self.mine(leaf)
         return mine.repeat(self.size, *[1] * (mine.dim() - 1))
 
+    @staticmethod
+    def blank(tensors: Iterable[torch.Tensor]) -> None:
+        """Zero them, so that a call that writes nothing into them cannot pass."""
+        for tensor in tensors:
+            tensor.zero_()
+
     # --- exactness
 
     def same(self, got: Any, expected: torch.Tensor, what: str) -> None:
@@ -149,17 +131,25 @@ class RankContext:
         there = expected.to(got.device)
         assert torch.equal(got.detach(), there), f"{what}: values differ"
 
+    def of_each(self, check: Callable[[Any, Leaf], None]) -> Callable[[Any], None]:
+        """The check of a result that has something of each leaf: a dict by name, or a list."""
+
+        def check_all(got: Any) -> None:
+            if isinstance(got, dict):
+                assert list(got) == [leaf.name for leaf in self.leaves], "keys differ"
+                got = got.values()
+            for one, leaf in zip(got, self.leaves, strict=True):
+                check(one, leaf)
+
+        return check_all
+
     def are_whole(self, got: Any) -> None:
         """A dict of every leaf, whole."""
-        assert list(got) == [leaf.name for leaf in self.leaves], "keys differ"
-        for leaf in self.leaves:
-            self.same(got[leaf.name], self.gathered(leaf), leaf.name)
+        self.of_each(lambda one, leaf: self.same(one, self.gathered(leaf), leaf.name))(got)
 
     def are_sharded(self, got: Any) -> None:
-        """A dict of every leaf as the DTensor of its layout."""
-        assert list(got) == [leaf.name for leaf in self.leaves], "keys differ"
-        for leaf in self.leaves:
-            self.is_sharded(got[leaf.name], leaf)
+        """A dict or list of every leaf as the DTensor of its layout."""
+        self.of_each(self.is_sharded)(got)
 
     def is_sharded(self, got: Any, leaf: Leaf) -> None:
         """The DTensor of the leaf's layout, with what this rank holds."""
@@ -185,7 +175,7 @@ class RankContext:
 
     def copies(self, nbytes: int, *, fresh: bool = True, pinned: bool = False) -> Work:
         """One copy of that many bytes from the device to host memory, new or `fresh=False` old."""
-        source = self._pattern(nbytes)
+        source = self.pattern(nbytes)
         there = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
 
         def call() -> torch.Tensor:
@@ -195,29 +185,29 @@ class RankContext:
 
     def moves(self, nbytes: int) -> Work:
         """One copy of that many bytes into new memory of the device."""
-        source = self._pattern(nbytes)
+        source = self.pattern(nbytes)
         return Work(lambda: source.clone(), lambda got: self.same(got, source, "the copied bytes"))
 
-    def gathers(self, nbytes: int) -> Work:
-        """One all-gather that brings that many bytes from others to each rank."""
-        share = math.ceil(nbytes / max(1, self.size - 1))
-        mine = self._pattern(share, self.rank)
+    def gathers(self, nbytes: int, group: dist.ProcessGroup | None = None) -> Work:
+        """One all-gather that brings that many bytes from others to each rank (of `group`)."""
+        size = dist.get_world_size(group)
+        share = math.ceil(nbytes / max(1, size - 1))
+        mine = self.pattern(share, dist.get_rank(group))
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        parts = [self._pattern(share, 0 if self.fake else r) for r in range(self.size)]
-        expected = torch.cat(parts)
+        expected = torch.cat([self.pattern(share, 0 if self.fake else r) for r in range(size)])
 
         def call() -> torch.Tensor:
-            out = torch.empty(share * self.size, dtype=torch.uint8, device=self.device)
-            gather(out, mine)
+            out = torch.empty(share * size, dtype=torch.uint8, device=self.device)
+            gather(out, mine, group=group)
             return out
 
         return Work(call, lambda got: self.same(got, expected, "the gathered bytes"))
 
     def scatters(self, share: int, everywhere: int = 0) -> Work:
         """One scatter of `share` bytes to each rank; one broadcast of those that all need."""
-        rows = [self._pattern(share, r) for r in range(self.size)] if self.rank == 0 else None
-        shared = self._pattern(everywhere)
-        expected = self._pattern(share, self.rank)
+        rows = [self.pattern(share, r) for r in range(self.size)] if self.rank == 0 else None
+        shared = self.pattern(everywhere)
+        expected = self.pattern(share, self.rank)
 
         def call() -> tuple[torch.Tensor, torch.Tensor]:
             out = torch.empty(share, dtype=torch.uint8, device=self.device)
@@ -236,7 +226,7 @@ class RankContext:
 
     def broadcasts(self, nbytes: int) -> Work:
         """One broadcast of that many bytes from rank 0 into new memory."""
-        shared = self._pattern(nbytes)
+        shared = self.pattern(nbytes)
 
         def call() -> torch.Tensor:
             out = shared if self.rank == 0 else torch.empty_like(shared)
@@ -247,7 +237,7 @@ class RankContext:
 
     def sends_to_first(self, share: int) -> Work:
         """One gather of `share` bytes of each rank to rank 0."""
-        mine = self._pattern(share, self.rank)
+        mine = self.pattern(share, self.rank)
 
         def call() -> list[torch.Tensor] | None:
             rows = [torch.empty_like(mine) for _ in range(self.size)] if self.rank == 0 else None
@@ -256,7 +246,7 @@ class RankContext:
 
         def check(got: list[torch.Tensor] | None) -> None:
             for number, row in enumerate(got or ()):
-                self.same(row, self._pattern(share, number), f"the bytes of rank {number}")
+                self.same(row, self.pattern(share, number), f"the bytes of rank {number}")
 
         return Work(call, check)
 
@@ -268,6 +258,7 @@ class RankContext:
 
         return Work(lambda: [least(item) for item in items], check)
 
-    def _pattern(self, nbytes: int, salt: int = 0) -> torch.Tensor:
+    def pattern(self, nbytes: int, salt: int = 0) -> torch.Tensor:
+        """That many bytes, which differ by place and salt, on the device."""
         made = torch.arange(nbytes, dtype=torch.int32).add_(salt).remainder_(251)
         return made.to(torch.uint8).to(self.device)

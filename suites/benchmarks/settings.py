@@ -6,10 +6,10 @@ hands nothing else to its benchmarks.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 PREFIX = "SHARDPROOF_BENCH_"
 
@@ -63,29 +63,19 @@ class Settings:
     @classmethod
     def from_environment(cls) -> Settings:
         """Read from SHARDPROOF_BENCH_QUICK, _SMALLEST, _DEVICE, _BACKEND, and so on."""
-        get = {k.removeprefix(PREFIX): v for k, v in os.environ.items() if k.startswith(PREFIX)}
-        return cls(
-            quick=get.get("QUICK", "") not in {"", "0"},
-            room=int(get.get("ROOM", 0)),
-            smallest=get.get("SMALLEST", "") not in {"", "0"},
-            device=get.get("DEVICE", cls.device),
-            backend=get.get("BACKEND", cls.backend),
-            share_gpus=get.get("SHARE_GPUS", "") not in {"", "0"},
-            seconds=float(get.get("SECONDS", 0.0)),
-            deadline=float(get.get("DEADLINE", 0.0)),
-        )
+        told: dict[str, Any] = {}
+        for name, usual in vars(cls()).items():
+            text = os.environ.get(f"{PREFIX}{name.upper()}")
+            if text is not None:
+                is_flag = isinstance(usual, bool)
+                told[name] = text not in {"", "0"} if is_flag else type(usual)(text)
+        return cls(**told)
 
     def environment(self) -> dict[str, str]:
         """The variables that `from_environment` reads back."""
         return {
-            f"{PREFIX}QUICK": "1" if self.quick else "",
-            f"{PREFIX}ROOM": str(self.room),
-            f"{PREFIX}SMALLEST": "1" if self.smallest else "",
-            f"{PREFIX}DEVICE": self.device,
-            f"{PREFIX}BACKEND": self.backend,
-            f"{PREFIX}SHARE_GPUS": "1" if self.share_gpus else "",
-            f"{PREFIX}SECONDS": str(self.seconds),
-            f"{PREFIX}DEADLINE": str(self.deadline),
+            f"{PREFIX}{name.upper()}": str(int(value) if isinstance(value, bool) else value)
+            for name, value in vars(self).items()
         }
 
     @property
@@ -144,10 +134,6 @@ class Settings:
         shared = ", shared" if self.share_gpus else ""
         return f"{self.backend} on {self.device}{shared}"
 
-    def with_(self, **changes: object) -> Settings:
-        """The same settings with some changed."""
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
-
 
 @dataclass(frozen=True)
 class Leaf:
@@ -178,19 +164,20 @@ def leaves(regime: str, quick: bool) -> list[Leaf]:
     vocabulary divided by 8. large: 4 of 64 MiB. mixed: dtypes and placements over a 2-D mesh.
     one: one tensor of 64 MiB. scale: 20 matrices that 16,384 ranks can share.
     """
-    return _REGIMES[regime](quick)
-
-
-def _many(quick: bool) -> list[Leaf]:
-    return [Leaf(f"layer{n}.weight", (32, 32)) for n in range(200 if quick else 2000)]
-
-
-def _large(quick: bool) -> list[Leaf]:
-    return [Leaf(f"layer{n}.weight", (256 if quick else 4096, 4096)) for n in range(4)]
-
-
-def _one(quick: bool) -> list[Leaf]:
-    return [Leaf("weight", (256 if quick else 4096, 4096))]
+    match regime:
+        case "many":
+            return [Leaf(f"layer{n}.weight", (32, 32)) for n in range(200 if quick else 2000)]
+        case "model":
+            return _model(quick)
+        case "large":
+            return [Leaf(f"layer{n}.weight", (256 if quick else 4096, 4096)) for n in range(4)]
+        case "mixed":
+            return _mixed(quick)
+        case "one":
+            return [Leaf("weight", (256 if quick else 4096, 4096))]
+        case "scale":
+            return [Leaf(f"layer{n}.weight", (16384, 16)) for n in range(20)]
+    raise LookupError(regime)
 
 
 def _model(quick: bool) -> list[Leaf]:
@@ -222,17 +209,3 @@ def _mixed(quick: bool) -> list[Leaf]:
         Leaf(f"part{n}.value", (rows, 8 * (1 + n % 16)), dtypes[n % 6], placed[n % 7])
         for n in range(42 if quick else 336)
     ]
-
-
-def _scale(quick: bool) -> list[Leaf]:
-    return [Leaf(f"layer{n}.weight", (16384, 16), placement="S0") for n in range(20)]
-
-
-_REGIMES = {
-    "many": _many,
-    "model": _model,
-    "large": _large,
-    "mixed": _mixed,
-    "one": _one,
-    "scale": _scale,
-}

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -87,7 +88,7 @@ def test_worlds_of_more_ranks_than_gpus_are_left_out(
         bench_harness.FreshWorld.time_call.setup(4)
     assert goals.main(one, "GatherStateDictToFirst", 4, None) == 3
     assert "GatherStateDictToFirst many x4: needs 4 GPUs" in capsys.readouterr().err
-    assert table.main(one.with_(room=0, share_gpus=True), Path("no-such-journal")) == 2
+    assert table.main(replace(one, room=0, share_gpus=True), Path("no-such-journal")) == 2
 
 
 def test_what_is_left_out_cannot_be_measured() -> None:

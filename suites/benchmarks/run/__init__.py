@@ -12,7 +12,7 @@ seconds a number. So the first process starts a server and the others attach to 
     malloc_settings    freed memory is kept, so that page faults do not move between calls
     counting           collectives, bytes, memory and Python calls of one call
     peaks              the most memory that a call holds
-    subclass_dispatch  operations that a tensor subclass passes on: they are not counted twice
+    operations         the operations of a call; those that a tensor subclass passes on, once
     profiling          where a call spends its time
 
 `benchmarks.session_client`, in asv's process, finds the server or starts it.

@@ -14,10 +14,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
     _resolve_process_group,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.run.operations import Operations
 from benchmarks.run.peaks import PEAKS, Settled, peak_bytes
-from benchmarks.run.subclass_dispatch import desugars
 
 _SILENT = ("wait_tensor", "barrier", "_wrap_tensor_autograd", "_allgather_base_backward")
 
@@ -35,7 +34,7 @@ def _from_others(value: Any, size: int) -> int:
     return _size(value) * (size - 1) // size
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(Operations):
     """Counts what goes through c10d while it is active: `with Traffic() as seen: ...`.
 
     Bytes are those that this rank needs from others, whatever the algorithm: an all-gather of n
@@ -49,26 +48,12 @@ class Traffic(TorchDispatchMode):
         self.names: Counter[str] = Counter()
         self.received = 0
 
-    @property
-    def collectives(self) -> int:
-        return self.names.total()
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if desugars(types):
-            return NotImplemented
-        result = func(*args, **(kwargs or {}))
-        namespace, _, name = func.name().partition("::")
+    def after(self, namespace: str, name: str, args: tuple[Any, ...], result: Any) -> None:
+        """Count it, if it is a collective."""
         if namespace in {"c10d", "_c10d_functional"} and not any(s in name for s in _SILENT):
             self.names[name] += 1
             group = next(g for g in map(_group, reversed(args)) if g is not None)
             self.received += _received(name.rstrip("_"), args, result, group)
-        return result
 
 
 def _group(value: Any) -> dist.ProcessGroup | None:
@@ -83,18 +68,25 @@ def _group(value: Any) -> dist.ProcessGroup | None:
     return None
 
 
+_GATHERS = {
+    "allgather",
+    "_allgather_base",
+    "allgather_coalesced",
+    "allgather_into_tensor_coalesced",
+    "_allgather_into_tensor_coalesced",
+    "gather",  # its result is empty but on the root
+}
+
+
 def _received(name: str, args: tuple[Any, ...], result: Any, group: dist.ProcessGroup) -> int:
     size, me = group.size(), group.rank()
-    if name in {"allgather", "_allgather_base", "allgather_coalesced"} | _GATHERS:
+    if name in _GATHERS:
         return _from_others(args[0], size)
     if name in {"all_gather_into_tensor", "all_gather_into_tensor_coalesced"}:
         return _from_others(result, size)
-    if name == "broadcast":
-        return 0 if args[2] == me else _size(args[0])
-    if name == "scatter":
-        return 0 if args[3] == me else _size(args[0])
-    if name == "gather":
-        return _from_others(args[0], size)  # empty but on the root
+    if name in {"broadcast", "scatter"}:
+        root = args[2 if name == "broadcast" else 3]
+        return 0 if root == me else _size(args[0])
     if name in {"allreduce", "all_reduce", "allreduce_coalesced"}:
         return 2 * _from_others(args[0], size)
     if name in {"alltoall", "alltoall_base", "_reduce_scatter_base", "reduce_scatter"}:
@@ -110,9 +102,6 @@ def _received(name: str, args: tuple[Any, ...], result: Any, group: dist.Process
     )
 
 
-_GATHERS = {"allgather_into_tensor_coalesced", "_allgather_into_tensor_coalesced"}
-
-
 @dataclass(frozen=True)
 class Counts:
     """What one call did on this rank."""
@@ -126,7 +115,7 @@ class Counts:
     """Python functions called: work on the CPU that no clock disturbs."""
 
 
-def count(call: Callable[[], Any], reset: Callable[[], None], device: torch.device) -> Counts:
+def count(call: Callable[[], Any], reset: Callable[[], object], device: torch.device) -> Counts:
     """Run the call under `Traffic`, then measured more than once, then under a counter of calls.
 
     All ranks call it. What the call gives is freed before the next one.
@@ -134,14 +123,13 @@ def count(call: Callable[[], Any], reset: Callable[[], None], device: torch.devi
     reset()
     with Traffic() as seen:
         call()
-    found = []
+    peaks = []
     for _ in range(PEAKS):
         reset()
         with Settled():
-            found.append(peak_bytes(call, device))
-    peak = min(found)
+            peaks.append(peak_bytes(call, device))
     reset()
-    return Counts(seen.collectives, seen.received, peak, python_calls(call))
+    return Counts(seen.names.total(), seen.received, min(peaks), python_calls(call))
 
 
 def python_calls(call: Callable[[], Any]) -> int:

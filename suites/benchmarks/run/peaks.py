@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.run.subclass_dispatch import desugars
+from benchmarks.run.operations import Operations
 
 PEAKS = 2
 """Times that a peak is measured, in case that a thread was seen asleep a moment too early."""
@@ -56,7 +55,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
-class Settled(TorchDispatchMode):
+class Settled(Operations):
     """Once a collective is done, waits before the next operation until no thread has its buffers.
 
     Not right after the collective was called: its caller waits for it later, with no operation.
@@ -67,35 +66,21 @@ class Settled(TorchDispatchMode):
         self._under_way: list[dist.Work] = []
         self._waited = False
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if desugars(types):
-            return NotImplemented
+    def before(self) -> None:
+        """Wait, where a collective has ended since the last operation."""
         under_way = [work for work in self._under_way if not work.is_completed()]
         done = len(under_way) < len(self._under_way)
         self._under_way = under_way
         if done or self._waited:
             settle()
-        result = func(*args, **(kwargs or {}))
-        namespace, _, name = func.name().partition("::")
+
+    def after(self, namespace: str, name: str, args: tuple[Any, ...], result: Any) -> None:
+        """Note what may end before the next one."""
         self._waited = namespace == "_c10d_functional" and name.startswith("wait_tensor")
         if namespace == "c10d":
             parts = result if isinstance(result, (list, tuple)) else (result,)
-            self._under_way += filter(None, map(_work, parts))
-        return result
-
-
-def _work(value: Any) -> dist.Work | None:
-    """What c10d gives to wait for."""
-    if not isinstance(value, torch.ScriptObject):
-        return None
-    found: dist.Work = dist.Work.unbox(value)
-    return found
+            boxed = [part for part in parts if isinstance(part, torch.ScriptObject)]
+            self._under_way += map(dist.Work.unbox, boxed)
 
 
 def settle() -> None:

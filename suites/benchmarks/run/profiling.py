@@ -20,7 +20,7 @@ SHOWN = 8
 
 
 def profile(
-    call: Callable[[], Any], reset: Callable[[], None], seconds: float
+    call: Callable[[], Any], reset: Callable[[], object], seconds: float
 ) -> list[tuple[float, int, str]]:
     """(seconds of its own in one call, entries in one call, function), the costliest first.
 

@@ -9,16 +9,18 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.rank_context import RankContext, Work
+from benchmarks.rank_context import RankContext
 from benchmarks.run.counting import count
 from benchmarks.run.profiling import profile
 from benchmarks.settings import FLOOR, REFERENCE, crowded
 from benchmarks.statistics import settled
+from benchmarks.work import Work
 
 if TYPE_CHECKING:
     from benchmarks.run.task import Task
@@ -69,7 +71,8 @@ def measure(task: Task, rank: int, device: torch.device) -> dict[str, Any]:
             counts = count(work.call, work.reset, device)
             found[arm] |= dataclasses.asdict(counts)
     if task.timed and works:
-        _time(ctx, works, found, task.rounds, max(task.budget, PREPARED * building))
+        budget = max(task.settings.world, PREPARED * building)
+        _time(ctx, works, found, task.settings.rounds, budget)
     if task.profiled and REFERENCE in works:
         work = works[REFERENCE]
         seconds = statistics.median(found[REFERENCE]["seconds"] or [math.inf])
@@ -87,7 +90,7 @@ def _build(task: Task, ctx: RankContext) -> tuple[str, Work]:
 
     def build() -> None:
         nonlocal work
-        work = task.floor(ctx) if ctx.arm == FLOOR else task.work(ctx)
+        work = (task.benchmark.floor if ctx.arm == FLOOR else task.benchmark.work)(ctx)
 
     def once() -> None:
         work.reset()
@@ -99,7 +102,8 @@ def _build(task: Task, ctx: RankContext) -> tuple[str, Work]:
     return "", work
 
 
-def _attempt(step: Callable[[], None]) -> str:
+def _attempt(step: Callable[[], object]) -> str:
+    """Do it; what goes wrong, in a line, empty where nothing does."""
     try:
         step()
     except AssertionError as error:
@@ -170,16 +174,17 @@ def _plan(ctx: RankContext, works: dict[str, Work]) -> tuple[dict[str, int], dic
 def _sample(ctx: RankContext, work: Work, number: int) -> tuple[float, str]:
     """Seconds a call on this rank, and what is wrong with the results of these very calls."""
     wrong, seconds = "", 0.0
-    if work.resets:
-        for _ in range(number):
-            work.reset()
-            took, results = _timed(ctx, work, 1)
-            seconds += took
-            wrong = wrong or _wrong(work, results)
-    else:
-        seconds, results = _timed(ctx, work, number)
-        wrong = _wrong(work, results)
+    for calls in [1] * number if work.resets else [number]:
+        work.reset()
+        took, results = _timed(ctx, work, calls)
+        seconds += took
+        wrong = wrong or _attempt(partial(_check, work, results))
     return seconds / number, wrong
+
+
+def _check(work: Work, results: list[Any]) -> None:
+    for result in results:
+        work.check(result)
 
 
 def _timed(ctx: RankContext, work: Work, number: int) -> tuple[float, list[Any]]:
@@ -198,12 +203,3 @@ def _timed(ctx: RankContext, work: Work, number: int) -> tuple[float, list[Any]]
         return time.perf_counter() - begin, results
     finally:
         gc.enable()
-
-
-def _wrong(work: Work, results: list[Any]) -> str:
-    try:
-        for result in results:
-            work.check(result)
-    except AssertionError as error:
-        return f"its result is wrong: {_line(error)}"
-    return ""

@@ -11,7 +11,7 @@ from benchmarks.settings import Settings, leaves
 if TYPE_CHECKING:
     import torch
 
-    from benchmarks.rank_context import RankContext, Work
+    from benchmarks.rank_context import RankContext
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,6 @@ class Task:
     profiled: bool = False
 
     @property
-    def fake(self) -> bool:
-        return self.benchmark.fake
-
-    @property
-    def budget(self) -> float:
-        """Seconds for the rounds of one world."""
-        return self.settings.world
-
-    @property
-    def rounds(self) -> tuple[int, int]:
-        return self.settings.rounds
-
-    @property
     def largest(self) -> int:
         """Bytes of the largest tensor."""
         return max((t.nbytes for t in self.data.values()), default=0)
@@ -52,10 +39,4 @@ class Task:
         from benchmarks.rank_context import RankContext
 
         regime = leaves(self.regime, self.settings.quick)
-        return RankContext(rank, self.size, device, fake=self.fake, regime=regime, data=self.data)
-
-    def work(self, ctx: RankContext) -> Work:
-        return self.benchmark.work(ctx)
-
-    def floor(self, ctx: RankContext) -> Work:
-        return self.benchmark.floor(ctx)
+        return RankContext(rank, self.size, device, self.benchmark.fake, regime, self.data)

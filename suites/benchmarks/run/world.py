@@ -55,7 +55,7 @@ class Sampler(rank_process.Rank):
         self._tasks = tasks
 
     def _join(self) -> None:
-        if not self._tasks[0].fake:
+        if not self._tasks[0].benchmark.fake:
             super()._join()
             return
         import torch.distributed as dist
@@ -98,7 +98,7 @@ class MeasuredWorld(World):
     """
 
     def __init__(self, spec: WorldSpec, seed: int, tasks: Sequence[Task]) -> None:
-        ranks = tuple(range(1 if tasks[0].fake else spec.size))
+        ranks = tuple(range(1 if tasks[0].benchmark.fake else spec.size))
         order = WorldOrder(0, spec, ranks, Node(0, torchrun_env.host()), seed, None)
         ranks_here = LocalRanks(order, forking(partial(_measure, tasks)))
         super().__init__(spec, [ranks_here], "fork", Answering)
