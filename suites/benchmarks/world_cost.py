@@ -9,7 +9,6 @@ costs more than --limit.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import resource
@@ -19,8 +18,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from xml.etree import ElementTree
 
 from harness.system import pipes
 
@@ -101,23 +100,8 @@ FEW, MANY = 8, 40
 """Cases of the two runs whose difference is what a case costs without the start of the session."""
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a run has taken."""
-
-    seconds: float
-    cpu: float
-    """Seconds of all processes of the run."""
-    started: float
-    """Processes and threads that the whole machine started meanwhile."""
-    faulted: float
-    """MiB of pages that the processes of the run were given: copied, cleared or mapped."""
-
-    @classmethod
-    def per_case(cls, few: Cost, many: Cost) -> Cost:
-        """Of one case more."""
-        pairs = zip(astuple(few), astuple(many), strict=True)
-        return cls(*((more - less) / (MANY - FEW) for less, more in pairs))
+TAKEN = ("seconds", "cpu", "started", "faulted")
+"""What a world takes: see the last line that is printed."""
 
 
 def main() -> int:
@@ -137,10 +121,11 @@ def main() -> int:
                 return 3
             cases[name] += seconds
             totals[name].append(sum(seconds) / count)
-    fresh = statistics.median(cases[next(iter(HARNESSES))])
+    ours = next(iter(HARNESSES))
+    fresh = statistics.median(cases[ours])
     print(f"\n{os.cpu_count()} cores, 4 Gloo ranks, {options.rounds} rounds, seconds")
     print(f"{'':<50}{'median case':>12}{'mean case':>12}{'ratio of means':>16}")
-    base = statistics.median(totals[next(iter(HARNESSES))])
+    base = statistics.median(totals[ours])
     for name, seconds in cases.items():
         mean = statistics.median(totals[name])
         print(f"{name:<50}{statistics.median(seconds):>12.3f}{mean:>12.3f}{mean / base:>15.1f}x")
@@ -154,38 +139,35 @@ def main() -> int:
 
 def tell_side_by_side(rounds: int) -> None:
     """Print what one more world costs where so many run at once, medians of the rounds."""
-    found: dict[int, list[Cost]] = defaultdict(list)
+    found: dict[int, list[list[float]]] = defaultdict(list)
     for number in range(rounds):
         for jobs in SIDE_BY_SIDE:
             print(f"round {number + 1} of {rounds}: {jobs} at once", file=sys.stderr, flush=True)
-            found[jobs].append(Cost.per_case(*(_cost(cases, jobs) for cases in (FEW, MANY))))
-    names = "".join(f"{field.name:>12}" for field in fields(Cost))
+            few, many = (_taken(cases, jobs) for cases in (FEW, MANY))
+            found[jobs].append([(b - a) / (MANY - FEW) for a, b in zip(few, many, strict=True)])
+    names = "".join(f"{name:>12}" for name in TAKEN)
     print(f"\n{'worlds at once':<16}{names}  a world")
     for jobs, costs in found.items():
-        medians = (statistics.median(values) for values in zip(*map(astuple, costs), strict=True))
+        medians = map(statistics.median, zip(*costs, strict=True))
         print(f"{jobs:<16}" + "".join(f"{value:>12.3f}" for value in medians))
     print("(CPU seconds; processes and threads that the machine started; MiB that were faulted in)")
 
 
-def _cost(cases: int, jobs: int) -> Cost:
-    began, before = time.monotonic(), _started()
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+def _taken(cases: int, jobs: int) -> list[float]:
+    """What a run of so many cases takes, in the order of TAKEN."""
+    before = _counters()
     seconds = measure(FRESH.format(cases=cases), fresh=True, jobs=jobs)
     if len(seconds) != cases:
         raise RuntimeError(f"{len(seconds)} of {cases} cases were measured")
-    now = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return Cost(
-        time.monotonic() - began,
-        now.ru_utime - used.ru_utime + now.ru_stime - used.ru_stime,
-        _started() - before,
-        (now.ru_minflt - used.ru_minflt) * resource.getpagesize() / 2**20,
-    )
+    return [now - then for then, now in zip(before, _counters(), strict=True)]
 
 
-def _started() -> int:
-    found = re.search(r"(?m)^processes (\d+)", Path("/proc/stat").read_text())
-    assert found
-    return int(found[1])
+def _counters() -> tuple[float, ...]:
+    """TAKEN until now: by the children of this process; processes by the whole machine."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    (started,) = re.findall(r"(?m)^processes (\d+)", Path("/proc/stat").read_text())
+    faulted = used.ru_minflt * resource.getpagesize() / 2**20
+    return time.monotonic(), used.ru_utime + used.ru_stime, int(started), faulted
 
 
 def measure(source: str, *, fresh: bool, jobs: int = 1) -> list[float]:
@@ -195,20 +177,14 @@ def measure(source: str, *, fresh: bool, jobs: int = 1) -> list[float]:
         (folder / "body.py").write_text(BODY)
         (folder / "test_it.py").write_text(source)
         environment = {**os.environ, "PYTHONPATH": f"{folder}:{SUITES}", "OMP_NUM_THREADS": "1"}
-        common = [f"--rootdir={folder}", "-q", "--durations=0", "-vv"]
+        command = ["pytest", "-p", "no:timeout"]
         if fresh:
-            command = [
-                "-m",
-                "harness",
-                "-p",
-                "harness.session.plugin",
-                f"--run-dir={folder / 'run'}",
-                f"--jobs={jobs}",
-            ]
-        else:
-            command = ["-m", "pytest", "-p", "no:timeout"]
+            command = ["harness", "-p", "harness.session.plugin", f"--jobs={jobs}"]
+            command.append(f"--run-dir={folder / 'run'}")
+        times = folder / "times.xml"
+        command += [f"--rootdir={folder}", "-q", f"--junitxml={times}", "test_it.py"]
         done = subprocess.run(
-            [sys.executable, *command, *common, "test_it.py"],
+            [sys.executable, "-m", *command],
             cwd=folder,
             env=environment,
             capture_output=True,
@@ -219,15 +195,9 @@ def measure(source: str, *, fresh: bool, jobs: int = 1) -> list[float]:
         if done.returncode:
             print(done.stdout[-4000:], done.stderr[-2000:], file=sys.stderr)
             return []
-        if fresh:
-            data = json.loads((folder / "run" / "results.json").read_text())
-            return [c["seconds"] for c in data["checks"]]
         # pytest counts the ranks' start with set-up or with the first case.
-        found = re.findall(r"([\d.]+)s (setup|call|teardown)\s+\S*?(test_case_\d+)", done.stdout)
-        sums: dict[str, float] = defaultdict(float)
-        for seconds, _, case in found:
-            sums[case] += float(seconds)
-        return list(sums.values())
+        found = ElementTree.parse(times).iter("testcase")
+        return [float(case.attrib["time"]) for case in found]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ worlds (28 %, 5 %).
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
 import time
@@ -23,9 +22,7 @@ TICK = 0.0005
 
 def keep_awake() -> list[int]:
     """Start a process on each CPU of this one that ticks for as long as this one lives; pids."""
-    started = [_start(cpu) for cpu in sorted(os.sched_getaffinity(0))]
-    atexit.register(_end, os.getpid(), started)
-    return started
+    return [_start(cpu) for cpu in sorted(os.sched_getaffinity(0))]
 
 
 def _start(cpu: int) -> int:
@@ -42,11 +39,3 @@ def _start(cpu: int) -> int:
             time.sleep(TICK)
     finally:
         os._exit(1)
-
-
-def _end(owner: int, pids: list[int]) -> None:
-    if os.getpid() != owner:
-        return
-    for pid in pids:
-        processes.signal_quietly(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
