@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.base import Measured
-from benchmarks.listing import label
 
 Arms = dict[str, dict[str, Any]]
 """Arm to its numbers."""
@@ -51,11 +49,3 @@ def read(file: Path) -> tuple[str, dict[str, Arms]]:
     if len(places) > 1:
         raise ValueError(f"{file} has numbers of several: {'; '.join(sorted(places))}")
     return "".join(places), found
-
-
-def kept(
-    file: Path, wanted: Sequence[tuple[Measured, str, int]]
-) -> tuple[str, list[Arms | Exception]]:
-    """What a journal has of these measurements; of one that it lacks an exception that says so."""
-    where, found = read(file)
-    return where, [found.get(label(*one)) or LookupError(f"not in {file}") for one in wanted]

@@ -124,7 +124,7 @@ def about() -> dict[str, str]:
 
 
 class BadBaselineError(Exception):
-    """A baseline that is not JSON, or not of its schema; the text says where."""
+    """A baseline that is not there, not JSON, or not of its schema; the text says where."""
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -132,6 +132,8 @@ def read(file: Path) -> dict[str, Any]:
     try:
         saved: dict[str, Any] = json.loads(file.read_text())
         jsonschema.validate(saved, SCHEMA)
+    except FileNotFoundError:
+        raise BadBaselineError(f"{file}: there is none") from None
     except ValueError as error:
         raise BadBaselineError(f"{file}: not JSON ({error})") from None
     except jsonschema.ValidationError as error:
@@ -146,9 +148,6 @@ def check(settings: Settings, file: Path = FILE) -> int:
         saved = read(file)
     except BadBaselineError as error:
         print(f"{error}; restore it, or write one with ci/bench --update-baseline", file=sys.stderr)
-        return 3
-    except FileNotFoundError:
-        print(f"{file}: there is none; write one with ci/bench --update-baseline", file=sys.stderr)
         return 3
     now = measured(Parent(settings), wanted)
     if saved["about"] != about():

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks import journal
 from benchmarks.journal import Arms
+from benchmarks.listing import label
 from benchmarks.machine_label import machine_label
 from benchmarks.run.parent import Parent, Wanted
 from benchmarks.settings import Settings
@@ -24,10 +25,11 @@ def measure_or_read(
     """
     if file is not None:
         try:
-            return journal.kept(file, wanted)
+            where, kept = journal.read(file)
         except (OSError, ValueError) as error:
             print(f"ci/bench: {error}; --journal makes one", file=sys.stderr)
             return None
+        return where, [kept.get(label(*one)) or LookupError(f"not in {file}") for one in wanted]
     # As Ctrl-C does it: what was measured is in the journal.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     found = Parent(settings).measure_each(

@@ -34,8 +34,8 @@ class Pair(NamedTuple):
     """
 
     what: str
-    values: tuple[float | None, float | None]
-    known: tuple[float, float] | None = None
+    values: tuple[float | None, ...]
+    known: tuple[float, ...] | None = None
 
     @property
     def apart(self) -> bool:
@@ -80,17 +80,13 @@ def pairs(first: Mapping[str, Arms], second: Mapping[str, Arms]) -> Iterator[Pai
                     yield Pair(f"{name}, {arm}: {track}", values, _known(track, arm, ours, theirs))
 
 
-def _known(track: str, arm: str, *runs: Arms) -> tuple[float, float] | None:
+def _known(track: str, arm: str, *runs: Arms) -> tuple[float, ...] | None:
+    """Of a ratio its standard error in each run; infinite where a run does not have it."""
     if track not in RATIOS:
         return None
-    first, second = (_error(run, arm, RATIOS[track]) for run in runs)
-    return first, second
-
-
-def _error(run: Arms, arm: str, other: str) -> float:
-    if not run.get(arm, {}).get("seconds") or not run.get(other, {}).get("seconds"):
-        return math.inf
-    return doubt(run[arm]["seconds"], run[other]["seconds"])
+    both = arm, RATIOS[track]
+    seconds = [[run.get(name, {}).get("seconds") for name in both] for run in runs]
+    return tuple(doubt(*pair) if all(pair) else math.inf for pair in seconds)
 
 
 def main(first: Path, second: Path) -> int:
