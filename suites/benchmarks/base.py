@@ -132,9 +132,10 @@ class Measured(AsvSettings, abc.ABC):
     def __init_subclass__(cls) -> None:
         """Give the class the functions that asv finds by name, each with its own parameters."""
         settings = Settings.from_environment()
+        sizes = dict.fromkeys(size for _, size in cls.grid(settings))
         axes = (
             [settings.regime(r) for r in cls.regimes],
-            [_world(n, settings) for n in dict.fromkeys(s for _, s in cls.grid(settings))],
+            [f"{size} ranks, {settings.where()}" for size in sizes],
         )
 
         time_call: Any = sampled(
@@ -182,10 +183,6 @@ def _torch_has_it(cls: type[Measured], track: str, arm: str, regime: str, *_: st
         reason = cls.varies.get((regime.removeprefix("quick "), track), "")
     if reason:
         raise NotImplementedError(f"torch: {reason}")
-
-
-def _world(size: int, settings: Settings) -> str:
-    return f"{size} ranks, {settings.where()}"
 
 
 def _ask(cls: type[Measured], metric: str, params: tuple[str, ...]) -> dict[str, dict[str, Any]]:

@@ -37,7 +37,7 @@ class OffloadStateDictToCpu(Measured):
             assert mine.data_ptr() != theirs.data_ptr(), f"{leaf.name}: not copied"
             ctx.same(mine, ctx.mine(leaf), leaf.name)
 
-        return Work(lambda: offload(sharded), ctx.of_each(check))
+        return Work(lambda: offload(sharded), ctx.of_names(check))
 
     def floor(self, ctx: RankContext) -> Work:
         return ctx.copies(ctx.held)
@@ -103,7 +103,7 @@ class CreateCpuStateDict(Measured):
             if self.arguments.get("pin_memory"):
                 assert mine.is_pinned(), f"{name}: not pinned"
 
-        return Work(lambda: create(sharded, **self.arguments), ctx.of_each(check))
+        return Work(lambda: create(sharded, **self.arguments), ctx.of_names(check))
 
     def floor(self, ctx: RankContext) -> Work:
         import torch

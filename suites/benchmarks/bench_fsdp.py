@@ -262,7 +262,7 @@ class Extensions(Measured):
             flat = [fsdp._ext_pre_flatten_transform(t, extensions) for t in sharded]
             return [fsdp._ext_post_unflatten_transform(t, e, extensions) for t, e in flat]
 
-        return Work(call, ctx.are_sharded)
+        return Work(call, ctx.of_each(ctx.is_sharded))
 
     def floor(self, ctx: RankContext) -> Work:
         return bare_dtensors(ctx)

@@ -59,7 +59,7 @@ class UnflattenTensor(Measured):
         unflatten, sharded = ctx.function(self.functions[0]), list(ctx.sharded().values())
         pairs = [(t._local_tensor, t._spec) for t in sharded]
 
-        return Work(lambda: [unflatten(t, spec) for t, spec in pairs], ctx.are_sharded)
+        return Work(lambda: [unflatten(t, spec) for t, spec in pairs], ctx.of_each(ctx.is_sharded))
 
     def floor(self, ctx: RankContext) -> Work:
         return bare_dtensors(ctx)
@@ -172,7 +172,7 @@ class ReconstructDtensor(Swapped):
             return root
 
         def check(got: Any) -> None:
-            ctx.are_sharded([child.weight.detach() for child in got.children()])
+            ctx.of_each(ctx.is_sharded)([child.weight.detach() for child in got.children()])
 
         return Work(call, check, reset)
 

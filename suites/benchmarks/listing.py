@@ -11,23 +11,14 @@ from benchmarks.base import Measured
 HERE = Path(__file__).parent
 
 
-def modules() -> list[str]:
-    """The names of the bench_<area> modules."""
-    return sorted(f"benchmarks.{path.stem}" for path in HERE.glob("bench_*.py"))
-
-
 def benchmarks() -> list[Measured]:
     """One of each class that measures functions, by module and name."""
     found = []
-    for name in modules():
-        module = importlib.import_module(name)
+    for path in sorted(HERE.glob("bench_*.py")):
+        module = importlib.import_module(f"benchmarks.{path.stem}")
         for thing in vars(module).values():
-            if (
-                inspect.isclass(thing)
-                and issubclass(thing, Measured)
-                and not inspect.isabstract(thing)
-                and thing.__module__ == name
-            ):
+            is_its_own = inspect.isclass(thing) and thing.__module__ == module.__name__
+            if is_its_own and issubclass(thing, Measured) and not inspect.isabstract(thing):
                 found.append(thing())
     return found
 

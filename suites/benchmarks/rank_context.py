@@ -18,7 +18,6 @@ from conformance.kit.layouts import dtensor, part
 from harness.settings.subjects import Subject
 
 _PLACED: dict[str, Placement] = {"S0": Shard(0), "S1": Shard(1), "R": Replicate()}
-_NAMES = ("outer", "inner")
 
 
 def values(salt: int, leaf: Leaf) -> torch.Tensor:
@@ -79,7 +78,7 @@ class RankContext:
         shape = shape or (self.size,)
         if shape not in self._meshes:
             ranks = torch.arange(math.prod(shape)).reshape(shape)
-            names = ("data", *_NAMES[: len(shape) - 1]) if len(shape) > 1 else ("data",)
+            names = ("data", "outer")[: len(shape)]
             self._meshes[shape] = DeviceMesh(self.device.type, ranks, mesh_dim_names=names)
         return self._meshes[shape]
 
@@ -132,24 +131,30 @@ class RankContext:
         assert torch.equal(got.detach(), there), f"{what}: values differ"
 
     def of_each(self, check: Callable[[Any, Leaf], None]) -> Callable[[Any], None]:
-        """The check of a result that has something of each leaf: a dict by name, or a list."""
+        """The check of a list that has something of each leaf."""
 
         def check_all(got: Any) -> None:
-            if isinstance(got, dict):
-                assert list(got) == [leaf.name for leaf in self.leaves], "keys differ"
-                got = got.values()
             for one, leaf in zip(got, self.leaves, strict=True):
                 check(one, leaf)
 
         return check_all
 
+    def of_names(self, check: Callable[[Any, Leaf], None]) -> Callable[[Any], None]:
+        """The check of a dict that has something of each leaf under its name."""
+
+        def check_all(got: Any) -> None:
+            assert list(got) == [leaf.name for leaf in self.leaves], "keys differ"
+            self.of_each(check)(got.values())
+
+        return check_all
+
     def are_whole(self, got: Any) -> None:
         """A dict of every leaf, whole."""
-        self.of_each(lambda one, leaf: self.same(one, self.gathered(leaf), leaf.name))(got)
+        self.of_names(lambda one, leaf: self.same(one, self.gathered(leaf), leaf.name))(got)
 
     def are_sharded(self, got: Any) -> None:
-        """A dict or list of every leaf as the DTensor of its layout."""
-        self.of_each(self.is_sharded)(got)
+        """A dict of every leaf as the DTensor of its layout."""
+        self.of_names(self.is_sharded)(got)
 
     def is_sharded(self, got: Any, leaf: Leaf) -> None:
         """The DTensor of the leaf's layout, with what this rank holds."""
@@ -206,21 +211,19 @@ class RankContext:
     def scatters(self, share: int, everywhere: int = 0) -> Work:
         """One scatter of `share` bytes to each rank; one broadcast of those that all need."""
         rows = [self.pattern(share, r) for r in range(self.size)] if self.rank == 0 else None
-        shared = self.pattern(everywhere)
         expected = self.pattern(share, self.rank)
+        shared = self.broadcasts(everywhere)
 
-        def call() -> tuple[torch.Tensor, torch.Tensor]:
+        def call() -> tuple[torch.Tensor, torch.Tensor | None]:
             out = torch.empty(share, dtype=torch.uint8, device=self.device)
             dist.scatter(out, rows, src=0)
-            same = shared if self.rank == 0 else torch.empty_like(shared)
-            if everywhere:
-                dist.broadcast(same, src=0)
-            return out, same
+            return out, shared.call() if everywhere else None
 
-        def check(got: tuple[torch.Tensor, torch.Tensor]) -> None:
+        def check(got: tuple[torch.Tensor, torch.Tensor | None]) -> None:
             if not self.fake:
                 self.same(got[0], expected, "the scattered bytes")
-                self.same(got[1], shared, "the broadcast bytes")
+                if everywhere:
+                    shared.check(got[1])
 
         return Work(call, check)
 

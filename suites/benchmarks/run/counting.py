@@ -6,7 +6,6 @@ import gc
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,23 +101,14 @@ def _received(name: str, args: tuple[Any, ...], result: Any, group: dist.Process
     )
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What one call did on this rank."""
-
-    collectives: int
-    received: int
-    """Bytes that came from other ranks."""
-    peak: int
-    """Bytes by which the memory that torch allocates rose at its highest."""
-    calls: int
-    """Python functions called: work on the CPU that no clock disturbs."""
-
-
-def count(call: Callable[[], Any], reset: Callable[[], object], device: torch.device) -> Counts:
+def count(
+    call: Callable[[], Any], reset: Callable[[], object], device: torch.device
+) -> dict[str, int]:
     """Run the call under `Traffic`, then measured more than once, then under a counter of calls.
 
-    All ranks call it. What the call gives is freed before the next one.
+    All ranks call it. What the call gives is freed before the next one. The names are those of
+    `base.COUNTED`: bytes received are from other ranks, the peak is that of what torch allocates,
+    and calls are work on the CPU that no clock disturbs.
     """
     reset()
     with Traffic() as seen:
@@ -129,7 +119,12 @@ def count(call: Callable[[], Any], reset: Callable[[], object], device: torch.de
         with Settled():
             peaks.append(peak_bytes(call, device))
     reset()
-    return Counts(seen.names.total(), seen.received, min(peaks), python_calls(call))
+    return {
+        "collectives": seen.names.total(),
+        "received": seen.received,
+        "peak": min(peaks),
+        "calls": python_calls(call),
+    }
 
 
 def python_calls(call: Callable[[], Any]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import math
 import statistics
@@ -68,8 +67,7 @@ def measure(task: Task, rank: int, device: torch.device) -> dict[str, Any]:
     # Counts come first: torch's shared memory remembers how often it was called.
     if task.counted:
         for arm, work in works.items():
-            counts = count(work.call, work.reset, device)
-            found[arm] |= dataclasses.asdict(counts)
+            found[arm] |= count(work.call, work.reset, device)
     if task.timed and works:
         budget = max(task.settings.world, PREPARED * building)
         _time(ctx, works, found, task.settings.rounds, budget)
