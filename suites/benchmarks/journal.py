@@ -22,17 +22,10 @@ def write(file: Path, where: str, wanted: tuple[Measured, str, int], arms: Arms)
         "size": size,
         "arms": arms,
     }
+    # Only the digits of a number that say something: a file of half the size.
+    rounded = json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.6g}"))
     with file.open("a") as stream:
-        stream.write(json.dumps(_rounded(line)) + "\n")
-
-
-def _rounded(value: Any) -> Any:
-    """With the digits of a number that say something: a file of half the size."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
+        stream.write(json.dumps(rounded) + "\n")
 
 
 def read(file: Path) -> tuple[str, dict[str, Arms]]:

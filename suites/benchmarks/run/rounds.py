@@ -17,7 +17,7 @@ import torch.distributed as dist
 from benchmarks.rank_context import RankContext
 from benchmarks.run.counting import count
 from benchmarks.run.profiling import profile
-from benchmarks.settings import FLOOR, REFERENCE, crowded
+from benchmarks.settings import FLOOR, REFERENCE, crowded, leaves
 from benchmarks.statistics import settled
 from benchmarks.work import Work
 
@@ -53,7 +53,8 @@ def measure(task: Task, rank: int, device: torch.device) -> dict[str, Any]:
     a call, one for each round: the median of its samples, and of each sample the slowest rank's
     time, since a collective is over when its last rank is.
     """
-    ctx = task.context(rank, device)
+    regime = leaves(task.regime, task.settings.quick)
+    ctx = RankContext(rank, task.size, device, task.benchmark.fake, regime, task.data)
     found: dict[str, dict[str, Any]] = {}
     works: dict[str, Work] = {}
     begin = time.monotonic()

@@ -64,7 +64,9 @@ class Server:
         is_stale = request["key"] != self._key
         try:
             if is_stale:
-                self._path.unlink()  # first, or the client would find this server again
+                self._path.unlink(
+                    missing_ok=True
+                )  # first, or the client would find this server again
                 answer = {"stale": True}
             elif size := request.get("fresh_worlds"):
                 answer = {"seconds": self._parent.fresh_worlds(size, request["count"])}

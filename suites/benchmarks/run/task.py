@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from benchmarks.base import Measured
-from benchmarks.settings import Settings, leaves
+from benchmarks.settings import Settings
 
 if TYPE_CHECKING:
     import torch
-
-    from benchmarks.rank_context import RankContext
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,3 @@ class Task:
     def largest(self) -> int:
         """Bytes of the largest tensor."""
         return max((t.nbytes for t in self.data.values()), default=0)
-
-    def context(self, rank: int, device: torch.device) -> RankContext:
-        """What the benchmark is given on a rank."""
-        from benchmarks.rank_context import RankContext
-
-        regime = leaves(self.regime, self.settings.quick)
-        return RankContext(rank, self.size, device, self.benchmark.fake, regime, self.data)
