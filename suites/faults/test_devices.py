@@ -84,9 +84,9 @@ def test_the_answer_is_the_childs_and_so_are_its_threads() -> None:
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda: 1 // 0, "cannot be asked: ZeroDivisionError: "),
-        (lambda: os._exit(7), "ended the process that asked: 7"),
-        (lambda: time.sleep(60), "no answer within 0.2 s"),
+        (lambda: 1 // 0, "the device's driver raised ZeroDivisionError: "),
+        (lambda: os._exit(7), "the device's driver ended the process with exit code 7"),
+        (lambda: time.sleep(60), "the device's driver did not end within 0.2 s"),
     ],
     ids=["raises", "dies", "hangs"],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -62,19 +61,3 @@ def unjudged(checks: Iterable[dict[str, Any]]) -> list[str]:
             "reasons above"
         )
     return lines
-
-
-_signals: list[int] = []
-"""That told this process to end. The exception may be lost, in a test or a finalizer."""
-
-
-def terminate(number: int, frame: FrameType | None) -> None:
-    """Handle a signal that ends the run."""
-    _signals.append(number)
-    raise KeyboardInterrupt(f"signal {number}")
-
-
-def heed_signals() -> None:
-    """End where a signal has asked for it, also if its exception was lost."""
-    if _signals:
-        raise KeyboardInterrupt(f"signal {_signals[0]}")

@@ -25,7 +25,6 @@ import pytest
 from harness.parent import local_ranks
 from harness.parent.judge import Judge
 from harness.records.verdicts import Judgement, Verdict
-from harness.session import ending
 from harness.settings import requirements
 from harness.settings.options import Settings
 from harness.system import processes
@@ -328,7 +327,7 @@ class JudgePool:
                     after = after or self._items[index - 1]
                     item.ihook.pytest_runtest_protocol(item=item, nextitem=after)
                     outcome.reports, told.found = told.found, []
-                    ending.heed_signals()
+                    processes.heed_signals()
                 connection.send(outcome)
         except EOFError:
             return

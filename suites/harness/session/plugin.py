@@ -169,7 +169,7 @@ class Run:
         self._expectations.validate(ids, self._collected if whole else None, self._config)
         processes.adopt_orphans()
         local_ranks.remove_abandoned()
-        signal.signal(signal.SIGTERM, ending.terminate)
+        signal.signal(signal.SIGTERM, processes.terminate)
         if any(map(requirements.is_check, session.items)) and self._settings.start_method == "fork":
             warm.warm_up(everything=not self._config.option.no_warm_up)
             recording.watch()
@@ -211,7 +211,7 @@ class Run:
         return True
 
     def must_stop(self, session: pytest.Session) -> bool:
-        ending.heed_signals()
+        processes.heed_signals()
         if time.monotonic() > self._deadline:
             limit = self._settings.session_limit
             self.stop(session, f"the session's limit of {limit:g} s is over")

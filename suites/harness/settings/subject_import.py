@@ -9,15 +9,9 @@ clear sentence.
 from __future__ import annotations
 
 import importlib
-import json
-import os
-import select
-import signal
-import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
-from typing import Any
 
 from harness.settings import subject_warnings
 from harness.settings.subjects import CALLERS_MODULE, INSTALLED_TORCH, MODULES
@@ -86,7 +80,13 @@ def is_imported_here(root: str) -> bool:
 
 def look(root: str) -> SubjectInfo:
     """What there is under an import root."""
-    return _import(root) if is_imported_here(root) else _ask_a_child(root)
+    if is_imported_here(root):
+        return _import(root)
+    try:
+        found = processes.ask_a_child(lambda: asdict(_import(root, names=True)), IMPORT_LIMIT)
+    except ChildProcessError as error:
+        return SubjectInfo(root, error=f"its import {error}")
+    return SubjectInfo(**found)
 
 
 def arrive(root: str) -> None:
@@ -123,50 +123,3 @@ def _module(whole: str) -> ModuleType | None:
         if error.name and whole.startswith(error.name):
             return None
         raise
-
-
-def _ask_a_child(root: str) -> SubjectInfo:
-    reader, writer = os.pipe()
-    parent = os.getpid()
-    with processes.signals_held_back():
-        pid = os.fork()
-        if pid == 0:
-            _be_the_child(root, parent, writer)
-    os.close(writer)
-    try:
-        text = _read(reader)
-    finally:
-        os.close(reader)
-        processes.signal_quietly(pid, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if text is None:
-        return SubjectInfo(root, error=f"its import did not end within {IMPORT_LIMIT:g} s")
-    try:
-        said: dict[str, Any] = json.loads(text)
-        return SubjectInfo(**said)
-    except (ValueError, TypeError):
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return SubjectInfo(root, error=f"its import ended the process with {how}")
-
-
-def _be_the_child(root: str, parent: int, writer: int) -> None:
-    try:
-        processes.die_with_parent(parent)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        processes.let_signals_in()
-        data = json.dumps(asdict(_import(root, names=True))).encode()
-        while data:
-            data = data[os.write(writer, data) :]
-    finally:
-        os._exit(0)
-
-
-def _read(reader: int) -> str | None:
-    """What the child writes until it ends; None where that takes too long."""
-    data = b""
-    deadline = time.monotonic() + IMPORT_LIMIT
-    while select.select([reader], [], [], max(deadline - time.monotonic(), 0))[0]:
-        if not (piece := os.read(reader, 1 << 16)):
-            return data.decode()
-        data += piece
-    return None

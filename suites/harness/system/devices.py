@@ -8,11 +8,6 @@ process with threads or a context cannot fork ranks.
 from __future__ import annotations
 
 import functools
-import json
-import os
-import select
-import signal
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +31,14 @@ def accelerator() -> str:
     """The type of this machine's accelerator, as cuda; empty where torch sees none."""
     if built() == "cpu":
         return ""
-    return str(in_a_child(_accelerator))
+
+    def ask() -> str:
+        import torch
+
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found.type if found else ""
+
+    return str(in_a_child(ask))
 
 
 @functools.cache
@@ -44,39 +46,32 @@ def count(kind: str) -> int:
     """Devices of a type that torch sees here; 0 where it sees none."""
     if kind == "cpu":
         return 1
-    return int(in_a_child(functools.partial(_count, kind)))
+
+    def ask() -> int:
+        import torch
+
+        module = getattr(torch, kind, None)
+        if module is None or not getattr(module, "is_available", lambda: False)():
+            return 0
+        return int(module.device_count())
+
+    return int(in_a_child(ask))
 
 
 @functools.cache
 def name(kind: str) -> str:
     """What the first device of a type calls itself."""
-    return str(in_a_child(functools.partial(_name, kind)))
 
+    def ask() -> str:
+        import torch
 
-def _accelerator() -> str:
-    import torch
+        return str(torch.get_device_module(kind).get_device_name(0))
 
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return found.type if found else ""
-
-
-def _count(kind: str) -> int:
-    import torch
-
-    module = getattr(torch, kind, None)
-    if module is None or not getattr(module, "is_available", lambda: False)():
-        return 0
-    return int(module.device_count())
-
-
-def _name(kind: str) -> str:
-    import torch
-
-    return str(torch.get_device_module(kind).get_device_name(0))
+    return str(in_a_child(ask))
 
 
 def in_a_child(ask: Callable[[], Any]) -> Any:
-    """What `ask` gives, JSON, when a fork of this process calls it; the fork then ends.
+    """What `ask` gives, JSON, when a fork of this process calls it.
 
     A process that has threads already forks no ranks, and asks by itself.
 
@@ -86,38 +81,7 @@ def in_a_child(ask: Callable[[], Any]) -> Any:
     """
     if processes.thread_count() != 1:
         return ask()
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        _answer(ask, writing)
-    os.close(writing)
-    with open(reading, "rb") as pipe:
-        late = not select.select([pipe], [], [], LIMIT)[0]
-        if late:
-            os.kill(child, signal.SIGKILL)
-        told = pipe.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if late:
-        raise RuntimeError(f"the device's driver gave no answer within {LIMIT:g} s")
-    if not told:
-        raise RuntimeError(f"asking the device's driver ended the process that asked: {status}")
-    answer = json.loads(told)
-    if "error" in answer:
-        raise RuntimeError(f"the device's driver cannot be asked: {answer['error']}")
-    return answer["value"]
-
-
-def _answer(ask: Callable[[], Any], writing: int) -> None:
-    """Be the child; never returns."""
-    code = 1
     try:
-        try:
-            answer = {"value": ask()}
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        os.write(writing, json.dumps(answer).encode())
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+        return processes.ask_a_child(ask, LIMIT)
+    except ChildProcessError as error:
+        raise RuntimeError(f"asking the device's driver {error}") from None

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import re
 import select
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -125,6 +128,80 @@ def signals_held_back() -> Iterator[None]:
 def let_signals_in() -> None:
     """In a process that was started while they were held back, after its handlers are set."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+
+
+def ask_a_child(ask: Callable[[], Any], limit: float) -> Any:
+    """What `ask` gives, JSON, when a fork of this process calls it; the fork then ends.
+
+    Raises ChildProcessError with the cause, in words that go on after what was asked: it raised,
+    its process died, or it did not end within `limit` seconds.
+    """
+    reader, writer = os.pipe()
+    parent = os.getpid()
+    with signals_held_back():
+        child = os.fork()
+        if child == 0:
+            _answer(ask, parent, writer)
+    os.close(writer)
+    try:
+        text = _read_to_the_end(reader, limit)
+    finally:
+        os.close(reader)
+        signal_quietly(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if text is None:
+        raise ChildProcessError(f"did not end within {limit:g} s")
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        raise ChildProcessError(f"ended the process with {how}") from None
+    if "raised" in answer:
+        raise ChildProcessError(f"raised {answer['raised']}")
+    return answer["value"]
+
+
+def _answer(ask: Callable[[], Any], parent: int, writer: int) -> None:
+    """Be the child; never returns."""
+    try:
+        die_with_parent(parent)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        let_signals_in()
+        try:
+            answer = {"value": ask()}
+        except Exception as error:
+            answer = {"raised": f"{type(error).__name__}: {error}"}
+        with open(writer, "wb") as pipe:
+            pipe.write(json.dumps(answer).encode())
+    finally:
+        os._exit(0)
+
+
+def _read_to_the_end(reader: int, limit: float) -> bytes | None:
+    """What is written into a pipe until it is closed; None where that takes too long."""
+    data = b""
+    deadline = time.monotonic() + limit
+    while select.select([reader], [], [], max(deadline - time.monotonic(), 0))[0]:
+        if not (piece := os.read(reader, 1 << 16)):
+            return data
+        data += piece
+    return None
+
+
+_received: list[int] = []
+"""Signals that told this process to end. The exception may be lost, in a test or a finalizer."""
+
+
+def terminate(number: int, frame: FrameType | None) -> None:
+    """Handle a signal that ends the run."""
+    _received.append(number)
+    raise KeyboardInterrupt(f"signal {number}")
+
+
+def heed_signals() -> None:
+    """End where a signal has asked for it, also if its exception was lost."""
+    if _received:
+        raise KeyboardInterrupt(f"signal {_received[0]}")
 
 
 def signal_quietly(pid: int, number: signal.Signals) -> None:
