@@ -26,18 +26,15 @@ class Worlds:
     def __init__(self, settings: Settings, machines: Machines) -> None:
         self._settings = settings
         self._machines = machines
-        self._kept: tuple[object, World] | None = None
-        self._ahead: tuple[str, World] | None = None
+        self._held: tuple[object, World] | None = None
+        """What the next check of this key gets: a world is started ahead where none is kept."""
 
     def get(self, item: pytest.Item, spec: WorldSpec) -> World | Judgement:
         """A world for the item, whose ranks have been gathered; or why there can be none."""
-        if (kept := self._take_kept(item)) is not None:
-            return kept
-        ahead = self._take_ahead(item)
-        if ahead is not None and self._gathered(ahead).usable:
-            return ahead
-        if ahead is not None:  # the check that ran meanwhile may have taken what it needed
-            ahead.end()
+        if (held := self._take_held(item)) is not None:
+            if held.usable or self._gathered(held).usable:
+                return held
+            held.end()  # the check that ran meanwhile may have taken what it needed
         if self._settings.start_method == "fork" and (reason := warm.unfit()):
             return Judgement(Verdict.ERROR, reason, reason)
         try:
@@ -52,7 +49,9 @@ class Worlds:
 
     def keep(self, item: pytest.Item, world: World) -> None:
         """Hold a usable world for the next item."""
-        self._kept = (self._key(item), world)
+        for member in world.members:
+            member.next_check()
+        self._held = (self._key(item), world)
 
     def unmet(self, item: pytest.Item, spec: WorldSpec | None) -> str:
         """What this run cannot give the item, in words; empty when it can."""
@@ -73,14 +72,13 @@ class Worlds:
         spec = requirements.spec_of(nextitem, self._settings)
         if not self.unmet(nextitem, spec) and not warm.unfit():
             with contextlib.suppress(OSError):  # no process to be had, now: it is tried again
-                self._ahead = (nextitem.nodeid, self._launch(spec))
+                self._held = (self._key(nextitem), self._launch(spec))
 
     def close(self) -> None:
-        """End the worlds that nobody will use."""
-        worlds = [held[1] for held in (self._kept, self._ahead) if held is not None]
-        self._kept = self._ahead = None
-        for world in worlds:
-            world.end()
+        """End the world that nobody will use."""
+        held, self._held = self._held, None
+        if held is not None:
+            held[1].end()
 
     def _gathered(self, world: World) -> World:
         try:
@@ -99,27 +97,12 @@ class Worlds:
             raise
         return world
 
-    def _take_kept(self, item: pytest.Item) -> World | None:
-        held, self._kept = self._kept, None
-        if held is None:
+    def _take_held(self, item: pytest.Item) -> World | None:
+        if self._held is None or self._held[0] != self._key(item):
+            self.close()
             return None
-        key, world = held
-        if key == self._key(item) and world.usable:
-            for member in world.members:
-                member.next_check()
-            return world
-        world.end()
-        return None
-
-    def _take_ahead(self, item: pytest.Item) -> World | None:
-        held, self._ahead = self._ahead, None
-        if held is None:
-            return None
-        name, world = held
-        if name == item.nodeid:
-            return world
-        world.end()
-        return None
+        (_, world), self._held = self._held, None
+        return world
 
     def _key(self, item: pytest.Item) -> object:
         if not requirements.is_check(item):
