@@ -13,7 +13,6 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,10 @@ from harness.parent.local_ranks import (
     Starter,
     WorldOrder,
 )
-from harness.parent.machines import spread
+from harness.parent.machines import Machines, spread
 from harness.rank import rank_process
 from harness.settings.options import Settings
 from harness.settings.requirements import WorldSpec
-from harness.system import torchrun_env
 from harness.system.channel import Frame, ParentEnd, RankEnd
 from harness.system.torchrun_env import TorchrunEnv
 
@@ -51,27 +49,14 @@ class NodesError(Exception):
     """The nodes cannot make one run; the text names them and says why."""
 
 
-@dataclass
-class Introduction:
-    """What a node says of itself when it connects."""
-
-    token: str
-    index: int
-    host: str
-    ranks: int
-    versions: dict[str, str]
-
-    def as_frame(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-
 class Link:
     """The connection to one node's parent."""
 
-    def __init__(self, sock: socket.socket, hello: Introduction, offset: float) -> None:
-        self.node = Node(hello.index, hello.host)
-        self.ranks = hello.ranks
-        self.versions = hello.versions
+    def __init__(self, sock: socket.socket, hello: Frame, offset: float) -> None:
+        """`hello`: what the node said of itself when it connected, see `Follower`."""
+        self.node = Node(hello["index"], hello["host"])
+        self.ranks: int = hello["ranks"]
+        self.versions: dict[str, str] = hello["versions"]
         self.lost = ""
         self._end = ParentEnd(sock)
         self.offset = offset
@@ -190,17 +175,15 @@ class RemoteRanks:
         return [] if reply is None else [f"{s} on {self.node}" for s in reply["strays"]]
 
 
-class Cluster:
+class Cluster(Machines):
     """All nodes of a run, this one first."""
 
     def __init__(self, settings: Settings, start: Starter, versions: dict[str, str]) -> None:
         assert settings.torchrun is not None
-        self._settings, self._start = settings, start
+        super().__init__(settings, start)
         self._torchrun = settings.torchrun
-        self._host = torchrun_env.host()
         self._versions = versions
         self._links: list[Link] = []
-        self._worlds = 0
         self._folders: list[Path] = []
 
     @property
@@ -237,9 +220,8 @@ class Cluster:
         self._compare()
 
     def _compare(self) -> None:
-        own = Node(0, self._host)
         differences = [
-            f"{link.node} has {name} {link.versions.get(name)}, {own} has {value}"
+            f"{link.node} has {name} {link.versions.get(name)}, {self._node} has {value}"
             for link in self._links
             for name, value in self._versions.items()
             if link.versions.get(name) != value
@@ -274,28 +256,19 @@ class Cluster:
             shared = str(folder)
         found: list[NodeRanks] = []
         for index, ranks in enumerate(spread(spec.size, self._torchrun.count)):
-            node = Node(0, self._host) if index == 0 else self._links[index - 1].node
+            link = self._links[index - 1] if index else None
+            node = link.node if link else self._node
             order = WorldOrder(self._worlds, spec, ranks, node, self._settings.seed, store, shared)
-            if index:
-                found.append(RemoteRanks(self._links[index - 1], order))
-            else:
-                found.append(LocalRanks(order, self._start))
+            found.append(RemoteRanks(link, order) if link else LocalRanks(order, self._start))
         return found
 
     def as_json(self) -> list[dict[str, Any]]:
         """The nodes for results.json."""
-        own = {"node": 0, "host": self._host, "ranks": self._torchrun.ranks}
+        own = (self._node, self._torchrun.ranks, self._versions)
+        nodes = [own, *((link.node, link.ranks, link.versions) for link in self._links)]
         return [
-            own | {"versions": self._versions},
-            *(
-                {
-                    "node": k.node.index,
-                    "host": k.node.host,
-                    "ranks": k.ranks,
-                    "versions": k.versions,
-                }
-                for k in self._links
-            ),
+            {"node": node.index, "host": node.host, "ranks": ranks, "versions": versions}
+            for node, ranks, versions in nodes
         ]
 
     def close(self, status: int) -> None:
@@ -327,7 +300,6 @@ def _publish(here: TorchrunEnv, port: int, token: str) -> None:
 
 def _greet(sock: socket.socket, token: str) -> Link | None:
     """Hear who connects, and set the clocks; None for a stranger."""
-    sock.settimeout(10)
     end = RankEnd(sock)
     sock.settimeout(10)
     hello = end.receive()
@@ -345,5 +317,4 @@ def _greet(sock: socket.socket, token: str) -> Link | None:
             return None
         after = time.monotonic()
         best = min(best, (after - before, reply["at"] - (before + after) / 2))
-    known = {name: hello[name] for name in ("token", "index", "host", "ranks", "versions")}
-    return Link(sock, Introduction(**known), best[1])
+    return Link(sock, hello, best[1])

@@ -15,12 +15,11 @@ import time
 from dataclasses import asdict
 from multiprocessing.connection import wait
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 
-from harness.nodes.cluster import HEARTBEAT, JOIN_LIMIT, LEAD_KEY, Introduction, room_for
+from harness.nodes.cluster import HEARTBEAT, JOIN_LIMIT, LEAD_KEY, room_for
 from harness.parent import local_ranks
 from harness.parent.local_ranks import LocalRanks, RankUpdate, WorldOrder
 from harness.parent.machines import starter
@@ -52,15 +51,14 @@ class Follower:
         self._items = {item.nodeid: item for item in session.items}
         processes.adopt_orphans()
         local_ranks.remove_abandoned()
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, processes.terminate)
         warm.warm_up(everything=not self._config.option.no_warm_up)
         recording.watch()
         sock = self._connect(versions(session, self._settings))
         orders, self._out = ParentEnd(sock), RankEnd(sock)
-        sock.setblocking(False)
         local_ranks.connections.append(orders)
         try:
-            self._serve(sock, orders)
+            self._serve(orders)
         finally:
             for world in list(self._crews):
                 self._end(world)
@@ -88,35 +86,39 @@ class Follower:
         sock = socket.create_connection((host, int(port)), timeout=30)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _LEAD_LIMIT_MS)
-        room = room_for(self._settings, here)
-        hello = Introduction(token, here.index(int(leader)), torchrun_env.host(), room, own)
-        end = RankEnd(sock)
-        end.send("hello", **hello.as_frame())
+        RankEnd(sock).send(
+            "hello",
+            token=token,
+            index=here.index(int(leader)),
+            host=torchrun_env.host(),
+            ranks=room_for(self._settings, here),
+            versions=own,
+        )
         return sock
 
-    def _serve(self, sock: socket.socket, orders: ParentEnd) -> None:
+    def _serve(self, orders: ParentEnd) -> None:
         while True:
             for frame in orders.frames():
                 if frame["kind"] == "bye":
                     self._status = frame["status"]
-                    self._say(sock, "bye", world=frame["world"])
+                    self._say("bye", world=frame["world"])
                     return
-                self._obey(sock, frame)
+                self._obey(frame)
             if orders.closed:
                 pytest.exit("node 0 is gone: it ended, died, or is cut off", returncode=3)
             for world in self._crews:
-                self._report(sock, world)
+                self._report(world)
             if time.monotonic() - self._said > HEARTBEAT:
-                self._say(sock, "alive")
+                self._say("alive")
             sources = [s for c in self._crews.values() for s in c.sources()]
             wait([orders.fileno(), *sources], timeout=HEARTBEAT / 2)
 
-    def _obey(self, sock: socket.socket, frame: Frame) -> None:
+    def _obey(self, frame: Frame) -> None:
         kind, world = frame["kind"], frame.get("world", 0)
         if kind == "clock":
-            self._say(sock, "clock")
+            self._say("clock")
         elif kind == "launch":
-            self._launch(sock, WorldOrder.from_json(frame["order"]))
+            self._launch(WorldOrder.from_json(frame["order"]))
         elif kind == "say":
             self._crews[world].send(frame["rank"], frame["what"], **frame["payload"])
         elif kind == "evidence":
@@ -124,24 +126,24 @@ class Follower:
             texts = {r: asdict(e) for r, e in found.items()}
             for text in texts.values():
                 text["log"] = text["log"][-1_000_000:]
-            self._report(sock, world)
-            self._say(sock, "evidence", world=world, ranks=texts)
+            self._report(world)
+            self._say("evidence", world=world, ranks=texts)
         elif kind == "end":
-            self._say(sock, "end", world=world, strays=self._end(world))
+            self._say("end", world=world, strays=self._end(world))
 
-    def _launch(self, sock: socket.socket, order: WorldOrder) -> None:
+    def _launch(self, order: WorldOrder) -> None:
         if self._settings.start_method == "fork" and (reason := warm.unfit()):
-            self._say(sock, "trouble", text=reason)
+            self._say("trouble", text=reason)
             return
         if order.shared and not Path(order.shared).is_dir():
             text = f"--shared-dir: {order.shared}, made on node 0, is not there"
-            self._say(sock, "trouble", text=text)
+            self._say("trouble", text=text)
             return
         found = LocalRanks(order, starter(self._config, self._settings, self._items.__getitem__))
         self._crews[order.world] = found
         found.launch()
 
-    def _report(self, sock: socket.socket, world: int) -> None:
+    def _report(self, world: int) -> None:
         """Pass on what is new."""
         news = []
         for update in self._crews[world].updates():
@@ -150,7 +152,7 @@ class Follower:
                 news.append(asdict(update))
                 self._shown[world, update.rank] = bare
         if news:
-            self._say(sock, "updates", world=world, updates=news)
+            self._say("updates", world=world, updates=news)
 
     def _end(self, world: int) -> list[str]:
         ended = self._crews.pop(world, None)
@@ -158,17 +160,11 @@ class Follower:
             del self._shown[key]
         return [] if ended is None else ended.end()
 
-    def _say(self, sock: socket.socket, kind: str, **payload: Any) -> None:
+    def _say(self, kind: str, **payload: Any) -> None:
         """Send one frame whole; the socket's own limit ends a wait for a node that is cut off."""
         self._said = time.monotonic()
-        sock.setblocking(True)
         with contextlib.suppress(OSError):  # it is gone, or cut off: the next update finds out
             self._out.send(kind, **payload)
-        sock.setblocking(False)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(f"signal {number}")
 
 
 def versions(session: pytest.Session, settings: Settings) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 
@@ -13,26 +13,6 @@ from harness.rank import rank_process, spawned
 from harness.settings.options import Settings
 from harness.settings.requirements import WorldSpec
 from harness.system import torchrun_env
-
-
-class Machines(Protocol):
-    """Where the parts of a world come from."""
-
-    @property
-    def lost(self) -> str:
-        """Why no more worlds can start, in words; empty while they can."""
-
-    def unmet(self, spec: WorldSpec) -> str:
-        """What these machines cannot give a world, in words; empty when they can."""
-
-    def parts(self, spec: WorldSpec) -> Sequence[NodeRanks]:
-        """The crews of a new world, in the order of their ranks; none has started."""
-
-    def as_json(self) -> list[dict[str, Any]]:
-        """The machines for results.json."""
-
-    def close(self, status: int) -> None:
-        """Let the other machines go, with the run's exit code."""
 
 
 def starter(
@@ -56,35 +36,38 @@ def starter(
     return spawn if settings.start_method == "spawn" else forking(checks)
 
 
-class OneMachine:
-    """This machine alone, whose ranks meet in a file."""
-
-    lost = ""
+class Machines:
+    """Where the parts of a world come from: this machine alone, whose ranks meet in a file."""
 
     def __init__(self, settings: Settings, start: Starter) -> None:
         self._settings, self._start = settings, start
         self._node = Node(0, torchrun_env.host())
         self._worlds = 0
 
+    @property
+    def lost(self) -> str:
+        """Why no more worlds can start, in words; empty while they can."""
+        return ""
+
     def unmet(self, spec: WorldSpec) -> str:
-        """A world over several nodes is more than there is."""
+        """What these machines cannot give a world, in words; empty when they can."""
         if spec.nodes > 1:
             return f"needs a world over {spec.nodes} nodes; this run has one"
         return ""
 
     def parts(self, spec: WorldSpec) -> Sequence[NodeRanks]:
-        """All ranks, here."""
+        """The ranks of a new world on each machine, in their order; none has started."""
         self._worlds += 1
         ranks = tuple(range(spec.size))
         order = WorldOrder(self._worlds, spec, ranks, self._node, self._settings.seed, None)
         return [LocalRanks(order, self._start)]
 
     def as_json(self) -> list[dict[str, Any]]:
-        """This machine."""
+        """The machines for results.json."""
         return [{"node": 0, "host": self._node.host, "ranks": None, "versions": {}}]
 
     def close(self, status: int) -> None:
-        """There is nobody else."""
+        """Let the other machines go, with the run's exit code."""
 
 
 def spread(size: int, nodes: int) -> list[tuple[int, ...]]:

@@ -16,7 +16,7 @@ from harness.nodes import follower
 from harness.nodes.cluster import Cluster, NodesError
 from harness.parent import local_ranks
 from harness.parent.judge import Judge
-from harness.parent.machines import Machines, OneMachine, starter
+from harness.parent.machines import Machines, starter
 from harness.rank import recording
 from harness.rank.fixtures import device, judged, mesh, rank, shared, subject, world
 from harness.records.verdicts import UNEXPECTED, Judgement, Verdict
@@ -117,9 +117,8 @@ class Run:
         self._decided: set[str] = set()
         self._items: dict[str, pytest.Item] = {}
         self._collected: list[str] = []
-        self._machines: Machines = self.this_machine()
+        self._machines = self.this_machine()
         self.judge = Judge(settings, self._machines, progress.tick)
-        self._timed_out: dict[str, Judgement] = {}
         self._stopped = ""
         self._warned = Warned(settings.known.warnings)
         self._notes: list[str] = []
@@ -145,8 +144,8 @@ class Run:
     def _find(self, nodeid: str) -> pytest.Item:
         return self._items[nodeid]
 
-    def this_machine(self) -> OneMachine:
-        return OneMachine(self._settings, starter(self._config, self._settings, self._find))
+    def this_machine(self) -> Machines:
+        return Machines(self._settings, starter(self._config, self._settings, self._find))
 
     # --- collection ---------------------------------------------------------------------------
 

@@ -67,7 +67,7 @@ class ParentEnd:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._sock.setblocking(False)
+        self._sock.setblocking(True)  # each call says that it does not wait
         self._buffer = bytearray()
         self.closed = False
         self.garbage = False
@@ -80,7 +80,7 @@ class ParentEnd:
         """Send one small frame; a rank that is gone is noticed elsewhere, by its exit."""
         body = json.dumps({"kind": kind, **payload}).encode("ascii")
         try:
-            self._sock.sendall(_HEADER.pack(len(body)) + body)
+            self._sock.sendall(_HEADER.pack(len(body)) + body, socket.MSG_DONTWAIT)
         except OSError:
             self.closed = True
 
@@ -88,7 +88,7 @@ class ParentEnd:
         """All whole frames that have arrived."""
         while not self.closed:
             try:
-                piece = self._sock.recv(1 << 20)
+                piece = self._sock.recv(1 << 20, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 break
             except OSError:  # reset, or timed out: the machine at the other end is cut off
