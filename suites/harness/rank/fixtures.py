@@ -32,14 +32,15 @@ class World:
 
     def post(self, name: str, text: str) -> None:
         """Put a text up for the other ranks; uses no collective, and waits for nobody."""
-        _rank_spec().post(name, text)
+        _here().board.set(f"{name}/{self.rank}", text)
 
     def read(self, name: str, rank: int) -> str | None:
         """What a rank has put up under the name; None when there is nothing yet."""
-        return _rank_spec().read(name, rank)
+        board, key = _here().board, f"{name}/{rank}"
+        return board.get(key).decode() if board.check([key]) else None
 
 
-def _rank_spec() -> rank_side.Rank:
+def _here() -> rank_side.Rank:
     if rank_side.current is None:
         raise pytest.UsageError("this fixture exists on ranks only: mark the check with world()")
     return rank_side.current
@@ -48,7 +49,7 @@ def _rank_spec() -> rank_side.Rank:
 @pytest.fixture
 def world() -> World:
     """Size, backend and device of the world that the check runs in."""
-    here = _rank_spec()
+    here = _here()
     return World(
         here.spec.size,
         here.rank,
@@ -65,7 +66,8 @@ def shared() -> Path:
 
     Over several machines it needs a folder that all of them see: --shared-dir.
     """
-    folder = Path(_rank_spec().rank_spec.shared or _rank_spec().rank_spec.folder) / "shared"
+    here = _here().rank_spec
+    folder = Path(here.shared or here.folder) / "shared"
     folder.mkdir(exist_ok=True)
     return folder
 
@@ -73,13 +75,13 @@ def shared() -> Path:
 @pytest.fixture
 def rank() -> int:
     """This rank's number in the default group."""
-    return _rank_spec().rank
+    return _here().rank
 
 
 @pytest.fixture
 def device() -> torch.device:
     """The device for this rank's tensors."""
-    return _rank_spec().device
+    return _here().device
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ def mesh() -> Callable[..., DeviceMesh]:
     too, and no coordinate in it. Dimension names are `names`, or dp, tp for two dimensions, and
     rep, dp, tp for three.
     """
-    here = _rank_spec()
+    here = _here()
 
     def make(
         *shape: int, ranks: Sequence[int] | None = None, names: Sequence[str] | None = None

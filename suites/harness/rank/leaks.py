@@ -13,7 +13,6 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -55,20 +54,16 @@ def watch_segments() -> None:
     _posixshmem.shm_open = shm_open
 
 
-@dataclass
 class Snapshot:
     """What a rank held before the check's body."""
 
-    tmp: Path
-    environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
-    threads: frozenset[int] = field(
-        default_factory=lambda: frozenset(id(t) for t in threading.enumerate())
-    )
-    descriptors: dict[int, str] = field(default_factory=lambda: dict(_descriptors()))
-    segments: frozenset[str] = field(default_factory=lambda: frozenset(os.listdir(_SHM)))
-    children: frozenset[int] = field(
-        default_factory=lambda: frozenset(processes.children(os.getpid()))
-    )
+    def __init__(self, tmp: Path) -> None:
+        self.tmp = tmp
+        self.environment = dict(os.environ)
+        self.threads = {id(thread) for thread in threading.enumerate()}
+        self.descriptors = dict(_descriptors())
+        self.segments = set(os.listdir(_SHM))
+        self.children = set(processes.children(os.getpid()))
 
     def leaks(self) -> list[str]:
         """What is there now and was not before, one line each."""
@@ -109,9 +104,8 @@ class Snapshot:
                 yield f"file descriptor {number} ({target})"
 
     def _segments(self) -> Iterator[str]:
-        pid = str(os.getpid())
         for name in sorted(set(os.listdir(_SHM)) - self.segments):
-            if name in _created_segments or pid in name.replace("-", "_").split("_"):
+            if name in _created_segments or _carries(name, os.getpid()):
                 (_SHM / name).unlink(missing_ok=True)  # it would outlive the machine's next runs
                 yield f"shared-memory segment /dev/shm/{name}"
 
@@ -124,10 +118,14 @@ def remove_segments(before: frozenset[str], pids: set[int]) -> list[str]:
     """Remove segments whose name carries one of the pids; for ranks that could not do it."""
     removed = []
     for name in sorted(set(os.listdir(_SHM)) - before):
-        if any(str(pid) in name.replace("-", "_").split("_") for pid in pids):
+        if any(_carries(name, pid) for pid in pids):
             (_SHM / name).unlink(missing_ok=True)
             removed.append(name)
     return removed
+
+
+def _carries(name: str, pid: int) -> bool:
+    return str(pid) in name.replace("-", "_").split("_")
 
 
 def _descriptors() -> Iterator[tuple[int, str]]:

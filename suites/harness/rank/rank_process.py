@@ -29,11 +29,11 @@ from _pytest.capture import CaptureManager
 
 from harness.rank import recording
 from harness.rank.leaks import Snapshot, watch_segments
-from harness.rank.reporter import RankReporter, answer, kind_of_error, one_line, raised
+from harness.rank.reporter import RankReporter, answer, of_an_exception, one_line, raised
 from harness.settings import subject_import
 from harness.settings.options import SETTINGS
 from harness.settings.requirements import WorldSpec
-from harness.system import processes, stacks, torchrun_env
+from harness.system import processes, torchrun_env
 from harness.system.channel import RankEnd
 
 if TYPE_CHECKING:
@@ -105,13 +105,7 @@ def run_as_rank(
 def give_up(channel: RankEnd, error: BaseException) -> None:
     """End a rank that cannot go on, outside of a check: its parent hears why."""
     try:
-        channel.send(
-            "broken",
-            message=one_line(error),
-            details="".join(traceback.format_exception(error)),
-            kind_of_error=kind_of_error(error),
-            waiting_in=stacks.collective_of_traceback(error.__traceback__),
-        )
+        channel.send("broken", **of_an_exception(error))
         traceback.print_exception(error)
     finally:
         _leave(1)
@@ -213,7 +207,8 @@ class Rank:
         self._channel = channel
         self._find = find
         self.meshes: dict[Any, Any] = {}
-        self._board: Any = None
+        self.board: Any = None
+        """A store in which ranks put up texts for each other."""
         current = self
 
     @property
@@ -240,15 +235,6 @@ class Rank:
             )
         server = dist.TCPStore(address.host, address.port, is_master=False)  # type: ignore[attr-defined]
         return dist.PrefixStore(address.prefix, server)  # type: ignore[attr-defined]
-
-    def post(self, name: str, text: str) -> None:
-        """Put a text up for the other ranks, by no collective; a check never waits for it."""
-        self._board.set(f"{name}/{self.rank}", text)
-
-    def read(self, name: str, rank: int) -> str | None:
-        """What a rank has put up under the name; None when there is nothing yet."""
-        key = f"{name}/{rank}"
-        return self._board.get(key).decode() if self._board.check([key]) else None
 
     def _seed(self) -> None:
         import numpy as np
@@ -283,7 +269,7 @@ class Rank:
             os.environ["NCCL_HOSTID"] = f"{torchrun_env.host()}-{self.rank_spec.local_rank}"
         store = self._store()
         store.set_timeout(timeout)
-        self._board = dist.PrefixStore("board", store)  # type: ignore[attr-defined]
+        self.board = dist.PrefixStore("board", store)  # type: ignore[attr-defined]
         dist.init_process_group(
             self.spec.backend,
             store=store,

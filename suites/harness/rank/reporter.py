@@ -24,9 +24,8 @@ class RankReporter:
         self._channel = channel
         self._subject = subject
         self.warned = subject_warnings.IssuedWarnings()
-        self.failed_at = 0.0
-        self.kind = "error"
-        self.waiting_in = ""
+        self.failing: dict[str, Any] = {}
+        """What was said of the first exception when it was raised."""
         self.asserted = ""
         self.reports: list[pytest.TestReport] = []
 
@@ -40,23 +39,21 @@ class RankReporter:
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Iterator[None]:
-        if call.excinfo is not None and not self.failed_at:
-            self.failed_at = time.monotonic()
-            self.kind = kind_of_error(call.excinfo.value)
-            self.waiting_in = stacks.collective_of_traceback(call.excinfo.tb)
-            self.asserted = assertion_of(call.excinfo.value)
-            if not isinstance(call.excinfo.value, pytest.skip.Exception):
+        if call.excinfo is not None and not self.failing:
+            error = call.excinfo.value
+            self.asserted = assertion_of(error)
+            self.failing = {
+                "outcome": "raised" if call.when == "call" else "broken",
+                "phase": call.when,
+                "failed_at": time.monotonic(),
+                "message": one_line(error)[:2000] + self.asserted,
+                "kind_of_error": kind_of_error(error),
+                "waiting_in": stacks.collective_of_traceback(call.excinfo.tb),
+            }
+            if not isinstance(error, pytest.skip.Exception):
                 # Before pytest makes its report: reading and parsing sources takes seconds under
                 # load, and the parent would end the world before it knew the cause.
-                self._channel.send(
-                    "failing",
-                    outcome="raised" if call.when == "call" else "broken",
-                    phase=call.when,
-                    failed_at=self.failed_at,
-                    message=one_line(call.excinfo.value)[:2000] + self.asserted,
-                    kind_of_error=self.kind,
-                    waiting_in=self.waiting_in,
-                )
+                self._channel.send("failing", **self.failing)
         return (yield)
 
     @pytest.hookimpl(tryfirst=True)
@@ -92,7 +89,7 @@ def answer(watcher: RankReporter, seconds: float) -> dict[str, Any]:
     if bad.outcome == "skipped":
         return found | {
             "outcome": "broken",
-            "failed_at": watcher.failed_at,
+            "failed_at": watcher.failing.get("failed_at", 0.0),
             "message": "skipped itself on a rank; state what the check needs in its marks",
             "details": str(bad.longrepr),
         }
@@ -100,27 +97,30 @@ def answer(watcher: RankReporter, seconds: float) -> dict[str, Any]:
     message = crash.message if crash else bad.longreprtext.strip().rpartition("\n")[2]
     first, newline, rest = message.partition("\n")
     return found | {
+        "failed_at": 0.0,  # of a report that no exception led to
+        **watcher.failing,
         "outcome": "raised" if bad.when == "call" else "broken",
         "phase": bad.when,
-        "failed_at": watcher.failed_at,
         "message": first + watcher.asserted + newline + rest,
         "details": bad.longreprtext,
-        "kind_of_error": watcher.kind,
-        "waiting_in": watcher.waiting_in,
         "sections": [list(s) for s in bad.sections],
     }
 
 
 def raised(error: BaseException, seconds: float, said: str = "") -> dict[str, Any]:
     """The outcome of what ended with an exception that pytest did not see."""
+    told = of_an_exception(error)
+    told["message"] = said + told["message"]
+    return {"outcome": "raised", "failed_at": time.monotonic(), "seconds": seconds, **told}
+
+
+def of_an_exception(error: BaseException) -> dict[str, Any]:
+    """What a rank says of an exception, in whatever frame it says it."""
     return {
-        "outcome": "raised",
-        "failed_at": time.monotonic(),
-        "message": f"{said}{one_line(error)}",
+        "message": one_line(error),
         "details": "".join(traceback.format_exception(error)),
         "kind_of_error": kind_of_error(error),
         "waiting_in": stacks.collective_of_traceback(error.__traceback__),
-        "seconds": seconds,
     }
 
 
