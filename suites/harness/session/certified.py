@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import subprocess
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 
 from harness.records.verdicts import UNEXPECTED, Verdict
+from harness.session.results import git
 
 SUITES = ("suites/conformance",)
 PROFILE = "all checks of suites/conformance, thorough variants included, without expectations"
@@ -74,26 +74,15 @@ def refuse_changes(root: Path, commit: str) -> None:
 
 def changes(root: Path, commit: str) -> str:
     """Why the suites are not those of the commit, in words; empty where they are."""
-    if (lines := _git(root, "status", "--porcelain", "--untracked-files=all")) is not None:
+    if (lines := git(root, "status", "--porcelain", "--untracked-files=all")) is not None:
         if lines:
             return f"{lines.splitlines()[0][3:]} is not as in the commit: expected a clean checkout"
         # SHARDPROOF_COMMIT may name another one; an image, which needs it, has no history.
-        if commit != (head := _git(root, "rev-parse", "HEAD")):
+        if commit != (head := git(root, "rev-parse", "HEAD")):
             return f"the commit is said to be {commit}, and this checkout is of {head}"
     if not re.fullmatch(r"[0-9a-f]{40}", commit):
         return f"the commit of the suites is {commit or 'not known'}: expected a clean checkout"
     return ""
-
-
-def _git(root: Path, *words: str) -> str | None:
-    """What git says; None where there is no git, or no history."""
-    try:
-        done = subprocess.run(
-            ["git", *words], cwd=root, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        return None
-    return None if done.returncode else done.stdout.rstrip("\n")
 
 
 def certificate(

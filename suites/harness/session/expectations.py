@@ -62,7 +62,6 @@ class Entry:
     link: str
     source: str
     """The file it stands in."""
-    matched: bool = False
     pattern: re.Pattern[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -130,10 +129,8 @@ class Expectations:
     def match(self, nodeid: str, world: int | None) -> Entry | None:
         """The entry for a check, under this run's conditions."""
         for entry in self.entries:
-            if entry.pattern.fullmatch(nodeid):
-                entry.matched = True
-                if all(self._holds(condition, world) for condition in entry.when):
-                    return entry
+            if entry.pattern.fullmatch(nodeid) and all(self._holds(c, world) for c in entry.when):
+                return entry
         return None
 
     def validate(
@@ -143,7 +140,8 @@ class Expectations:
 
         `collected`: the ids that whole files have; None where only some of them were asked for.
         """
-        if waiting := self.without_reason(selected):
+        nameless = [entry for entry in self.entries if not entry.why]
+        if waiting := [e for e in nameless if any(map(e.pattern.fullmatch, selected))]:
             raise pytest.UsageError(
                 f"{self.path.parent / waiting[0].source}, {waiting[0].check}: "
                 "needs a defect of suites/defects/catalogue, or a reason, one sentence"
@@ -151,29 +149,18 @@ class Expectations:
             )
         if collected is None:
             return
-        covered = [config.rootpath / a for a in config.args]
-        if lost := self.unmatched(collected, covered, config.rootpath):
-            raise pytest.UsageError(
-                f"{self.path.parent}: entries that match no check: "
-                + ", ".join(e.check for e in lost)
-            )
-
-    def unmatched(self, nodeids: Iterable[str], covered: Iterable[Path], root: Path) -> list[Entry]:
-        """Entries that match no check, though their file lies in what was collected."""
-        ids = list(nodeids)
-        roots = [p.resolve() for p in covered]
-        return [
-            e
-            for e in self.entries
-            if any((root / e.file).resolve().is_relative_to(p) for p in roots)
-            and not any(e.pattern.fullmatch(n) for n in ids)
+        root = config.rootpath
+        covered = [(root / argument).resolve() for argument in config.args]
+        lost = [
+            entry.check
+            for entry in self.entries
+            if any((root / entry.file).resolve().is_relative_to(path) for path in covered)
+            and not any(map(entry.pattern.fullmatch, collected))
         ]
-
-    def without_reason(self, nodeids: Iterable[str]) -> list[Entry]:
-        """Entries that name no defect and no reason yet, of the checks that are to be judged."""
-        ids = list(nodeids)
-        waiting = [entry for entry in self.entries if not entry.why]
-        return [e for e in waiting if any(e.pattern.fullmatch(n) for n in ids)]
+        if lost:
+            raise pytest.UsageError(
+                f"{self.path.parent}: entries that match no check: " + ", ".join(lost)
+            )
 
     def _holds(self, condition: str, world: int | None) -> bool:
         found = _CONDITION.fullmatch(condition)

@@ -43,26 +43,15 @@ def check_report(
 ) -> pytest.TestReport:
     """The report of a check by its judgement; ``entry`` is the expectation that it met."""
     verdict = judgement.verdict
-    outcome: Any = "passed"
-    longrepr: Any = None
+    report = phase_report(item, "call", began)
+    report.duration, report.stop = judgement.seconds, time.time()
     if verdict in UNEXPECTED:
-        outcome = "failed"
-        longrepr = f"{judgement.message}\n{judgement.text}" if judgement.text else judgement.message
+        report.outcome = "failed"
+        report.longrepr = "\n".join(filter(None, (judgement.message, judgement.text)))
     elif verdict in {Verdict.XFAIL, Verdict.PRECONDITION}:
-        outcome = "skipped"
+        report.outcome = "skipped"
         path, line, _ = item.location
-        longrepr = (path, (line or 0) + 1, judgement.message)
-    report = pytest.TestReport(
-        nodeid=item.nodeid,
-        location=item.location,
-        keywords={},
-        outcome=outcome,
-        longrepr=longrepr,
-        when="call",
-        duration=judgement.seconds,
-        start=began,
-        stop=time.time(),
-    )
+        report.longrepr = (path, (line or 0) + 1, judgement.message)
     if verdict is Verdict.XFAIL:
         report.wasxfail = entry.why if entry else ""
     report.verdict = verdict  # type: ignore[attr-defined]

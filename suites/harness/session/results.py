@@ -22,6 +22,17 @@ from harness.settings.requirements import level_of
 from harness.system import devices
 
 SCHEMA_VERSION = 1
+_REPEATED = {
+    "device": "cpu",
+    "backend": "gloo",
+    "share_gpus": False,
+    "install_at": "after",
+    "callers": False,
+    "world_size": None,
+    "start_method": "fork",
+    "seed": 0,
+}
+"""Options that a check's verdict may depend on, to the values that a command need not name."""
 
 
 def environment(settings: Settings, root: Path) -> dict[str, Any]:
@@ -77,22 +88,11 @@ def command(settings: Settings, more: list[str]) -> str:
     words = shlex.split(os.environ.get("SHARDPROOF_COMMAND", "python -m pytest"))
     words += ["--certified"] if settings.certified and not more else []
     words += ["--subject", settings.subject]
-    if settings.device != "cpu":
-        words += ["--device", settings.device]
-    if settings.backend != "gloo":
-        words += ["--backend", settings.backend]
-    if settings.share_gpus:
-        words += ["--share-gpus"]
-    if settings.install_at != "after":
-        words += ["--install-at", settings.install_at]
-    if settings.callers:
-        words += ["--callers"]
-    if settings.world_size is not None:
-        words += ["--world-size", str(settings.world_size)]
-    if settings.start_method != "fork":
-        words += ["--start-method", settings.start_method]
-    if settings.seed:
-        words += ["--seed", str(settings.seed)]
+    for name, default in _REPEATED.items():
+        value = getattr(settings, name)
+        if value != default:
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else [str(value)]
     return shlex.join(words + more)
 
 
@@ -167,20 +167,22 @@ def _relative(file: str, root: Path) -> str:
 
 
 def commit_of(root: Path) -> str:
+    """The commit of the suites, with -dirty where the tree differs; empty where nobody knows."""
     if given := os.environ.get("SHARDPROOF_COMMIT"):  # an image has the source, not its history
         return given
+    words = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return git(root, *words, limit=10) or ""
+
+
+def git(root: Path, *words: str, limit: float | None = None) -> str | None:
+    """What git says; None where there is no git, no history, or no answer within the limit."""
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
+        done = subprocess.run(
+            ["git", *words], cwd=root, capture_output=True, text=True, timeout=limit, check=True
         )
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return ""
-    return found.stdout.strip()
+    except (FileNotFoundError, subprocess.SubprocessError):
+        return None
+    return done.stdout.rstrip("\n")
 
 
 def _nccl() -> str | None:

@@ -165,27 +165,13 @@ def add_options(parser: pytest.Parser) -> None:
         default="0",
         help="seed of generated data, a number or 'random' (default: %(default)s)",
     )
-    add(
-        "--collective-limit",
-        metavar="S",
-        type=float,
-        default=COLLECTIVE_LIMIT,
-        help="seconds for one collective (default: %(default)s)",
-    )
-    add(
-        "--check-limit",
-        metavar="S",
-        type=float,
-        default=CHECK_LIMIT,
-        help="seconds for one check (default: %(default)s)",
-    )
-    add(
-        "--session-limit",
-        metavar="S",
-        type=float,
-        default=SESSION_LIMIT,
-        help="seconds for the whole run (default: %(default)s)",
-    )
+    for name, seconds, what in (
+        ("--collective-limit", COLLECTIVE_LIMIT, "one collective"),
+        ("--check-limit", CHECK_LIMIT, "one check"),
+        ("--session-limit", SESSION_LIMIT, "the whole run"),
+    ):
+        said = f"seconds for {what} (default: %(default)s)"
+        add(name, metavar="S", type=float, default=seconds, help=said)
     add(
         "--shared-dir",
         metavar="DIR",
