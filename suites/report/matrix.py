@@ -6,8 +6,6 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from report.laws import LAWS
-
 HOLDS = frozenset({"pass"})
 NOT_RUN = frozenset({"precondition"})
 
@@ -61,9 +59,3 @@ def matrix(checks: list[dict[str, Any]]) -> dict[str, Rows]:
         if check["function"]:
             found[check["module"]][check["function"]][check["law"]].verdicts[check["verdict"]] += 1
     return {module: dict(rows) for module, rows in sorted(found.items())}
-
-
-def laws_of(rows: Rows) -> list[str]:
-    """The laws that have checks, the contract's first, in its order."""
-    seen = {law for cells in rows.values() for law in cells}
-    return [law for law in LAWS if law in seen] + sorted(seen - set(LAWS))

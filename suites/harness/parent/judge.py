@@ -35,8 +35,7 @@ class Judge:
         if isinstance(world, Judgement):
             return world
         keep = self.worlds.keeps(item, nextitem, spec)
-        ended = False
-        try:
+        with world.ended_if_it_breaks():
             if world.usable:
                 following = None if keep else nextitem
                 records = world.run(
@@ -47,20 +46,16 @@ class Judge:
             else:
                 world.save_logs(self._log_folder(item), self.settings.run_dir)
                 judgement = blame.not_started([m.record for m in world.members])
-            ended = True
-            if keep and world.usable:
-                self.worlds.keep(item, world)
-            else:
-                strays = world.end()
-                if strays and judgement.verdict is Verdict.PASS:
-                    judgement.verdict = Verdict.FAIL
-                    judgement.message = "left behind by the world: " + "; ".join(strays)
-                    judgement.text = judgement.message
-            judgement.seconds = time.monotonic() - began
-            return judgement
-        finally:
-            if not ended:
-                world.end()
+        if keep and world.usable:
+            self.worlds.keep(item, world)
+        else:
+            strays = world.end()
+            if strays and judgement.verdict is Verdict.PASS:
+                judgement.verdict = Verdict.FAIL
+                judgement.message = "left behind by the world: " + "; ".join(strays)
+                judgement.text = judgement.message
+        judgement.seconds = time.monotonic() - began
+        return judgement
 
     def close(self) -> None:
         """End the worlds that nobody will use."""

@@ -230,7 +230,11 @@ class LocalRanks:
         starved = processes.ended_for_memory() > self._starved
         found = {
             number: Evidence(
-                "", _read(rank_spec.stack), _read(rank_spec.log), called.get(number), starved
+                "",
+                stacks.read(rank_spec.stack),
+                stacks.read(rank_spec.log),
+                called.get(number),
+                starved,
             )
             for number, rank_spec in self._rank_specs.items()
         }
@@ -252,7 +256,7 @@ class LocalRanks:
         _live.remove(self)
         spared: frozenset[int] = frozenset().union(*(ranks.pids for ranks in _live))
         ranks = self.pids
-        strays = processes.reap(self._known | _tracker() | spared)
+        strays = processes.reap(self._known | leaks.tracker() | spared)
         segments = leaks.remove_segments(self._segments, set(ranks))
         shutil.rmtree(self._folder, ignore_errors=True)
         os.close(self._lock)
@@ -294,14 +298,6 @@ def remove_abandoned() -> None:
                 os.close(lock)
 
 
-def _tracker() -> frozenset[int]:
-    from multiprocessing import resource_tracker
-
-    # Spawning starts one tracker for the parent's whole life.
-    pid = getattr(resource_tracker._resource_tracker, "_pid", None)
-    return frozenset({pid} if pid else set())
-
-
 def forking(body: Callable[[rank_process.RankSpec, socket.socket], None]) -> Starter:
     """Ranks that are forks of this process, and in which `body` does not return."""
 
@@ -332,7 +328,3 @@ def _forked(
         body(rank_spec, sock)
     except BaseException as error:
         rank_process.give_up(own, error)
-
-
-def _read(path: Path) -> str:
-    return path.read_text(errors="replace") if path.exists() else ""

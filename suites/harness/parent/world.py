@@ -169,6 +169,15 @@ class World:
         return [f for f in found if not any(_same(f, n) for n in named)]
 
     @contextmanager
+    def ended_if_it_breaks(self) -> Iterator[World]:
+        """The world, ended where an exception comes out of the block."""
+        try:
+            yield self
+        except BaseException:
+            self.end()
+            raise
+
+    @contextmanager
     def ended(self) -> Iterator[World]:
         """The world, ended whatever happens inside."""
         try:

@@ -81,20 +81,14 @@ class Worlds:
             held[1].end()
 
     def _gathered(self, world: World) -> World:
-        try:
+        with world.ended_if_it_breaks():
             world.gather()
-        except BaseException:
-            world.end()
-            raise
         return world
 
     def _launch(self, spec: WorldSpec) -> World:
         world = World(spec, self._machines.parts(spec), self._settings.start_method)
-        try:
+        with world.ended_if_it_breaks():
             world.launch()
-        except BaseException:
-            world.end()
-            raise
         return world
 
     def _take_held(self, item: pytest.Item) -> World | None:

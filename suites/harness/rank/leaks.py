@@ -77,10 +77,9 @@ class Snapshot:
         ]
 
     def _children(self) -> Iterator[str]:
-        # multiprocessing keeps one tracker a process, and ends it with the process.
-        tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
+        known = self.children | tracker()
         for pid in processes.children(os.getpid()):
-            if pid not in self.children and pid != tracker:
+            if pid not in known:
                 yield f"child process {pid} ({processes.command(pid)})"
 
     def _threads(self) -> Iterator[str]:
@@ -112,6 +111,12 @@ class Snapshot:
     def _files(self) -> Iterator[str]:
         for path in sorted(self.tmp.iterdir()) if self.tmp.is_dir() else []:
             yield f"temporary file {path.name} (in the rank's TMPDIR)"
+
+
+def tracker() -> frozenset[int]:
+    """The process of multiprocessing's tracker: one a process, which ends it when it ends."""
+    pid = getattr(resource_tracker._resource_tracker, "_pid", None)
+    return frozenset({pid} if pid else ())
 
 
 def remove_segments(before: frozenset[str], pids: set[int]) -> list[str]:

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,24 +167,27 @@ def _join_group(group: int) -> None:
             time.sleep(0.01)
 
 
+REPORTING = (
+    *("junitxml", "lfplugin", "nfplugin", "stepwiseplugin"),
+    *("shardproof-run", "shardproof-loop", "shardproof-progress"),
+)
+"""Plugins that tell of the run, which its other processes have no business with."""
+
+
+def unregister(config: pytest.Config, *names: str) -> None:
+    """Take these plugins out, where they are in."""
+    for name in names:
+        if (plugin := config.pluginmanager.get_plugin(name)) is not None:
+            config.pluginmanager.unregister(plugin)
+
+
 def leave_the_parent(config: pytest.Config, but: str = "") -> None:
     """Take the parent's reporting out of a forked rank: it would write into the parent's files.
 
     A process that runs checks of its own keeps the plugin that is named.
     """
-    for name in (
-        "terminalreporter",
-        "junitxml",
-        "lfplugin",
-        "nfplugin",
-        "stepwiseplugin",
-        "pdbinvoke",
-        "pdbtrace",
-        "shardproof-run",
-        "timeout",
-    ):
-        if name != but and (plugin := config.pluginmanager.get_plugin(name)) is not None:
-            config.pluginmanager.unregister(plugin)
+    names = (*REPORTING, "terminalreporter", "pdbinvoke", "pdbtrace", "timeout")
+    unregister(config, *(name for name in names if name != but))
     # capsys and its kin need a capture manager; this one captures nothing by itself.
     manager = config.pluginmanager.get_plugin("capturemanager")
     if manager is not None:
@@ -324,10 +327,10 @@ class Rank:
         # What the parent had set up for other tests is the parent's to tear down.
         item.session._setupstate.stack.clear()
         try:
-            with _own_pytest_folder(item.config, self.rank_spec.home):
-                # The whole hook, for what wraps it: a rank may have been forked, or have run
-                # its last check, under the warning filters of another item.
-                item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
+            _use_own_pytest_folder(item.config, self.rank_spec.home)
+            # The whole hook, for what wraps it: a rank may have been forked, or have run
+            # its last check, under the warning filters of another item.
+            item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
         except BaseException as error:  # Exit and KeyboardInterrupt pass through pytest
             said = f"{type(error).__name__} ended the check: "
             return raised(error, time.monotonic() - started, said)
@@ -343,12 +346,10 @@ def _mesh_name(shape: tuple[int, ...], members: tuple[int, ...], names: tuple[st
     return "x".join(map(str, shape)) + ranks + "(" + ",".join(names) + ")"
 
 
-@contextlib.contextmanager
-def _own_pytest_folder(config: pytest.Config, home: Path) -> Iterator[None]:
-    """tmp_path of each rank in the rank's own folder, which goes with the world."""
+def _use_own_pytest_folder(config: pytest.Config, home: Path) -> None:
+    """Have tmp_path of each rank in the rank's own folder, which goes with the world."""
     factory = getattr(config, "_tmp_path_factory", None)
     if factory is not None:
         base = home / "pytest"
         base.mkdir(exist_ok=True)
         factory._basetemp = base
-    yield

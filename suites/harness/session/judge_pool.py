@@ -24,6 +24,7 @@ import pytest
 
 from harness.parent import local_ranks
 from harness.parent.judge import Judge
+from harness.rank import rank_process
 from harness.records.verdicts import Judgement, Verdict
 from harness.settings import requirements
 from harness.settings.options import Settings
@@ -33,16 +34,6 @@ _END_LIMIT = 10.0
 """Seconds that a judge has to end its worlds, and its tests, when the run ends early."""
 _LOOK = 1.0
 """Seconds between two looks at whether each judge lives."""
-_OF_ITS_OWN = (
-    "junitxml",
-    "lfplugin",
-    "nfplugin",
-    "stepwiseplugin",
-    "shardproof-run",
-    "shardproof-loop",
-    "shardproof-progress",
-)
-"""Plugins of the reporting process, which a judge has no business with."""
 
 
 @dataclass
@@ -80,34 +71,19 @@ class _JudgeProcess:
 def units_of(items: Sequence[pytest.Item], settings: Settings) -> list[list[int]]:
     """Indices of items in units that one judge takes whole.
 
-    Checks that share a world follow each other; tests that share a fixture of their file, too.
+    Checks that may share a world follow each other; tests that share a fixture of their file, too.
     """
-    found: list[list[int]] = []
-    by_fixture: dict[object, list[int]] = {}
-    last: object = None
+    units: dict[object, list[int]] = {}
     for index, item in enumerate(items):
-        if requirements.is_check(item):
-            spec = requirements.spec_of(item, settings)
-            key = (spec, getattr(item, "cls", None)) if spec.reuse else None
-            if key is not None and key == last:
-                found[-1].append(index)
-                continue
-            last = key
-        else:
-            last = None
-            if (shared := _shared_fixture(item)) is not None:
-                if (unit := by_fixture.get(shared)) is not None:
-                    unit.append(index)
-                    continue
-                by_fixture[shared] = unit = [index]
-                found.append(unit)
-                continue
-        found.append([index])
-    return found
+        units.setdefault(_shared(item, settings) or index, []).append(index)
+    return list(units.values())
 
 
-def _shared_fixture(item: pytest.Item) -> object:
-    """The fixture of the item's own file or class that tests share; None where there is none."""
+def _shared(item: pytest.Item, settings: Settings) -> object:
+    """What an item has in common with others: a world, or a fixture of their file or class."""
+    if requirements.is_check(item):
+        spec = requirements.spec_of(item, settings)
+        return (spec, getattr(item, "cls", None)) if spec.reuse else None
     known = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
     for name, definitions in known.items():
         definition = definitions[-1]
@@ -291,9 +267,7 @@ class JudgePool:
         from _pytest.config import create_terminal_writer
 
         config = self._session.config
-        for name in _OF_ITS_OWN:
-            if (plugin := config.pluginmanager.get_plugin(name)) is not None:
-                config.pluginmanager.unregister(plugin)
+        rank_process.unregister(config, *rank_process.REPORTING)
         if (reporter := config.pluginmanager.get_plugin("terminalreporter")) is not None:
             # Kept, for pytest-timeout writes to it; what a test says is in its report.
             reporter._tw = create_terminal_writer(config, open(os.devnull, "w"))  # noqa: SIM115

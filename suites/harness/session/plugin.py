@@ -117,6 +117,7 @@ class Run:
         self._decided: set[str] = set()
         self._items: dict[str, pytest.Item] = {}
         self._collected: list[str] = []
+        self._starter = starter(config, settings, lambda nodeid: self._items[nodeid])
         self._machines = self.this_machine()
         self.judge = Judge(settings, self._machines, progress.tick)
         self._stopped = ""
@@ -141,11 +142,8 @@ class Run:
             none=settings.certified,
         )
 
-    def _find(self, nodeid: str) -> pytest.Item:
-        return self._items[nodeid]
-
     def this_machine(self) -> Machines:
-        return Machines(self._settings, starter(self._config, self._settings, self._find))
+        return Machines(self._settings, self._starter)
 
     # --- collection ---------------------------------------------------------------------------
 
@@ -180,8 +178,7 @@ class Run:
         reporter = self._config.pluginmanager.get_plugin("terminalreporter")
         say = reporter.write_line if reporter is not None else print
         versions = follower.versions(session, self._settings)
-        start = starter(self._config, self._settings, self._find)
-        found = Cluster(self._settings, start, versions)
+        found = Cluster(self._settings, self._starter, versions)
         try:
             found.gather(say)
         except NodesError as error:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from types import ModuleType
 
 from harness.settings import subject_warnings
-from harness.settings.subjects import CALLERS_MODULE, INSTALLED_TORCH, MODULES
+from harness.settings.subjects import CALLERS_MODULE, INSTALLED_TORCH, MODULES, needs_no_install
 from harness.system import processes
 
 IMPORT_LIMIT = 120.0
@@ -46,9 +46,8 @@ class SubjectInfo:
     @property
     def replaces_no_callers(self) -> str:
         """Why the subject cannot take the place of torch's callers, or an empty text."""
-        if self.root == INSTALLED_TORCH:
-            return f"{self.root} is in place already"
-        return self.missing(f"{CALLERS_MODULE}._load_model_state_dict")
+        path = f"{CALLERS_MODULE}._load_model_state_dict"
+        return needs_no_install(self.root) or self.missing(path)
 
     def missing(self, path: str) -> str:
         """Why the subject has no such function, or an empty text."""

@@ -116,7 +116,7 @@ def ask(targets: dict[int, Path], patience: float = 2.0) -> dict[int, tuple[str,
     while missing and time.monotonic() < deadline:
         time.sleep(0.01)
         for pid in tuple(missing):
-            text = _read(targets[pid])
+            text = read(targets[pid])
             if text == dumps[pid] and _is_whole(text):
                 missing.remove(pid)
             dumps[pid] = text
@@ -139,5 +139,6 @@ def _is_whole(dump: str) -> bool:
     return bool(found) and main.endswith("\n") and last
 
 
-def _read(file: Path) -> str:
+def read(file: Path) -> str:
+    """What a process has written into a file by now."""
     return file.read_text(errors="replace") if file.exists() else ""
