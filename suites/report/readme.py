@@ -28,10 +28,6 @@ _PROGRESS = re.compile(r"[.xspFE!?TC]+ *\[ *\d+%\]")
 _WIDTH = 150
 
 
-def _whole(text: str) -> str:
-    return text
-
-
 def _short_progress(text: str) -> str:
     """Of the lines of dots the first and the last."""
     lines = text.splitlines()
@@ -116,7 +112,7 @@ class Place:
     shown: bool = True
     """Whether the command stands above its output."""
     exit: int = 0
-    keep: Callable[[str], str] = _whole
+    keep: Callable[[str], str] = str
     fence: bool = True
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -43,18 +44,13 @@ def exit_code(
     return 1 if unexpected or status else 0, ""
 
 
-def unjudged(checks: Iterable[dict[str, Any]]) -> list[str]:
+def unjudged(checks: Collection[dict[str, Any]]) -> list[str]:
     """A line for each precondition that was not met, and one where next to nothing was judged."""
-    reasons: dict[str, int] = {}
-    total = 0
-    for check in checks:
-        total += 1
-        if check["verdict"] == Verdict.PRECONDITION:
-            reasons[check["message"]] = reasons.get(check["message"], 0) + 1
+    reasons = Counter(c["message"] for c in checks if c["verdict"] == Verdict.PRECONDITION)
     lines = [
         f"precondition, {count} not run: {reason}" for reason, count in sorted(reasons.items())
     ]
-    unrun = sum(reasons.values())
+    total, unrun = len(checks), reasons.total()
     if unrun and unrun >= _NEARLY_ALL * total:
         lines.append(
             f"nearly nothing was judged: {unrun} of {total} checks are preconditions, for the "

@@ -158,11 +158,10 @@ class _Screen:
         done = self._counts.total()
         share = 100 * done // max(self._total, 1)
         text = Text(f"{done} of {self._total} checks, {share}%", no_wrap=True, overflow="ellipsis")
-        for verdict, count in sorted(
-            self._counts.items(), key=lambda one: list(Verdict).index(one[0])
-        ):
-            text.append("  ")
-            text.append(f"{count} {verdict}", _COLOURS.get(verdict, _BAD))
+        for verdict in Verdict:
+            if count := self._counts[verdict]:
+                text.append("  ")
+                text.append(f"{count} {verdict}", _COLOURS.get(verdict, _BAD))
         left = in_words(self._left.seconds(time.monotonic() - self._began))
         text.append(f"  {left}", "bold")
         if self.running:

@@ -191,6 +191,13 @@ def add_options(parser: pytest.Parser) -> None:
     )
 
 
+_AS_GIVEN = (
+    *("subject", "world_size", "start_method", "collective_limit", "check_limit", "session_limit"),
+    *("update_expectations", "install_at", "callers", "share_gpus", "certified"),
+)
+"""Options that are settings as they stand on the command line."""
+
+
 def read_settings(config: pytest.Config) -> Settings:
     """The run's settings; raises UsageError for the first value that cannot hold."""
     # Ask the driver's management library, not the runtime: the parent must hold no CUDA context.
@@ -222,27 +229,17 @@ def read_settings(config: pytest.Config) -> Settings:
     )
     expectations = option.expectations or config.rootpath / "suites" / "expectations"
     return Settings(
-        subject=option.subject,
+        **{name: getattr(option, name) for name in _AS_GIVEN},
         known=known,
         backend=backend,
         device=device,
-        world_size=option.world_size,
-        start_method=option.start_method,
         order=order,
         seed=seed,
-        collective_limit=clocks[0],
-        check_limit=clocks[1],
-        session_limit=clocks[2],
         run_dir=Path(run_dir).absolute(),
         expectations=Path(expectations).absolute(),
-        update_expectations=option.update_expectations,
         torchrun=here,
         shared_dir=_shared_dir(option.shared_dir, here),
-        install_at=option.install_at,
-        callers=option.callers,
-        share_gpus=option.share_gpus,
         jobs=_jobs(option.jobs, backend, here),
-        certified=option.certified,
     )
 
 

@@ -28,14 +28,12 @@ def page(
 ) -> str:
     """The page of a comparison."""
     catalogue = read()
-    defects = [*found.appeared, *found.vanished, *found.renamed]
-    known = [catalogue[i] for i in sorted(defects) if i in catalogue]
+    groups = {name: getattr(found, name) for name in ("appeared", "vanished", "renamed")}
+    met: dict[str, list[str]] = found.appeared | found.vanished | found.renamed
+    known = [catalogue[i] for i in sorted(met) if i in catalogue]
     single = [*found.new_failures, *found.mended, *found.changed]
-    ids = {change.check for change in single}
-    for group in (found.appeared, found.vanished, found.renamed):
-        ids.update(*group.values())
+    ids = {change.check for change in single}.union(*met.values())
     before, now = (_of(run, ids) for run in runs)
-    groups = (("appeared", found.appeared), ("vanished", found.vanished))
     return render(
         "comparison.html",
         scripts=("checks.js", "comparison.js"),
@@ -44,20 +42,16 @@ def page(
             "before": before,
             "checks": now,
             "names": names,
-            "of_defect": {i: several for _, group in groups for i, several in group.items()}
-            | found.renamed,
+            "of_defect": met,
             "defects": defect_data.for_scripts(
-                catalogue, {*defects, *(d for check in [*before, *now] for d in _defects(check))}
+                catalogue, {*met, *(d for check in [*before, *now] for d in _defects(check))}
             ),
         },
         found=found,
         names=names,
         said=sentence(found),
         rows=_side_by_side(*runs),
-        sections=[
-            (name, *_split(group, catalogue), len(group))
-            for name, group in (*groups, _renamed(found))
-        ],
+        sections=[(name, *_split(group, catalogue), len(group)) for name, group in groups.items()],
         lists=[
             ("new", "Now failing, without a defect", found.new_failures),
             ("worse", "Known failures that are worse", [c for c in found.changed if c.worse]),
@@ -68,11 +62,7 @@ def page(
             (name, several[:_SHOWN], len(several))
             for name, several in zip(names, (found.only_before, found.only_now), strict=True)
         ],
-        seen={
-            i: len(several)
-            for group in (found.appeared, found.vanished, found.renamed)
-            for i, several in group.items()
-        },
+        seen={identity: len(several) for identity, several in met.items()},
         **defect_data.values(known),
     )
 
@@ -104,10 +94,6 @@ def _told(*groups: tuple[Sized, str, str]) -> str:
         for group, one, several in groups
         if group
     )
-
-
-def _renamed(found: Changes) -> tuple[str, dict[str, list[str]]]:
-    return "renamed", found.renamed
 
 
 def _split(

@@ -46,7 +46,8 @@ def page(data: dict[str, Any], benchmarks: dict[str, Any] | None = None) -> str:
     must, choices = by_level(checks, catalogue)
     known = [*must, *choices]
     names = {(c["module"], c["function"]) for c in checks if c["function"]}
-    laws = {c["law"] for c in checks if c["law"]}
+    of_checks = {c["law"] for c in checks if c["law"]}
+    laws = [law for law in LAWS if law in of_checks] + sorted(of_checks - set(LAWS))
     return render(
         "report.html",
         scripts=(*_SCRIPTS, *(_CHARTS if benchmarks else ())),
@@ -69,12 +70,12 @@ def page(data: dict[str, Any], benchmarks: dict[str, Any] | None = None) -> str:
         seen={identity: len(several) for identity, several in found.items()},
         others=_without_defect(checks),
         matrix=matrix(checks),
-        laws={law: LAWS.get(law, "") for law in [*LAWS, *sorted(laws - set(LAWS))] if law in laws},
+        laws={law: LAWS.get(law, "") for law in laws},
         environment=environment(data["run"]),
         seconds=_seconds(data["run"]),
         choose={
             "function": sorted(f"{module}.{function}" for module, function in names),
-            "law": [law for law in [*LAWS, *sorted(laws - set(LAWS))] if law in laws],
+            "law": laws,
             "verdict": [verdict for verdict, n in data["run"]["counts"].items() if n],
             "severity": defect_data.severities(known),
             "level": sorted({check.get("level", "MUST") for check in checks}),
