@@ -18,7 +18,16 @@ from conformance.kit.compare import assert_same, assert_unchanged, bits, fingerp
 from conformance.kit.containers import CONTAINERS, KINDS, PLACEMENTS, dashed
 from conformance.kit.data import EACH_DTYPE, SHAPES, VIEWS, numbers
 from conformance.kit.generated import examples, state_dicts
-from conformance.kit.layouts import ONE_D, TWO_D, dtensor, part, placement_id, rows, sharded_tensor
+from conformance.kit.layouts import (
+    ONE_D,
+    TWO_D,
+    R,
+    dtensor,
+    part,
+    placement_id,
+    rows,
+    sharded_tensor,
+)
 from conformance.kit.levels import WORDS
 from conformance.kit.nested import (
     assert_apart,
@@ -208,6 +217,16 @@ class TestCopyStateDict:
             refused(lambda: judged(value, into), "deep", "odd", what=name)
 
         each(KINDS | PLACEMENTS, refuse)
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.should(WORDS)
+    @pytest.mark.world(1)
+    def test_the_error_names_the_kind(self, judged: Any, mesh: Any) -> None:
+        """The error for a tensor in the place of a DTensor, or the other way, says DTensor."""
+        full = numbers(3)
+        pair = full, dtensor(full, mesh(1), [R])
+        for value, into in (pair, pair[::-1]):
+            refused(partial(judged, {"w": value}, {"w": into}), re.compile(r"\bDTensor\b"))
 
     @pytest.mark.law("symmetry")
     @pytest.mark.world(1)

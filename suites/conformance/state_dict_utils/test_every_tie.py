@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from conformance.kit.collectives import Collectives
-from conformance.kit.compare import assert_same, local
+from conformance.kit.compare import assert_same, local, shares_memory
 from conformance.kit.data import numbers
 from conformance.kit.functions import Function, each
 from conformance.kit.layouts import R, S, dtensor, part, rows, sharded_tensor
@@ -160,6 +160,19 @@ class TestIterateTies:
 
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")
 class TestGatherTies:
+    @pytest.mark.law("structure")
+    @pytest.mark.world(2)
+    def test_what_no_rank_holds_is_tied_to_nothing(self, judged: Any, mesh: Any) -> None:
+        """Tensors without elements, of which no rank can tell ties, must be several objects."""
+        line = mesh(2)
+        tied = dtensor(numbers(4, 3), line, [S(0)])
+        empty = {f"empty {n}": dtensor(numbers(0, 3), line, [S(0)]) for n in range(3)}
+        got = judged({"a": tied, **empty, "b": tied})
+        assert shares_memory(got["a"], got["b"])
+        found = [got[key] for key in empty]
+        assert [tuple(t.shape) for t in found] == [(0, 3)] * 3
+        assert len({id(t) for t in found}) == 3, "one tensor under several names"
+
     @pytest.mark.law("structure")
     @pytest.mark.world(3, collective=8, limit=30)
     def test_where_some_ranks_hold_nothing(self, judged: Any, mesh: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from conformance.kit.compare import assert_same
+from conformance.kit.compare import assert_same, local
 from conformance.kit.data import VIEWS
 from conformance.kit.landing import assert_landed, blank, target
 from conformance.kit.layouts import ONE_D, TWO_D, R, S, dtensor, part, placement_id
@@ -119,6 +119,20 @@ class TestBroadcastLargeTensors:
         judged(full if rank == 0 else {}, mine, device)
         for key, tensor in full.items():
             assert_landed(mine[key], tensor, over, cases[key][0], key)
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(2, limit=60)
+    @pytest.mark.thorough
+    def test_rows_larger_than_any_bucket(
+        self, judged: Any, mesh: Any, rank: int, device: torch.device
+    ) -> None:
+        """A row of 80 MiB must arrive, that nobody sends at once: pieces begin within each row."""
+        count = 80 << 20
+        full = torch.arange(2 * count, dtype=torch.int32).remainder_(251).to(torch.uint8)
+        full = full.view(2, 1, count).to(device)
+        mine = {"w": dtensor(torch.zeros_like(full), mesh(2), [R])}
+        judged({"w": full} if rank == 0 else {}, mine, device)
+        assert torch.equal(local(mine["w"]), full)
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)

@@ -167,6 +167,23 @@ class TestGatherReduces:
             assert torch.equal(got[key], whole), f"{key}: {got[key]}, expected {whole}"
 
     @pytest.mark.law("values")
+    @pytest.mark.world(4)
+    def test_over_two_dimensions(self, judged: Any, mesh: Any, rank: int) -> None:
+        """What is pending over both dimensions of a mesh must be reduced over all of its ranks."""
+        held = torch.stack([(numbers(4, 3).abs() + 1) * (2 * at - 3) for at in range(4)])
+        pairs = {
+            ("sum", "sum"): held.sum(0),
+            ("avg", "avg"): held.mean(0),
+            ("min", "min"): held.amin(0),
+            ("max", "max"): held.amax(0),
+        }
+        for ops, whole in pairs.items():
+            for shape in (2, 2), (1, 4), (4, 1):
+                placements = [Partial(op) for op in ops]
+                leaf = DTensor.from_local(held[rank], mesh(*shape), placements, run_check=False)
+                assert_same(judged({"w": leaf})["w"], whole, f"{ops} over {shape}")
+
+    @pytest.mark.law("values")
     @pytest.mark.should("upstream adds in the dtype, in the order of the backend")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -139,6 +139,19 @@ class TestGather:
         value = {"layer.odd": table(full, mesh(2), [S(0)], boxes)}
         assert_raises_everywhere(world, lambda: judged(value), "layer.odd", "(3, 3)", "(4, 3)")
 
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2, collective=8, limit=25)
+    def test_shards_of_another_number_of_dimensions(  # type: ignore[no-untyped-def]
+        self, judged: Any, mesh: Any, rank: int, world: Any
+    ):
+        """Shards on one rank that have not the table's dimensions must raise on all, by name."""
+        full = numbers(8, 3)
+        leaf = table(full, mesh(2), [S(0)], rows(full, 4, 4)[rank : rank + 1])
+        if rank:
+            wrapper = LocalShardsWrapper([numbers(6), numbers(6)], [(0,), (6,)])
+            leaf = DTensor(wrapper, leaf._spec, requires_grad=False)
+        assert_raises_everywhere(world, lambda: judged({"layer.odd": leaf}), "layer.odd")
+
     @pytest.mark.law("compatibility")
     @pytest.mark.world(2)
     def test_a_table_without_its_place(self, judged: Any, mesh: Any, rank: int) -> None:

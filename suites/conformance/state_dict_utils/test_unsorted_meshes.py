@@ -47,6 +47,9 @@ def _cases(mesh: Any) -> Iterator[Case]:
         ]
         for placements in layouts:
             yield f"grid {ranks}", over, placements
+    for shape in (1, 4), (4, 1):
+        for placements in ([R, S(0)], [S(1), S(0)], [S(0), S(1)], [S(0), S(0)]):
+            yield f"a grid of {shape}", mesh(*shape, ranks=[3, 1, 2, 0]), placements
     yield "a grid with one row turned", mesh(2, 2, ranks=[0, 1, 3, 2]), [S(0), S(1)]
     yield "a grid that is sharded along one dimension", mesh(2, 2, ranks=[0, 3, 2, 1]), [R, S(0)]
     yield "a line of a grid", mesh(2, 2, ranks=[3, 1, 2, 0])["tp"], [S(0)]
