@@ -31,7 +31,7 @@ def loud(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         *(str(SUITES / "conformance" / name) for name in FILES),
         env={"PYTHONPATH": FORKS},
         fresh=True,
-    ).finish()
+    ).finish(timeout=600)  # a hundred checks and more, under load
 
 
 def of_warnings(identity: str) -> bool:

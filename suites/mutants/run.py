@@ -174,11 +174,17 @@ def main(arguments: list[str] | None = None) -> int:
     others = {f.name for f in faults if _scope(f) is not scope.current()}
     faults = [f for f in faults if f.name not in others]
     if not faults:
-        parser.error("no fault of " + ("torch's callers" if options.callers else "the set: --callers"))
+        parser.error(
+            "no fault of " + ("torch's callers" if options.callers else "the set: --callers")
+        )
     if of_others := others & set(options.names):
         parser.error(
             f"{', '.join(sorted(of_others))}: "
-            + ("no fault of torch's callers" if options.callers else "of torch's callers: --callers")
+            + (
+                "no fault of torch's callers"
+                if options.callers
+                else "of torch's callers: --callers"
+            )
         )
     known = {f.name: f for f in faults}
     if unknown := set(options.names) - known.keys():

@@ -45,7 +45,9 @@ class TestGatherRanksOnly:
     ) -> None:
         """A rank named twice, in any order, or beside a stranger must get the result once."""
         value, fulls = _value(mesh(3))
-        _assert_given(judged(value, ranks_only=wanted), fulls, rank in wanted, rank)
+        for options in {}, {"pg": dist.group.WORLD}:
+            got = judged(value, ranks_only=wanted, **options)
+            _assert_given(got, fulls, rank in wanted, rank)
 
     @pytest.mark.law("compatibility")
     @pytest.mark.world(3, collective=8, limit=25)
@@ -132,11 +134,12 @@ class TestIterateRanksOnly:
         if rank not in members:
             return
         functions = [lambda tensor, *_: tensor] * 3
-        got = judged({"w": numbers(3)}, *functions, pg=some, ranks_only=(1,))
-        if rank == members[1]:
-            assert_same(got["w"], numbers(3))
-        else:
-            assert got == {}, f"global rank {rank} got {got}"
+        for wanted in (1,), (1, 7):  # of a number that is no rank of the group nobody hears
+            got = judged({"w": numbers(3)}, *functions, pg=some, ranks_only=wanted)
+            if rank == members[1]:
+                assert_same(got["w"], numbers(3))
+            else:
+                assert got == {}, f"{wanted}: global rank {rank} got {got}"
 
     @pytest.mark.law("structure")
     @pytest.mark.world(2)

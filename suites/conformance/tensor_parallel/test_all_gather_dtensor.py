@@ -86,6 +86,17 @@ class TestAllGatherDTensor:
                 assert_gathered(got, full, root, placements, what)
 
     @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    def test_sizes_around_powers_of_two(self, judged: Any, mesh: Any) -> None:
+        """Chunks of a few bytes more or less than any usual threshold must be gathered."""
+        root = mesh(2)
+        for power in range(8, 17):
+            for off in (-129, -128, -96, -64, -33, -32, -16, -9, -8, -4, -1, 0, 1, 8, 32, 64, 128):
+                full = torch.arange(2 * (2**power + off), dtype=torch.int32).to(torch.int8)
+                got = judged(dtensor(full, root, [S(0)]), root)
+                assert_gathered(got, full, root, [S(0)], f"chunks of 2**{power} {off:+d} bytes")
+
+    @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
     @PLAIN_AND_COLUMNS

@@ -48,9 +48,10 @@ class Device(Handle):
     def __init__(self) -> None:
         super().__init__()
         self.streams: list[Any] = []
+        self.in_use = CURRENT
 
     def current_stream(self) -> Any:
-        return CURRENT
+        return self.in_use
 
     def stream(self, stream: Any) -> Any:
         self.streams.append(stream)
@@ -252,6 +253,10 @@ class TestPostUnflattenTransform:
         second.post_unflatten_transform(local, extension)
         assert set(device.streams) <= {CURRENT}, f"made on {device.streams}"
         assert device.current is None
+        device.streams, device.in_use = [], object()
+        second.post_unflatten_transform(local, extension)
+        assert set(device.streams) <= {device.in_use}, "made on the stream of an earlier forward"
+        assert second.compute_stream is None, "a compute stream that nobody has given"
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(1)

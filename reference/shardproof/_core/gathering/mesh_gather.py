@@ -134,7 +134,7 @@ class MeshGather:
             return False
         if not layout.large:
             return False
-        return grid is not None and grid.stacked and self.stages[0].in_order
+        return grid is not None and grid.stacked
 
     def _gather_alone(self, leaf: ShardedLeaf, results: dict[str, torch.Tensor]) -> None:
         out = results[leaf.path] = result_for(leaf, self.cpu_offload)
