@@ -23,7 +23,7 @@ from mutants import (
     subclasses,
     together,
 )
-from mutants.judge import SUBJECT, CannotPlantError
+from mutants.judge import REFERENCE, SUBJECT, CannotPlantError
 
 _SUITE = "state_dict_utils/"
 
@@ -64,6 +64,12 @@ class Mutant:
     def choose(self, items: Mapping[str, pytest.Item]) -> list[str]:
         """The checks of the files that it names."""
         return [check for check in items if check.partition("::")[0] in self.checks]
+
+    def lines(self) -> dict[str, set[int]]:
+        """The lines of today's reference that it changes, by file below it."""
+        before, _, after = (REFERENCE / self.file).read_text().partition(self.old)
+        first = before.count("\n") + 1
+        return {self.file: set(range(first, first + self.old.count("\n") + 1))} if after else {}
 
 
 def _mutant(

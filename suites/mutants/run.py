@@ -74,15 +74,16 @@ class Report:
         print(f"results: {self._path}")
 
 
-def that_can_tell(fault: Patch, checks: list[str], judge: Judge, executed: Executed) -> list[str]:
-    """The checks that run the lines it changes, those of its functions first.
+def that_can_tell(fault: Fault, checks: list[str], judge: Judge, executed: Executed) -> list[str]:
+    """The checks that run the lines it changes: of a patch those of its functions first.
 
-    A check of its functions that was not measured may run them, too.
+    Of a mutant of the catalog only those of its files. What was not measured may run them, too.
     """
     numbers = {n for at in numbers_at(fault.lines()) for n in executed.users_of(at)}
-    running = [c for c in executed.checks_of(numbers) if c in judge.items]
-    unknown = one_of_each_first(c for c in checks if c not in executed.checks)
     named = set(checks)
+    others = judge.items if isinstance(fault, Patch) else {}
+    running = [c for c in executed.checks_of(numbers) if c in named or c in others]
+    unknown = one_of_each_first(c for c in checks if c not in executed.checks)
     return [*sorted(running, key=lambda c: c not in named), *unknown]
 
 
@@ -101,7 +102,7 @@ def judge_all(faults: list[Fault], report: Report, first: int | None) -> None:
             for fault in of_them:
                 try:
                     checks = fault.choose(judge.items)
-                    if isinstance(fault, Patch):
+                    if not fault.arguments:  # measured on a CPU
                         checks = that_can_tell(fault, checks, judge, executed)
                     result = judge.judge(fault.plant, checks[:first])
                     if result.state == "survived" and checks[:first] != checks:
