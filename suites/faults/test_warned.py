@@ -14,9 +14,9 @@ from faults.sessions import Outcome, Session
 
 Suite = Callable[..., Path]
 FORKS = f"{SUITES}:{Path(__file__).parent / 'forks'}"
-FILES = (
-    "state_dict_utils/test_flatten_state_dict.py",
-    "tensor_parallel/test_get_box.py",
+CHECKS = (
+    "state_dict_utils/test_flatten_state_dict.py::TestFlattenStateDict",
+    "tensor_parallel/test_get_box.py::TestGetBoxFor",
     "tensor_parallel/test_get_submodule_n_params.py",
     "test_warnings.py",
 )
@@ -28,10 +28,10 @@ def loud(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return Session(
         tmp_path_factory.mktemp("loud"),
         *("--subject", "loud", "--order", "random:3"),
-        *(str(SUITES / "conformance" / name) for name in FILES),
+        *(str(SUITES / "conformance" / name) for name in CHECKS),
         env={"PYTHONPATH": FORKS},
         fresh=True,
-    ).finish(timeout=600)  # a hundred checks and more, under load
+    ).finish(timeout=600)  # many checks, under load
 
 
 def of_warnings(identity: str) -> bool:
@@ -40,7 +40,7 @@ def of_warnings(identity: str) -> bool:
 
 def test_no_other_check_fails(loud: Outcome) -> None:
     others = {i: v for i, v in loud.verdicts().items() if not of_warnings(i)}
-    assert len(others) > 50
+    assert len(others) > 20
     assert set(others.values()) == {"pass"}, [i for i, v in others.items() if v != "pass"]
 
 
