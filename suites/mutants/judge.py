@@ -88,6 +88,8 @@ class Judge:
         self._say: Any = None
         self.items: dict[str, pytest.Item] = {}
         """The checks of the scope by name."""
+        self.passing: set[str] = set()
+        """Checks that pass on the reference itself; of the others it is asked."""
         self.after_check: Callable[[], dict[str, Any]] = dict
         """What a session adds to what it says of each check."""
 
@@ -152,20 +154,26 @@ class Judge:
                 return result
             if last["verdict"] not in BAD:
                 return result
-            if last["verdict"] not in DOUBTFUL or self._repeats(plant, last["check"]):
+            if self._is_sure(plant, last["check"], last["verdict"]):
                 result.state, result.said = "caught", last["check"]
                 result.message = last["message"]
                 return result
             checks = checks[checks.index(last["check"]) + 1 :]
         return result
 
-    def _repeats(self, plant: Plant, check: str) -> bool:
-        """Whether the check fails again by itself, where it passes on the reference itself."""
-        again = list(self.run(plant, [check]))
-        if not again or again[-1].get("verdict") not in BAD:
-            return False
-        control = list(self.run(lambda _: None, [check]))
-        return bool(control) and control[-1].get("verdict") == "pass"
+    def _is_sure(self, plant: Plant, check: str, verdict: str) -> bool:
+        """Whether it is the change that the check does not pass for."""
+        if verdict in DOUBTFUL:
+            again = list(self.run(plant, [check]))
+            if not again or again[-1].get("verdict") not in BAD:
+                return False
+            self.passing.discard(check)  # what depends on the time is asked each time
+        if check not in self.passing:
+            control = list(self.run(lambda _: None, [check]))
+            if not control or control[-1].get("verdict") != "pass":
+                return False
+            self.passing.add(check)
+        return True
 
     def run(
         self, plant: Plant, checks: Sequence[str], *, to_the_end: bool = False

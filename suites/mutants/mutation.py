@@ -112,6 +112,7 @@ def measure(executed: Executed, judge: Judge) -> None:
         print(f"    {len(bad)} checks do not pass on the reference and judge nothing: {bad[0]}")
         for check in bad:
             del executed.checks[check]
+    judge.passing |= {c for c, ran in executed.checks.items() if ran.verdict == "pass"}
 
 
 def judge_all(

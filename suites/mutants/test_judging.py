@@ -43,11 +43,13 @@ class _Scripted(Judge):
     ("verdicts", "state", "said"),
     [
         ({"a": ["pass"], "b": ["pass"]}, "survived", ""),
-        ({"a": ["pass"], "b": ["fail"]}, "caught", "b"),
-        ({"a": ["crash"], "b": ["pass"]}, "caught", "a"),
+        ({"a": ["pass"], "b": ["fail", "pass"]}, "caught", "b"),
+        ({"a": ["crash", "pass"], "b": ["pass"]}, "caught", "a"),
+        ({"a": ["fail", "fail"], "b": ["pass"]}, "survived", ""),
+        ({"a": ["fail", "fail"], "b": ["fail", "pass"]}, "caught", "b"),
         ({"a": ["timeout", "timeout", "pass"], "b": ["pass"]}, "caught", "a"),
         ({"a": ["timeout", "pass"], "b": ["pass"]}, "survived", ""),
-        ({"a": ["timeout", "pass"], "b": ["fail"]}, "caught", "b"),
+        ({"a": ["timeout", "pass"], "b": ["fail", "pass"]}, "caught", "b"),
         ({"a": ["timeout"], "b": ["pass"]}, "survived", ""),
         ({"a": ["error", "error", "pass"], "b": ["pass"]}, "caught", "a"),
         ({"a": ["import"], "b": ["pass"]}, "caught", "import"),
@@ -56,7 +58,7 @@ class _Scripted(Judge):
         ({"a": ["broken"], "b": ["pass"]}, "broken", "why"),
     ],
 )
-def test_a_timeout_counts_where_it_repeats_and_the_reference_passes(
+def test_a_failure_counts_where_the_reference_passes_and_a_timeout_where_it_repeats(
     verdicts: dict[str, list[str]], state: str, said: str
 ) -> None:
     judge = _Scripted(**{check: list(words) for check, words in verdicts.items()})
