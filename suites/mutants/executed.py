@@ -78,14 +78,19 @@ class Executed:
         step.write_text(json.dumps(data) + "\n")
         step.replace(path)
 
-    def measure(self, judge: Judge, say: Callable[[int, int], None]) -> None:
-        """Run the checks that have not been seen to pass, and forget those that are gone."""
+    def forget(self, judge: Judge) -> dict[str, str]:
+        """Forget the checks that were not seen to pass as they are now; the digests of all."""
         digests = {check: _digest(check.partition("::")[0]) for check in judge.items}
         self.checks = {
             check: ran
             for check, ran in self.checks.items()
             if digests.get(check) == ran.source and ran.verdict in {"pass", "precondition"}
         }
+        return digests
+
+    def measure(self, judge: Judge, say: Callable[[int, int], None]) -> None:
+        """Run the checks that have not been seen to pass, and forget those that are gone."""
+        digests = self.forget(judge)
         missing = [check for check in judge.items if check not in self.checks]
         if not missing:
             return

@@ -99,6 +99,7 @@ def judge_all(faults: list[Fault], report: Report, first: int | None) -> None:
 
         def work(judge: Judge, of_them: list[Fault] = of_them) -> None:
             executed = Executed.read()
+            executed.forget(judge)
             judge.passing |= {c for c, ran in executed.checks.items() if ran.verdict == "pass"}
             for fault in of_them:
                 try:
