@@ -130,9 +130,10 @@ class TestBroadcastLargeTensors:
         count = 80 << 20
         full = torch.arange(2 * count, dtype=torch.int32).remainder_(251).to(torch.uint8)
         full = full.view(2, 1, count).to(device)
-        mine = {"w": dtensor(torch.zeros_like(full), mesh(2), [R])}
-        judged({"w": full} if rank == 0 else {}, mine, device)
-        assert torch.equal(local(mine["w"]), full)
+        for placements in [R], [S(2)]:
+            mine = {"w": dtensor(torch.zeros_like(full), mesh(2), placements)}
+            judged({"w": full} if rank == 0 else {}, mine, device)
+            assert torch.equal(local(mine["w"]), part(full, mesh(2), placements))
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)
