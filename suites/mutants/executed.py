@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,19 +78,18 @@ class Executed:
         step.write_text(json.dumps(data) + "\n")
         step.replace(path)
 
-    def forget(self, judge: Judge) -> dict[str, str]:
-        """Forget the checks that were not seen to pass as they are now; the digests of all."""
-        digests = {check: _digest(check.partition("::")[0]) for check in judge.items}
+    def forget_changed(self, digests: Mapping[str, str]) -> None:
+        """Keep only the checks that were seen to pass and have not changed since."""
         self.checks = {
             check: ran
             for check, ran in self.checks.items()
             if digests.get(check) == ran.source and ran.verdict in {"pass", "precondition"}
         }
-        return digests
 
     def measure(self, judge: Judge, say: Callable[[int, int], None]) -> None:
         """Run the checks that have not been seen to pass, and forget those that are gone."""
-        digests = self.forget(judge)
+        digests = digests_of(judge)
+        self.forget_changed(digests)
         missing = [check for check in judge.items if check not in self.checks]
         if not missing:
             return
@@ -178,6 +177,11 @@ class Executed:
                 if s.file == here.file and f"{s.function}.".startswith(f"{inside}.")
             }
         return {n for n in found | {number} if not every[n].imported}
+
+
+def digests_of(judge: Judge) -> dict[str, str]:
+    """Check -> a digest of its source as it is now."""
+    return {check: _digest(check.partition("::")[0]) for check in judge.items}
 
 
 def one_of_each_first(checks: Iterable[str]) -> list[str]:

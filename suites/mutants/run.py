@@ -19,7 +19,7 @@ from typing import Any
 from harness.system import devices, pipes
 from mutants import patches, scope
 from mutants.catalog import MUTANTS, Mutant
-from mutants.executed import Executed, one_of_each_first
+from mutants.executed import Executed, digests_of, one_of_each_first
 from mutants.judge import ROOT, CannotPlantError, Judge, Result, from_a_warm_parent
 from mutants.patches import Patch
 from mutants.statements import numbers_at
@@ -99,7 +99,7 @@ def judge_all(faults: list[Fault], report: Report, first: int | None) -> None:
 
         def work(judge: Judge, of_them: list[Fault] = of_them) -> None:
             executed = Executed.read()
-            executed.forget(judge)
+            executed.forget_changed(digests_of(judge))
             judge.passing |= {c for c, ran in executed.checks.items() if ran.verdict == "pass"}
             for fault in of_them:
                 try:
@@ -176,19 +176,10 @@ def main(arguments: list[str] | None = None) -> int:
         faults = [*MUTANTS, *faults]
     others = {f.name for f in faults if _scope(f) is not scope.current()}
     faults = [f for f in faults if f.name not in others]
-    if not faults:
-        parser.error(
-            "no fault of " + ("torch's callers" if options.callers else "the set: --callers")
-        )
-    if of_others := others & set(options.names):
-        parser.error(
-            f"{', '.join(sorted(of_others))}: "
-            + (
-                "no fault of torch's callers"
-                if options.callers
-                else "of torch's callers: --callers"
-            )
-        )
+    misplaced = others & set(options.names) if faults else others
+    if misplaced:
+        how = "without" if options.callers else "with"
+        parser.error(f"judged {how} --callers: {', '.join(sorted(misplaced))}")
     known = {f.name: f for f in faults}
     if unknown := set(options.names) - known.keys():
         parser.error(f"no fault {', '.join(sorted(unknown))}; see ci/mutants --list")

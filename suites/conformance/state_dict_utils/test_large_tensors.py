@@ -126,7 +126,7 @@ class TestBroadcastLargeTensors:
     def test_rows_larger_than_any_bucket(
         self, judged: Any, mesh: Any, rank: int, device: torch.device
     ) -> None:
-        """A row of 80 MiB must arrive, that nobody sends at once: pieces begin within each row."""
+        """A row of 80 MiB, larger than any bucket, must arrive: pieces begin within each row."""
         count = 80 << 20
         full = torch.arange(2 * count, dtype=torch.int32).remainder_(251).to(torch.uint8)
         full = full.view(2, 1, count).to(device)

@@ -134,7 +134,7 @@ class TestIterateRanksOnly:
         if rank not in members:
             return
         functions = [lambda tensor, *_: tensor] * 3
-        for wanted in (1,), (1, 7):  # of a number that is no rank of the group nobody hears
+        for wanted in (1,), (1, 7):  # 7 is no rank of the group
             got = judged({"w": numbers(3)}, *functions, pg=some, ranks_only=wanted)
             if rank == members[1]:
                 assert_same(got["w"], numbers(3))

@@ -228,5 +228,5 @@ class TestPreDpModuleTransformUnderDdp:
         module = net(mesh(2, 2)["tp"])
         judged(module)
         wrapped = how(module)
-        for _ in range(2):  # the second forward as the first: nothing was accepted meanwhile
+        for _ in range(2):  # the second forward is refused like the first
             assert_raises_everywhere(world, lambda: wrapped(batch()), "parameter 'weight' of Layer")
