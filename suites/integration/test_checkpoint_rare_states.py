@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
+    set_state_dict,
 )
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
@@ -284,3 +285,55 @@ class TestStages:
         set_optimizer_state_dict(stage, new, found["optimizer"], options=options)
         assert_moments(moments(stage, new), expected)
         assert [group.get("lr") for group in new.param_groups] == [1.0 + world.rank]
+
+
+@pytest.mark.exercises("checkpoint.model")
+class TestModelAndOptimizerAtOnce:
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("what", ["both", "the optimizer"])
+    @pytest.mark.parametrize("wrap", [on_fsdp1, on_fully_shard])
+    @pytest.mark.thorough(but=["on_fully_shard-both", "on_fsdp1-the optimizer"])
+    @GATHERS
+    def test_rank_0_has_them(self, device: Any, mesh: Any, wrap: Any, what: str) -> None:
+        """set_state_dict() must broadcast what rank 0 gives to ranks that give {}."""
+        model = wrap(layers(4, 4).to(device), device, mesh(2))
+        optimizer = momentum(model)
+        expected = stepped(model, optimizer)
+        optimizer.zero_grad()
+        state = get_optimizer_state_dict(model, optimizer, options=FULL)
+        weights = get_model_state_dict(model, options=FULL)
+        held = [local(param).clone() for param in model.parameters()]
+        fresh = momentum(model)
+        with torch.no_grad():
+            for param in model.parameters():
+                param.zero_()
+        set_state_dict(
+            model,
+            fresh,
+            model_state_dict=given(weights, BROADCAST) if what == "both" else {},
+            optim_state_dict=given(state, BROADCAST),
+            options=BROADCAST,
+        )
+        assert_moments(moments(model, fresh), expected)
+        for param, before in zip(model.parameters(), held, strict=True):
+            wanted = before if what == "both" else torch.zeros_like(before)
+            assert_same(local(param), wanted)
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2)
+    def test_rank_0_has_no_model(self, device: Any, rank: int) -> None:
+        """A model that other ranks have must be refused on all ranks, since rank 0 sends none."""
+        model = layers(4).to(device)
+        optimizer = momentum(model)
+        stepped(model, optimizer)
+        weights = get_model_state_dict(model, options=FULL)
+        state = get_optimizer_state_dict(model, optimizer, options=FULL)
+        with pytest.raises(RuntimeError, match="rank 0"):
+            set_state_dict(
+                model,
+                optimizer,
+                model_state_dict={} if rank == 0 else weights,
+                optim_state_dict=given(state, BROADCAST),
+                options=BROADCAST,
+            )

@@ -8,6 +8,7 @@ keys, so that it alone raises.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from shardproof._core.sharding.domain import Domain, group_domain
 from shardproof._core.sharding.simulated_ranks import simulates_ranks
 
 _HAS_KEYS, _HAS_NONE = 1, 2
+_RANK_0_LOADS, _OTHERS_LOAD = 1, 2
 _NOT_EVERYWHERE = (
     "has no full state dict where others have one; expected it on every rank, or on rank 0 with "
     "broadcast_from_rank0=True"
@@ -102,18 +104,28 @@ def load_from_rank0(load: Load, model: nn.Module, state_dict: Mapping[str, Any],
         state_dict: what is loaded, on rank 0. Not changed.
         info: the options, as torch has worked them out.
 
-    Before and after it, one small collective over the default group.
+    Without a model on rank 0 nothing is loaded. Before and after it, one small collective over the
+    default group.
 
     """
     if simulates_ranks():
         return load(model, dict(state_dict), info)
     domain = group_domain(dist.distributed_c10d._get_default_group())
-    refusal, names = None, None
-    if dist.get_rank() == 0:
+    refusal, names, flag = None, None, _OTHERS_LOAD if info.handle_model else 0
+    if dist.get_rank() == 0 and info.handle_model:
+        flag = _RANK_0_LOADS
         refusal = _refusal(model, state_dict, info)
         if info.fsdp_modules and not info.strict:
             names = sorted(name for name, _, key in _names(model, info) if key in state_dict)
-    replies, _ = exchange(domain, names, refusal or _too_many_devices(model), repr(names).encode())
+    refusal = refusal or _too_many_devices(model)
+    replies, flags = exchange(domain, names, refusal, repr(names).encode(), flags=flag)
+    if not flags:
+        return load(model, {}, info)
+    if flags == _OTHERS_LOAD:
+        raise RuntimeError(
+            "rank 0 has no model state dict, which it shall broadcast to ranks that have one"
+        )
+    info = replace(info, handle_model=True)
     raise_failure(first_failure(domain, replies))
     given = None if replies is None else set(replies[0][1])
     mine = error = failure = None

@@ -75,14 +75,23 @@ def _load_model_state_dict(model: nn.Module, state_dict: dict[str, Any], info: A
         RuntimeError: with ``broadcast_from_rank0`` what any rank raises is raised by all, and names
             that rank (SP-078).
 
+    ``set_state_dict()`` broadcasts the model also to ranks that gave it an empty state dict
+    (SP-095).
+
     Collectives besides torch's: two small ones over the default group, where it broadcasts.
 
     """
-    if not info.handle_model or not (info.broadcast_from_rank0 or info.full_state_dict):
-        return _load_model(model, state_dict, info)
-    if info.broadcast_from_rank0:
+    if info.broadcast_from_rank0 and (info.handle_model or _is_loaded_on_all_ranks(model, info)):
         return _full_loads.load_from_rank0(_load_model, model, state_dict, info)
-    return _full_loads.load_full(_load_model, model, state_dict, info)
+    if info.full_state_dict and info.handle_model:
+        return _full_loads.load_full(_load_model, model, state_dict, info)
+    return _load_model(model, state_dict, info)
+
+
+def _is_loaded_on_all_ranks(model: nn.Module, info: Any) -> bool:
+    """Whether the optimizers' state goes to all ranks; FSDP1's goes to those of the model."""
+    group = _get_fsdp_process_group(model, info) if _fsdp_group and info.fsdp_modules else None
+    return group is None or dist.get_world_size(group) == dist.get_world_size()
 
 
 @torch.no_grad()
