@@ -211,6 +211,24 @@ def test_companions_in_another_order(function: Function, subject: Any) -> None:
             assert_same(got, wanted[path], f"{name}: {path}")
 
 
+@pytest.mark.law("structure")
+@pytest.mark.world(1)
+@each(lambda function: function.name in ("_copy_state_dict", "_iterate_state_dict"))
+def test_companions_under_tensors(function: Function, subject: Any) -> None:
+    """A tensor must be a key by its identity, as in an optimizer's own `state`."""
+    judged = subject.function(f"_state_dict_utils.{function.name}")
+    keys = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+    value = {"state": {key: {"moment": torch.full((3,), float(n))} for n, key in enumerate(keys)}}
+    for order in (keys, keys[::-1]):
+        into = {"state": {key: {"moment": torch.zeros(3)} for key in order}}
+        if function.name == "_copy_state_dict":
+            judged(value, into)
+        else:
+            judged(value, *[lambda tensor, *_: tensor] * 3, companion_obj=into)
+        for number, key in enumerate(keys):
+            assert_same(into["state"][key]["moment"], torch.full((3,), float(number)))
+
+
 def _at(value: Any, path: tuple[Any, ...]) -> Any:
     for key in path:
         value = value[key]
