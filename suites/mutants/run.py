@@ -53,7 +53,7 @@ class Report:
         left = (time.monotonic() - self._began) / done * (self._total - done)
         told = result.said.rpartition("::")[2] if result.state == "caught" else fault.fault
         print(
-            f"{done:>3}/{self._total} {result.state:<9}{fault.name:<44}{told}  "
+            f"{done:>3}/{self._total} {result.state:<9} {fault.name:<44} {told}  "
             f"({result.ran} checks, {result.seconds:.1f} s; {left / 60:.0f} min left)",
             flush=True,
         )
@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no fault {', '.join(sorted(unknown))}; see ci/mutants --list")
     if options.list:
         for fault in faults:
-            print(f"{fault.name:<44}{fault.fault}")
+            print(f"{fault.name:<44} {fault.fault}")
         return 0
     chosen = [known[n] for n in options.names] or faults
     report = Report(options.json.absolute(), len(chosen))

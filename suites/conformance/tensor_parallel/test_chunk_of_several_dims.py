@@ -69,6 +69,21 @@ class TestChunkDTensorOfSeveralDims:
         for placement in S(0), S(1):
             assert_true(judged, root, flat, ("tp",), [placement], f"flattened, {placement}")
 
+    @pytest.mark.law("values")
+    @pytest.mark.world(6)
+    @pytest.mark.parametrize("shape", [(3, 2), (2, 3)], ids=str)
+    def test_rows_that_nobody_can_share_alike(self, judged: Any, mesh: Any, shape: Any) -> None:
+        """Of any number of rows over three ranks by two the chunks must make up the whole."""
+        root = mesh(*shape)
+        for rows in range(1, 15):
+            for held in S(0), S(1):
+                full = numbers(rows, 5)
+                leaf = dtensor(full, root["tp"], [held])
+                got = judged(leaf, root["dp"].get_local_rank(), root["dp"])
+                told = f"{rows} rows, {held}: {got.placements}"
+                assert_same(read_whole(got), full, told)
+                assert_same(got._local_tensor, part(full, root, got.placements), f"{told}, here")
+
     @pytest.mark.law("symmetry")
     @pytest.mark.world(4)
     def test_a_weight_of_other_ranks(self, judged: Any, mesh: Any, rank: int) -> None:

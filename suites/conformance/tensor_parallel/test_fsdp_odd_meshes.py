@@ -14,17 +14,18 @@ from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharding_spec import ChunkShardingSpec
 from torch.distributed._shard.sharding_spec.api import EnumerableShardingSpec
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.testing._internal.two_tensor import TwoTensor
 
 from conformance.kit.compare import assert_same, local
 from conformance.kit.data import numbers
 from conformance.kit.fsdp1 import HELD, assert_chunked, fsdp_mesh, fsdp_rank, given, held_id
-from conformance.kit.layouts import R, S, dtensor, part, read_whole
+from conformance.kit.layouts import SS, R, S, dtensor, part, read_whole
 from conformance.kit.refusals import refused
 
 FULL = (8, 4)
+PENDING = Partial()
 SIZES = [(8, 4), (7, 4), (6, 5), (3, 5), (1, 1), (4,), (2, 9, 2)]
 
 
@@ -141,6 +142,40 @@ class TestAllGatherDTensorOddMeshes:
         mine = part(full, root, [S(0), R])
         leaf = DTensor(mine, DTensorSpec(root, (S(0), R), tensor_meta=meta), requires_grad=False)
         assert_same(judged(leaf, root), full)
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(4)
+    @pytest.mark.parametrize("shape", [(2, 2, 1), (1, 2, 2), (2, 1, 2)], ids=str)
+    def test_sums_that_are_pending(self, judged: Any, mesh: Any, shape: Any) -> None:
+        """A sum that is pending over any dimension but TP's must be taken, in every dtype."""
+        root = mesh(*shape)
+        for dtype in (torch.float64, torch.complex64, torch.int32, torch.uint8, torch.bfloat16):
+            for outer in ([PENDING, R], [R, PENDING], [PENDING, S(0)], [S(1), PENDING]):
+                for held in R, S(0):
+                    full, placements = numbers(4, 4, dtype=dtype), [*outer, held]
+                    got = judged(dtensor(full, root, placements), root)
+                    times = shape[outer.index(PENDING)]
+                    expected = part(full, root, [R, R, held]) * times
+                    assert_same(got, expected, f"{dtype}, {placements}")
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(4)
+    @pytest.mark.parametrize("held", [R, S(0), S(1)], ids=held_id)
+    def test_stripes_of_any_number(self, judged: Any, mesh: Any, held: Any) -> None:
+        """Stripes of any number and size must be gathered, or refused where others hold them."""
+        root = mesh(2, 2)
+        for stripes in 1, 2, 3, 4:
+            for rows in range(1, 13):
+                full, placements = numbers(rows, 4), [SS(0, stripes), held]
+                leaf = dtensor(full, root, placements, at=root.get_coordinate())
+                try:
+                    got = judged(leaf, root)
+                except ValueError:
+                    assert held == S(0), f"{rows} rows in {stripes} stripes are refused"
+                    assert stripes != 2 or rows % 4, f"{rows} rows, two stripes each, are refused"
+                    continue
+                expected = part(full, root, [R, held], root.get_coordinate())
+                assert_same(got, expected, f"{rows} rows in {stripes} stripes")
 
 
 @pytest.mark.judges("tensor.parallel.fsdp._get_local_box")

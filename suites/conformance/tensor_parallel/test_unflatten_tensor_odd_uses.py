@@ -1,0 +1,51 @@
+"""The DTensor around a local tensor of another dtype than the spec's, and its second gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from conformance.kit.compare import assert_same
+from conformance.kit.data import numbers
+from conformance.kit.layouts import R, S, dtensor, part
+
+
+@pytest.mark.judges("tensor.parallel._data_parallel_utils._unflatten_tensor")
+class TestUnflattenTensorOddUses:
+    @pytest.mark.law("values")
+    @pytest.mark.world(1, 2)
+    def test_dtypes_that_are_not_the_specs(self, judged: Any, mesh: Any, world: Any) -> None:
+        """A local tensor that was cast must be a DTensor of its dtype, whatever was cast before."""
+        line, full = mesh(world.size), numbers(4, 2)
+        for placement in R, S(0):
+            like = dtensor(full, line, [placement])
+            for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float64, torch.int32):
+                local = part(full, line, [placement]).to(dtype)
+                for trains in {False, dtype.is_floating_point}:
+                    got = judged(local.clone().requires_grad_(trains), like._spec)
+                    what = f"{dtype} in {like.dtype}, {placement}, {trains=}"
+                    for value in (got, got * 2, got.redistribute(line, [R])):
+                        assert value.dtype == dtype, f"{what}: a DTensor of {value.dtype}"
+                        held = value._spec.tensor_meta.dtype
+                        assert held == dtype, f"{what}: a spec of {held}"
+                    assert_same(got._local_tensor.detach(), local, what)
+            assert like._spec.tensor_meta.dtype == full.dtype, "the caller's spec was changed"
+
+    @pytest.mark.law("autograd")
+    @pytest.mark.world(1, 2)
+    def test_second_gradients(self, judged: Any, mesh: Any, world: Any) -> None:
+        """A penalty on a gradient must reach the local tensor through it."""
+        line, full = mesh(world.size), numbers(4, 2)
+        for placement in R, S(0):
+            like = dtensor(full, line, [placement])
+            local = part(full, line, [placement]).clone().requires_grad_()
+            got = judged(local, like._spec)
+            assert isinstance(got, DTensor), f"a {type(got).__name__}"
+            cubes = (got * got * got).to_local().sum()
+            (slope,) = torch.autograd.grad(cubes, local, create_graph=True)
+            slope.sum().backward()
+            assert_same(slope.detach(), 3 * local.detach() ** 2, f"{placement}: first")
+            assert_same(local.grad, 6 * local.detach(), f"{placement}: second")
