@@ -159,6 +159,17 @@ class TestAllGatherDTensorOddMeshes:
                     assert_same(got, expected, f"{dtype}, {placements}")
 
     @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    def test_many_dimensions(self, judged: Any, mesh: Any) -> None:
+        """A tensor of as many dimensions as nobody has must be gathered as any other."""
+        root = mesh(2, 1)
+        for count in range(1, 21):
+            for rows in 3, 2:
+                full = numbers(rows, *[1] * (count - 1), 2)
+                got = judged(dtensor(full, root, [S(0), R]), root)
+                assert_same(got, full, f"{count + 1} dimensions")
+
+    @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", [R, S(0), S(1)], ids=held_id)
     def test_stripes_of_any_number(self, judged: Any, mesh: Any, held: Any) -> None:

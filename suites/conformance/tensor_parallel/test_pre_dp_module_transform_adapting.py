@@ -218,6 +218,32 @@ class TestPreDpModuleTransformAdapting:
         assert len(seen) == 8, f"{seen}"
         assert_holds(module, line, net(), "after the forwards")
 
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    def test_hooks_from_before_are_removed(self, judged: Any, mesh: Any) -> None:
+        """The handle of a hook from before the transform must remove it afterwards, too."""
+        module, seen = net(mesh(1)), list[str]()
+
+        def hook(name: str) -> Callable[..., None]:
+            return lambda *_: seen.append(name)
+
+        handles = {
+            "forward pre-hook": module.register_forward_pre_hook(hook("forward pre-hook")),
+            "forward hook": module.register_forward_hook(hook("forward hook")),
+            "state dict pre-hook": module.register_state_dict_pre_hook(hook("state dict pre-hook")),
+            "state dict hook": module.register_state_dict_post_hook(hook("state dict hook")),
+            "load pre-hook": module.register_load_state_dict_pre_hook(hook("load pre-hook")),
+            "load hook": module.register_load_state_dict_post_hook(hook("load hook")),
+        }
+        judged(module)
+        for left in (set(handles), set[str]()):
+            seen.clear()
+            module(batch())
+            module.load_state_dict(module.state_dict())
+            assert set(seen) == left, f"called {sorted(set(seen))}, expected {sorted(left)}"
+            for handle in handles.values():
+                handle.remove()
+
     @pytest.mark.law("autograd")
     @pytest.mark.world(1)
     def test_an_evaluation_that_was_interrupted(self, judged: Any, mesh: Any) -> None:

@@ -130,6 +130,30 @@ class TestPreDpModuleTransformLaws:
             module(3)
             assert module.w is mine, "another object"
 
+    @pytest.mark.law("autograd")
+    @pytest.mark.world(1)
+    def test_a_module_inside_itself_with_grad(self, judged: Any, mesh: Any) -> None:
+        """What a module computes with grad inside its forward without must train it."""
+        line = mesh(1)
+
+        class Nested(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.w = weight(numbers(5, 2), line, [S(0)])
+
+            def forward(self, depth: int) -> torch.Tensor:
+                if depth:
+                    with torch.set_grad_enabled(depth == 1):
+                        return self(depth - 1)
+                whole: Any = self.w * 3
+                return whole.to_local().sum()
+
+        module = Nested()
+        judged(module)
+        with torch.no_grad():
+            module(3).backward()
+        assert_same(module.w.grad, torch.full((5, 2), 3.0, dtype=module.w.dtype))
+
     @pytest.mark.law("isolation")
     @pytest.mark.world(1, 2)
     def test_a_second_transform_changes_nothing(self, judged: Any, mesh: Any, world: Any) -> None:

@@ -1,7 +1,8 @@
-"""A transformed tensor-parallel module in the hands of those who assign, cast and load as few do."""
+"""A transformed tensor-parallel module that is assigned to, cast and loaded as few do it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -66,8 +67,8 @@ class TestPreDpModuleTransformOddUses:
             for param in model.parameters():
                 param.data.add_(1)
 
-        changes = {
-            "nothing": lambda model: None,
+        changes: dict[str, Callable[[Any], Any]] = {
+            "another batch": nn.Module.train,
             ".data is assigned": data,
             ".data is written": in_place,
             "another dtype": lambda model: model.to(torch.float32),

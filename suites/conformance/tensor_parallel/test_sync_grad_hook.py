@@ -54,6 +54,18 @@ class TestSyncGradHook:
 
     @pytest.mark.law("values")
     @pytest.mark.world(2)
+    def test_a_gradient_that_was_waited_for(self, judged: Any) -> None:
+        """One that somebody has waited for already comes back as the plain tensor, too."""
+        full = numbers(4, 3)
+        for wait in (lambda tensor: tensor + 0, functional.wait_tensor, judged):
+            pending = all_reduce(full, "sum", dist.group.WORLD)
+            wait(pending)
+            got = judged(pending)
+            assert type(got) is torch.Tensor, f"a {type(got).__name__}"
+            assert_same(got, full * 2)
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
     def test_every_dtype_that_a_gradient_has(self, judged: Any, rank: int) -> None:
         """Gradients of every floating and complex dtype that the backend moves come back exact."""
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):

@@ -29,10 +29,14 @@ class TestUnflattenTensorOddUses:
                     what = f"{dtype} in {like.dtype}, {placement}, {trains=}"
                     for value in (got, got * 2, got.redistribute(line, [R])):
                         assert value.dtype == dtype, f"{what}: a DTensor of {value.dtype}"
-                        held = value._spec.tensor_meta.dtype
+                        meta = value._spec.tensor_meta
+                        assert meta is not None, f"{what}: a spec of no tensor"
+                        held = meta.dtype
                         assert held == dtype, f"{what}: a spec of {held}"
                     assert_same(got._local_tensor.detach(), local, what)
-            assert like._spec.tensor_meta.dtype == full.dtype, "the caller's spec was changed"
+            meta = like._spec.tensor_meta
+            assert meta is not None, "the caller's spec was changed"
+            assert meta.dtype == full.dtype, "the caller's spec was changed"
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(1, 2)
@@ -44,8 +48,8 @@ class TestUnflattenTensorOddUses:
             local = part(full, line, [placement]).clone().requires_grad_()
             got = judged(local, like._spec)
             assert isinstance(got, DTensor), f"a {type(got).__name__}"
-            cubes = (got * got * got).to_local().sum()
-            (slope,) = torch.autograd.grad(cubes, local, create_graph=True)
+            cubes: Any = got * got * got
+            (slope,) = torch.autograd.grad(cubes.to_local().sum(), local, create_graph=True)
             slope.sum().backward()
             assert_same(slope.detach(), 3 * local.detach() ** 2, f"{placement}: first")
             assert_same(local.grad, 6 * local.detach(), f"{placement}: second")
