@@ -67,9 +67,9 @@ class Mutant:
 
     def lines(self) -> dict[str, set[int]]:
         """The lines of today's reference that it changes, by file below it."""
-        before, _, after = (REFERENCE / self.file).read_text().partition(self.old)
+        before, found, _ = (REFERENCE / self.file).read_text().partition(self.old)
         first = before.count("\n") + 1
-        return {self.file: set(range(first, first + self.old.count("\n") + 1))} if after else {}
+        return {self.file: set(range(first, first + self.old.count("\n") + 1))} if found else {}
 
 
 def _mutant(

@@ -15,14 +15,16 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import pytest
 
 from mutants.executed import one_of_each_first
-from mutants.judge import SUBJECT, CannotPlantError
+from mutants.judge import REFERENCE, SUBJECT, CannotPlantError, copy_reference
 from mutants.scope import SCOPES, Scope
 
 FOLDER = Path(__file__).parent / "patches"
@@ -39,7 +41,6 @@ DIMENSIONS = {
     10: "documented errors and branches",
 }
 _FIELD = re.compile(r"(Fault|Dimension|Functions):\s*(.*)")
-_HUNK = re.compile(r"@@ -(\d+)(?:,\d+)? \+\d+(?:,\d+)? @@")
 _FILE = re.compile(rf"^--- ((?:a/)?(?:reference/)?){SUBJECT}/(\S+)", re.MULTILINE)
 
 
@@ -102,7 +103,7 @@ class Patch:
     def scope(self) -> Scope:
         """That of the modules that it changes: the set, or torch's callers of it."""
         callers = SCOPES["callers"]
-        return callers if any(map(callers.has, self.lines())) else SCOPES["set"]
+        return callers if any(map(callers.has, self.files())) else SCOPES["set"]
 
     def choose(self, items: Mapping[str, pytest.Item]) -> list[str]:
         """The checks of the functions that it names; of a caller, all: they train and save."""
@@ -116,25 +117,34 @@ class Patch:
             found += of_it
         return list(dict.fromkeys(found))
 
+    def files(self) -> list[str]:
+        """The files that it changes, below the package."""
+        return [found[2] for found in _FILE.finditer(self.diff)]
+
     def lines(self) -> dict[str, set[int]]:
-        """The lines of today's reference that it takes away or adds to, by file below it."""
-        found: dict[str, set[int]] = {}
-        here: set[int] = set()
-        number = 0  # outside of a hunk
-        for line in self.diff.splitlines():
-            if name := _FILE.match(line):
-                here = found.setdefault(name[2], set())
-            if name or line.startswith("diff "):
-                number = 0
-            elif hunk := _HUNK.match(line):
-                number = int(hunk[1])
-            elif number and line.startswith("+"):
-                here |= {number - 1, number}
-            elif number:
-                if line.startswith("-"):
-                    here.add(number)
-                number += 1
-        return found
+        """The lines of today's reference that it takes away or adds to, by file below it.
+
+        They are asked of the planted copy: its own numbers are of the day when it was written.
+        """
+        with tempfile.TemporaryDirectory(prefix="shardproof-patch-") as name:
+            folder = Path(name)
+            copy_reference(folder)
+            self.plant(folder)
+            return {
+                file: _changed(REFERENCE / file, folder / SUBJECT / file) for file in self.files()
+            }
+
+
+def _changed(before: Path, after: Path) -> set[int]:
+    """The lines of the first file that the second lacks, and those around what it adds."""
+    lines = [path.read_text().splitlines() for path in (before, after)]
+    found = set()
+    for tag, begin, end, *_ in SequenceMatcher(None, *lines, autojunk=False).get_opcodes():
+        if tag == "insert":
+            found |= {begin, begin + 1}
+        elif tag != "equal":
+            found |= set(range(begin + 1, end + 1))
+    return found
 
 
 def _judges(item: pytest.Item, function: str) -> bool:

@@ -64,3 +64,14 @@ def test_a_patch_that_does_not_apply_is_named(tmp_path: Path) -> None:
     copy_reference(tmp_path)
     with pytest.raises(CannotPlantError, match=r"lost: does not apply: .*patch failed"):
         Patch.read(path).plant(tmp_path)
+
+
+def test_the_lines_are_those_of_today(tmp_path: Path) -> None:
+    """A patch whose own numbers are of an earlier day still applies, and changes other lines."""
+    path = tmp_path / "lost.patch"
+    lines = (REFERENCE / "_install.py").read_text().splitlines()
+    hunk = [f" {line}" for line in lines[40:47]]
+    hunk[3:4] = [f"-{lines[43]}", "+lost"]
+    names = _DIFF.replace("__init__", "_install").splitlines()[:2]
+    path.write_text(_HEADER + "\n".join([*names, "@@ -34,7 +34,7 @@", *hunk, ""]))
+    assert Patch.read(path).lines() == {"_install.py": {44}}
