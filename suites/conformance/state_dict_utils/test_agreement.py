@@ -116,6 +116,10 @@ _ON_FOUR: dict[str, Callable[[Any], tuple[Any, Any]]] = {
         dtensor(numbers(*FULL), mesh(2, ranks=[0, 3]), [S(0)]),
         dtensor(numbers(*FULL), mesh(4), [S(0)]),
     ),
+    "some and others": lambda mesh: (
+        dtensor(numbers(*FULL), mesh(2, ranks=[2, 3]), [S(0)]),
+        dtensor(numbers(*FULL), mesh(2, ranks=[1, 3]), [S(0)]),
+    ),
 }
 _TURNED: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "ranks in another order": lambda mesh: (
@@ -141,6 +145,7 @@ _EACH_RUN = {
     "shards by row and by column",
     "grid and turned grid",
     "all and some",
+    "some and others",
     "ranks in another order",
 }
 """One example of each kind. The others are thorough: torch hangs in nearly each of them."""
