@@ -366,8 +366,8 @@ class TestFactoredState:
         optimizer = RowSums(wrapped.parameters())
         wrapped(torch.ones(1, 4, device=device)).sum().backward()
         optimizer.step()
-        (held,) = [state["rows"] for state in optimizer.state.values()]
-        state = get_optimizer_state_dict(wrapped, optimizer, options=FULL)
+        (held,) = [value["rows"] for value in optimizer.state.values()]
+        state: Any = get_optimizer_state_dict(wrapped, optimizer, options=FULL)
         (saved,) = [entry["rows"] for entry in state["state"].values()]
         assert_same(saved, held, "saved")
         for value in optimizer.state.values():

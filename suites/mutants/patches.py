@@ -137,9 +137,9 @@ class Patch:
 
 def _changed(before: Path, after: Path) -> set[int]:
     """The lines of the first file that the second lacks, and those around what it adds."""
-    lines = [path.read_text().splitlines() for path in (before, after)]
-    found = set()
-    for tag, begin, end, *_ in SequenceMatcher(None, *lines, autojunk=False).get_opcodes():
+    lines, others = (path.read_text().splitlines() for path in (before, after))
+    found: set[int] = set()
+    for tag, begin, end, *_ in SequenceMatcher(None, lines, others, autojunk=False).get_opcodes():
         if tag == "insert":
             found |= {begin, begin + 1}
         elif tag != "equal":
