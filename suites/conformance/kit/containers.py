@@ -75,6 +75,20 @@ class Couple(NamedTuple):
     second: Any
 
 
+class OfOne(Pair):
+    """A namedtuple that is made of one argument."""
+
+    def __new__(cls, both: tuple[Any, Any]) -> OfOne:
+        return super().__new__(cls, *both)
+
+
+class Counted(Pair):
+    """A namedtuple that computes what it holds of what it is made of."""
+
+    def __new__(cls, first: Any, second: int) -> Counted:
+        return super().__new__(cls, first, second + 1)
+
+
 class Point(tuple[Any, ...]):
     """A tuple type that takes its items one by one."""
 

@@ -96,6 +96,10 @@ def mark(value: Any) -> None:
                 leaf.register_hook(lambda grad: grad)
 
 
+_OF_TORCH = {"_local_tensor", "_spec"}
+"""Attributes in which a tensor of torch holds itself: what they hold is looked at by itself."""
+
+
 def on_what_was_given(value: Any) -> dict[str, Any]:
     """What a caller may notice of containers, and of tensors besides their values."""
     found: dict[str, Any] = {"containers": outline(value)}
@@ -112,9 +116,7 @@ def on_what_was_given(value: Any) -> dict[str, Any]:
                 "grad": id(tensor.grad) if plain and tensor.is_leaf else None,
                 "version": tensor._version if plain and type(tensor) is torch.Tensor else 0,
                 "attributes": sorted(
-                    (name, id(held))
-                    for name, held in vars(tensor).items()
-                    if not name.startswith("_")
+                    (name, id(held)) for name, held in vars(tensor).items() if name not in _OF_TORCH
                 ),
                 "hooks": len(tensor._backward_hooks or ()) if plain else 0,
                 "strides": plain and tensor.layout is torch.strided and tensor.stride(),
@@ -173,9 +175,10 @@ class Watched:
                     self.events[name] = threading.Event()
                     weakref.finalize(tensor, self.events[name].set)
 
-    def kept(self, patience: float = 3.0) -> list[str]:
+    def kept(self, patience: float = 3.0, *, collect: bool = True) -> list[str]:
         """Those that are there still. A backend's thread may let go of what it sent a bit later."""
-        gc.collect()
+        if collect:
+            gc.collect()
         for event in self.events.values():
             if not event.wait(patience):
                 break

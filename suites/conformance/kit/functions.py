@@ -7,7 +7,8 @@ rank and what must come of it. Every rank makes the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -163,10 +164,20 @@ def _broadcast_tensors(place: Place, function: Any, leaves: Leaves, nest: Nest) 
         for key, (_, full) in leaves.items()
     }
     check = _check(_landed(leaves, place.mesh))
+
+    def run() -> Any:
+        with _keys_of(leaves) as keys:
+            return function(source, into, keys, place.device)
+
+    return Call(run, source, into, lambda _: check(into))
+
+
+@contextmanager
+def _keys_of(leaves: Leaves) -> Iterator[list[Any]]:
+    """The keys as a list of the caller's, which a call may only read."""
     keys = list(leaves)
-    return Call(
-        lambda: function(source, into, keys, place.device), source, into, lambda _: check(into)
-    )
+    yield keys
+    assert keys == list(leaves), f"the call made of the list of keys {keys}, it was {list(leaves)}"
 
 
 def _distribute(place: Place, function: Any, leaves: Leaves, nest: Nest) -> Call:
@@ -187,8 +198,12 @@ def _distribute_tensors(place: Place, function: Any, leaves: Leaves, nest: Nest)
     made = _made(leaves, place.mesh, other=True)
     into: dict[Any, Any] = {key: (made[key], source[key]) for key in leaves}
     check = _check(_landed(leaves, place.mesh))
-    keys = list(leaves)
-    return Call(lambda: function(into, keys, place.device), source, into, lambda _: check(into))
+
+    def run() -> Any:
+        with _keys_of(leaves) as keys:
+            return function(into, keys, place.device)
+
+    return Call(run, source, into, lambda _: check(into))
 
 
 def _offload(place: Place, function: Any, leaves: Leaves, nest: Nest) -> Call:

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from conformance.kit.containers import CONTAINERS
+from conformance.kit.containers import CONTAINERS, Counted, OfOne
 from conformance.kit.nested import Pair, with_metadata
 
 Nest = Callable[[dict[Any, Any]], Any]
@@ -111,12 +111,19 @@ def _pairs(flat: dict[Any, Any]) -> Any:
     return with_metadata(*made.items(), ("pair", Pair(made["dict"], made["tuple"])))
 
 
+def _made_otherwise(flat: dict[Any, Any]) -> Any:
+    """Namedtuples whose class takes other arguments than what they hold."""
+    one, other, *_ = flat.values()
+    return {"one": OfOne((one, [other])), "deep": [Counted(other, 2), Counted({"w": one}, 5)]}
+
+
 NESTS: dict[str, Nest] = {
     "optimizer": _optimizer,
     "under-each-key": _under_each_key,
     "deep": _deep,
     "alike": _alike,
     "containers": _pairs,
+    "namedtuples": _made_otherwise,
     "shared": _shared,
     "chain": _chain,
 }

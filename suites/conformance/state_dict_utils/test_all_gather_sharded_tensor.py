@@ -108,6 +108,24 @@ class TestAllGatherShardedTensor:
         assert_same(judged(sharded_tensor(full, boxes)), full, layout)
 
     @pytest.mark.law("values")
+    @pytest.mark.world(3)
+    def test_shards_in_any_order(self, judged: Any, subject: Any, world: Any) -> None:
+        """Where a rank has several shards each must come to its box, in whatever order they are."""
+        gather = subject.function("_state_dict_utils._gather_state_dict")
+        for name, layout in LAYOUTS.items():
+            size, boxes = layout(world.size)
+            full = numbers(*size)
+            for turn in range(2):
+                tensor = sharded_tensor(full, boxes)
+                held = tensor.local_shards()
+                if turn == 0:
+                    held.reverse()
+                elif world.rank == 0:
+                    held[:] = held[1:] + held[:1]
+                assert_same(judged(tensor), full, f"{name}, {turn}")
+                assert_same(gather({"w": tensor})["w"], full, f"{name}, {turn}, in a state dict")
+
+    @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 3, 4)
     @pytest.mark.thorough(but=["w2", "w3"])
     def test_torch_chunks_of_every_length_are_gathered(self, judged: Any, world: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from conformance.kit.cases import each
 from conformance.kit.compare import fingerprint
 from conformance.kit.containers import CONTAINERS, GROUPS, KINDS, dashed, group_of
-from conformance.kit.data import DTYPES, SHAPES, numbers
+from conformance.kit.data import DTYPES, SHAPES, VIEWS, numbers
 from conformance.kit.layouts import S, dtensor, rows, sharded_tensor
 from conformance.kit.nested import sample
 
@@ -65,6 +65,23 @@ class TestCheckStateDictSimilarity:
             got = judged(ours, {"x": other})
             assert got is True, f"{name}: {got}, expected True"
             assert judged({"x": other}, ours) is True, f"{name}, other way round"
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(1)
+    def test_a_parameter_is_a_tensor(self, judged: Any, mesh: Any) -> None:
+        """A Parameter must be similar to a tensor of its shape and dtype, however both lie."""
+        line = mesh(1)
+        for dtype in (torch.float32, torch.bfloat16, torch.complex64):
+            for view, lay in VIEWS.items():
+                plain = lay(numbers(4, 6, dtype=dtype))
+                placed = dtensor(plain, line, [S(0)], local=plain)
+                for theirs in (plain, placed):
+                    what = f"{type(theirs).__name__}, {dtype}, {view}"
+                    for trains in (False, True):
+                        ours = {"x": torch.nn.Parameter(theirs.detach(), requires_grad=trains)}
+                        with torch.no_grad():
+                            assert judged(ours, {"x": theirs}) is True, what
+                            assert judged({"x": theirs}, ours) is True, f"{what}, other way round"
 
     @pytest.mark.law("structure")
     @pytest.mark.world(1)

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from conformance.kit.agree import assert_raises_everywhere, attempt, exchange
 from conformance.kit.compare import assert_same
 from conformance.kit.data import numbers
+from conformance.kit.functions import Function, each
 from conformance.kit.landing import assert_landed, target
 from conformance.kit.layouts import R, S, dtensor
 
@@ -313,14 +314,21 @@ class TestBroadcastAdapting:
         got = {key: None if value is None else float(value) for key, value in local.items()}
         assert got == {"a.step": 3.0, "b.step": 4.0, "lr": 0.25, "none": None}, f"got {got}"
 
-    @pytest.mark.law("compatibility")
-    @pytest.mark.world(2)
-    def test_extra_state_is_the_module_s_own(
-        self, judged: Any, rank: int, device: torch.device
-    ) -> None:
-        """Extra state must land whatever kind of value it is, and was."""
-        local: dict[str, Any] = {"a._extra_state": numbers(3), "b._extra_state": 1}
-        full = {"a._extra_state": 2, "b._extra_state": numbers(5)}
-        judged(full if rank == 0 else {}, local, device)
-        assert local["a._extra_state"] == 2, f"got {local['a._extra_state']!r}"
-        assert_same(local["b._extra_state"], numbers(5), "b")
+
+@pytest.mark.law("compatibility")
+@pytest.mark.world(2)
+@each(lambda function: function.name in ("_broadcast_state_dict", "_distribute_state_dict"))
+def test_extra_state_is_the_module_s_own(
+    function: Function, subject: Any, rank: int, device: torch.device
+) -> None:
+    """Extra state must land whatever it is and was, a submodule's and that of the model itself."""
+    judged = subject.function(f"_state_dict_utils.{function.name}")
+    for prefix in ("", "a.", "module.a.0."):
+        key = f"{prefix}_extra_state"
+        for held, offered in ((numbers(3), 2), (1, numbers(5)), (numbers(3), True)):
+            local, full = {key: held}, {key: offered}
+            judged(full if rank == 0 or not function.talks else {}, local, device)
+            if isinstance(offered, torch.Tensor):
+                assert_same(local[key], offered, key)
+            else:
+                assert local[key] == offered, f"{key}: got {local[key]!r}, expected {offered!r}"

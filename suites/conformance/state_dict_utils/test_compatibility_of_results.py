@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -36,6 +38,33 @@ def _assert_written_on(got: dict[str, Any]) -> None:
             found = getattr(tensor, "partition_dim", None)
             assert found == 0, f"{name}.partition_dim is {found}, expected 0"
     assert isinstance(got["buffer"], nn.Buffer), "the buffer is no nn.Buffer any more"
+
+
+@contextmanager
+def _without_a_group() -> Iterator[None]:
+    dist.destroy_process_group()
+    try:
+        yield
+    finally:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
+_ALONE = ("plain", "frozen", "strided")
+
+
+@pytest.mark.law("compatibility")
+@pytest.mark.world(1)
+@each(lambda function: "broadcast" not in function.name and "plain" in function.kinds())
+def test_no_process_group(
+    function: Function, world: Any, subject: Any, device: torch.device
+) -> None:
+    """A process that is no part of a job must get what needs no other rank, of plain tensors."""
+    place = Place(world, None, subject, device)
+    call = function.call(place, {kind: (kind, numbers(3, 2)) for kind in _ALONE})
+    with _without_a_group():
+        got = call.run()
+    call.check(got)
 
 
 def _with_local_factory(flat: dict[str, Any]) -> dict[str, Any]:
@@ -76,12 +105,8 @@ class TestGathered:
     @pytest.mark.parametrize("cpu_offload", [False, True], ids=["device", "cpu_offload"])
     def test_without_a_process_group(self, judged: Any, cpu_offload: bool) -> None:
         """A process that is no part of a job must get the state dict of its plain tensors."""
-        dist.destroy_process_group()
-        try:
+        with _without_a_group():
             got = judged({"w": numbers(3), "step": 4}, cpu_offload=cpu_offload)
-        finally:
-            store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         assert_same(got["w"], numbers(3), "w")
         assert got["step"] == 4, f"step is {got['step']}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -73,20 +74,34 @@ def test_every_bit(
     call.check(call.run())
 
 
+# Integer dtype -> its smallest value and its largest.
+_RANGES = {torch.bool: (0, 1)} | {
+    dtype: (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    for dtype in (
+        *(torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    )
+}
+
+
 @pytest.mark.law("values")
 @pytest.mark.world(2, collective=8, limit=30)
 @each(lambda function: function.name in ("_broadcast_state_dict", "_distribute_state_dict"))
 def test_integers_that_do_not_fit(
     function: Function, mesh: Any, world: Any, subject: Any, device: torch.device
 ) -> None:
-    """A target without data must be refused, or take all bits of wider integers."""
+    """A target without data must be refused, or take all bits of integers of another range."""
     judged = subject.function(f"_state_dict_utils.{function.name}")
-    full = torch.tensor([2**40 + 1, -(2**33), 3, 2**62])
-    for dtype in (torch.int32, torch.int16, torch.uint8, torch.bool):
-        into = {"w": dtensor(full.to(dtype), mesh(2), [S(0)]).to("meta")}
+    for theirs, ours in permutations(_RANGES, 2):
+        (low, high), (least, most) = _RANGES[ours], _RANGES[theirs]
+        if low <= least and most <= high:
+            continue
+        full = torch.tensor([least, most, 1, most - 1], dtype=theirs)
+        into = {"w": dtensor(torch.zeros(4, dtype=ours), mesh(2), [S(0)]).to("meta")}
         given = {"w": full} if world.rank == 0 or not function.talks else {}
         if attempt(lambda: judged(given, into, device)) is None:  # noqa: B023
-            assert_same(local(into["w"]), part(full, mesh(2), [S(0)]), str(dtype))
+            expected = part(full, mesh(2), [S(0)])
+            assert_same(local(into["w"]), expected, f"{theirs} in the place of {ours}")
 
 
 @pytest.mark.judges("_state_dict_utils._distribute_state_dict")

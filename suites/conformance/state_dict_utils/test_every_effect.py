@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
+import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -22,7 +28,8 @@ from conformance.kit.effects import (
     of_the_process,
     on_what_was_given,
 )
-from conformance.kit.functions import Function, Place, each, each_with_kinds
+from conformance.kit.functions import FUNCTIONS, Call, Function, Place, each, each_with_kinds
+from conformance.kit.meanwhile import Meanwhile, after_each_write
 from conformance.kit.nested import leaves, storages, tensors
 
 _OPENED = {"open files", "threads of Python"}
@@ -67,6 +74,76 @@ def test_as_it_was(
         assert not inference, f"{path}: nothing that trains can use it: made in inference mode"
 
 
+@contextmanager
+def _another_state() -> Iterator[None]:
+    """All that a caller may switch is switched to what it is not at first."""
+    limits, limit, dtype = gc.get_threshold(), sys.getrecursionlimit(), torch.get_default_dtype()
+    gc.disable()
+    gc.set_threshold(500, 5, 5)
+    sys.setrecursionlimit(limit + 100)
+    torch.set_default_dtype(torch.bfloat16)
+    torch.use_deterministic_algorithms(True)
+    warnings.filterwarnings("ignore", "what nobody says")
+    try:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            yield
+    finally:
+        gc.enable()
+        gc.set_threshold(*limits)
+        sys.setrecursionlimit(limit)
+        torch.set_default_dtype(dtype)
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.law("isolation")
+@pytest.mark.world(2)
+@each()
+def test_as_it_was_in_another_state(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device
+) -> None:
+    """What the caller has switched off, or to another value, must be so after a call as well."""
+    place = Place(world, mesh(2), subject, device)
+    first, call = (function.each_kind(place, numbers(5, 4), usual=True) for _ in range(2))
+    with warnings.catch_warnings(), _another_state():
+        first.run()  # which may open connections
+        process = of_the_process()
+        got = call.run()
+        changed = differing(process, of_the_process())
+    assert not changed, f"the call changed {changed}"
+    call.check(got)
+
+
+def _memory(value: Any) -> list[tuple[torch.Tensor, Any]]:
+    """The plain tensors of a state dict, each with its memory as an array of NumPy."""
+    found = []
+    for tensor in tensors(value).values():
+        for plain in storages(tensor):
+            memory = torch.empty(0, dtype=torch.uint8).set_(plain.untyped_storage())
+            found.append((plain, memory.numpy()))
+    return found
+
+
+@pytest.mark.law("isolation")
+@pytest.mark.world(2)
+@each(lambda function: function.values and not function.same_objects)
+def test_memory_stays_where_it_is(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device
+) -> None:
+    """Who has taken a pointer must go on to see the tensor through it, and no result may."""
+    place = Place(world, mesh(2), subject, device)
+    for size in ((5, 4), (1024, 640)):
+        call = function.each_kind(place, numbers(*size), usual=True)
+        held = _memory(call.inputs)
+        got = call.run()
+        for plain, array in held:
+            plain.detach().view(-1)[:1].add_(1) if plain.is_contiguous() else None
+            at = plain.untyped_storage().data_ptr()
+            assert at == array.ctypes.data, f"{size}: a tensor {plain.shape} has other memory now"
+        for array in {array.ctypes.data: array for _, array in held}.values():
+            array[:] = ~array
+        call.check(got)
+
+
 @pytest.mark.law("isolation")
 @pytest.mark.world(2)
 @each_with_kinds()
@@ -86,6 +163,32 @@ def test_nothing_is_kept(
         for each_watched in watched:
             kept = each_watched.kept()
             assert not kept, f"{kept} are still held after the call"
+
+
+@pytest.mark.law("isolation")
+@pytest.mark.should("the garbage collector gives back the memory, too, where and when it runs")
+@pytest.mark.world(2)
+@each()
+def test_nothing_waits_for_the_garbage_collector(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device
+) -> None:
+    """What nobody holds must be gone at once: trainings switch the garbage collector off."""
+    place = Place(world, mesh(2), subject, device)
+    full = numbers(5, 4)
+    function.each_kind(place, full, usual=True).run()
+    gc.disable()
+    try:
+        call = function.each_kind(place, full, usual=True)
+        watched = [Watched(call.inputs), Watched(call.outputs or {})]
+        got = call.run()
+        if isinstance(got, dict):
+            watched.append(Watched(got))
+        finish(call.inputs)
+        del call, got
+        kept = [name for one in watched for name in one.kept(patience=1, collect=False)]
+    finally:
+        gc.enable()
+    assert not kept, f"{kept} are held until the garbage collector runs"
 
 
 @pytest.mark.law("symmetry")
@@ -174,6 +277,54 @@ def test_a_thread_that_trains_meanwhile(
         over.set()
         thread.join()
     assert not wrong, f"in the other thread {wrong[0]}"
+
+
+class _Over:
+    """The subject, whose functions that talk do so over a group."""
+
+    def __init__(self, subject: Any, group: Any) -> None:
+        self._subject, self._group = subject, group
+
+    def function(self, name: str) -> Any:
+        talking = {each_one.name for each_one in FUNCTIONS if each_one.talks}
+        found = self._subject.function(name)
+        return partial(found, pg=self._group) if name.rpartition(".")[2] in talking else found
+
+
+@pytest.mark.law("isolation")
+@pytest.mark.world(2, collective=15, limit=40)
+@each(lambda function: function.values and not function.same_objects)
+def test_a_thread_that_calls_meanwhile(
+    function: Function, world: Any, subject: Any, device: torch.device
+) -> None:
+    """Calls of two threads, each over a group of its own, must each get their own values."""
+    places = []
+    for name in ("one", "other"):
+        group: Any = dist.new_group([0, 1])
+        line = DeviceMesh.from_group(group, device.type, mesh_dim_names=(name,))
+        places.append(Place(world, line, _Over(subject, group), device))
+
+    def made(number: int) -> Call:
+        leaves = {
+            f"{kind} {n}": (kind, numbers(6, 4, salt=2 * n + number))
+            for kind in function.kinds(usual=True)
+            for n in range(2)
+        }
+        return function.call(places[number], leaves)
+
+    def call_beside() -> None:
+        beside = made(1)
+        beside.check(beside.run())
+
+    call = made(0)
+    other = Meanwhile(call_beside, places[1].mesh.get_group())
+    other.start()
+    try:
+        with after_each_write(other.make_one):
+            got = call.run()
+    finally:
+        other.end()
+    call.check(got)
 
 
 @pytest.mark.law("isolation")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -101,6 +101,50 @@ def test_a_single_leaf(
     for kind in ("plain", "rows", "Parameter"):
         call = function.call(place, {"w": (kind, numbers(5, 3))}, lambda flat: flat["w"])
         call.check(call.run())
+
+
+def _nested_so_deep(levels: int, leaf: Any) -> Any:
+    """Dicts in lists in dicts, each with a leaf before and one behind the next level."""
+    value: Any = {"w": leaf + levels}
+    for level in range(levels):
+        around = (leaf + level, value, leaf - level)
+        value = list(around) if level % 2 else dict(zip("wxy", around, strict=True))
+    return {"root": value}
+
+
+@pytest.mark.law("all-or-nothing")
+@pytest.mark.world(1)
+@each(lambda function: function.name in ("_copy_state_dict", "_iterate_state_dict"))
+def test_too_deep(function: Function, subject: Any) -> None:
+    """What is nested too deep for Python must be refused before anything was written."""
+    judged = subject.function(f"_state_dict_utils.{function.name}")
+    for levels in (100, 300, 450, 550, 700, 800, 900, 2000):
+        value, into = (_nested_so_deep(levels, leaf) for leaf in (numbers(2), torch.zeros(2)))
+        held = [tensor for _, tensor in _walk(into)]
+        before = [tensor.clone() for tensor in held]
+        wanted = before
+        try:
+            if function.name == "_copy_state_dict":
+                judged(value, into)
+            else:
+                judged(value, *[lambda tensor, *_: tensor] * 3, companion_obj=into)
+            wanted = [tensor for _, tensor in _walk(value)]
+        except RecursionError:
+            assert levels > 300, f"{levels} levels are too many"
+        wrong = sum(not torch.equal(*pair) for pair in zip(held, wanted, strict=True))
+        assert not wrong, f"{levels} levels: {wrong} of {len(held)} tensors are wrong"
+
+
+def _walk(value: Any) -> Iterator[tuple[int, torch.Tensor]]:
+    """The tensors of nested containers with their depth, found without a frame a level."""
+    todo = [(0, value)]
+    while todo:
+        depth, item = todo.pop()
+        if isinstance(item, torch.Tensor):
+            yield depth, item
+        else:
+            below = item.values() if isinstance(item, dict) else item
+            todo.extend((depth + 1, inner) for inner in below)
 
 
 @pytest.mark.law("structure")

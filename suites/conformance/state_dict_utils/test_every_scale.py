@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -15,6 +17,7 @@ from conformance.kit.compare import assert_same, local
 from conformance.kit.data import numbers
 from conformance.kit.functions import Function, Leaves, Place, each
 from conformance.kit.layouts import R, S, dtensor, part
+from conformance.kit.refusals import MISSING
 from conformance.kit.scales import LARGE, MANY
 
 
@@ -134,3 +137,45 @@ class TestBroadcastNames:
         judged(full if world.rank == 0 else {}, into, device)
         for name, got in into.items():
             assert_same(local(got), part(full[name], line, got.placements), name[:9])
+
+
+@pytest.mark.law("symmetry")
+@pytest.mark.world(2, collective=8, limit=30)
+@pytest.mark.parametrize("at", [0, 1])
+@each(lambda function: function.talks and not function.only)
+def test_one_rank_has_more_to_tell(
+    function: Function, mesh: Any, world: Any, subject: Any, device: torch.device, at: int
+) -> None:
+    """An error of any length on one rank, which the others know nothing of, must be on all."""
+    judged = subject.function(f"_state_dict_utils.{function.name}")
+    line, full, wrong = mesh(2), numbers(4, 4), world.rank == at
+    for size in (1 << 10, 20_000, 40_000, 100_000):
+        key = "layer.odd" + "w" * size
+        fine = dtensor(torch.zeros(4, 4), line, [S(0)])
+        into = {"fine": fine, key: dtensor(numbers(2 if wrong else 4, 4), line, [S(0)])}
+        if function.name == "_gather_state_dict":
+            call = partial(judged, {"fine": fine, key: threading.Lock() if wrong else 3})
+        elif function.name == "_broadcast_state_dict":
+            call = partial(judged, {"fine": full, key: full}, into, device)
+        else:
+            info = subject.function("_state_dict_utils._TensorInfo")
+            source = dict.fromkeys(into, info(full.shape, full.dtype) if world.rank else full)
+            call = partial(judged, source, into, list(into), device)
+        assert_raises_everywhere(world, call, "layer.odd", kinds=MISSING, name=str(size))
+
+
+@pytest.mark.judges("_state_dict_utils._gather_state_dict")
+class TestGatherLeavesOfOneRank:
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2, collective=8, limit=30)
+    @pytest.mark.parametrize("at", [0, 1])
+    def test_many_that_others_lack(self, judged: Any, mesh: Any, world: Any, at: int) -> None:
+        """Leaves that one rank alone has must be refused on all, however many these are."""
+        names = _names()
+        for count in (1, 16, 64, 128):
+            found = ["fine", *(names[:count] if world.rank == at else ())]
+            value = {name: dtensor(numbers(4, 4), mesh(2), [S(0)]) for name in found}
+            named = re.compile("|".join(name[:20] for name in names))
+            assert_raises_everywhere(
+                world, partial(judged, value), named, kinds=MISSING, name=str(count)
+            )

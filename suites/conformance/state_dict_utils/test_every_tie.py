@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -147,6 +148,14 @@ def test_one_memory_with_two_values(
             assert_same(leaf.resolve_conj().resolve_neg(), expected[key], f"{key} {memory.dtype}")
 
 
+# Name -> what a function may make of a tensor: a new one each time it is called.
+_NEW_TENSORS: dict[str, Callable[[Any], Any]] = {
+    "a copy": lambda tensor: tensor.clone(),
+    "the double": lambda tensor: tensor + tensor,
+    "another dtype": lambda tensor: tensor.to(torch.float64),
+}
+
+
 @pytest.mark.judges("_state_dict_utils._iterate_state_dict")
 class TestIterateTies:
     @pytest.mark.law("structure")
@@ -160,6 +169,37 @@ class TestIterateTies:
         )
         assert_same(into["a"], tied, "a")
         assert_same(into["b"], tied + 8, "b")
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("into", ["new", "cpu", "companion"])
+    def test_results_that_are_gone_at_once(self, judged: Any, mesh: Any, into: str) -> None:
+        """What a function makes of tied leaves must be theirs alone, also where it is short-lived.
+
+        The memory of one result that was copied is that of the next one.
+        """
+        line = mesh(1)
+        kinds: dict[str, Callable[[torch.Tensor], Any]] = {
+            "plain": lambda full: full,
+            "parameter": nn.Parameter,
+            "rows": lambda full: dtensor(full, line, [S(0)]),
+        }
+        for (what, make), (kind, of) in product(_NEW_TENSORS.items(), kinds.items()):
+            fulls = [numbers(6, 4, salt=n) for n in range(5)]
+            leaves = list(map(of, fulls))
+            value = [leaves, leaves[::-1]]
+            options: dict[str, Any] = {"cpu_offload": into == "cpu"}
+            with torch.no_grad():
+                expected = list(map(make, fulls))
+                if into == "companion":
+                    of = kinds["rows" if kind == "rows" else "plain"]
+                    options["companion_obj"] = [
+                        [of(torch.zeros_like(full)) for full in expected] for _ in range(2)
+                    ]
+                got = judged(value, *[lambda tensor, *_, make=make: make(tensor)] * 3, **options)
+            for n, full in enumerate(expected):
+                assert_same(local(got[0][n]), full, f"{what} of {kind} {n}")
+                assert_same(local(got[1][-1 - n]), full, f"{what} of {kind} {n}, once more")
 
 
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")
@@ -192,6 +232,39 @@ class TestGatherTies:
             assert got["a"].data_ptr() != got["c"].data_ptr(), f"{length} rows: tied to another"
             assert_same(got["a"], full)
             assert_same(got["c"], other)
+
+
+@pytest.mark.law("values")
+@pytest.mark.world(3, collective=8, limit=30)
+@each(lambda function: function.name in ("_broadcast_state_dict", "_broadcast_tensors"))
+def test_a_tied_source_for_ranks_with_other_keys(
+    function: Function, world: Any, mesh: Any, subject: Any, device: torch.device
+) -> None:
+    """A tensor under several keys of the source must land under each, whichever a rank has.
+
+    So it is with pipeline stages: the first has the embedding, the last the tied output layer.
+    """
+    judged = subject.function(f"_state_dict_utils.{function.name}")
+    info = subject.function("_state_dict_utils._TensorInfo")
+    tied, other = numbers(6, 4), numbers(6, 4, salt=1)
+    full = {"a": tied, "b": tied, "c": tied.view(6, 4), "d": other}
+    for placement in (S(0), R, None):
+        for wanted in (("", "b", "c"), ("ad", "b", ""), ("b", "ad", "cd"), ("d", "cb", "a")):
+            empty = torch.zeros(6, 4)
+            into: dict[str, Any] = {
+                key: dtensor(empty, mesh(3), [placement]) if placement else empty.clone()
+                for key in wanted[world.rank]
+            }
+            source: dict[str, Any] = dict(full)
+            if function.name == "_broadcast_state_dict":
+                judged(source if world.rank == 0 else {}, into, device)
+            else:
+                if world.rank:
+                    source = {key: info(one.shape, one.dtype) for key, one in full.items()}
+                judged(source, into, list(full), device)
+            for key, got in into.items():
+                expected = part(full[key], mesh(3), [placement]) if placement else full[key]
+                assert_same(local(got), expected, f"{placement}: {key} where ranks want {wanted}")
 
 
 @pytest.mark.law("cost")

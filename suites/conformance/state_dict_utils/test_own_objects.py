@@ -18,7 +18,7 @@ from conformance.kit.cases import every_second
 from conformance.kit.compare import assert_same, fingerprint, shares_memory
 from conformance.kit.containers import Settings, Tags, dashed
 from conformance.kit.data import numbers
-from conformance.kit.landing import target
+from conformance.kit.landing import assert_landed, target
 from conformance.kit.layouts import S
 from conformance.kit.nested import Pair
 
@@ -163,6 +163,30 @@ class TestBroadcastOwnObjects:
         judged(full if rank == 0 else {}, local, device)
         assert local == {"a": [1], "b": [1]}, f"{local} landed"
         assert local["a"] is not groups, "the full dict's own list landed"
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    def test_only_the_first_rank_is_read(
+        self, judged: Any, mesh: Any, rank: int, device: torch.device
+    ) -> None:
+        """A full dict of another rank, which may be of another step, must be left alone."""
+        given: list[dict[str, Any]] = [
+            {"step": 3, "lr": 0.5, "c": 1j, "on": True, "name": "a", "raw": b"a", "list": [1],
+             "dtype": torch.float32, "none": None, "scalar": numbers(), "w": numbers(4)},
+            {"step": 4, "lr": 0.25, "c": 2j, "on": False, "name": "b", "raw": b"b", "list": [2],
+             "dtype": torch.int64, "none": 5, "scalar": numbers() + 9, "w": numbers(4) + 9},
+        ]  # fmt: skip
+        full = {**given[rank], "sharded": numbers(4, salt=rank)}
+        local: dict[str, Any] = dict.fromkeys(given[0])
+        local |= {"scalar": 0.0, "w": torch.zeros(4)}
+        local["sharded"] = target(numbers(4), mesh(2), [S(0)])
+        judged(full, local, device)
+        for key, expected in given[0].items():
+            if isinstance(expected, torch.Tensor):
+                assert_same(torch.as_tensor(local[key]), expected, key)
+            else:
+                assert local[key] == expected, f"{key}: {local[key]!r}, expected {expected!r}"
+        assert_landed(local["sharded"], numbers(4), mesh(2), [S(0)], "sharded")
 
     @pytest.mark.law("structure")
     @pytest.mark.world(2)

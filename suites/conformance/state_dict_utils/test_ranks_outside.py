@@ -15,6 +15,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from conformance.kit.agree import assert_raises_everywhere
 from conformance.kit.compare import assert_same, fingerprint, local
 from conformance.kit.data import numbers
+from conformance.kit.functions import Function, each
+from conformance.kit.groups import group
 from conformance.kit.landing import assert_landed, target
 from conformance.kit.layouts import R, S, dtensor, part, rows, sharded_tensor
 from conformance.kit.refusals import MISSING, refused
@@ -175,3 +177,37 @@ class TestDistributeOutside:
         mine, full = _targets(mesh), {key: case[0] for key, case in CASES.items()}
         judged(full | {"a wrapper": TwoTensor(*[full["a wrapper"]] * 2)}, mine, device)
         _assert_all_landed(mine, mesh)
+
+
+_COPIES: dict[str, Any] = {
+    "_offload_state_dict_to_cpu": lambda judged, value: judged(value),
+    "_create_cpu_state_dict": lambda judged, value: judged(value),
+    "_iterate_state_dict": lambda judged, value: judged(
+        value, *[lambda tensor, *_: tensor] * 3, cpu_offload=True
+    ),
+}
+
+
+@pytest.mark.law("group")
+@pytest.mark.world(3, collective=8, limit=30)
+@each(lambda function: function.name in _COPIES)
+def test_copies_of_shards_belong_to_their_group(
+    function: Function, subject: Any, rank: int
+) -> None:
+    """The copy of a ShardedTensor must be gathered by the ranks of the original, and no others."""
+    members = group(1, 2)
+    if rank == 0:
+        return
+    judged = subject.function(f"_state_dict_utils.{function.name}")
+    gather = subject.function("_state_dict_utils._gather_state_dict")
+    gather_one = subject.function("_state_dict_utils._all_gather_sharded_tensor")
+    full = numbers(*FULL)
+    made = [sharded_tensor(full, rows(FULL, [3, 2]), members) for _ in range(2)]
+    value = {"w": made[0], "deep": [made[1]]}
+    got = _COPIES[function.name](judged, value)
+    if not function.values:  # buffers, which are filled as a checkpoint fills them
+        subject.function("_state_dict_utils._copy_state_dict")(value, got)
+    for name, copy in (("w", got["w"]), ("deep", got["deep"][0])):
+        assert copy._process_group is members, f"{name}: another group than the original's"
+    assert_same(gather_one(got["w"], members), full, "w")
+    assert_same(gather(got, pg=members)["deep"][0], full, "deep")

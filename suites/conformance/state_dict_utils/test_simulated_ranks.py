@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from conformance.kit.compare import assert_same
+from conformance.kit.compare import assert_same, local
 from conformance.kit.data import numbers
 from conformance.kit.layouts import R, S
 from conformance.kit.refusals import MISSING, refused
@@ -50,6 +50,12 @@ def spread(mesh: Any, *, zero: bool = False) -> dict[str, Any]:
     return found
 
 
+def _train_on(value: dict[str, Any]) -> None:
+    """Write other values into all that a state dict holds."""
+    for tensor in value.values():
+        local(tensor).add_(1)
+
+
 def assert_whole(got: Any) -> None:
     """Every rank that is played has the values of `WHOLE`."""
     assert list(got) == list(WHOLE), f"keys {list(got)}, expected {list(WHOLE)}"
@@ -70,6 +76,33 @@ class TestGather:
         mesh(4), mesh(2, 2)
         with LocalTensorMode(4):
             assert_whole(judged(spread(mesh), **options))
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(4)
+    @pytest.mark.parametrize("options", [{}, {"cpu_offload": True}], ids=str)
+    def test_the_result_is_apart(self, judged: Any, mesh: Any, options: Any) -> None:
+        """What training writes later must reach no rank's result."""
+        mesh(4), mesh(2, 2)
+        with LocalTensorMode(4):
+            value = spread(mesh)
+            got = judged(value, **options)
+            _train_on(value)
+            assert_whole(got)
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(2)
+    def test_the_result_without_values_is_apart(self, judged: Any, mesh: Any) -> None:
+        """Under `FakeTensorMode` no tensor of the result may be one of the state dict."""
+        line = mesh(2)
+        with FakeTensorMode():
+            value = {
+                "plain": torch.empty(4, 3),
+                "same": DTensor.from_local(torch.empty(4, 3), line, [R], run_check=False),
+            }
+            got = judged(value)
+        for name, leaf in value.items():
+            ours, theirs = (local(tensor).untyped_storage()._cdata for tensor in (got[name], leaf))
+            assert ours != theirs, f"{name} lies in the caller's memory"
 
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4)
@@ -106,7 +139,11 @@ class TestOffload:
         """The snapshot must hold the parts of every rank that is played."""
         mesh(4), mesh(2, 2)
         with LocalTensorMode(4):
-            assert_whole(judged(spread(mesh)))
+            value = spread(mesh)
+            got = judged(value)
+            assert_whole(got)
+            _train_on(value)
+            assert_whole(got)
 
 
 @pytest.mark.judges("_state_dict_utils._iterate_state_dict")

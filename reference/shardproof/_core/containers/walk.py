@@ -84,6 +84,8 @@ class Walk:
             self.leaves.append(root)
             if companion is not ABSENT:
                 self.companions.append(companion)
+        # It may hold the walk itself: a ring, which keeps all leaves until garbage is collected.
+        self._refuse = None
 
     def _enter(self, value: Any, companion: Any, path: Path) -> _WalkedContainer | None:
         # One frame per level, no comprehensions: deep nesting must not meet the recursion limit.
