@@ -22,9 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
 from conformance.kit.compare import assert_same, local
@@ -339,39 +337,3 @@ class TestModelAndOptimizerAtOnce:
                 optim_state_dict=given(state, BROADCAST),
                 options=BROADCAST,
             )
-
-
-class RowSums(Optimizer):
-    """Keeps for each weight a moment of another shape, as factored optimizers do."""
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {"lr": 0.5})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for param in self.param_groups[0]["params"]:
-            state = self.state[param]
-            state["rows"] = state.get("rows", 0) + param.grad.sum(-1, keepdim=True)
-
-
-@pytest.mark.exercises("checkpoint.optimizer")
-class TestFactoredState:
-    @pytest.mark.law("values")
-    @pytest.mark.world(2)
-    def test_under_tensor_parallelism(self, device: Any, mesh: Any) -> None:
-        """A moment of another shape than the rank's part must come out and go in as it is."""
-        grid = mesh(1, 2)
-        model = parallelize_module(layers(4).to(device), grid["tp"], {"0": ColwiseParallel()})
-        wrapped = DistributedDataParallel(model, device_mesh=grid["dp"])
-        optimizer = RowSums(wrapped.parameters())
-        wrapped(torch.ones(1, 4, device=device)).sum().backward()
-        optimizer.step()
-        (held,) = [value["rows"] for value in optimizer.state.values()]
-        state: Any = get_optimizer_state_dict(wrapped, optimizer, options=FULL)
-        (saved,) = [entry["rows"] for entry in state["state"].values()]
-        assert_same(saved, held, "saved")
-        for value in optimizer.state.values():
-            value["rows"] = torch.zeros_like(held)
-        set_optimizer_state_dict(wrapped, optimizer, state, options=FULL)
-        (loaded,) = [value["rows"] for value in optimizer.state.values()]
-        assert_same(loaded, held, "loaded")

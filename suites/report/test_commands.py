@@ -73,6 +73,7 @@ ELSEWHERE = [
     (r"ci/defects --write", "suites/defects/test_defects.py"),
     (r"ci/reproduce --all .*", "ci/test"),
     (r"ci/fuzz --planted", "suites/generated/test_planted.py"),
+    (r"ci/soak", "suites/soak/test_soak.py"),
     (r"ci/faults", "suites/faults/test_fault_table.py"),
     (r"ci/prove-losses( --write)?", "suites/prove"),
     (r"ci/readme", "suites/report/test_readme.py"),
