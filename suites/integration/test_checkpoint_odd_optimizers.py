@@ -83,7 +83,7 @@ class TestFsdp1InFsdp1:
     def test_tensor_parallelism_inside_alone(self, device: Any, mesh: Any) -> None:
         """Rank 0's state must reach all ranks where only a module inside is tensor-parallel."""
         grid = mesh(2, 2)
-        column = {"0": ColwiseParallel(output_layouts=Replicate())}
+        column: Any = {"0": ColwiseParallel(output_layouts=Replicate())}
         options: Any = {"device_mesh": grid["dp"], "device_id": device, "use_orig_params": True}
         inner = parallelize_module(layer(device, 2.0), grid["tp"], column)
         outer = nn.Sequential(layer(device), FullyShardedDataParallel(inner, **options))
