@@ -187,6 +187,10 @@ KINDS: dict[str, Callable[[DeviceMesh], tuple[Any, Any]]] = {
 PLACEMENTS: dict[str, Callable[[DeviceMesh], tuple[Any, Any]]] = {
     "DTensor of other placements": lambda mesh: (_dt(mesh, 4), _dt(mesh, 4, at=R)),
     "DTensor sharded on another dim": lambda mesh: (_dt(mesh, 4, 4), _dt(mesh, 4, 4, at=S(1))),
+    "DTensor of one row here": lambda mesh: (
+        dtensor(numbers(4, 4), mesh, [S(0)], local=numbers(1, 4)),
+        _dt(mesh, 4, 4),
+    ),
     "ShardedTensor in other shards": lambda _: (_st(2, 2), _st(4)),
     "ShardedTensor in uneven shards": lambda _: (_st(1, 3), _st(3, 1)),
 }

@@ -116,6 +116,10 @@ _ON_FOUR: dict[str, Callable[[Any], tuple[Any, Any]]] = {
         dtensor(numbers(*FULL), mesh(2, ranks=[0, 3]), [S(0)]),
         dtensor(numbers(*FULL), mesh(4), [S(0)]),
     ),
+    "grid of ranks in another order": lambda mesh: (
+        dtensor(numbers(*FULL), mesh(2, 2), [S(0), R]),
+        dtensor(numbers(*FULL), mesh(2, 2, ranks=[0, 2, 1, 3]), [S(0), R]),
+    ),
     "some and others": lambda mesh: (
         dtensor(numbers(*FULL), mesh(2, ranks=[2, 3]), [S(0)]),
         dtensor(numbers(*FULL), mesh(2, ranks=[1, 3]), [S(0)]),
