@@ -114,13 +114,16 @@ def test_every_defect_has_a_reproducer() -> None:
 def test_what_is_kept_for_the_page_is_of_all_defects() -> None:
     """`ci/reproduce --all --check --write` keeps it; it is what the catalogue says of that torch.
 
-    What is kept names no build, so that it cannot tell of a defect of one.
+    What is kept names no build, so that it cannot tell of a defect of one. Another torch than ours
+    may not be at hand where a defect is added: the page then says "not run".
     """
     kept = reproduced()
     assert set(kept) >= {"2.11.0", "2.13.0", "2.15.0"}
+    assert kept["2.13.0"].keys() == DEFECTS.keys()
     for torch, said in kept.items():
-        assert said.keys() == DEFECTS.keys(), torch
-        for identity, defect in DEFECTS.items():
+        assert said.keys() <= DEFECTS.keys(), torch
+        for identity in said:
+            defect = DEFECTS[identity]
             assert [*said[identity]] == sides(defect), (torch, identity)
             for side, told in said[identity].items():
                 assert defect.build or told == expected(defect, torch, side), (torch, identity)

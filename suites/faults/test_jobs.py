@@ -62,6 +62,7 @@ def told(outcome: Outcome) -> dict[str, tuple[str, str, str]]:
     }
 
 
+@pytest.mark.thorough
 def test_verdicts_do_not_depend_on_how_many_are_judged_at_a_time(suite: Suite) -> None:
     folder = suite(MIXED)
     one = run(folder, *LIMITS, "--jobs", "1")

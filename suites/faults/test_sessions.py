@@ -99,6 +99,7 @@ def test_two_sessions_at_once_do_not_meet(suite: Suite) -> None:
     assert (folder / "out" / "latest").resolve() in {first.run_dir, second.run_dir}
 
 
+@pytest.mark.thorough
 def test_order_and_start_method_change_no_verdict(suite: Suite) -> None:
     folder = suite(MIXED)
     normal = Session(folder).finish()

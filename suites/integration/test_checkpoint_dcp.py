@@ -165,6 +165,7 @@ class TestModelOntoAnotherMesh:
 
     @pytest.mark.law("values")
     @pytest.mark.world(8)
+    @pytest.mark.thorough
     def test_hybrid(self, device: Any, shared: Path) -> None:
         """What HSDP over 2x2x2 saved fully_shard loads there, and the other way round."""
         for recipe, target in (("hsdp", "fully_shard-hybrid"), ("fully_shard-hybrid", "hsdp")):

@@ -134,6 +134,7 @@ class TestGetOptimizerStateDict:
 
     @pytest.mark.law("values")
     @pytest.mark.world(8)
+    @pytest.mark.thorough
     @GATHERS
     def test_hybrid(self, device: Any) -> None:
         """With replicas each rank must get its part of the optimizer's state, or all of it."""
@@ -190,6 +191,7 @@ class TestSetOptimizerStateDict:
 
     @pytest.mark.law("values")
     @pytest.mark.world(8)
+    @pytest.mark.thorough
     @GATHERS
     def test_hybrid(self, device: Any) -> None:
         """With replicas the optimizer's state must land, and training go on alike."""

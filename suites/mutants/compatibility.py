@@ -92,6 +92,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "of(result)",
         "compatibility",
         "compatibility_of_copies",
+        "every_tie",
     ),
     (
         "mapping_orders",

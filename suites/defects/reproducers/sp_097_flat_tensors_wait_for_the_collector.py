@@ -8,6 +8,8 @@ Why: a nested function that calls itself is a reference cycle with its closure, 
   flat dict.
 For whom: those who switch the collector off, as trainings do to keep their steps even.
 
+A private function is called: torch.distributed.checkpoint has another one of its own.
+
 Needs only torch. Ends with 0 where torch is right, with 1 where not.
 """
 
