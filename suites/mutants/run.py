@@ -84,8 +84,7 @@ def that_can_tell(fault: Fault, checks: list[str], judge: Judge, executed: Execu
     others = judge.items if isinstance(fault, Patch) else {}
     running = [c for c in executed.checks_of(numbers) if c in named or c in others]
     unknown = one_of_each_first(c for c in checks if c not in executed.checks)
-    # No statement has a decorator's line: what runs it is not known.
-    return [*sorted(running, key=lambda c: c not in named), *unknown] or one_of_each_first(checks)
+    return [*sorted(running, key=lambda c: c not in named), *unknown]
 
 
 def judge_all(faults: list[Fault], report: Report, first: int | None) -> None:

@@ -127,10 +127,16 @@ def is_unmarked(statement: ast.stmt) -> bool:
 
 
 def numbers_at(lines: dict[str, set[int]]) -> set[int]:
-    """The innermost statements that the lines are part of, by file."""
+    """The innermost statements that the lines are part of, by file.
+
+    A line outside of all, as a decorator's, is part of the statement that follows.
+    """
     found = set()
     for file, of_it in lines.items():
         here = [(s.line, s.end, n) for n, s in enumerate(statements()) if s.file == file]
         for line in of_it:
-            found |= {max([p for p in here if p[0] <= line <= p[1]], default=(0, 0, -1))[2]}
-    return found - {-1}
+            around = [p for p in here if p[0] <= line <= p[1]]
+            after = [p for p in here if p[0] > line]
+            if around or after:
+                found.add(max(around)[2] if around else min(after)[2])
+    return found

@@ -123,7 +123,8 @@ def load_from_rank0(load: Load, model: nn.Module, state_dict: Mapping[str, Any],
         return load(model, {}, info)
     if flags == _OTHERS_LOAD:
         raise RuntimeError(
-            "rank 0 has no model state dict, which it shall broadcast to ranks that have one"
+            "rank 0 has no model state dict to broadcast, but other ranks have one; expected it on "
+            "rank 0"
         )
     info = replace(info, handle_model=True)
     raise_failure(first_failure(domain, replies))

@@ -13,130 +13,26 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
 
 from conformance.kit.agree import assert_raises_everywhere, attempt, exchange
 from conformance.kit.cases import every_second
 from conformance.kit.compare import assert_same
 from conformance.kit.containers import dashed
 from conformance.kit.data import numbers
+from conformance.kit.disagreements import FULL, ON_FOUR, ON_TWO, TURNED, pending
 from conformance.kit.groups import UNSORTED
 from conformance.kit.landing import assert_landed, target
-from conformance.kit.layouts import SS, R, S, dtensor, part, rows, sharded_tensor
+from conformance.kit.layouts import SS, R, S, dtensor, part
 from conformance.kit.refusals import MISFIT, MISSING
 
-FULL = (8, 8)
 KEY = "layer.odd"
-
-
-def _partial(op: str, mesh: Any) -> DTensor:
-    return dtensor(numbers(*FULL), mesh, [Partial(op)], local=numbers(*FULL, salt=1))
-
-
-def _st(*counts: int, dim: int = 0, owners: Any = None) -> Any:
-    return sharded_tensor(numbers(*FULL), rows(FULL, counts, owners, dim))
-
-
-# Name -> (on most ranks, on the last). `mesh` is the fixture: every rank makes every mesh.
-_ON_TWO: dict[str, Callable[[Any], tuple[Any, Any]]] = {
-    "rows and columns": lambda mesh: (
-        dtensor(numbers(*FULL), mesh(2), [S(0)]),
-        dtensor(numbers(*FULL), mesh(2), [S(1)]),
-    ),
-    "rows and whole": lambda mesh: (
-        dtensor(numbers(*FULL), mesh(2), [S(0)]),
-        dtensor(numbers(*FULL), mesh(2), [R]),
-    ),
-    "whole and rows": lambda mesh: (
-        dtensor(numbers(*FULL), mesh(2), [R]),
-        dtensor(numbers(*FULL), mesh(2), [S(0)]),
-    ),
-    "rows and rows in turn": lambda mesh: (
-        dtensor(numbers(*FULL), mesh(2), [S(0)]),
-        dtensor(numbers(*FULL), mesh(2), [SS(0, 2)]),
-    ),
-    "split by two and by four": lambda mesh: (
-        dtensor(numbers(*FULL), mesh(2), [SS(0, 2)]),
-        dtensor(numbers(*FULL), mesh(2), [SS(0, 4)]),
-    ),
-    "sum and maximum": lambda mesh: (_partial("sum", mesh(2)), _partial("max", mesh(2))),
-    "sum and average": lambda mesh: (_partial("sum", mesh(2)), _partial("avg", mesh(2))),
-    "pending and whole": lambda mesh: (
-        _partial("sum", mesh(2)),
-        dtensor(numbers(*FULL), mesh(2), [R]),
-    ),
-    "pending and columns": lambda mesh: (
-        _partial("sum", mesh(2)),
-        dtensor(numbers(*FULL), mesh(2), [S(1)]),
-    ),
-    "DTensor and plain": lambda mesh: (dtensor(numbers(*FULL), mesh(2), [S(0)]), numbers(*FULL)),
-    "DTensor and plain part": lambda mesh: (
-        dtensor(numbers(*FULL), mesh(2), [S(0)]),
-        numbers(4, 8),
-    ),
-    "plain and DTensor": lambda mesh: (numbers(4, 8), dtensor(numbers(*FULL), mesh(2), [S(0)])),
-    "DTensor and None": lambda mesh: (dtensor(numbers(*FULL), mesh(2), [S(0)]), None),
-    "DTensor and containers": lambda mesh: (
-        dtensor(numbers(*FULL), mesh(2), [S(0)]),
-        {"inner": dtensor(numbers(*FULL), mesh(2), [S(0)])},
-    ),
-    "DTensor and ShardedTensor": lambda mesh: (dtensor(numbers(*FULL), mesh(2), [S(0)]), _st(4, 4)),
-    "ShardedTensor and DTensor": lambda mesh: (_st(4, 4), dtensor(numbers(*FULL), mesh(2), [S(0)])),
-    "ShardedTensor and plain": lambda _: (_st(4, 4), numbers(4, 8)),
-    "shards by row and by column": lambda _: (_st(4, 4), _st(4, 4, dim=1)),
-    "shards of other owners": lambda _: (_st(4, 4), _st(4, 4, owners=[1, 0])),
-    "shards of other sizes": lambda _: (_st(4, 4), _st(3, 5)),
-}
-_ON_FOUR: dict[str, Callable[[Any], tuple[Any, Any]]] = {
-    "rows and grid": lambda mesh: (
-        dtensor(numbers(*FULL), mesh(4), [S(0)]),
-        dtensor(numbers(*FULL), mesh(2, 2), [S(0), S(1)]),
-    ),
-    "grid and turned grid": lambda mesh: (
-        dtensor(numbers(*FULL), mesh(2, 2), [S(0), S(1)]),
-        dtensor(numbers(*FULL), mesh(2, 2), [S(1), S(0)]),
-    ),
-    "grid and long grid": lambda mesh: (
-        dtensor(numbers(*FULL), mesh(2, 2), [S(0), S(0)]),
-        dtensor(numbers(*FULL), mesh(4, 1), [S(0), S(0)]),
-    ),
-    "FSDP over TP and the other way round": lambda mesh: (
-        dtensor(numbers(*FULL), mesh(2, 2), [SS(0, 2), S(0)]),
-        dtensor(numbers(*FULL), mesh(2, 2), [S(0), S(0)]),
-    ),
-    "half and quarter": lambda mesh: (
-        dtensor(numbers(*FULL), mesh(2, 2), [R, S(0)]),
-        dtensor(numbers(*FULL), mesh(4), [S(0)]),
-    ),
-    "all and some": lambda mesh: (
-        dtensor(numbers(*FULL), mesh(4), [S(0)]),
-        dtensor(numbers(*FULL), mesh(2, ranks=[0, 3]), [S(0)]),
-    ),
-    "some and all": lambda mesh: (
-        dtensor(numbers(*FULL), mesh(2, ranks=[0, 3]), [S(0)]),
-        dtensor(numbers(*FULL), mesh(4), [S(0)]),
-    ),
-    "grid of ranks in another order": lambda mesh: (
-        dtensor(numbers(*FULL), mesh(2, 2), [S(0), R]),
-        dtensor(numbers(*FULL), mesh(2, 2, ranks=[0, 2, 1, 3]), [S(0), R]),
-    ),
-    "some and others": lambda mesh: (
-        dtensor(numbers(*FULL), mesh(2, ranks=[2, 3]), [S(0)]),
-        dtensor(numbers(*FULL), mesh(2, ranks=[1, 3]), [S(0)]),
-    ),
-}
-_TURNED: dict[str, Callable[[Any], tuple[Any, Any]]] = {
-    "ranks in another order": lambda mesh: (
-        dtensor(numbers(*FULL), mesh(2), [S(0)]),
-        dtensor(numbers(*FULL), mesh(2, ranks=[1, 0]), [S(0)]),
-    ),
-}
 
 
 # What `pg` alone lets the ranks find out, and one of what they find out anyhow.
 _ALONE = {
     name: make
-    for name, make in _ON_TWO.items()
+    for name, make in ON_TWO.items()
     if "plain" in name or "None" in name or name == "rows and columns"
 }
 
@@ -170,7 +66,7 @@ def _cases(
 
 def _kinds(make: Callable[[Any], tuple[Any, Any]]) -> tuple[type[Exception], ...]:
     """What the error may be: where one rank has other leaves, the key that it lacks is missing."""
-    return MISSING if make is _ON_TWO["DTensor and containers"] else MISFIT
+    return MISSING if make is ON_TWO["DTensor and containers"] else MISFIT
 
 
 def _mine(make: Callable[[Any], tuple[Any, Any]], mesh: Any, world: Any) -> Any:
@@ -182,7 +78,7 @@ def _mine(make: Callable[[Any], tuple[Any, Any]], mesh: Any, world: Any) -> Any:
 class TestGatherAgrees:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=6, limit=25)
-    @pytest.mark.parametrize("make", [*_cases(_ON_TWO), *_cases(_TURNED, UNSORTED)])
+    @pytest.mark.parametrize("make", [*_cases(ON_TWO), *_cases(TURNED, UNSORTED)])
     def test_a_leaf_that_the_last_rank_holds_otherwise(
         self, judged: Any, mesh: Any, world: Any, make: Any
     ) -> None:
@@ -195,7 +91,7 @@ class TestGatherAgrees:
 
     @pytest.mark.law("symmetry")
     @pytest.mark.world(4, collective=6, limit=25)
-    @pytest.mark.parametrize("make", _cases(_ON_FOUR))
+    @pytest.mark.parametrize("make", _cases(ON_FOUR))
     def test_over_four_ranks(self, judged: Any, mesh: Any, world: Any, make: Any) -> None:
         """The same must hold for meshes of other shapes over the same ranks."""
         value = {"fine": dtensor(numbers(4), mesh(4), [S(0)]), KEY: _mine(make, mesh, world)}
@@ -203,7 +99,7 @@ class TestGatherAgrees:
 
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=6, limit=25)
-    @pytest.mark.parametrize("make", [*_cases(_ALONE), *_cases(_TURNED, UNSORTED)])
+    @pytest.mark.parametrize("make", [*_cases(_ALONE), *_cases(TURNED, UNSORTED)])
     @pytest.mark.thorough(but=["rows-and-columns", "ranks-in-another-order"])
     def test_with_a_group_to_agree_over(
         self, judged: Any, mesh: Any, world: Any, make: Any
@@ -215,7 +111,7 @@ class TestGatherAgrees:
 
     @pytest.mark.law("symmetry")
     @pytest.mark.world(4, collective=6, limit=25)
-    @pytest.mark.parametrize("make", _cases(_ON_FOUR))
+    @pytest.mark.parametrize("make", _cases(ON_FOUR))
     @pytest.mark.thorough(but=["grid-and-turned-grid"])
     def test_over_four_ranks_with_a_group(
         self, judged: Any, mesh: Any, world: Any, make: Any
@@ -266,7 +162,7 @@ class TestGatherAgrees:
             assert_same(got[key], expected, f"{what}: {key}")
 
 
-_SHARDS = {name: make for name, make in _ON_TWO.items() if name.startswith("shards")}
+_SHARDS = {name: make for name, make in ON_TWO.items() if name.startswith("shards")}
 
 
 @pytest.mark.judges("_state_dict_utils._all_gather_sharded_tensor")
@@ -357,7 +253,7 @@ class TestBroadcastAgrees:
     ) -> None:
         """A target whose reduction is pending on one rank must be refused everywhere by name."""
         full = numbers(*FULL)
-        mine = _partial("sum", mesh(2)) if world.rank == at else target(full, mesh(2), [R])
+        mine = pending("sum", mesh(2)) if world.rank == at else target(full, mesh(2), [R])
         local = {KEY: mine}
         source = {KEY: full} if world.rank == 0 else {}
         assert_raises_everywhere(world, lambda: judged(source, local, device), KEY)
