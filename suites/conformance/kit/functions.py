@@ -177,7 +177,9 @@ def _keys_of(leaves: Leaves) -> Iterator[list[Any]]:
     """The keys as a list of the caller's, which a call may only read."""
     keys = list(leaves)
     yield keys
-    assert keys == list(leaves), f"the call made of the list of keys {keys}, it was {list(leaves)}"
+    assert keys == list(leaves), (
+        f"the call changed the list of keys to {keys}, expected {list(leaves)}"
+    )
 
 
 def _distribute(place: Place, function: Any, leaves: Leaves, nest: Nest) -> Call:
@@ -356,3 +358,12 @@ def each_with_kinds() -> pytest.MarkDecorator:
             if function.kinds(usual=usual)
         ],
     )
+
+
+_SAME = [lambda tensor, *_: tensor] * 3
+COPIES: dict[str, Callable[[Any, Any], Any]] = {
+    "_offload_state_dict_to_cpu": lambda judged, value: judged(value),
+    "_create_cpu_state_dict": lambda judged, value: judged(value),
+    "_iterate_state_dict": lambda judged, value: judged(value, *_SAME, cpu_offload=True),
+}
+"""Function -> how it copies a state dict, or makes buffers for it."""

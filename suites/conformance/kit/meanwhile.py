@@ -32,7 +32,7 @@ class Meanwhile(threading.Thread):
     def run(self) -> None:
         """Make calls. The ranks end after equally many: those that talk need each other."""
         try:
-            while not self._wanted_by_nobody():
+            while not self._every_rank_has_ended_it():
                 self._call()
                 self._note(self._made + 1)
         except BaseException as error:
@@ -41,9 +41,10 @@ class Meanwhile(threading.Thread):
             self._note(math.inf)
 
     def make_one(self) -> None:
-        """Wait until a whole call was made, begun after this; not for long: it may wait for us.
+        """Wait for a whole call that begins after this, 0.3 s at most.
 
-        So it is where this thread stands in a lock, as `cached_property` has one up to Python 3.11.
+        The other thread may wait for a lock that this one holds, as `cached_property` has one up to
+        Python 3.11.
         """
         with self._news:
             wanted = self._made + 2
@@ -56,7 +57,7 @@ class Meanwhile(threading.Thread):
         for error in self._errors:
             raise error
 
-    def _wanted_by_nobody(self) -> bool:
+    def _every_rank_has_ended_it(self) -> bool:
         ended = torch.tensor([int(self._over)])
         dist.all_reduce(ended, group=self._group)
         return int(ended) == dist.get_world_size(self._group)

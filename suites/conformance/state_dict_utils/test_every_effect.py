@@ -129,14 +129,15 @@ def _memory(value: Any) -> list[tuple[torch.Tensor, Any]]:
 def test_memory_stays_where_it_is(
     function: Function, mesh: Any, world: Any, subject: Any, device: torch.device
 ) -> None:
-    """Who has taken a pointer must go on to see the tensor through it, and no result may."""
+    """A pointer into a tensor must stay one after the call, and must reach no result."""
     place = Place(world, mesh(2), subject, device)
     for size in ((5, 4), (1024, 640)):
         call = function.each_kind(place, numbers(*size), usual=True)
         held = _memory(call.inputs)
         got = call.run()
         for plain, array in held:
-            plain.detach().view(-1)[:1].add_(1) if plain.is_contiguous() else None
+            if plain.is_contiguous():
+                plain.detach().view(-1)[:1].add_(1)  # copies what is shared until it is written
             at = plain.untyped_storage().data_ptr()
             assert at == array.ctypes.data, f"{size}: a tensor {plain.shape} has other memory now"
         for array in {array.ctypes.data: array for _, array in held}.values():

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from conformance.kit.compare import assert_same, local
 from conformance.kit.data import numbers
-from conformance.kit.functions import Function, each
+from conformance.kit.functions import COPIES, Function, each
 from conformance.kit.layouts import R, S, part
 from conformance.kit.levels import STRIDES
 
@@ -56,20 +56,13 @@ def _assert_format(got: Any, like: Any, what: str) -> None:
     assert got.stride() == like.stride(), f"{what}: it says {got.stride()}, not {like.stride()}"
 
 
-_SAME = [lambda tensor, *_: tensor] * 3
-# Function -> how it copies a state dict.
-COPIES: dict[str, Callable[[Any, Any], Any]] = {
-    "_offload_state_dict_to_cpu": lambda judged, value: judged(value),
-    "_create_cpu_state_dict": lambda judged, value: judged(value),
-    "_iterate_state_dict": lambda judged, value: judged(value, *_SAME, cpu_offload=True),
-    "_gather_state_dict": lambda judged, value: judged(value),
-}
+_COPIES = COPIES | {"_gather_state_dict": lambda judged, value: judged(value)}
 
 
 @pytest.mark.law("structure")
 @pytest.mark.should(STRIDES)
 @pytest.mark.world(2)
-@each(lambda function: function.name in COPIES)
+@each(lambda function: function.name in _COPIES)
 def test_copies_keep_it(function: Function, subject: Any, mesh: Any) -> None:
     """A copy must lie in memory as the original does, plain, as a Parameter or as a DTensor."""
     judged, line = subject.function(f"_state_dict_utils.{function.name}"), mesh(2)
@@ -80,7 +73,7 @@ def test_copies_keep_it(function: Function, subject: Any, mesh: Any) -> None:
             for kind, placement in PLACED.items():
                 leaf = _as_dtensor(make(), line, placement)
                 value |= {f"{name}, {kind}": leaf, f"{name}, {kind}, trained": nn.Parameter(leaf)}
-    got = COPIES[function.name](judged, value)
+    got = _COPIES[function.name](judged, value)
     for name, leaf in value.items():
         _assert_format(got[name], leaf, name)
         if function.values:

@@ -15,7 +15,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from conformance.kit.agree import assert_raises_everywhere
 from conformance.kit.compare import assert_same, fingerprint, local
 from conformance.kit.data import numbers
-from conformance.kit.functions import Function, each
+from conformance.kit.functions import COPIES, Function, each
 from conformance.kit.groups import group
 from conformance.kit.landing import assert_landed, target
 from conformance.kit.layouts import R, S, dtensor, part, rows, sharded_tensor
@@ -179,18 +179,9 @@ class TestDistributeOutside:
         _assert_all_landed(mine, mesh)
 
 
-_COPIES: dict[str, Any] = {
-    "_offload_state_dict_to_cpu": lambda judged, value: judged(value),
-    "_create_cpu_state_dict": lambda judged, value: judged(value),
-    "_iterate_state_dict": lambda judged, value: judged(
-        value, *[lambda tensor, *_: tensor] * 3, cpu_offload=True
-    ),
-}
-
-
 @pytest.mark.law("group")
 @pytest.mark.world(3, collective=8, limit=30)
-@each(lambda function: function.name in _COPIES)
+@each(lambda function: function.name in COPIES)
 def test_copies_of_shards_belong_to_their_group(
     function: Function, subject: Any, rank: int
 ) -> None:
@@ -204,7 +195,7 @@ def test_copies_of_shards_belong_to_their_group(
     full = numbers(*FULL)
     made = [sharded_tensor(full, rows(FULL, [3, 2]), members) for _ in range(2)]
     value = {"w": made[0], "deep": [made[1]]}
-    got = _COPIES[function.name](judged, value)
+    got = COPIES[function.name](judged, value)
     if not function.values:  # buffers, which are filled as a checkpoint fills them
         subject.function("_state_dict_utils._copy_state_dict")(value, got)
     for name, copy in (("w", got["w"]), ("deep", got["deep"][0])):
