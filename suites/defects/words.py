@@ -52,8 +52,8 @@ ROADS = {
     "model-get-full": "save: get_model_state_dict(full_state_dict=True)",
     "model-get-cpu": "save: get_model_state_dict(cpu_offload=True), full or sharded",
     "model-set-full": "load: set_model_state_dict(full_state_dict=True), on every rank",
-    "model-set-broadcast": "load: set_model_state_dict(broadcast_from_rank0=True), or "
-    "set_state_dict() so",
+    "model-set-broadcast": "load: set_model_state_dict() or set_state_dict(), "
+    "with broadcast_from_rank0=True",
     "optim-get": "save: get_optimizer_state_dict(), full or sharded",
     "optim-set-sharded": "load: set_optimizer_state_dict()",
     "optim-set-full": "load: set_optimizer_state_dict(full_state_dict=True)",

@@ -320,6 +320,30 @@ class TestModelAndOptimizerAtOnce:
             wanted = before if what == "both" else torch.zeros_like(before)
             assert_same(local(param), wanted)
 
+    @pytest.mark.law("group")
+    @pytest.mark.world(3, collective=8, limit=25)
+    @GATHERS
+    def test_the_optimizer_of_some_ranks(self, device: Any, world: Any) -> None:
+        """FSDP1 on ranks 0 and 2 must load an optimizer alone among them, without rank 1."""
+        group = dist.new_group([0, 2])
+        if world.rank == 1:
+            return
+        model: nn.Module = FullyShardedDataParallel(
+            layers(4, 4).to(device), process_group=group, device_id=device, use_orig_params=True
+        )
+        optimizer, fresh = momentum(model), momentum(model)
+        expected = stepped(model, optimizer)
+        optimizer.zero_grad()
+        state = get_optimizer_state_dict(model, optimizer, options=FULL)
+        set_state_dict(
+            model,
+            fresh,
+            model_state_dict={},
+            optim_state_dict=given(state, BROADCAST),
+            options=BROADCAST,
+        )
+        assert_moments(moments(model, fresh), expected)
+
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2)
     def test_rank_0_has_no_model(self, device: Any, rank: int) -> None:
