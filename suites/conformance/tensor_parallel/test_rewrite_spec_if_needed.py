@@ -89,6 +89,16 @@ class TestRewriteSpecIfNeeded:
         assert isinstance(got, EnumerableShardingSpec)
         assert got.shards == shards
 
+    @pytest.mark.law("values")
+    @pytest.mark.world(1)
+    def test_every_listed_shard_of_this_rank(self, judged: Any) -> None:
+        """A rank that holds several listed shards gets its device for each of them."""
+        places = ["rank:1/cuda:0", "rank:0/cuda:0", "rank:1/cuda:1", "rank:1/cpu"]
+        shards = [ShardMetadata([n, 0], [1, 2], place) for n, place in enumerate(places)]
+        got = judged(EnumerableShardingSpec(shards), numbers(4, 2, device=CPU), 1)
+        told = [(s.placement.rank(), s.placement.device()) for s in got.shards]
+        assert told == [(1, CPU), (0, torch.device("cuda:0")), (1, CPU), (1, CPU)], f"{told}"
+
     @pytest.mark.law("isolation")
     @pytest.mark.world(1)
     def test_the_inputs_stay_as_they_were(self, judged: Any) -> None:
