@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conformance.kit.collectives import Collectives
-from conformance.kit.compare import assert_same, fingerprint, local, shares_memory
+from conformance.kit.compare import assert_same, assert_type, fingerprint, local, shares_memory
 from conformance.kit.data import EACH_DTYPE, numbers
 from conformance.kit.layouts import ONE_D, THREE_D, TWO_D, R, S, dtensor, part, placement_id
 from conformance.kit.tensor_parallel import bag, baggage, piled_up, weight
@@ -42,6 +44,15 @@ class Comparisons(TorchDispatchMode):
     ) -> Any:
         self.count += func.name().partition(".")[0] in {"aten::eq", "aten::ne", "aten::equal"}
         return func(*args, **(kwargs or {}))
+
+
+class HalfIgnored(nn.Module):
+    def __init__(self, w: nn.Parameter, ignored: nn.Parameter) -> None:
+        super().__init__()
+        self.w, self.ignored = w, ignored
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sum() + local(self.w.detach()).sum()
 
 
 @pytest.mark.judges("tensor.parallel.ddp._localize_dtensor")
@@ -210,6 +221,28 @@ class TestLocalizeDtensor:
         assert_local(module.one, part(full, line, [S(0)]), "one")
         assert_local(module.child.third, part(full, line, [S(0)]), "third")
         assert [n for n, _ in module.named_parameters()] == ["one", "child.twin", "child.third"]
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("way", ["child alone", "deepcopy", "pickle"])
+    def test_ignored_parameters_of_parts_and_copies(
+        self, judged: Any, mesh: Any, way: str
+    ) -> None:
+        """Ignored parameters stay after a forward of a part alone, and in copies of the module."""
+        line, full = mesh(1), numbers(4, 3)
+        module = nn.Sequential(HalfIgnored(weight(full, line, [S(0)]), weight(full, line, [R])))
+        ignored = module[0].ignored
+        judged(module, ignored_params={ignored})
+        if way == "deepcopy":
+            module = copy.deepcopy(module)
+        elif way == "pickle":
+            module = pickle.loads(pickle.dumps(module))
+        for called in (module[0], module):
+            called(numbers(2))
+            judged(called, (), None)
+            assert_type(module[0].ignored, DTensor, way)
+            assert_local(module[0].w, full, "w")
+        assert way != "child alone" or module[0].ignored is ignored, "replaced"
 
     @pytest.mark.law("isolation")
     @pytest.mark.world(1)

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from shardproof.tensor.parallel import _local_parameters, _optimizers, _replicate_groups
 
 FORWARD_STATE = "_shardproof_seam"
-IGNORED = "_shardproof_not_localized"
+_IGNORED = "_shardproof_not_localized"
 _STATE_DICT = "_shardproof_seam_state_dict"
 _ONE_AT_A_TIME = threading.RLock()
 """Held while DTensors go in or out: another thread may evaluate, or save, what one trains."""
@@ -188,7 +188,6 @@ def localize(module: nn.Module, submodules: Iterable[nn.Module]) -> bool:
 
     The first time for a DTensor this makes the Parameter, and hooks the module; whether it did.
     """
-    left_out = ignored_by(module)
     made: dict[int, tuple[Any, Any]] = {}
     found: list[tuple[nn.Module, str, DTensor]] = []
     inside: list[tuple[_local_parameters.Slots, str, _local_parameters.Localized]] = []
@@ -202,7 +201,7 @@ def localize(module: nn.Module, submodules: Iterable[nn.Module]) -> bool:
                 entry = records.get(name)
                 if entry is not None and entry.inside is held:
                     inside.append((slots, name, entry))
-                elif id(held) not in left_out:
+                elif not is_ignored(owner, name):
                     if id(held) not in made:
                         made[id(held)] = _local_parameters.local_tensor_for(held)
                     found.append((owner, name, held))
@@ -247,9 +246,20 @@ def attach(submodules: Mapping[nn.Module, bool]) -> None:
             hooks.around_state_dict(submodule)
 
 
-def ignored_by(module: nn.Module) -> set[int]:
-    """Identities of the DTensors that the module is not to localize."""
-    return {id(reference()) for reference in module.__dict__.get(IGNORED, ())}
+def ignore(module: nn.Module, parameters: Iterable[torch.Tensor]) -> None:
+    """Remember what is not to be localized, by names, which copies and pickles of modules keep."""
+    left_out = {id(parameter) for parameter in parameters}
+    for owner in _local_parameters.submodules_of(module):
+        held = (*owner._parameters.items(), *owner._buffers.items())
+        names = {name for name, tensor in held if id(tensor) in left_out}
+        if names:
+            owner.__dict__[_IGNORED] = names
+        else:
+            owner.__dict__.pop(_IGNORED, None)
+
+
+def is_ignored(owner: nn.Module, name: str) -> bool:
+    return name in owner.__dict__.get(_IGNORED, ())
 
 
 def forward_state_of(module: nn.Module) -> ForwardState | None:

@@ -10,7 +10,6 @@ None of these functions communicates. See pytorch#120479 on the state of the int
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -139,8 +138,8 @@ def _localize_dtensor(
 
     Args:
         module: any module.
-        ignored_params: DTensor parameters to leave as they are, now and in later calls with this
-            module that say nothing of them, such as a hook's.
+        ignored_params: DTensor parameters to leave as they are, now and in later calls that say
+            nothing of them, such as a hook's; so are what takes their places, and copies.
 
     What ``_reconstruct_dtensor`` put in gives its place back to the same local Parameter. A
     DTensor parameter that was not met before is replaced by a Parameter over the same memory,
@@ -166,7 +165,7 @@ def _localize_dtensor(
 
     """
     if ignored_params is not None:
-        module.__dict__[_forward_hooks.IGNORED] = [weakref.ref(p) for p in ignored_params]
+        _forward_hooks.ignore(module, ignored_params)
     state = _forward_hooks.forward_state_of(module)
     if _ and state is not None and state.inside:
         # A forward hook. Ours comes after it, here or with a forward around this one.
@@ -211,9 +210,8 @@ def _has_begun(module: nn.Module) -> bool:
 
 
 def _refuse_own(module: nn.Module) -> None:
-    ignored = _forward_hooks.ignored_by(module)
     for name, held in (*module._parameters.items(), *module._buffers.items()):
-        if isinstance(held, DTensor) and id(held) not in ignored:
+        if isinstance(held, DTensor) and not _forward_hooks.is_ignored(module, name):
             raise RuntimeError(
                 f"parameter {name!r} of {type(module).__name__}: data parallelism takes this "
                 "DTensor's local tensor in a forward that has begun, and would compute with it; "
