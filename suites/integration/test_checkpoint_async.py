@@ -123,7 +123,7 @@ class TestAsyncSave:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
     @ALONE
-    @pytest.mark.thorough(but=["ddp", "fully_shard"])
+    @pytest.mark.thorough(but=["ddp"])
     def test_the_moment_of_the_save(
         self, device: Any, world: Any, shared: Path, recipe: str
     ) -> None:
@@ -160,7 +160,7 @@ class TestAsyncSave:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
     @ALONE
-    @pytest.mark.thorough(but=["fsdp1", "fully_shard"])
+    @pytest.mark.thorough(but=["fully_shard"])
     def test_a_cached_staging(self, device: Any, world: Any, shared: Path, recipe: str) -> None:
         """A stager that caches stages each save in the same memory, which is not the model's."""
         group = dist.new_group()

@@ -103,7 +103,7 @@ class TestModelOntoAnotherMesh:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT))
-    @pytest.mark.thorough(but=["fsdp1", "fully_shard"])
+    @pytest.mark.thorough(but=["fully_shard"])
     def test_as_many_ranks(self, device: Any, shared: Path, recipe: str) -> None:
         """What a 2x2 mesh saved is loaded on 2x2, 4x1 and 1x4, each rank its part."""
         folder = shared / "saved"
@@ -116,7 +116,7 @@ class TestModelOntoAnotherMesh:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT))
-    @pytest.mark.thorough(but=["ddp", "fully_shard"])
+    @pytest.mark.thorough(but=["ddp"])
     def test_fewer_ranks(self, device: Any, world: Any, shared: Path, recipe: str) -> None:
         """What four ranks saved two can load, as 2x1 and as 1x2, in their own group."""
         folder = shared / "saved"
@@ -132,6 +132,7 @@ class TestModelOntoAnotherMesh:
     @pytest.mark.world(4)
     @GATHERS
     @pytest.mark.parametrize(("source", "target"), ROADS, ids=str)
+    @pytest.mark.thorough(but=["fsdp1-ddp"])
     def test_another_recipe(self, device: Any, shared: Path, source: str, target: str) -> None:
         """What one recipe saved another can load, tied and frozen parameters included."""
         old = trainee(source, TRANSFORMER, device)
@@ -148,7 +149,7 @@ class TestModelOntoAnotherMesh:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", AT_ONCE)
-    @pytest.mark.thorough(but=["fsdp1", "fully_shard"])
+    @pytest.mark.thorough(but=["fsdp1"])
     def test_uneven_shards(self, device: Any, shared: Path, recipe: str) -> None:
         """Shards of different size, and empty ones, travel between 2x2, 4x1 and 1x4."""
         first = shared / "first"
@@ -235,6 +236,7 @@ class TestOptimizerOntoAnotherMesh:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize(("source", "target", "shape"), OPTIMIZER_ROADS, ids=str)
+    @pytest.mark.thorough(but=["fully_shard-fsdp1-(4, 1)"])
     def test_as_many_ranks(
         self, device: Any, shared: Path, source: str, target: str, shape: tuple[int, int]
     ) -> None:
@@ -268,6 +270,7 @@ class TestOptimizerOntoAnotherMesh:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("target", [(4, 1), (1, 4), (2, 1)], ids=str)
+    @pytest.mark.thorough(but=["(1, 4)"])
     def test_uneven_shards(
         self, device: Any, world: Any, shared: Path, target: tuple[int, int]
     ) -> None:

@@ -77,6 +77,7 @@ class TestGetModelStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "replicate"))
+    @pytest.mark.thorough(but=["fsdp1"])
     def test_each_option(self, device: Any, recipe: str) -> None:
         """Each combination gives the oracle's keys and values, whole or this rank's part."""
         get(recipe, device, full_on_cpu=False)
@@ -84,7 +85,7 @@ class TestGetModelStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "replicate"))
-    @pytest.mark.thorough(but=["fsdp1", "fully_shard"])
+    @pytest.mark.thorough(but=["fully_shard"])
     def test_full_on_the_cpu(self, device: Any, recipe: str) -> None:
         """With full_state_dict and cpu_offload rank 0 gets the whole state, the others {}."""
         get(recipe, device, full_on_cpu=True)
@@ -92,7 +93,7 @@ class TestGetModelStateDict:
     @pytest.mark.law("isolation")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "replicate"))
-    @pytest.mark.thorough(but=["ddp", "fsdp1"])
+    @pytest.mark.thorough(but=["ddp"])
     def test_what_was_got_stays(self, device: Any, recipe: str) -> None:
         """A state dict in CPU memory, or a full one, is a snapshot: training does not change it."""
         for got in (Got(False, True, False), Got(True, False, False)):
@@ -116,6 +117,7 @@ class TestSetModelStateDict:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT))
     @GATHERS
+    @pytest.mark.thorough(but=["fully_shard"])
     def test_each_option(self, device: Any, recipe: str) -> None:
         """Each combination puts the given values into the parameters that the model has."""
         load(recipe, device)

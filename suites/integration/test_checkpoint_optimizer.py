@@ -104,6 +104,7 @@ class TestGetOptimizerStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
+    @pytest.mark.thorough(but=["ddp"])
     def test_sharded(self, device: Any, recipe: str) -> None:
         """Each rank gets its part of the state as a DTensor, nested or flat, on its device."""
         get(recipe, device, SHARDED)
@@ -111,7 +112,7 @@ class TestGetOptimizerStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
-    @pytest.mark.thorough(but=["ddp", "fully_shard"])
+    @pytest.mark.thorough(but=["fully_shard"])
     def test_full(self, device: Any, recipe: str) -> None:
         """With full_state_dict every rank gets the unsharded optimizer's state."""
         get(recipe, device, FULL)
@@ -119,7 +120,7 @@ class TestGetOptimizerStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4, collective=8, limit=25)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
-    @pytest.mark.thorough(but=["fsdp1", "fully_shard"])
+    @pytest.mark.thorough(but=["fsdp1"])
     def test_full_on_the_cpu(self, device: Any, recipe: str) -> None:
         """With cpu_offload besides, rank 0 gets it in CPU memory and the others {}."""
         get(recipe, device, FULL_ON_CPU)
@@ -146,7 +147,7 @@ class TestSetOptimizerStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
-    @pytest.mark.thorough(but=["fsdp1", "fully_shard"])
+    @pytest.mark.thorough(but=["fully_shard"])
     def test_sharded(self, device: Any, recipe: str) -> None:
         """A sharded state, nested or flat, lands in a new optimizer, which then trains alike."""
         load(recipe, device, SHARDED)
@@ -154,6 +155,7 @@ class TestSetOptimizerStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
+    @pytest.mark.thorough(but=["fsdp1"])
     def test_full(self, device: Any, recipe: str) -> None:
         """A full state, on every rank or broadcast from rank 0, must land in a new optimizer."""
         load(recipe, device, FULL_SETS)
@@ -161,6 +163,7 @@ class TestSetOptimizerStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(["fsdp1", "fully_shard"], "fsdp1"))
+    @pytest.mark.thorough(but=["fsdp1"])
     def test_full_and_flat(self, device: Any, recipe: str) -> None:
         """A full, flat state must land with flatten_optimizer_state_dict, which made it."""
         load(recipe, device, FULL)
@@ -176,7 +179,7 @@ class TestSetOptimizerStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
-    @pytest.mark.thorough(but=["ddp", "fsdp1"])
+    @pytest.mark.thorough(but=["ddp"])
     def test_each_rank_takes_back_its_own(self, device: Any, recipe: str) -> None:
         """What a rank got without options it can load; training goes on as if nothing was."""
         for name in OPTIMIZERS:

@@ -37,7 +37,7 @@ class TestAccumulation:
     @pytest.mark.parametrize(
         "recipe", over("ddp", "replicate", "fsdp1", "fsdp1-flat", "fully_shard")
     )
-    @pytest.mark.thorough(but=["ddp", "fsdp1", "fully_shard"])
+    @pytest.mark.thorough(but=["fully_shard"])
     def test_without_synchronisation(self, device: Any, recipe: Recipe) -> None:
         """Backwards that do not synchronise, then one that does, give the mean of all replicas."""
         pair = Pair(recipe.make(MLP, device))
@@ -80,6 +80,7 @@ class TestTies:
     @pytest.mark.law("structure")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", over("ddp", "replicate", "fsdp1", "fully_shard"))
+    @pytest.mark.thorough(but=["fsdp1"])
     def test_tied_weights_stay_tied(self, device: Any, recipe: Recipe) -> None:
         """Two layers that share their Parameters share them still, and these train as one."""
         pair = Pair(recipe.make(TIED, device))
@@ -93,6 +94,7 @@ class TestRoads:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", over("ddp", "fully_shard"))
     @GATHERS
+    @pytest.mark.thorough(but=["ddp"])
     def test_activation_checkpointing(self, device: Any, recipe: Recipe) -> None:
         """Blocks whose forward is computed again in the backward train like others."""
 
@@ -105,7 +107,7 @@ class TestRoads:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", over("ddp", "replicate", "fsdp1", "fully_shard"))
-    @pytest.mark.thorough(but=["ddp", "fsdp1"])
+    @pytest.mark.thorough(but=["fsdp1"])
     def test_another_dtype(self, device: Any, recipe: Recipe) -> None:
         """A model that is moved to another dtype before it is wrapped trains in that dtype."""
         trainee = recipe.make(SINGLE, device, change=to_single)
@@ -114,7 +116,7 @@ class TestRoads:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", over("ddp", "replicate", "fsdp1", "fully_shard"))
-    @pytest.mark.thorough(but=["ddp", "fully_shard"])
+    @pytest.mark.thorough(but=["ddp"])
     def test_a_failed_forward(self, device: Any, recipe: Recipe) -> None:
         """After a forward that failed halfway, training goes on as if it had not been."""
         pair = Pair(recipe.make(MLP, device))
@@ -129,7 +131,7 @@ class TestRoads:
     @pytest.mark.law("structure")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", over("replicate", "ddp", "fsdp1", "fully_shard"))
-    @pytest.mark.thorough(but=["replicate", "fully_shard"])
+    @pytest.mark.thorough(but=["replicate"])
     def test_an_early_optimizer(self, device: Any, recipe: Recipe) -> None:
         """An optimizer that is made right after wrapping, before any forward, trains the model."""
         pair = Pair(recipe.make(MLP, device, early=True))

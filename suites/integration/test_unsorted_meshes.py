@@ -78,6 +78,7 @@ class TestUnsortedMeshes:
 
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", ["ddp", "fully_shard", "fsdp1"])
+    @pytest.mark.thorough(but=["fsdp1"])
     def test_over_tensor_parallelism(self, recipe: str, device: torch.device) -> None:
         """So it does where tensor parallelism is another dimension of such a mesh."""
         pair = _trained(recipe, [[3, 1], [2, 0]], device)

@@ -109,9 +109,7 @@ class TestWrapping:
     @pytest.mark.parametrize("recipe", ways(WAYS))
     @pytest.mark.thorough(
         but=[
-            "ddp-static-after a forward",
             "ddp-group-before the wrap",
-            "replicate-mesh-before the wrap",
             "replicate-mesh-transformed-after a forward",
             "replicate-group-after a forward",
         ]
