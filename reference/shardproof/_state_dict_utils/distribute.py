@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from shardproof._core.loading.simulated import fill_simulated
+from shardproof._core.loading.simulated import check_simulated, fill_simulated
 from shardproof._core.loading.target_spec import TargetSpec
 from shardproof._core.loading.targets import Target, TargetFactory, last_of_tied
 from shardproof._core.loading.value_checks import check_kinds, plain_full_tensor
@@ -77,6 +77,7 @@ def _distribute_state_dict(
         if not isinstance(held, torch.Tensor):
             check_kinds(key, held, "Tensor", full.dim())
         elif simulated and isinstance(held, DTensor):
+            check_simulated(key, held, full)
             values[key] = fill_simulated(held, full, device, in_place=False)
             continue
         if held is None and full.dim():
@@ -118,7 +119,7 @@ def _distribute_tensors(
     device = torch.device(device)
     targets = TargetFactory(in_place=True)
     simulated = simulates_ranks()
-    filled: dict[str, DTensor] = {}
+    played: dict[str, tuple[DTensor, torch.Tensor]] = {}
     found: dict[str, tuple[Target, torch.Tensor]] = {}
     for key in keys:
         pair = local_state_dict.get(key)
@@ -127,12 +128,14 @@ def _distribute_tensors(
         held, value = pair
         full = plain_full_tensor(key, value)
         if simulated:
-            filled[key] = fill_simulated(held, full, device, in_place=True)
+            check_simulated(key, held, full)
+            played[key] = held, full
             continue
         size, dtype, layout = alike = full.size(), full.dtype, full.layout
         found[key] = targets.target(key, held, size, dtype, device, alike, layout), full
     local_state_dict.update(_fill_targets(found))
-    local_state_dict.update(filled)
+    for key, (held, full) in played.items():
+        local_state_dict[key] = fill_simulated(held, full, device, in_place=True)
 
 
 def _copy_of_placed(key: Any, value: DTensor, held: Any, device: torch.device) -> DTensor:

@@ -203,6 +203,25 @@ class TestIterateTies:
 
 
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")
+class TestGatherPartlyTied:
+    @pytest.mark.law("values")
+    @pytest.mark.world(2, 3)
+    def test_tied_on_some_ranks(self, judged: Any, mesh: Any, rank: int, world: Any) -> None:
+        """Two DTensors that one rank alone has tied must each have the values that others hold."""
+        line = mesh(world.size)
+        for tying in range(world.size):
+            a = numbers(world.size * 2, 3)
+            b = numbers(world.size * 2, 3, salt=1)
+            b[tying * 2 : tying * 2 + 2] = a[tying * 2 : tying * 2 + 2]
+            held = [dtensor(full, line, [S(0)]) for full in (a, b)]
+            if rank == tying:
+                held[1] = dtensor(b, line, [S(0)], local=local(held[0]))
+            got = judged({"a": held[0], "b": held[1]})
+            assert_same(got["a"], a, f"a, tied on rank {tying}")
+            assert_same(got["b"], b, f"b, tied on rank {tying}")
+
+
+@pytest.mark.judges("_state_dict_utils._gather_state_dict")
 class TestGatherTies:
     @pytest.mark.law("structure")
     @pytest.mark.world(2)

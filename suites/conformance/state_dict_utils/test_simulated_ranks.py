@@ -194,6 +194,32 @@ class TestDistribute:
             judged(dict(WHOLE), into, CPU)
             assert_whole(into)
 
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    def test_another_dtype(self, judged: Any, mesh: Any) -> None:
+        """A target keeps its dtype, and takes the full tensor's values in it."""
+        line, full = mesh(2), numbers(6, 2)
+        with LocalTensorMode(2):
+            empty = torch.zeros(6, 2, dtype=torch.bfloat16)
+            into: dict[str, Any] = {"w": distribute_tensor(empty, line, [S(0)], src_data_rank=None)}
+            judged({"w": full}, into, CPU)
+            assert into["w"].dtype == torch.bfloat16, f"{into['w'].dtype}"
+            assert_same(into["w"].full_tensor().reconcile(), full.bfloat16())
+
+    @pytest.mark.law("all-or-nothing")
+    @pytest.mark.world(2)
+    def test_another_shape(self, judged: Any, mesh: Any) -> None:
+        """A full tensor of another shape is refused by its key, before any target changes."""
+        line, full = mesh(2), numbers(6, 2)
+        with LocalTensorMode(2):
+            held: dict[str, Any] = {
+                name: distribute_tensor(torch.zeros(6, 2), line, [S(0)], src_data_rank=None)
+                for name in ("first", "second")
+            }
+            values = {"first": full, "second": full[:4]}
+            refused(lambda: judged(values, dict(held), CPU), "'second'")
+            assert_same(held["first"].full_tensor().reconcile(), full * 0, "the first")
+
 
 @pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
 class TestBroadcast:
@@ -228,6 +254,20 @@ class TestBroadcast:
             assert_whole({name: mine[name] for name in WHOLE})
             assert "other" not in mine
 
+    @pytest.mark.law("all-or-nothing")
+    @pytest.mark.world(2)
+    def test_another_shape(self, judged: Any, mesh: Any) -> None:
+        """A full tensor of another shape is refused by its key, before any target changes."""
+        line, full = mesh(2), numbers(6, 2)
+        with LocalTensorMode(2):
+            held: dict[str, Any] = {
+                name: distribute_tensor(torch.zeros(6, 2), line, [S(0)], src_data_rank=None)
+                for name in ("first", "second")
+            }
+            values = {"first": full, "second": full[:4]}
+            refused(lambda: judged(values, dict(held), CPU), "'second'")
+            assert_same(held["first"].full_tensor().reconcile(), full * 0, "the first")
+
 
 @pytest.mark.judges("_state_dict_utils._distribute_tensors")
 class TestDistributeTensors:
@@ -243,6 +283,21 @@ class TestDistributeTensors:
             judged(pairs, [*pairs, "missing"], CPU)
             assert all(pairs[name] is held[name] for name in held), "another object"
             assert_whole(pairs | {"plain": WHOLE["plain"]})
+
+    @pytest.mark.law("all-or-nothing")
+    @pytest.mark.world(2)
+    def test_another_shape(self, judged: Any, mesh: Any) -> None:
+        """A full tensor of another shape is refused by its key, before any target changes."""
+        line, full = mesh(2), numbers(6, 2)
+        with LocalTensorMode(2):
+            held: dict[str, Any] = {
+                name: distribute_tensor(torch.zeros(6, 2), line, [S(0)], src_data_rank=None)
+                for name in ("first", "second")
+            }
+            values = {"first": full, "second": full[:4]}
+            pairs = {name: (held[name], values[name]) for name in held}
+            refused(lambda: judged(pairs, [*pairs], CPU), "'second'")
+            assert_same(held["first"].full_tensor().reconcile(), full * 0, "the first")
 
 
 _THREADS = textwrap.dedent(

@@ -163,6 +163,29 @@ class TestLocalizeDtensorWithinAForward:
             handle.remove()
         assert_holds(module, line, oracle, "afterwards")
 
+    @pytest.mark.law("autograd")
+    @pytest.mark.world(1, 2)
+    def test_as_a_hook_of_a_part(self, judged: Any, mesh: Any, world: Any) -> None:
+        """The hook of a part leaves its DTensors in until the forward around it ends."""
+        line, full = mesh(world.size), numbers(4, 3)
+
+        class Around(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.part = nn.Identity()
+                self.part.w = weight(full, line, [S(0)])
+
+            def forward(self) -> None:
+                self.part(full)
+                assert_type(self.part.w, DTensor, "after the part's forward")
+
+        module = Around()
+        judged(module)
+        module.part.register_forward_hook(judged)
+        for _ in range(2):
+            module()
+            assert_type(module.part.w, nn.Parameter, "afterwards")
+
     @pytest.mark.law("all-or-nothing")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("kind", ["parameter", "buffer"])

@@ -225,9 +225,7 @@ class TestLocalizeDtensor:
     @pytest.mark.law("structure")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("way", ["child alone", "deepcopy", "pickle"])
-    def test_ignored_parameters_of_parts_and_copies(
-        self, judged: Any, mesh: Any, way: str
-    ) -> None:
+    def test_ignored_parameters_of_parts_and_copies(self, judged: Any, mesh: Any, way: str) -> None:
         """Ignored parameters stay after a forward of a part alone, and in copies of the module."""
         line, full = mesh(1), numbers(4, 3)
         module = nn.Sequential(HalfIgnored(weight(full, line, [S(0)]), weight(full, line, [R])))

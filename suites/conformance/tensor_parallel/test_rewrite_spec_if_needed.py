@@ -71,6 +71,7 @@ class TestRewriteSpecIfNeeded:
             ("fits", spec("rank:0/cpu", "rank:1/cpu"), 1),
             ("others do not fit", spec("rank:0/cuda:0", "rank:1/cpu"), 1),
             ("no place", spec("rank:0/cuda:0", "rank:1/cuda:1"), 2),
+            ("no rank", spec("meta", "rank:0/cuda:0"), 1),
         ):
             got = judged(before, numbers(4, device=CPU), rank)
             assert got.dim == before.dim, name

@@ -17,6 +17,22 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from shardproof._core.copies.snapshots import snapshot
 
 
+def check_simulated(key: Any, held: Any, full: Any) -> None:
+    """Refuse a full tensor of another shape than the DTensor that is to take its values.
+
+    Raises:
+        ValueError: the shapes differ; the message names the key.
+
+    """
+    if not isinstance(held, DTensor) or not isinstance(full, torch.Tensor):
+        return
+    if held.shape != full.shape:
+        raise ValueError(
+            f"{key!r}: the target has shape {tuple(held.shape)}, expected {tuple(full.shape)} "
+            "as the full tensor has"
+        )
+
+
 def fill_simulated(
     held: DTensor, full: torch.Tensor, device: torch.device, in_place: bool
 ) -> DTensor:
@@ -39,9 +55,10 @@ def load_simulated(
 ) -> None:
     """What ``_broadcast_state_dict`` does for ``keys`` where ranks are simulated."""
     filled: dict[Any, Any] = {}
-    for key in keys:
-        if key not in local:
-            continue
+    wanted = [key for key in keys if key in local]
+    for key in wanted:
+        check_simulated(key, local[key], full[key])
+    for key in wanted:
         held, value = local[key], full[key]
         if not isinstance(value, torch.Tensor):
             filled[key] = copy.deepcopy(value)
