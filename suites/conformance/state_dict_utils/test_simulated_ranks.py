@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -64,6 +65,20 @@ def assert_whole(got: Any) -> None:
         ranks = full._local_tensors if isinstance(full, LocalTensor) else {0: full}
         for rank, mine in ranks.items():
             assert_same(mine, WHOLE[name], f"{name}, rank {rank}")
+
+
+def refuse_another_shape(mesh: Any, load: Callable[[Any, Any], None]) -> None:
+    """The second of two full tensors is refused by its key, and neither target has changed."""
+    line, full = mesh(2), numbers(6, 2)
+    held: dict[str, Any] = {
+        name: distribute_tensor(torch.zeros(6, 2), line, [S(0)], src_data_rank=None)
+        for name in ("first", "second")
+    }
+    into = dict(held)
+    refused(lambda: load({"first": full, "second": full[:4]}, into), "'second'")
+    for name, target in held.items():
+        assert into[name] is target, f"{name}: replaced"
+        assert_same(target.full_tensor().reconcile(), full * 0, name)
 
 
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")
@@ -206,19 +221,24 @@ class TestDistribute:
             assert into["w"].dtype == torch.bfloat16, f"{into['w'].dtype}"
             assert_same(into["w"].full_tensor().reconcile(), full.bfloat16())
 
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(2)
+    def test_one_element_for_a_scalar(self, judged: Any, mesh: Any) -> None:
+        """A full tensor of one element is taken for a scalar target, which stays one."""
+        line = mesh(2)
+        with LocalTensorMode(2):
+            scalar = distribute_tensor(torch.zeros(()), line, [R], src_data_rank=None)
+            into: dict[str, Any] = {"step": scalar}
+            judged({"step": numbers(1) + 5}, into, CPU)
+            assert_same(into["step"].full_tensor().reconcile(), numbers() + 5)
+
     @pytest.mark.law("all-or-nothing")
     @pytest.mark.world(2)
     def test_another_shape(self, judged: Any, mesh: Any) -> None:
         """A full tensor of another shape is refused by its key, before any target changes."""
-        line, full = mesh(2), numbers(6, 2)
+        mesh(2)
         with LocalTensorMode(2):
-            held: dict[str, Any] = {
-                name: distribute_tensor(torch.zeros(6, 2), line, [S(0)], src_data_rank=None)
-                for name in ("first", "second")
-            }
-            values = {"first": full, "second": full[:4]}
-            refused(lambda: judged(values, dict(held), CPU), "'second'")
-            assert_same(held["first"].full_tensor().reconcile(), full * 0, "the first")
+            refuse_another_shape(mesh, lambda values, into: judged(values, into, CPU))
 
 
 @pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
@@ -258,15 +278,9 @@ class TestBroadcast:
     @pytest.mark.world(2)
     def test_another_shape(self, judged: Any, mesh: Any) -> None:
         """A full tensor of another shape is refused by its key, before any target changes."""
-        line, full = mesh(2), numbers(6, 2)
+        mesh(2)
         with LocalTensorMode(2):
-            held: dict[str, Any] = {
-                name: distribute_tensor(torch.zeros(6, 2), line, [S(0)], src_data_rank=None)
-                for name in ("first", "second")
-            }
-            values = {"first": full, "second": full[:4]}
-            refused(lambda: judged(values, dict(held), CPU), "'second'")
-            assert_same(held["first"].full_tensor().reconcile(), full * 0, "the first")
+            refuse_another_shape(mesh, lambda values, into: judged(values, into, CPU))
 
 
 @pytest.mark.judges("_state_dict_utils._distribute_tensors")
@@ -288,16 +302,14 @@ class TestDistributeTensors:
     @pytest.mark.world(2)
     def test_another_shape(self, judged: Any, mesh: Any) -> None:
         """A full tensor of another shape is refused by its key, before any target changes."""
-        line, full = mesh(2), numbers(6, 2)
+        mesh(2)
         with LocalTensorMode(2):
-            held: dict[str, Any] = {
-                name: distribute_tensor(torch.zeros(6, 2), line, [S(0)], src_data_rank=None)
-                for name in ("first", "second")
-            }
-            values = {"first": full, "second": full[:4]}
-            pairs = {name: (held[name], values[name]) for name in held}
-            refused(lambda: judged(pairs, [*pairs], CPU), "'second'")
-            assert_same(held["first"].full_tensor().reconcile(), full * 0, "the first")
+            refuse_another_shape(
+                mesh,
+                lambda values, into: judged(
+                    {name: (into[name], values[name]) for name in into}, [*into], CPU
+                ),
+            )
 
 
 _THREADS = textwrap.dedent(

@@ -245,13 +245,15 @@ class TestLocalizeDtensor:
     @pytest.mark.law("isolation")
     @pytest.mark.world(1)
     def test_an_ignored_parameter_is_not_held(self, judged: Any, mesh: Any) -> None:
-        """One that was to be ignored, and was replaced since, must be gone."""
+        """One that was to be ignored, and was replaced, is gone, and its successor not ignored."""
         module: Any = bag(a=weight(numbers(4), mesh(1), [S(0)]), b=nn.Parameter(numbers(2)))
         gone = weakref.ref(module.a)
         judged(module, ignored_params={module.a})
-        module.a = nn.Parameter(numbers(4))
+        module.a = weight(numbers(4, salt=1), mesh(1), [S(0)])
         gc.collect()
         assert gone() is None, "it is held after it was replaced"
+        judged(module)
+        assert_local(module.a, numbers(4, salt=1), "what took its place")
 
     @pytest.mark.law("structure")
     @pytest.mark.world(1)

@@ -26,7 +26,8 @@ def check_simulated(key: Any, held: Any, full: Any) -> None:
     """
     if not isinstance(held, DTensor) or not isinstance(full, torch.Tensor):
         return
-    if held.shape != full.shape:
+    # torch's modules take one element for a scalar.
+    if held.shape != full.shape and not (held.dim() == 0 and full.shape == (1,)):
         raise ValueError(
             f"{key!r}: the target has shape {tuple(held.shape)}, expected {tuple(full.shape)} "
             "as the full tensor has"
@@ -37,7 +38,7 @@ def fill_simulated(
     held: DTensor, full: torch.Tensor, device: torch.device, in_place: bool
 ) -> DTensor:
     """The DTensor ``held`` with the values of a full tensor, where ranks are simulated."""
-    full = full.to(device=device, dtype=held.dtype)
+    full = full.reshape(held.shape).to(device=device, dtype=held.dtype)
     # Each rank that is played cuts its part itself.
     filled = distribute_tensor(full, held.device_mesh, held.placements, src_data_rank=None)
     if not in_place or held._local_tensor.is_meta:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any
@@ -188,6 +189,7 @@ def localize(module: nn.Module, submodules: Iterable[nn.Module]) -> bool:
 
     The first time for a DTensor this makes the Parameter, and hooks the module; whether it did.
     """
+    left_out = ignored_in(submodules)
     made: dict[int, tuple[Any, Any]] = {}
     found: list[tuple[nn.Module, str, DTensor]] = []
     inside: list[tuple[_local_parameters.Slots, str, _local_parameters.Localized]] = []
@@ -201,7 +203,7 @@ def localize(module: nn.Module, submodules: Iterable[nn.Module]) -> bool:
                 entry = records.get(name)
                 if entry is not None and entry.inside is held:
                     inside.append((slots, name, entry))
-                elif not is_ignored(owner, name):
+                elif id(held) not in left_out:
                     if id(held) not in made:
                         made[id(held)] = _local_parameters.local_tensor_for(held)
                     found.append((owner, name, held))
@@ -246,20 +248,47 @@ def attach(submodules: Mapping[nn.Module, bool]) -> None:
             hooks.around_state_dict(submodule)
 
 
+class _Ignored(dict[str, "weakref.ref[torch.Tensor] | None"]):
+    """Names of an owner's DTensors that are to stay; one that takes a place is no such DTensor.
+
+    A copy or a pickle has other tensors: which ones, their names say when they are first asked for.
+    """
+
+    def __reduce__(self) -> tuple[type[_Ignored], tuple[dict[str, None]]]:
+        return _Ignored, (dict.fromkeys(self),)
+
+
+_NONE_IGNORED = _Ignored()
+
+
 def ignore(module: nn.Module, parameters: Iterable[torch.Tensor]) -> None:
-    """Remember what is not to be localized, by names, which copies and pickles of modules keep."""
+    """Remember which DTensors of a module are not to be localized, each on its owner."""
     left_out = {id(parameter) for parameter in parameters}
     for owner in _local_parameters.submodules_of(module):
         held = (*owner._parameters.items(), *owner._buffers.items())
-        names = {name for name, tensor in held if id(tensor) in left_out}
-        if names:
-            owner.__dict__[_IGNORED] = names
+        ignored = _Ignored(
+            (name, weakref.ref(tensor))
+            for name, tensor in held
+            if tensor is not None and id(tensor) in left_out
+        )
+        if ignored:
+            owner.__dict__[_IGNORED] = ignored
         else:
             owner.__dict__.pop(_IGNORED, None)
 
 
-def is_ignored(owner: nn.Module, name: str) -> bool:
-    return name in owner.__dict__.get(_IGNORED, ())
+def ignored_in(submodules: Iterable[nn.Module]) -> set[int]:
+    """Identities of the DTensors that are not to be localized."""
+    found = set()
+    for owner in submodules:
+        ignored: _Ignored = owner.__dict__.get(_IGNORED, _NONE_IGNORED)
+        for name, reference in ignored.items():
+            if reference is not None:
+                found.add(id(reference()))
+            elif (tensor := _local_parameters.slots_of(owner, name).get(name)) is not None:
+                ignored[name] = weakref.ref(tensor)
+                found.add(id(tensor))
+    return found
 
 
 def forward_state_of(module: nn.Module) -> ForwardState | None:

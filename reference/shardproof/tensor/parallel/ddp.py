@@ -139,7 +139,7 @@ def _localize_dtensor(
     Args:
         module: any module.
         ignored_params: DTensor parameters to leave as they are, now and in later calls that say
-            nothing of them, such as a hook's; so are what takes their places, and copies.
+            nothing of them, such as a hook's, also in copies and pickles of the module.
 
     What ``_reconstruct_dtensor`` put in gives its place back to the same local Parameter. A
     DTensor parameter that was not met before is replaced by a Parameter over the same memory,
@@ -210,8 +210,9 @@ def _has_begun(module: nn.Module) -> bool:
 
 
 def _refuse_own(module: nn.Module) -> None:
+    ignored = _forward_hooks.ignored_in([module])
     for name, held in (*module._parameters.items(), *module._buffers.items()):
-        if isinstance(held, DTensor) and not _forward_hooks.is_ignored(module, name):
+        if isinstance(held, DTensor) and id(held) not in ignored:
             raise RuntimeError(
                 f"parameter {name!r} of {type(module).__name__}: data parallelism takes this "
                 "DTensor's local tensor in a forward that has begun, and would compute with it; "
