@@ -45,6 +45,7 @@ WRONG = [
     (["-k", "nothing_like_this"], "no check was selected"),
     (["no_such_file.py"], "file or directory not found: no_such_file.py"),
     (["--no-such-option"], "unrecognized arguments: --no-such-option"),
+    (["--no-such-option", "-q"], "ci/conformance --help lists the options"),
 ]
 
 

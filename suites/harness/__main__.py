@@ -30,6 +30,9 @@ def main() -> int:
         torchrun_env.wait_for_the_first_worker()
         return 0
     status = int(pytest.main(joined(sys.argv[1:])))
+    if status == pytest.ExitCode.USAGE_ERROR:
+        command = os.environ.get("SHARDPROOF_COMMAND", "ci/conformance")
+        print(f"{command} --help lists the options", file=sys.stderr)
     return _EXIT.get(status, status)
 
 
