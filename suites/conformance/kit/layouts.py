@@ -24,7 +24,7 @@ from torch.distributed._shard.sharded_tensor.metadata import (
 )
 from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, _dtensor_spec
 from torch.distributed.tensor.placement_types import _StridedShard
 
 R = Replicate()
@@ -126,6 +126,22 @@ def dtensor(
         shape=full.shape,
         stride=full.new_empty(full.shape, device="meta").stride(),
     )
+
+
+def in_another_order(full: torch.Tensor, mesh: DeviceMesh) -> DTensor | None:
+    """`full` cut by the second of two mesh dimensions first; None where torch has no such order."""
+    entry = getattr(_dtensor_spec, "ShardOrderEntry", None)
+    coordinate = mesh.get_coordinate()
+    if entry is None or coordinate is None:
+        return None
+    mine = full.chunk(mesh.size(1))[coordinate[1]].chunk(mesh.size(0))[coordinate[0]]
+    spec = _dtensor_spec.DTensorSpec(
+        mesh,
+        (S(0), S(0)),
+        tensor_meta=_dtensor_spec.TensorMeta(full.shape, full.stride(), full.dtype),
+        shard_order=(entry(tensor_dim=0, mesh_dims=(1, 0)),),
+    )
+    return DTensor(mine.clone(), spec, requires_grad=False)
 
 
 def read_whole(tensor: DTensor) -> torch.Tensor:

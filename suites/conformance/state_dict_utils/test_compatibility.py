@@ -224,9 +224,19 @@ class TestDistributeAdapting:
         """A DTensor in the full state dict, placed as its target is, must land as it is."""
         full = numbers(6, 4)
         given = dtensor(full, mesh(2), [S(0)])
-        local = {"w": target(full, mesh(2), [S(0)]), "usual": numbers(2)}
-        judged({"w": given, "usual": numbers(2, salt=1)}, local, device)
+        cast, longer = numbers(6, 4, dtype=torch.float64), numbers(7, 4)
+        local = {
+            "w": target(full, mesh(2), [S(0)]),
+            "cast": target(full, mesh(2), [S(0)]),
+            "longer": target(full, mesh(2), [S(0)]),
+            "usual": numbers(2),
+        }
+        placed = {"w": given, "cast": dtensor(cast, mesh(2), [S(0)])}
+        placed["longer"] = dtensor(longer, mesh(2), [S(0)])
+        judged({**placed, "usual": numbers(2, salt=1)}, local, device)
         assert_landed(local["w"], full, mesh(2), [S(0)], "w")
+        assert_landed(local["cast"], cast, mesh(2), [S(0)], "cast")
+        assert_landed(local["longer"], longer, mesh(2), [S(0)], "longer")
         assert_same(local["usual"], numbers(2, salt=1), "usual")
 
     @pytest.mark.law("isolation")

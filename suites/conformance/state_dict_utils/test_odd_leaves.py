@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor, Partial, Placement, _dtensor_spec
+from torch.distributed.tensor import DTensor, Partial, Placement
 from torch.testing._internal.two_tensor import TwoTensor
 
 from conformance.kit.agree import assert_raises_everywhere
 from conformance.kit.compare import assert_same, local
 from conformance.kit.data import numbers
 from conformance.kit.landing import assert_landed, blank, target
-from conformance.kit.layouts import SS, R, S, dtensor, part
+from conformance.kit.layouts import SS, R, S, dtensor, in_another_order, part
 from conformance.kit.refusals import MISSING
 
 KEY = "layer.odd"
@@ -64,22 +64,6 @@ def recording(full: torch.Tensor, mesh: Any, placements: list[Placement]) -> DTe
         return DTensor(local(leaf).requires_grad_(), leaf._spec, requires_grad=True)
 
 
-def in_another_order(full: torch.Tensor, mesh: Any, filled: bool) -> DTensor | None:
-    """`full` cut by the second mesh dimension first; None where torch has no such order."""
-    entry = getattr(_dtensor_spec, "ShardOrderEntry", None)
-    if entry is None:
-        return None
-    here = mesh.get_coordinate()
-    mine = full.chunk(2)[here[1]].chunk(2)[here[0]]
-    spec = _dtensor_spec.DTensorSpec(
-        mesh,
-        (S(0), S(0)),
-        tensor_meta=_dtensor_spec.TensorMeta(full.shape, full.stride(), full.dtype),
-        shard_order=(entry(tensor_dim=0, mesh_dims=(1, 0)),),
-    )
-    return DTensor(mine.clone() if filled else torch.zeros_like(mine), spec, requires_grad=False)
-
-
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")
 class TestGatherOddLeaves:
     @pytest.mark.law("structure")
@@ -98,7 +82,7 @@ class TestGatherOddLeaves:
     def test_shards_in_another_order(self, judged: Any, mesh: Any) -> None:
         """A dimension that is cut by the last mesh dimension first must come out in its order."""
         full = numbers(8, 3)
-        leaf = in_another_order(full, mesh(2, 2), True)
+        leaf = in_another_order(full, mesh(2, 2))
         if leaf is not None:
             assert_same(judged({"w": leaf})["w"], full)
 
@@ -239,8 +223,8 @@ class TestBroadcastOddLeaves:
     ) -> None:
         """A target that is cut by the last mesh dimension first must take its own rows."""
         full = numbers(8, 3, device=device)
-        leaf = in_another_order(full, mesh(2, 2), False)
-        expected = in_another_order(full, mesh(2, 2), True)
+        leaf = in_another_order(blank(full), mesh(2, 2))
+        expected = in_another_order(full, mesh(2, 2))
         if leaf is not None and expected is not None:
             mine = {"w": leaf}
             judged({"w": full} if rank == 0 else {}, mine, device)
@@ -290,17 +274,30 @@ class TestBroadcastOddLeaves:
 
     @pytest.mark.law("values")
     @pytest.mark.world(2)
-    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint16], ids=str)
+    @pytest.mark.parametrize(
+        ("dtype", "other"),
+        [
+            (torch.float8_e4m3fn, torch.float32),
+            (torch.float8_e4m3fn, torch.float8_e5m2),
+            (torch.uint16, torch.int64),
+        ],
+        ids=str,
+    )
     def test_a_dtype_that_is_sent_as_bytes_lands_in_another(
-        self, judged: Any, mesh: Any, rank: int, device: torch.device, dtype: torch.dtype
+        self,
+        judged: Any,
+        mesh: Any,
+        rank: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        other: torch.dtype,
     ) -> None:
         """Values must be converted, where their bytes travel in parts, too."""
-        wide = torch.float32 if dtype.is_floating_point else torch.int64
         full = {
             "few": numbers(6, 4, dtype=dtype, device=device),
             "many": numbers(1023, 640, dtype=dtype, device=device),
         }
-        mine = {key: target(value, mesh(2), [S(0)], dtype=wide) for key, value in full.items()}
+        mine = {key: target(value, mesh(2), [S(0)], dtype=other) for key, value in full.items()}
         judged(full if rank == 0 else {}, mine, device)
         for key, value in full.items():
-            assert_same(local(mine[key]), part(value.to(wide), mesh(2), [S(0)]), key)
+            assert_same(local(mine[key]), part(value.to(other), mesh(2), [S(0)]), key)

@@ -105,16 +105,19 @@ class TestTraverseStateDict:
 
     @pytest.mark.law("symmetry")
     @pytest.mark.world(1)
-    def test_an_error_of_the_visitor_gets_through(self, judged: Any) -> None:
+    @pytest.mark.parametrize("kind", [LookupError, StopIteration, KeyboardInterrupt])
+    def test_an_error_of_the_visitor_gets_through(
+        self, judged: Any, kind: type[BaseException]
+    ) -> None:
         """What the visitor raises reaches the caller as it is, and the walk ends there."""
         seen: list[Any] = []
 
         def visit(path: Any, leaf: Any) -> None:
             seen.append(leaf)
             if leaf == 2:
-                raise LookupError("two")
+                raise kind("two")
 
-        with pytest.raises(LookupError, match="two"):
+        with pytest.raises(kind, match="two"):
             judged({"a": 1, "b": [2, 3], "c": 4}, visit)
         assert seen == [1, 2]
 

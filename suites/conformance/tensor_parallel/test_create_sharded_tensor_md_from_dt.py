@@ -78,6 +78,15 @@ class TestCreateShardMdFromDt:
             assert_box(box_of(got), ((0, 0), size), size, str(size))
             assert seat(got) == rank
 
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    def test_the_rank_it_is_told(self, judged: Any, mesh: Any, rank: int) -> None:
+        """The shard's owner must be the rank that the caller names, whichever rank calls."""
+        for placement in S(0), R:
+            for owner in (1 - rank, 7):
+                got = judged(dtensor(numbers(4, 3), mesh(2), [placement]), owner)
+                assert seat(got) == owner, f"{placement}: {got.placement}, expected rank {owner}"
+
     @pytest.mark.law("isolation")
     @pytest.mark.world(2)
     def test_the_metadata_are_its_own(self, judged: Any, mesh: Any, rank: int) -> None:

@@ -1,4 +1,4 @@
-"""The DTensor around a local tensor of another dtype than the spec's, and its second gradients."""
+"""The DTensor around a local tensor that is not as usual, and its second gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from conformance.kit.compare import assert_same
 from conformance.kit.data import numbers
-from conformance.kit.layouts import R, S, dtensor, part
+from conformance.kit.layouts import R, S, dtensor, in_another_order, part
 
 
 @pytest.mark.judges("tensor.parallel._data_parallel_utils._unflatten_tensor")
@@ -37,6 +37,41 @@ class TestUnflattenTensorOddUses:
             meta = like._spec.tensor_meta
             assert meta is not None, "the caller's spec was changed"
             assert meta.dtype == full.dtype, "the caller's spec was changed"
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(4)
+    def test_shards_in_another_order(self, judged: Any, mesh: Any) -> None:
+        """A spec that cuts by the last mesh dimension first must be kept, also with a cast."""
+        like = in_another_order(numbers(8, 3), mesh(2, 2))
+        if like is None:
+            return
+        for dtype in (torch.float32, torch.bfloat16):
+            for trains in (False, True):
+                local = like._local_tensor.clone().to(dtype)
+                got = judged(local.requires_grad_(trains), like._spec)
+                order = got._spec.shard_order
+                assert order == like._spec.shard_order, f"{dtype}, {trains=}: {order}"
+
+    # The compiler looks at the gradient of whatever it meets.
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+    @pytest.mark.law("values")
+    @pytest.mark.world(1)
+    def test_compiled_in_another_order(self, judged: Any, mesh: Any) -> None:
+        """In compiled code a spec that cuts by the last mesh dimension first must be kept."""
+        like = in_another_order(numbers(8, 3), mesh(1, 1))
+        if like is None:
+            return
+        spec = like._spec
+
+        def code(local: torch.Tensor) -> Any:
+            return judged(local, spec)
+
+        compiled: Any = torch.compile(code, backend="eager")
+        for trains in (False, True):
+            got = compiled(numbers(8, 3).requires_grad_(trains))
+            order = got._spec.shard_order
+            assert order == spec.shard_order, f"{trains=}: {order}"
+            assert got.requires_grad is trains
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(1, 2)

@@ -16,7 +16,7 @@ import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -98,6 +98,15 @@ def cuts_of(spec: DTensorSpec) -> tuple[Cut, ...]:
 
     """
     return _cuts(len(spec.shape), tuple(spec.placements), getattr(spec, "shard_order", None))
+
+
+def has_other_order(spec: DTensorSpec) -> bool:
+    """Whether mesh dimensions of one tensor dimension apply in another order than the mesh's."""
+    return any(
+        first > then
+        for entry in getattr(spec, "shard_order", None) or ()
+        for first, then in pairwise(entry.mesh_dims)
+    )
 
 
 @lru_cache(maxsize=4096)

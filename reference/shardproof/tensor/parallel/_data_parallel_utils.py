@@ -16,7 +16,7 @@ from torch._C._functorch import unwrap_if_dead
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-from shardproof._core.sharding.blocks import local_shape, may_be_local_shape
+from shardproof._core.sharding.blocks import has_other_order, local_shape, may_be_local_shape
 from shardproof._core.sharding.dtensors import build_dtensor, spec_with_dtype
 from shardproof._core.sharding.ranks import my_coordinate
 from shardproof._core.tensors.subclasses import PLAIN, unwrap_pending
@@ -100,10 +100,13 @@ def _unflatten_tensor(
 
     Local: no collective runs in the forward. The backward communicates only if the gradient
     arrives in other placements than the spec's. Compiled code is traced through it, without a
-    break: there gradients are finished by the graph, and shapes are not looked at.
+    break: there gradients are finished by the graph, and shapes are not looked at. It breaks where
+    the spec has mesh dimensions apply in another order than the mesh's.
 
     """
     if torch.compiler.is_compiling():
+        if has_other_order(spec):  # from_local() knows no order
+            return _unflatten_outside_graphs(tensor, spec, device_handle, compute_stream)
         return DTensor.from_local(
             tensor,
             spec.mesh,
@@ -129,6 +132,9 @@ def unflatten_eagerly(
             )
         tensor = tensor.new_empty(expected, requires_grad=tensor.requires_grad)
     return wrap_local(tensor, spec, device_handle, compute_stream)
+
+
+_unflatten_outside_graphs = torch._compile._disable_dynamo(unflatten_eagerly)
 
 
 def wrap_local(
