@@ -68,6 +68,7 @@ def test_a_bundle_is_whole_unaltered_and_complete(real: Made) -> None:
     assert len(real.ids) == 5, "with the thorough one"
 
 
+@pytest.mark.thorough
 def test_the_suites_of_the_commit_are_asked_not_those_of_today(real: Made) -> None:
     commit = read(real.folder)["run"]["commit"]
     real.repository.write("suites/conformance/test_new.py", "def test_new(): pass\n")

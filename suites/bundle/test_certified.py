@@ -115,6 +115,7 @@ def test_a_must_that_does_not_hold_ends_with_1(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["suites/conformance/test_small.py", "suites/conformance/new.py"])
+@pytest.mark.thorough(but=["suites/conformance/test_small.py"])
 def test_a_tree_with_changes_is_refused(name: str, tmp_path: Path) -> None:
     small = repository(tmp_path)
     small.write(name, "def test_it(): pass\n")

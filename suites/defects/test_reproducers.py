@@ -92,6 +92,7 @@ def test_install_with_callers_mends_what_the_catalogue_says() -> None:
 
 
 @pytest.mark.parametrize("install", [False, True])
+@pytest.mark.thorough(but=["True"])
 def test_torchrun_runs_it(install: bool) -> None:
     path = FILES["SP-051"]
     with ByTorchrun(install) as runs:

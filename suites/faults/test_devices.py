@@ -61,6 +61,7 @@ def test_a_driver_that_starts_threads_keeps_no_rank_from_starting(suite: Suite) 
     assert outcome.exit == 0
 
 
+@pytest.mark.thorough
 def test_what_asked_the_driver_in_the_parent_is_told_where_to_ask(suite: Suite) -> None:
     folder = suite(f"import torch\ntorch.cuda.is_available()\n{SUITE}")
     (folder / "driver.py").write_text(DRIVER)

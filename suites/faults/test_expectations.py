@@ -53,6 +53,7 @@ def test_expected_failures_are_green_and_carry_their_reason(judge: Judge) -> Non
     assert check["message"].startswith("rank 1: ")
 
 
+@pytest.mark.thorough
 def test_one_reason_may_explain_several_checks(judge: Judge) -> None:
     several = '["test_it.py::test_fails[w2-a]", "test_it.py::test_fails[w2-b]"]'
     text = KNOWN.replace('"test_it.py::test_fails*"', several)

@@ -116,6 +116,7 @@ def sleeping(folder: Path) -> Session:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.thorough(but=["15"])
 def test_an_interrupt_ends_all_worlds_that_are_under_way(
     suite: Suite, number: signal.Signals
 ) -> None:

@@ -89,6 +89,7 @@ def drawn(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.thorough(but=["2"])
 def test_a_terminal_shows_counts_the_time_left_and_what_runs(suite: Suite, jobs: str) -> None:
     code, text = Terminal(suite(CHECKS), "--jobs", jobs).finish()
     assert code == 1
@@ -136,6 +137,7 @@ def test_without_colour_the_lines_are_there_and_plain(suite: Suite) -> None:
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", text)
 
 
+@pytest.mark.thorough
 def test_in_ci_a_terminal_gets_dots(suite: Suite) -> None:
     code, text = Terminal(suite(CHECKS), "-k", "good", CI="true").finish()
     assert code == 0

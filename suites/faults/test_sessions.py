@@ -57,6 +57,7 @@ def _wait_for(path: Path, session: Session) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.thorough(but=["2"])
 def test_an_interrupted_session_says_what_it_did_and_leaves_nothing(
     suite: Suite, number: signal.Signals
 ) -> None:

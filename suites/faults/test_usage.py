@@ -173,6 +173,7 @@ def test_the_level_of_a_check_stands_in_the_results(suite: Suite) -> None:
 
 
 @pytest.mark.parametrize("mark", ["should", "should()", "should(' ')", "should(reason='x')"])
+@pytest.mark.thorough(but=["should()"])
 def test_a_should_gives_its_reason(suite: Suite, mark: str) -> None:
     outcome = Session(suite(f"import pytest\n@pytest.mark.{mark}\ndef test_it(): pass\n")).finish()
     assert "test_it: should() needs its reason, one sentence" in outcome.output
@@ -212,6 +213,7 @@ def test_usual_variants_of_a_thorough_check_run_each_time(suite: Suite) -> None:
     assert typo.exit == 2
 
 
+@pytest.mark.thorough
 def test_a_reader_that_goes_ends_the_run_without_a_traceback(suite: Suite) -> None:
     folder = suite(
         "import pytest, time\n"

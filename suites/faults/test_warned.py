@@ -74,6 +74,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.thorough
 def test_every_way_to_warn_is_heard(suite: Suite) -> None:
     """From torch below it, a thread, under filters of its own, at another stack level."""
     source = (
@@ -125,6 +126,7 @@ def test_the_subject_compiles(): SUBJECT(READ)
 """
 
 
+@pytest.mark.thorough
 def test_a_checks_own_warnings_are_errors_still(suite: Suite) -> None:
     outcome = Session(
         suite(OURS), "--subject", "loud", env={"PYTHONPATH": FORKS}, fresh=True

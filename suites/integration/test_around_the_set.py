@@ -125,6 +125,7 @@ class TestOptimizer:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("name", ["sgd", "adamw"])
+    @pytest.mark.thorough(but=["adamw"])
     def test_onto_another_mesh(self, device: Any, shared: Path, name: str) -> None:
         """The state of TP x DDP on 2x2, in files, is right on 1x4, 4x1, and under fully_shard."""
         old = RECIPES["ddp"].make(MLP, device)
@@ -232,6 +233,7 @@ class TestModel:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4, collective=8, limit=25)
     @pytest.mark.parametrize("recipe", ["ddp", "fully_shard"])
+    @pytest.mark.thorough(but=["fully_shard"])
     def test_one_rank_alone_loads(self, device: Any, world: Any, recipe: str) -> None:
         """Where nothing travels, one rank may load a full state dict while the others do not."""
         mine = trainee(recipe, MLP, device)
@@ -258,6 +260,7 @@ class TestClipping:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", [FSDP1, FSDP1_FLAT], ids=lambda r: r.name)
+    @pytest.mark.thorough(but=["fsdp1-flat"])
     def test_each_norm(self, device: Any, world: Any, recipe: Any) -> None:
         """Each p-norm that FSDP1 takes must be the whole model's, on every rank alike."""
         pair = Pair(recipe.make(SINGLE, device, change=to_single), change=to_single)

@@ -103,7 +103,7 @@ class TestModelOntoAnotherMesh:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT))
-    @pytest.mark.thorough(but=["fully_shard"])
+    @pytest.mark.thorough
     def test_as_many_ranks(self, device: Any, shared: Path, recipe: str) -> None:
         """What a 2x2 mesh saved is loaded on 2x2, 4x1 and 1x4, each rank its part."""
         folder = shared / "saved"
@@ -188,7 +188,7 @@ class TestModelOntoNoMesh:
     @pytest.mark.parametrize("recipe", AT_ONCE)
     # torch warns whoever loads without a process group that it takes him to be alone.
     @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-    @pytest.mark.thorough(but=["ddp", "fully_shard"])
+    @pytest.mark.thorough(but=["fully_shard"])
     def test_one_process_alone(self, device: Any, world: Any, shared: Path, recipe: str) -> None:
         """One process loads what four saved into plain tensors, or into a torch.save file."""
         folder, expected = shared / "saved", whole(ODD)
@@ -207,6 +207,7 @@ class TestModelOntoNoMesh:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", ["fsdp1", "fully_shard"])
+    @pytest.mark.thorough(but=["fsdp1"])
     def test_what_was_never_sharded(
         self, device: Any, world: Any, shared: Path, recipe: str
     ) -> None:

@@ -105,7 +105,7 @@ class TestGetModelStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(8)
     @pytest.mark.parametrize("recipe", HYBRID)
-    @pytest.mark.thorough(but=["fully_shard-hybrid"])
+    @pytest.mark.thorough
     def test_each_option_hybrid(self, device: Any, recipe: str) -> None:
         """With replicas each combination must give the oracle's keys and values, too."""
         get(recipe, device, full_on_cpu=False)
@@ -125,6 +125,7 @@ class TestSetModelStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("original", [True, False], ids=["original", "flat"])
+    @pytest.mark.thorough(but=["flat"])
     def test_fsdp1_alone(self, device: Any, original: bool) -> None:
         """A full state dict lands in FSDP1 without tensor parallelism, too."""
         line = init_device_mesh(device.type, (2,), mesh_dim_names=("dp",))

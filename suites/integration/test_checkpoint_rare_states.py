@@ -86,6 +86,7 @@ class TestFsdp1OnSomeRanks:
     @pytest.mark.world(4, collective=8, limit=25)
     @pytest.mark.parametrize("original", [False, True], ids=["flat parameters", "original"])
     @GATHERS
+    @pytest.mark.thorough(but=["flat parameters"])
     def test_the_first_of_its_group_has_it(self, device: Any, world: Any, original: bool) -> None:
         """FSDP1 on ranks 1 and 3 must give the optimizer's state, and load rank 1's, among them."""
         group = dist.new_group([1, 3])
@@ -145,6 +146,7 @@ class TestStagedStates:
     @pytest.mark.world(2)
     @pytest.mark.parametrize("kind", STATES)
     @pytest.mark.parametrize("stager", [None, BlockingAsyncStager], ids=["default", "blocking"])
+    @pytest.mark.thorough(but=["default-a slice"])
     def test_async_save(self, device: Any, mesh: Any, shared: Path, kind: str, stager: Any) -> None:
         """What save() saves async_save() must save, too, whoever stages it."""
         state = STATES[kind](device, mesh(2))
@@ -166,6 +168,7 @@ class TestStagedViews:
     @pytest.mark.law("values")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("stager", [None, BlockingAsyncStager], ids=["default", "blocking"])
+    @pytest.mark.thorough(but=["default"])
     def test_conjugated_and_negated(self, device: Any, shared: Path, stager: Any) -> None:
         """What async_save() writes must be the values that a lazy view has."""
         spectrum = numbers(4, dtype=torch.complex64, device=device)
@@ -199,6 +202,7 @@ class TestFlatStates:
     @pytest.mark.world(2)
     @pytest.mark.parametrize("wrap", [on_fsdp1, on_fully_shard])
     @GATHERS
+    @pytest.mark.thorough(but=["on_fsdp1"])
     def test_into_a_new_optimizer(self, device: Any, mesh: Any, wrap: Any) -> None:
         """A flat state must land in a new optimizer of a model that has gradients."""
         model = wrap(layers(4, 4).to(device), device, mesh(2))
@@ -213,6 +217,7 @@ class TestFlatStates:
     @pytest.mark.world(2, collective=8, limit=25)
     @pytest.mark.parametrize("sizes", [(4, 4), (4, 8)], ids=str)
     @GATHERS
+    @pytest.mark.thorough(but=["(4, 8)"])
     def test_into_the_same_optimizer(self, device: Any, sizes: tuple[int, int], mesh: Any) -> None:
         """FSDP1 must load a flat state into the optimizer that gave it, which trains on."""
         model = on_fsdp1(layers(*sizes).to(device), device, mesh(2))
@@ -243,7 +248,7 @@ class TestNoState:
     @pytest.mark.world(2)
     @pytest.mark.parametrize("make", [without, in_one_group, of_each, momentum])
     @pytest.mark.parametrize("options", [StateDictOptions(), FULL, BROADCAST], ids=range(3))
-    @pytest.mark.thorough(but=["0-without", "1-in_one_group", "2-of_each", "2-momentum"])
+    @pytest.mark.thorough(but=["1-in_one_group", "2-momentum"])
     def test_it_takes_what_it_gave(
         self, device: Any, mesh: Any, make: Any, options: StateDictOptions
     ) -> None:
@@ -293,8 +298,8 @@ class TestModelAndOptimizerAtOnce:
     @pytest.mark.world(2)
     @pytest.mark.parametrize("what", ["both", "the optimizer"])
     @pytest.mark.parametrize("wrap", [on_fsdp1, on_fully_shard])
-    @pytest.mark.thorough(but=["on_fully_shard-both", "on_fsdp1-the optimizer"])
     @GATHERS
+    @pytest.mark.thorough(but=["on_fully_shard-both"])
     def test_rank_0_has_them(self, device: Any, mesh: Any, wrap: Any, what: str) -> None:
         """set_state_dict() must broadcast what rank 0 gives to ranks that give {}."""
         model = wrap(layers(4, 4).to(device), device, mesh(2))

@@ -106,7 +106,6 @@ class TestWhatDoesNotFit:
     @pytest.mark.thorough(
         but=[
             "missing-sharded-fully_shard",
-            "extra-full-fully_shard",
             "another shape-broadcast-fully_shard",
         ]
     )
@@ -124,7 +123,7 @@ class TestWhatDoesNotFit:
     @pytest.mark.world(4, collective=8, limit=25)
     @pytest.mark.parametrize("recipe", ["ddp", "fully_shard"])
     @pytest.mark.parametrize("way", ["full", "broadcast"])
-    @pytest.mark.thorough(but=["full-ddp", "broadcast-fully_shard"])
+    @pytest.mark.thorough(but=["broadcast-fully_shard"])
     def test_another_shape_changes_nothing(
         self, device: Any, world: Any, recipe: str, way: str
     ) -> None:
@@ -141,7 +140,7 @@ class TestWhatDoesNotFit:
     @pytest.mark.world(4, collective=8, limit=25)
     @pytest.mark.parametrize("recipe", ["ddp", "fully_shard"])
     @pytest.mark.parametrize("kind", list(BROKEN))
-    @pytest.mark.thorough(but=["extra-ddp", "another shape-fully_shard"])
+    @pytest.mark.thorough(but=["another shape-fully_shard"])
     def test_on_one_rank(self, device: Any, world: Any, recipe: str, kind: str) -> None:
         """A full state dict that is broken on one rank: that rank raises, and nobody waits."""
         broken, _ = BROKEN[kind]
@@ -155,6 +154,7 @@ class TestWhatDoesNotFit:
     @pytest.mark.law("structure")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(["ddp", "replicate", "fully_shard"]))
+    @pytest.mark.thorough(but=["fully_shard"])
     def test_lenient(self, device: Any, world: Any, recipe: str) -> None:
         """Without strict what is missing keeps its value, what is too much is left out."""
         for way, options in WAYS.items():
@@ -178,7 +178,7 @@ class TestModelsOnMeta:
     # torch's own set_model_state_dict asks for it where all is on meta, and warns of that.
     @pytest.mark.filterwarnings("ignore:`_get_pg_default_device` will be deprecated")
     @pytest.mark.filterwarnings("ignore:Multiple backends are registered")
-    @pytest.mark.thorough(but=["tp-straight", "fully_shard-to_empty"])
+    @pytest.mark.thorough(but=["fully_shard-to_empty"])
     def test_they_materialise(self, device: Any, world: Any, prepared: bool, wrapped: bool) -> None:
         """A bf16 model on meta takes a float64 state dict: dtype, ties and frozenness stay."""
         # Where all is on meta torch asks the group for a device; Gloo's is the CPU.
@@ -299,6 +299,7 @@ class TestMeshesWithoutRankZero:
     @pytest.mark.law("group")
     @pytest.mark.world(4, collective=8, limit=25)
     @pytest.mark.parametrize("recipe", gathering(["fsdp1", "fully_shard"], "fsdp1"))
+    @pytest.mark.thorough(but=["fsdp1"])
     def test_the_optimizer(self, device: Any, world: Any, recipe: str) -> None:
         """On a mesh of ranks 1 and 3 these alone must get, set and save the optimizer's state."""
         table = torch.tensor([[1], [3]], dtype=torch.int)

@@ -65,6 +65,7 @@ class TestUnsortedMeshes:
 
     @pytest.mark.world(2)
     @pytest.mark.parametrize("rows", [4, 3], ids=["even", "uneven"])
+    @pytest.mark.thorough(but=["uneven"])
     def test_a_checkpoint_on_no_mesh(self, device: torch.device, shared: Path, rows: int) -> None:
         """What it has saved in shards must be the same model for who loads it whole."""
         model = torch.nn.Linear(2, rows, bias=False, device=device)

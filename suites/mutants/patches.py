@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from pathlib import Path
 import pytest
 
 from mutants.executed import one_of_each_first
-from mutants.judge import REFERENCE, SUBJECT, CannotPlantError, copy_reference
+from mutants.judge import REFERENCE, SUBJECT, CannotPlantError
 from mutants.scope import SCOPES, Scope
 
 FOLDER = Path(__file__).parent / "patches"
@@ -126,18 +127,25 @@ class Patch:
 
         They are asked of the planted copy: its own numbers are of the day when it was written.
         """
+        return {
+            file: _changed((REFERENCE / file).read_text(), text)
+            for file, text in self.planted().items()
+        }
+
+    def planted(self) -> dict[str, str]:
+        """The text of each file that it changes, with the fault, by file below the package."""
         with tempfile.TemporaryDirectory(prefix="shardproof-patch-") as name:
-            folder = Path(name)
-            copy_reference(folder)
-            self.plant(folder)
-            return {
-                file: _changed(REFERENCE / file, folder / SUBJECT / file) for file in self.files()
-            }
+            package = Path(name) / SUBJECT
+            for file in self.files():
+                (package / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(REFERENCE / file, package / file)
+            self.plant(package.parent)
+            return {file: (package / file).read_text() for file in self.files()}
 
 
-def _changed(before: Path, after: Path) -> set[int]:
-    """The lines of the first file that the second lacks, and those around what it adds."""
-    lines, others = (path.read_text().splitlines() for path in (before, after))
+def _changed(before: str, after: str) -> set[int]:
+    """The lines of the first text that the second lacks, and those around what it adds."""
+    lines, others = before.splitlines(), after.splitlines()
     found: set[int] = set()
     for tag, begin, end, *_ in SequenceMatcher(None, lines, others, autojunk=False).get_opcodes():
         if tag == "insert":

@@ -268,6 +268,7 @@ def test_a_world_that_cannot_start_is_not_fit(tmp_path: Path) -> None:
     assert done.stderr == "preflight: not fit for a run: world\n"
 
 
+@pytest.mark.thorough
 def test_few_open_files_are_not_fit(tmp_path: Path) -> None:
     done = preflight("--out", str(tmp_path), limit=(128, 128))
     assert done.returncode == 3

@@ -137,6 +137,7 @@ def test_not_whole(folder: Path) -> None:
     assert "on rank 1, first at element [3]" in printed[0]
 
 
+@pytest.mark.thorough
 def test_a_rank_that_dies(folder: Path) -> None:
     """A process that is gone is named by the others, which end with 3, and not at the limit."""
     codes, _, said = run(

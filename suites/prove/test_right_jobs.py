@@ -31,6 +31,7 @@ def prove(job: jobs.Job, **options: Any) -> Any:
 
 @pytest.mark.world(2, collective=60, limit=120)
 @pytest.mark.parametrize("make", _named(jobs.TWO))
+@pytest.mark.thorough(but=["DDP, tied weights", "many dtypes", "fully_shard, uneven", "TP"])
 def test_two_ranks(make: Any) -> None:
     """A right job is whole on all roads under torch as it is, and is left as it was."""
     proof = prove(make())
@@ -41,6 +42,7 @@ def test_two_ranks(make: Any) -> None:
 
 @pytest.mark.world(4, collective=60, limit=120)
 @pytest.mark.parametrize("make", _named(jobs.FOUR))
+@pytest.mark.thorough(but=["fully_shard x TP"])
 def test_four_ranks(make: Any) -> None:
     """A right job is whole on all roads under torch as it is, and is left as it was."""
     proof = prove(make())
@@ -55,6 +57,7 @@ def test_one_rank() -> None:
 
 @pytest.mark.world(2, collective=60, limit=120)
 @pytest.mark.parametrize("make", _named(jobs.FLAT))
+@pytest.mark.thorough(but=["FSDP1"])
 def test_fsdp1(make: Any) -> None:
     """FSDP1's own roads are whole, and what torch breaks on a CPU is said to be unsafe or lossy."""
     proof = prove(make())
@@ -136,6 +139,7 @@ def test_an_optimizer_without_state_is_no_alarm() -> None:
 @pytest.mark.exercises("prove")
 @pytest.mark.world(4, collective=60, limit=120)
 @pytest.mark.parametrize("make", _named({"fully_shard x TP": jobs.sharded_tp}))
+@pytest.mark.thorough
 def test_under_the_subject(make: Any) -> None:
     """What is whole without the subject is whole with it."""
     proof = prove(make())
@@ -144,6 +148,7 @@ def test_under_the_subject(make: Any) -> None:
 
 @pytest.mark.exercises("prove")
 @pytest.mark.world(2, collective=60, limit=120)
+@pytest.mark.thorough
 def test_a_mesh_out_of_order(subject: Any) -> None:
     """What is lost on a mesh of ranks [1, 0] is torch's, and named; the rest is whole."""
     proof = prove(jobs.sharded_on([1, 0]))

@@ -26,7 +26,7 @@ AT_ONCE = [
     (r"ci/reproduce SP-001", ""),
     (r"ci/(compare|reproduce)", "--help"),
     (r"ci/(compare out/A out/B --html changes\.html|report)", "--help"),
-    (r"ci/mutants(( --patches suites/mutants/patches)?( NAME)?| --callers)", "--list"),
+    (r"ci/mutants NAME", "--list"),
 ]
 """(pattern, words that are added) of what ends in a moment."""
 
@@ -45,6 +45,7 @@ SMALL = [
     (r"ci/bench --goals --from FILE", ""),
     (r"ci/bench --agree FIRST SECOND", ""),
     (r"ci/fuzz( --subject my\.fork)?", "--minutes 0.1"),
+    (r"ci/mutants( --patches suites/mutants/patches NAME| --callers)?", "--list"),
     (r"ci/mutation", "--report"),
     (r"ci/preflight", ""),
     (r"ci/lint", ""),

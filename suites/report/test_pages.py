@@ -224,6 +224,7 @@ def test_every_run_leaves_its_page(tmp_path: Path) -> None:
     assert "the one check that ran holds" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.thorough
 def test_a_page_that_cannot_be_written_changes_no_verdict(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / slower.NAME).write_text("no journal")

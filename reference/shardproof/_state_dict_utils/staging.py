@@ -23,6 +23,7 @@ from shardproof._core.sharding.sharded_tensors import with_shards
 from shardproof._core.tensors.overlapping_copies import OverlappingCopies
 from shardproof._core.tensors.properties import CPU, is_ordinary, local_of
 from shardproof._core.tensors.subclasses import (
+    PLAIN,
     buffer_by_class,
     has_own_operations,
     is_custom,
@@ -83,7 +84,7 @@ def _create_cpu_state_dict(
             elif not shared:
                 results.append(_allocate_leaf(value, fill))
             else:
-                key = tie_key(value)
+                key = tie_key(value), None if type(value) in PLAIN else type(value)
                 if key not in made:
                     made[key] = _allocate_leaf(value, together.of)
                 results.append(made[key])

@@ -22,6 +22,10 @@ from conformance.kit.overlap import assert_kept
 Over = Callable[[torch.Tensor, Any], Any]
 
 
+class Noted(torch.Tensor):
+    """A class of its own that adds nothing."""
+
+
 def _shards(memory: torch.Tensor, line: Any) -> Any:
     """A ShardedTensor whose shard on this rank is that memory."""
     size = (len(memory) * line.size(), *memory.shape[1:])
@@ -41,6 +45,8 @@ LOCAL: dict[str, Over] = {
     "the first rows": lambda memory, _: memory[:2],
     "its bits": lambda memory, _: memory.view(torch.int32),
     "detached": lambda memory, _: nn.Parameter(memory).detach(),
+    "of a class": lambda memory, _: memory.as_subclass(Noted),
+    "a row of a class": lambda memory, _: memory[1].as_subclass(Noted),
     "a replica": lambda memory, line: DTensor.from_local(memory, line, [R], run_check=False),
 }
 SHARDED: dict[str, Over] = {
@@ -63,8 +69,11 @@ _COPIES = {
 def _assert_same_kinds(got: Any, value: Any) -> None:
     expected = tensors(value)
     for path, tensor in tensors(got).items():
-        flags = [(isinstance(t, nn.Parameter), t.requires_grad) for t in (tensor, expected[path])]
-        assert flags[0] == flags[1], f"{path}: Parameter, requires_grad: {flags[0]}, {flags[1]}"
+        flags = [
+            (isinstance(t, nn.Parameter), t.requires_grad, isinstance(t, Noted))
+            for t in (tensor, expected[path])
+        ]
+        assert flags[0] == flags[1], f"{path}: Parameter, requires_grad, class: {flags}"
 
 
 @pytest.mark.law("structure")

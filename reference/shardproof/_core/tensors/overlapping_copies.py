@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from shardproof._core.tensors.properties import is_lazy, is_ordinary, local_parts
-from shardproof._core.tensors.subclasses import wait_for_pending
+from shardproof._core.tensors.subclasses import PLAIN, wait_for_pending
 from shardproof._core.tensors.ties import extent, geometry
 from shardproof._core.tensors.values import allocate
 
@@ -38,14 +38,14 @@ class OverlappingCopies:
         self._find_regions(leaves)
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The copy of a plain tensor, detached, a new object."""
+        """The copy of a tensor that is not distributed, detached, a new object of its class."""
         key = geometry(tensor)
         if key not in self._made:
             region = self._regions.get(key)
             self._made[key] = self._make(tensor) if region is None else self._within(tensor, region)
-            return self._made[key]
+            return _in_class_of(tensor, self._made[key])
         made = self._made[key]
-        return made.detach() if is_ordinary(made) else made
+        return _in_class_of(tensor, made.detach()) if is_ordinary(made) else made
 
     def _find_regions(self, leaves: Iterable[Any]) -> None:
         by_storage: dict[Hashable, dict[Hashable, tuple[int, int]]] = {}
@@ -88,6 +88,18 @@ class OverlappingCopies:
         # Memory that was registered with a device is given back with this object.
         made._shardproof_region = base  # type: ignore[attr-defined]
         return made
+
+
+def _in_class_of(tensor: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    """What was made, in the class that a copy of ``tensor`` alone would have."""
+    if not is_ordinary(made):
+        return made
+    # Operations on a Parameter of a class of its own, for example, give plain tensors.
+    kind = torch.Tensor if type(tensor) in PLAIN else type(tensor.detach())
+    if type(made) is kind:
+        return made
+    with torch._C.DisableTorchFunctionSubclass():
+        return made.as_subclass(kind)
 
 
 def _is_lazy(memory: torch.Tensor) -> bool:
