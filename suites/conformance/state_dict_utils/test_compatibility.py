@@ -253,6 +253,23 @@ class TestDistributeAdapting:
 
 @pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
 class TestBroadcastAdapting:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(2)
+    def test_a_dtensor_with_attributes_of_a_parameter(
+        self, judged: Any, mesh: Any, rank: int, device: torch.device
+    ) -> None:
+        """A DTensor that was given a local Parameter's attributes must be taken for itself."""
+        full = numbers(6, 4)
+        held: dict[str, Any] = {str(p): target(full, mesh(2), [p]) for p in (S(0), R)}
+        for leaf in held.values():
+            leaf._local_tensor = leaf._local_tensor.t().contiguous().t()  # looked at one by one
+            leaf._st_info = leaf._spec
+        local = dict(held)
+        judged(dict.fromkeys(local, full) if rank == 0 else {}, local, device)
+        for placement in (S(0), R):
+            assert local[str(placement)] is held[str(placement)], f"{placement}: another object"
+            assert_landed(held[str(placement)], full, mesh(2), [placement], str(placement))
+
     @ADAPTING
     @pytest.mark.law("compatibility")
     @pytest.mark.world(2)

@@ -104,3 +104,16 @@ class TestWithoutValues:
         got = judged(value)
         assert got["io"].getvalue() == b"x", "the bytes differ"
         assert {k: got[k] for k in value if k != "io"} == {k: value[k] for k in value if k != "io"}
+
+
+@pytest.mark.judges("_state_dict_utils._offload_state_dict_to_cpu")
+class TestOffloadWithoutValues:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    def test_parameters_that_are_not_initialized(self, judged: Any) -> None:
+        """A lazy module's uninitialized parameters must come back as such."""
+        lazy = nn.LazyLinear(3)
+        for value in (lazy.state_dict(keep_vars=True), {"weight": lazy.weight, "w": numbers(2)}):
+            got = judged({**value, "tied": lazy.weight})
+            for key in ("weight", "tied"):
+                assert isinstance(got[key], nn.UninitializedParameter), f"a {type(got[key])}"

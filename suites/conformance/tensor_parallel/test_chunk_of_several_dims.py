@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch.testing._internal.two_tensor import TwoTensor
 
 from conformance.kit.compare import assert_same
 from conformance.kit.data import numbers
@@ -93,3 +94,21 @@ class TestChunkDTensorOfSeveralDims:
             return
         leaf = dtensor(numbers(8, 4), others, [S(0)])
         refused(lambda: judged(leaf, root["dp"].get_local_rank(), root["dp"]), "rank")
+
+
+@pytest.mark.judges("tensor.parallel.fsdp._chunk_dtensor")
+class TestChunkDTensorOfWrappers:
+    @pytest.mark.law("values")
+    @pytest.mark.should("torch knows a root mesh of two dimensions alone")
+    @pytest.mark.world(4)
+    def test_a_wrapper_over_a_flattened_mesh(self, judged: Any, mesh: Any) -> None:
+        """All that a wrapper holds must be cut by each dimension that FSDP's mesh was made of."""
+        root = mesh(2, 2, 1, names=("ep", "dp", "tp"))
+        flat = root["ep", "dp"]._flatten()
+        for size in (8, 4), (7, 5):
+            full = numbers(*size)
+            got = judged(TwoTensor(full.clone(), full + 1), flat.get_local_rank(), flat)
+            mine, local = part(full, root, got.placements), got._local_tensor
+            assert type(local) is TwoTensor, f"{size}: a {type(local).__name__}"
+            assert_same(local.a, mine, f"{size}: first")
+            assert_same(local.b, mine + 1, f"{size}: second")
