@@ -92,6 +92,7 @@ class TestGatherAgrees:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(4, collective=6, limit=25)
     @pytest.mark.parametrize("make", _cases(ON_FOUR))
+    @pytest.mark.thorough(but=["others"])
     def test_over_four_ranks(self, judged: Any, mesh: Any, world: Any, make: Any) -> None:
         """The same must hold for meshes of other shapes over the same ranks."""
         value = {"fine": dtensor(numbers(4), mesh(4), [S(0)]), KEY: _mine(make, mesh, world)}
@@ -100,7 +101,7 @@ class TestGatherAgrees:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=6, limit=25)
     @pytest.mark.parametrize("make", [*_cases(_ALONE), *_cases(TURNED, UNSORTED)])
-    @pytest.mark.thorough(but=["rows-and-columns", "ranks-in-another-order"])
+    @pytest.mark.thorough(but=["order"])
     def test_with_a_group_to_agree_over(
         self, judged: Any, mesh: Any, world: Any, make: Any
     ) -> None:
@@ -126,6 +127,7 @@ class TestGatherAgrees:
     @pytest.mark.parametrize(
         "what", ["requires_grad", "Parameter", "strides", "global strides", "tie", "mesh names"]
     )
+    @pytest.mark.thorough(but=["global strides"])
     def test_what_says_nothing_of_the_values_may_differ(
         self, judged: Any, mesh: Any, world: Any, what: str
     ) -> None:
@@ -236,6 +238,7 @@ class TestBroadcastAgrees:
     @pytest.mark.world(2, collective=6, limit=25)
     @pytest.mark.parametrize("make", _TARGET_CASES)
     @every_second(_TARGET_CASES)
+    @pytest.mark.thorough(but=["DTensor"])
     def test_targets_that_differ(
         self, judged: Any, mesh: Any, world: Any, device: torch.device, make: Any
     ) -> None:
@@ -261,6 +264,7 @@ class TestBroadcastAgrees:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=6, limit=25)
     @pytest.mark.parametrize("size", [FULL, (1024, 1024)], ids=["small", "large"])
+    @pytest.mark.thorough(but=["small"])
     def test_a_local_part_of_another_dtype_on_one_rank(
         self, judged: Any, mesh: Any, world: Any, device: torch.device, size: Any
     ) -> None:

@@ -94,13 +94,7 @@ class TestAllGatherShardedTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(3)
     @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.thorough(
-        but=[
-            *("even", "last rank without", "first rank without", "first shard short"),
-            *("empty shard before", "all on the last rank", "owners reversed"),
-            *("shards dealt in turn", "columns uneven", "inner of three", "grid"),
-        ]
-    )
+    @pytest.mark.thorough(but=["owners reversed"])
     def test_every_layout_is_gathered(self, judged: Any, world: Any, layout: str) -> None:
         """Every element comes to its place, whichever rank holds it in whichever shard."""
         size, boxes = LAYOUTS[layout](world.size)
@@ -127,7 +121,7 @@ class TestAllGatherShardedTensor:
 
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 3, 4)
-    @pytest.mark.thorough(but=["w2", "w3"])
+    @pytest.mark.thorough(but=["w3"])
     def test_torch_chunks_of_every_length_are_gathered(self, judged: Any, world: Any) -> None:
         """Shards cut as torch.chunk cuts are gathered for every length, ranks without any too."""
         for length in range(1, 10):
@@ -193,6 +187,7 @@ class TestAllGatherShardedTensor:
     @pytest.mark.law("group")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("passed", [True, False], ids=["pg", "no-pg"])
+    @pytest.mark.thorough(but=["no-pg"])
     def test_two_groups_side_by_side_do_not_mix(self, judged: Any, rank: int, passed: bool) -> None:
         """Without `pg` the tensor's own group is used, and with it that group: no other rank's."""
         groups = [group(0, 1), group(2, 3)]
@@ -215,6 +210,7 @@ class TestAllGatherShardedTensor:
     @pytest.mark.world(3)
     @UNSORTED
     @pytest.mark.parametrize("passed", [True, False], ids=["pg", "no-pg"])
+    @pytest.mark.thorough(but=["no-pg"])
     def test_a_group_in_another_rank_order(self, judged: Any, passed: bool) -> None:
         """Where group rank and global rank differ, each shard still comes to its place."""
         turned = group(2, 0, 1)

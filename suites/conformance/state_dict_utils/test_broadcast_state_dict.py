@@ -27,6 +27,7 @@ class TestBroadcastStateDictValues:
     @pytest.mark.law("values")
     @pytest.mark.world(2)
     @EACH_DTYPE
+    @pytest.mark.thorough(but=["float8_e4m3fn"])
     def test_every_dtype_lands_to_the_bit(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, dtype: torch.dtype
     ) -> None:
@@ -48,7 +49,7 @@ class TestBroadcastStateDictValues:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 3, 4)
     @ON_META
-    @pytest.mark.thorough(but=["w1-meta", "w2-meta", "w3-real"])
+    @pytest.mark.thorough(but=["w3-real"])
     def test_every_shape_lands(
         self, judged: Any, mesh: Any, world: Any, device: torch.device, meta: bool
     ) -> None:
@@ -69,6 +70,7 @@ class TestBroadcastStateDictValues:
     @pytest.mark.law("values")
     @pytest.mark.world(2)
     @ON_META
+    @pytest.mark.thorough(but=["real"])
     def test_a_0dim_tensor_lands_in_a_dtensor(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, meta: bool
     ) -> None:
@@ -83,6 +85,7 @@ class TestBroadcastStateDictValues:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("placements", TWO_D, ids=placement_id)
     @SOME_OF_TWO_D
+    @pytest.mark.thorough(but=["R-S1"])
     def test_every_placement_on_a_2d_mesh_lands(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, placements: list[Placement]
     ) -> None:
@@ -99,7 +102,7 @@ class TestBroadcastStateDictValues:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("shape", [(1, 2, 2), (2, 1, 2), (2, 2, 1)], ids=str)
-    @pytest.mark.thorough(but=["(1, 2, 2)", "(2, 2, 1)"])
+    @pytest.mark.thorough(but=["(1, 2, 2)"])
     def test_every_placement_on_a_3d_mesh_lands(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, shape: tuple[int, ...]
     ) -> None:
@@ -115,7 +118,7 @@ class TestBroadcastStateDictValues:
     @pytest.mark.law("values")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("view", VIEWS)
-    @pytest.mark.thorough(but=["offset", "transposed", "expanded"])
+    @pytest.mark.thorough(but=["offset"])
     def test_sources_of_every_layout_are_read(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, view: str
     ) -> None:
@@ -222,6 +225,7 @@ class TestBroadcastStateDictStructure:
     @pytest.mark.world(2)
     @pytest.mark.parametrize("strict", [True, False], ids=["strict", "lenient"])
     @pytest.mark.parametrize("offload", [True, False], ids=["offload", "stay"])
+    @pytest.mark.thorough(but=["offload-strict"])
     def test_no_key_is_added(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, strict: bool, offload: bool
     ) -> None:
@@ -256,6 +260,7 @@ class TestBroadcastStateDictStructure:
     @pytest.mark.law("structure")
     @pytest.mark.world(2)
     @ON_META
+    @pytest.mark.thorough(but=["meta"])
     def test_cpu_offload_leaves_cpu_tensors(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, meta: bool
     ) -> None:
@@ -297,7 +302,7 @@ class TestBroadcastStateDictStructure:
     @pytest.mark.world(2)
     @ON_META
     @pytest.mark.parametrize("kind", ["sharded", "whole", "plain"])
-    @pytest.mark.thorough(but=["sharded-meta", "whole-real", "plain-real", "plain-meta"])
+    @pytest.mark.thorough(but=["plain-real"])
     def test_tied_targets_stay_tied(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, kind: str, meta: bool
     ) -> None:

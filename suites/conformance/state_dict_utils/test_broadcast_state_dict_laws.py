@@ -69,7 +69,7 @@ class TestBroadcastStateDictIsolation:
     @pytest.mark.law("isolation")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("meta", [False, True], ids=["real", "meta"])
-    @pytest.mark.thorough(but=["w1-real", "w2-real", "w2-meta"])
+    @pytest.mark.thorough(but=["w2-meta"])
     def test_the_full_dict_lends_no_memory(
         self, judged: Any, mesh: Any, world: Any, device: torch.device, meta: bool
     ) -> None:
@@ -139,6 +139,7 @@ class TestBroadcastStateDictSymmetry:
     @pytest.mark.law("all-or-nothing")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("strict", [True, False], ids=["strict", "lenient"])
+    @pytest.mark.thorough(but=["strict"])
     def test_an_error_leaves_all_as_it_was(
         self, judged: Any, mesh: Any, world: Any, device: torch.device, strict: bool
     ) -> None:
@@ -164,6 +165,7 @@ class TestBroadcastStateDictGroup:
     @pytest.mark.parametrize(
         "members", [(0, 2), (1, 2), (2, 3), pytest.param((3, 1), marks=UNSORTED)], ids=str
     )
+    @pytest.mark.thorough(but=["(3, 1)"])
     def test_the_groups_first_rank_is_the_source(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, members: tuple[int, int]
     ) -> None:
@@ -231,6 +233,7 @@ class TestBroadcastStateDictCost:
     @pytest.mark.should(COUNT)
     @pytest.mark.world(4)
     @pytest.mark.parametrize("kind", ["plain", "1-D", "2-D", "dtypes", "0-dim"])
+    @pytest.mark.thorough(but=["plain"])
     def test_collectives_do_not_grow_with_the_tensors(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, kind: str
     ) -> None:
@@ -260,6 +263,7 @@ class TestBroadcastStateDictCost:
     @pytest.mark.should(BYTES)
     @pytest.mark.world(4)
     @pytest.mark.parametrize("meta", [False, True], ids=["real", "meta"])
+    @pytest.mark.thorough(but=["real"])
     def test_a_rank_does_not_receive_the_parts_of_others(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, meta: bool
     ) -> None:

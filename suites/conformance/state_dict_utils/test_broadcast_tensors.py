@@ -56,7 +56,7 @@ class TestBroadcastTensors:
     @pytest.mark.law("values")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("dtype", [*SOME_DTYPES, torch.float8_e5m2, torch.int64], ids=dtype_id)
-    @pytest.mark.thorough(but=["bfloat16", "uint16", "bool", "complex64", "float8_e5m2"])
+    @pytest.mark.thorough(but=["float8_e5m2"])
     def test_every_dtype_lands_to_the_bit(
         self, judged: Any, mesh: Any, given: Any, device: torch.device, dtype: torch.dtype
     ) -> None:
@@ -76,7 +76,7 @@ class TestBroadcastTensors:
 
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 3, 4)
-    @pytest.mark.thorough(but=["w2", "w3"])
+    @pytest.mark.thorough(but=["w2"])
     def test_every_shape_lands(
         self, judged: Any, mesh: Any, world: Any, given: Any, device: torch.device
     ) -> None:
@@ -171,7 +171,7 @@ class TestBroadcastTensors:
     @pytest.mark.law("isolation")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("number", [1, 2], ids=["one", "several"])
-    @pytest.mark.thorough(but=["w1-one", "w2-several"])
+    @pytest.mark.thorough(but=["w1-one"])
     def test_the_source_is_only_read(
         self, judged: Any, mesh: Any, world: Any, given: Any, device: torch.device, number: int
     ) -> None:
@@ -209,6 +209,7 @@ class TestBroadcastTensors:
     @pytest.mark.parametrize(
         "members", [(0, 2), (1, 2), pytest.param((3, 1), marks=UNSORTED)], ids=str
     )
+    @pytest.mark.thorough(but=["(1, 2)"])
     def test_the_groups_first_rank_is_the_source(
         self,
         judged: Any,

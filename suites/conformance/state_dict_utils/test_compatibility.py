@@ -85,6 +85,7 @@ class TestGatherTakers:
     @pytest.mark.law("isolation")
     @pytest.mark.world(4, collective=8, limit=25)
     @pytest.mark.parametrize("placement", [S(0), R], ids=str)
+    @pytest.mark.thorough(but=["R"])
     def test_nobody_who_holds_a_part_is_a_taker(
         self, judged: Any, mesh: Any, world: Any, placement: Any
     ) -> None:

@@ -118,12 +118,7 @@ class TestGatherCost:
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("make", KIND_CASES)
-    @pytest.mark.thorough(
-        but=[
-            *("pending-and-sharded", "uneven", "FSDP-over-TP", "dtypes", "several-meshes"),
-            *("kinds-in-turn", "ShardedTensor-in-uneven-shards"),
-        ]
-    )
+    @pytest.mark.thorough(but=["dtypes"])
     def test_every_kind_of_leaf(self, judged: Any, mesh: Any, make: Any) -> None:
         """Forty leaves of any kind must take as many collectives as eight."""
         _assert_as_many(lambda number: judged(_leaves(make, number, mesh)))
@@ -166,6 +161,7 @@ class TestGatherCost:
             *(pytest.param(k, marks=pytest.mark.thorough) for k in ("pending sum", "grid")),
         ],
     )
+    @pytest.mark.thorough(but=["kinds in turn-ranks_only"])
     def test_every_option(self, judged: Any, mesh: Any, kind: str, options: str) -> None:
         """The same must hold with every option."""
         every: dict[str, dict[str, Any]] = {
@@ -245,12 +241,7 @@ class TestBroadcastCost:
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("make", TARGET_CASES)
-    @pytest.mark.thorough(
-        but=[
-            *("empty-shards", "plain-of-another-shape-each", "meta", "dtypes", "values"),
-            "others-on-each-rank",
-        ]
-    )
+    @pytest.mark.thorough(but=["values"])
     def test_every_kind_of_target(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, make: Any
     ) -> None:
@@ -266,9 +257,7 @@ class TestBroadcastCost:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("options", [{"strict": True}, {"cpu_offload": True}], ids=str)
     @pytest.mark.parametrize("kind", ["rows", "uneven", "plain", "meta", "others on each rank"])
-    @pytest.mark.thorough(
-        but=["uneven-{'strict': True}", "others on each rank-{'cpu_offload': True}"]
-    )
+    @pytest.mark.thorough(but=["uneven-{'strict': True}"])
     def test_every_option(
         self,
         judged: Any,
@@ -295,7 +284,7 @@ class TestBroadcastTensorsCost:
     @pytest.mark.parametrize(
         "kind", ["rows", "uneven", "plain", "meta", "dtypes", "several meshes"]
     )
-    @pytest.mark.thorough(but=["uneven", "meta", "dtypes", "several meshes"])
+    @pytest.mark.thorough(but=["several meshes"])
     def test_every_kind_of_target(
         self, judged: Any, subject: Any, mesh: Any, rank: int, device: torch.device, kind: str
     ) -> None:

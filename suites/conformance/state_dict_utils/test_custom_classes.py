@@ -124,6 +124,7 @@ class TestOffload:
     @KINDS
     @pytest.mark.law("compatibility")
     @pytest.mark.world(2)
+    @pytest.mark.thorough(but=["closed"])
     def test_all_of_it_is_kept(self, judged: Any, mesh: Any, flatten: bool) -> None:
         """A leaf of the class, and a DTensor around it, must be in the snapshot, whole."""
         kind, _ = like_upstream(
@@ -155,6 +156,7 @@ class TestCopy:
     @KINDS
     @pytest.mark.law("compatibility")
     @pytest.mark.world(2)
+    @pytest.mark.thorough(but=["closed"])
     def test_all_of_it_is_copied(self, judged: Any, mesh: Any, flatten: bool) -> None:
         """Targets of the class, and DTensors around it, must take all that the sources hold."""
         kind, _ = like_upstream(
@@ -197,6 +199,7 @@ class TestCreate:
     @KINDS
     @pytest.mark.law("compatibility")
     @pytest.mark.world(2)
+    @pytest.mark.thorough(but=["closed"])
     def test_buffers_take_what_they_were_made_for(
         self, judged: Any, subject: Any, mesh: Any, flatten: bool
     ) -> None:
@@ -221,6 +224,7 @@ class TestSimilarity:
     @KINDS
     @pytest.mark.law("compatibility")
     @pytest.mark.world(2)
+    @pytest.mark.thorough(but=["traceable"])
     def test_leaves_of_one_class_are_similar(self, judged: Any, mesh: Any, flatten: bool) -> None:
         """State dicts with leaves of the class, of equal shapes, must be found similar."""
         kind, _ = like_upstream(
@@ -251,6 +255,7 @@ class TestBroadcast:
     @KINDS
     @pytest.mark.law("compatibility")
     @pytest.mark.world(2)
+    @pytest.mark.thorough(but=["traceable"])
     def test_it_lands(
         self, judged: Any, mesh: Any, rank: int, device: torch.device, flatten: bool
     ) -> None:

@@ -28,6 +28,7 @@ class TestDistributeTensors:
     @pytest.mark.law("values")
     @pytest.mark.world(2)
     @ON_META
+    @pytest.mark.thorough(but=["meta"])
     def test_every_dtype_lands_to_the_bit(
         self, judged: Any, mesh: Any, device: torch.device, meta: bool
     ) -> None:
@@ -42,7 +43,7 @@ class TestDistributeTensors:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 3, 4)
     @ON_META
-    @pytest.mark.thorough(but=["w1-meta", "w2-meta", "w3-real"])
+    @pytest.mark.thorough(but=["w3-real"])
     def test_every_shape_lands(
         self, judged: Any, mesh: Any, world: Any, device: torch.device, meta: bool
     ) -> None:
@@ -59,6 +60,7 @@ class TestDistributeTensors:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("placements", TWO_D, ids=placement_id)
     @SOME_OF_TWO_D
+    @pytest.mark.thorough(but=["S0-S1"])
     def test_every_placement_on_a_2d_mesh_lands(
         self, judged: Any, mesh: Any, device: torch.device, placements: list[Placement]
     ) -> None:
@@ -74,7 +76,7 @@ class TestDistributeTensors:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("shape", [(1, 2, 2), (2, 1, 2), (2, 2, 1)], ids=str)
-    @pytest.mark.thorough(but=["(1, 2, 2)", "(2, 2, 1)"])
+    @pytest.mark.thorough(but=["(2, 2, 1)"])
     def test_every_placement_on_a_3d_mesh_lands(
         self, judged: Any, mesh: Any, device: torch.device, shape: tuple[int, ...]
     ) -> None:
@@ -89,7 +91,7 @@ class TestDistributeTensors:
     @pytest.mark.law("values")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("view", VIEWS)
-    @pytest.mark.thorough(but=["transposed", "expanded"])
+    @pytest.mark.thorough(but=["transposed"])
     def test_sources_of_every_layout_are_read(
         self, judged: Any, mesh: Any, device: torch.device, view: str
     ) -> None:

@@ -45,6 +45,7 @@ _copies = each(lambda function: function.values and not function.same_objects)
 @pytest.mark.world(2)
 @pytest.mark.parametrize("what", ["usual", "rare"])
 @_copies
+@pytest.mark.thorough(but=["rare"])
 def test_every_bit(
     function: Function,
     mesh: Any,

@@ -40,6 +40,7 @@ _TRAINED = {"rows that train", "Parameter"}
 @pytest.mark.law("isolation")
 @pytest.mark.world(2)
 @each_with_kinds()
+@pytest.mark.thorough(but=["unusual"])
 def test_as_it_was(
     function: Function, mesh: Any, world: Any, subject: Any, device: torch.device, usual: bool
 ) -> None:
@@ -148,6 +149,7 @@ def test_memory_stays_where_it_is(
 @pytest.mark.law("isolation")
 @pytest.mark.world(2)
 @each_with_kinds()
+@pytest.mark.thorough(but=["unusual"])
 def test_nothing_is_kept(
     function: Function, mesh: Any, world: Any, subject: Any, device: torch.device, usual: bool
 ) -> None:

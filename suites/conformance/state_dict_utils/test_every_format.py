@@ -105,6 +105,7 @@ def _into(
 @pytest.mark.world(2)
 @pytest.mark.parametrize("meta", [False, True], ids=["real", "meta"])
 @each(lambda function: function.name.startswith(("_broadcast", "_distribute")))
+@pytest.mark.thorough(but=["real"])
 def test_targets_keep_it(
     function: Function, subject: Any, mesh: Any, rank: int, device: torch.device, meta: bool
 ) -> None:

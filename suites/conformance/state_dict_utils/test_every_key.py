@@ -41,6 +41,7 @@ def _leaves(function: Function) -> Leaves:
 @pytest.mark.world(2, collective=8, limit=30)
 @pytest.mark.parametrize("nests", ["optimizer", "others"])
 @_nested
+@pytest.mark.thorough(but=["others"])
 def test_nested(
     function: Function, mesh: Any, world: Any, subject: Any, device: torch.device, nests: str
 ) -> None:

@@ -272,6 +272,7 @@ class TestGatherStateDictCost:
     @pytest.mark.should(COUNT)
     @pytest.mark.world(4)
     @pytest.mark.parametrize("kind", ["1-D", "2-D", "ShardedTensor", "dtypes"])
+    @pytest.mark.thorough(but=["ShardedTensor"])
     def test_collectives_do_not_grow_with_the_tensors(
         self, judged: Any, mesh: Any, kind: str
     ) -> None:

@@ -147,7 +147,7 @@ class TestDistribute:
     @pytest.mark.should(MEMORY)
     @pytest.mark.world(4)
     @pytest.mark.parametrize("placement", [S(0), S(1), R], ids=str)
-    @pytest.mark.thorough(but=["S(1)", "R"])
+    @pytest.mark.thorough(but=["R"])
     def test_the_shards_and_no_more(
         self, judged: Any, mesh: Any, device: torch.device, grows: Any, placement: Any
     ) -> None:

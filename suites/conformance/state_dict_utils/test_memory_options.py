@@ -168,6 +168,7 @@ class TestGatherMemory:
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("kind", ["pending", "ShardedTensor"])
+    @pytest.mark.thorough(but=["ShardedTensor"])
     def test_a_large_tensor_of_another_kind(
         self, judged: Any, mesh: Any, rank: int, grows: Any, kind: str
     ) -> None:

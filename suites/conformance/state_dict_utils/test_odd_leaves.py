@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Placement
 from torch.testing._internal.two_tensor import TwoTensor
 
-from conformance.kit.agree import assert_raises_everywhere
+from conformance.kit.agree import assert_raises_everywhere, attempt
 from conformance.kit.compare import assert_same, local
 from conformance.kit.data import numbers
 from conformance.kit.landing import assert_landed, blank, target
@@ -53,6 +53,18 @@ class Failing(TwoTensor):
     ) -> Any:
         if "pad" in str(func):
             raise ZeroDivisionError(f"no {func}")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class Wordy(TwoTensor):
+    """A wrapper that fails where it is padded, with an error of two words."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if "pad" in str(func):
+            raise ValueError("the reason", "and the way out")
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
@@ -131,6 +143,17 @@ class TestGatherOddLeaves:
         kind = Failing if at in (None, world.rank) else TwoTensor
         leaf = dtensor(numbers(7, 4), mesh(2), [S(0)], local=kind(mine, mine.clone()))
         assert_raises_everywhere(world, partial(judged, {KEY: leaf}), KEY, kinds=MISSING)
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(2, collective=8, limit=30)
+    def test_all_that_a_class_says(self, judged: Any, mesh: Any, world: Any) -> None:
+        """Of an error that says several things all must be told on each rank."""
+        mine = part(numbers(7, 4), mesh(2), [S(0)]).clone()
+        kind = Wordy if world.rank else TwoTensor
+        leaf = dtensor(numbers(7, 4), mesh(2), [S(0)], local=kind(mine, mine.clone()))
+        error = attempt(lambda: judged({KEY: leaf}))
+        for words in (KEY, "the reason", "the way out"):
+            assert words in str(error), f"{words!r} is not in {error!r}"
 
     @pytest.mark.law("structure")
     @pytest.mark.world(2)

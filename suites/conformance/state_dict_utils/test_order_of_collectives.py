@@ -163,6 +163,7 @@ class TestBroadcastInOneOrder:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, collective=8, limit=25)
     @pytest.mark.parametrize("empty", [0, 1])
+    @pytest.mark.thorough(but=["1"])
     def test_nothing_on_one_rank(
         self, judged: Any, rank: int, device: torch.device, empty: int
     ) -> None:

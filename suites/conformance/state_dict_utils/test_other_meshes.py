@@ -112,6 +112,7 @@ class TestCopyToOtherMeshes:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("make", CASES)
     @every_second(CASES)
+    @pytest.mark.thorough(but=["shape", "ranks", "ranks-in-another-order"])
     def test_parts_that_belong_elsewhere(
         self, judged: Any, subject: Any, mesh: Any, make: Any
     ) -> None:
@@ -123,6 +124,7 @@ class TestCopyToOtherMeshes:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("make", SAME_CASES)
     @every_second(SAME_CASES)
+    @pytest.mark.thorough(but=["object"])
     def test_the_same_parts(self, judged: Any, mesh: Any, make: Any) -> None:
         """A target on a mesh of other names, or of another object, must take the values."""
         source, into = _two(make, mesh)
@@ -136,6 +138,7 @@ class TestIterateToOtherMeshes:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("make", CASES)
     @every_second(CASES, start=1)
+    @pytest.mark.thorough(but=["grid-in-another-order"])
     def test_parts_that_belong_elsewhere(
         self, judged: Any, subject: Any, mesh: Any, make: Any
     ) -> None:
@@ -149,6 +152,7 @@ class TestIterateToOtherMeshes:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("make", SAME_CASES)
     @every_second(SAME_CASES, start=1)
+    @pytest.mark.thorough(but=["other-names"])
     def test_the_same_parts(self, judged: Any, mesh: Any, make: Any) -> None:
         """A companion on a mesh of other names, or of another object, must take the values."""
         source, into = _two(make, mesh)
@@ -162,6 +166,7 @@ class TestSimilarityOfOtherMeshes:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("make", CASES)
     @every_second(CASES)
+    @pytest.mark.thorough(but=["average"])
     def test_parts_that_belong_elsewhere(self, judged: Any, mesh: Any, make: Any) -> None:
         """What could not be copied must not be called similar."""
         source, into = _two(make, mesh)
@@ -171,6 +176,7 @@ class TestSimilarityOfOtherMeshes:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("make", SAME_CASES)
     @every_second(SAME_CASES)
+    @pytest.mark.thorough(but=["no-names"])
     def test_the_same_parts(self, judged: Any, mesh: Any, make: Any) -> None:
         """Meshes of other names, or other objects, must be called similar."""
         source, into = _two(make, mesh)

@@ -191,6 +191,7 @@ class TestBroadcastOwnObjects:
     @pytest.mark.law("structure")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("at", ["the source", "the other", "both"])
+    @pytest.mark.thorough(but=["the other"])
     def test_none_stays_none(self, judged: Any, rank: int, device: torch.device, at: str) -> None:
         """A local None must stay None where a tensor with dimensions is offered."""
         full = {"bias": numbers(3), "w": numbers(4)}
@@ -246,6 +247,7 @@ class TestGatherOwnObjects:
     @pytest.mark.world(1)
     @pytest.mark.parametrize("make", CASES)
     @every_second(CASES, start=1)
+    @pytest.mark.thorough(but=["defaultdict"])
     def test_values_that_can_be_changed(self, judged: Any, make: Any) -> None:
         """A value in the result must not be the state dict's own."""
         value = {"value": make(), "w": numbers(4)}

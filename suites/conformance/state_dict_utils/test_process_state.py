@@ -144,6 +144,7 @@ class _State:
     @pytest.mark.law("isolation")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("size", ["small", "large"])
+    @pytest.mark.thorough(but=["large"])
     def test_inputs_are_used_again_at_once(self, judged: Any, roads: Any, size: str) -> None:
         """What a caller writes into its tensors after the call must reach no result, anywhere."""
         full = numbers(6, 4) if size == "small" else numbers(1024, 1024)
@@ -190,6 +191,7 @@ class TestGatherState(_State):
     @pytest.mark.law("autograd")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("placement", [S(0), R], ids=str)
+    @pytest.mark.thorough(but=["S(0)"])
     def test_gathered_parameters_do_not_require_grad(
         self, judged: Any, mesh: Any, placement: Any
     ) -> None:

@@ -86,6 +86,7 @@ class TestGather:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("options", [{}, {"cpu_offload": True}], ids=str)
+    @pytest.mark.thorough(but=["{'cpu_offload': True}"])
     def test_every_rank_is_played(self, judged: Any, mesh: Any, options: Any) -> None:
         """Every rank that is played must get the whole tensors."""
         mesh(4), mesh(2, 2)
@@ -95,6 +96,7 @@ class TestGather:
     @pytest.mark.law("isolation")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("options", [{}, {"cpu_offload": True}], ids=str)
+    @pytest.mark.thorough(but=["{'cpu_offload': True}"])
     def test_the_result_is_apart(self, judged: Any, mesh: Any, options: Any) -> None:
         """What training writes later must reach no rank's result."""
         mesh(4), mesh(2, 2)
@@ -377,6 +379,7 @@ def in_threads(root: str, name: str, call: str) -> None:
 class TestGatherThreads:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(1, limit=120)
+    @pytest.mark.thorough
     def test_ranks_as_threads(self, subject: Any) -> None:
         """Ranks that are threads of one process must get the whole tensors."""
         in_threads(subject.root, "_gather_state_dict", "check(judged(spread(1)))")
@@ -386,6 +389,7 @@ class TestGatherThreads:
 class TestDistributeThreads:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(1, limit=120)
+    @pytest.mark.thorough
     def test_ranks_as_threads(self, subject: Any) -> None:
         """Ranks that are threads of one process must get their parts."""
         call = "into = spread(0); judged(dict(whole), into, torch.device('cpu')); check(into)"

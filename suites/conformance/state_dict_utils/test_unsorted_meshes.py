@@ -89,6 +89,7 @@ class TestGatherUnsortedMeshes:
     @pytest.mark.law("group")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("ndim", [1, 2], ids=["lines", "grids"])
+    @pytest.mark.thorough(but=["lines"])
     def test_uneven_shards(self, judged: Any, mesh: Any, ndim: int) -> None:
         """Uneven shards come to where the numbers of their ranks say."""
         for name, over, placements in _cases(mesh):
@@ -169,6 +170,7 @@ class TestDistributeUnsortedMeshes:
     @pytest.mark.law("group")
     @pytest.mark.world(4)
     @EACH_SIZE
+    @pytest.mark.thorough(but=["even"])
     def test_where_full_tensor_reads(
         self, judged: Any, mesh: Any, device: torch.device, size: tuple[int, int]
     ) -> None:

@@ -48,6 +48,7 @@ class TestChunkDTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
+    @pytest.mark.thorough(but=["S1"])
     def test_the_local_tensor_is_fsdps_chunk(self, judged: Any, mesh: Any, held: Any) -> None:
         """Each rank holds FSDP's chunk of its TP-local tensor, placed over the root mesh."""
         for shape in (2, 2), (4, 1), (1, 4):
@@ -61,6 +62,7 @@ class TestChunkDTensor:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
     @PLAIN_AND_COLUMNS
+    @pytest.mark.thorough(but=["plain"])
     def test_the_whole_is_the_global_tensor(self, judged: Any, mesh: Any, held: Any) -> None:
         """The chunks of all ranks, read by their placements, are the global tensor."""
         root = mesh(2, 2)
@@ -73,6 +75,7 @@ class TestChunkDTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", [S(0), S(1)], ids=held_id)
+    @pytest.mark.thorough(but=["S1"])
     def test_uneven_shards(self, judged: Any, mesh: Any, held: Any) -> None:
         """Of TP shards that are uneven themselves the chunks and the whole are as exact."""
         root = mesh(2, 2)
@@ -85,6 +88,7 @@ class TestChunkDTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", [None, R], ids=held_id)
+    @pytest.mark.thorough(but=["R"])
     def test_what_tp_does_not_shard(self, judged: Any, mesh: Any, held: Any) -> None:
         """Of a plain or replicated weight of any shape each rank holds its chunk, or nothing."""
         for shape in (2, 2), (4, 1):
@@ -98,6 +102,7 @@ class TestChunkDTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", [S(0), S(1)], ids=held_id)
+    @pytest.mark.thorough(but=["S1"])
     def test_empty_shards(self, judged: Any, mesh: Any, held: Any) -> None:
         """Ranks to which TP or FSDP leaves nothing hold nothing, and the whole is there."""
         for shape in (2, 2), (1, 4):
@@ -112,11 +117,7 @@ class TestChunkDTensor:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("shape", MESHES.values(), ids=[n.replace(" ", "-") for n in MESHES])
     @pytest.mark.parametrize("held", HELD, ids=held_id)
-    @pytest.mark.thorough(
-        but=[
-            *("plain-HSDP-without-TP", "R-DDP", "S0-HSDP-of-one-replica", "S1-DDP"),
-        ]
-    )
+    @pytest.mark.thorough(but=["plain-HSDP-without-TP"])
     def test_three_dimensions(self, judged: Any, mesh: Any, held: Any, shape: Any) -> None:
         """Over a 3-D mesh the replicate dimension holds replicas, and FSDP's holds the chunks."""
         root = mesh(*shape)
@@ -130,6 +131,7 @@ class TestChunkDTensor:
     @pytest.mark.world(8)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
     @WHOLE_AND_ROWS
+    @pytest.mark.thorough(but=["R"])
     def test_hsdp_over_tp(self, judged: Any, mesh: Any, held: Any) -> None:
         """With replicas, chunks and TP shards at once every rank holds its chunk."""
         root = mesh(2, 2, 2)
@@ -152,7 +154,7 @@ class TestChunkDTensor:
     @pytest.mark.law("group")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
-    @pytest.mark.thorough(but=["plain", "R", "S0"])
+    @pytest.mark.thorough(but=["plain"])
     def test_one_dimension_of_three(self, judged: Any, mesh: Any, held: Any) -> None:
         """FSDP over one dimension of a 3-D mesh, the one before TP, cuts over that dimension."""
         for shape in (2, 2, 1), (1, 2, 2):
@@ -164,6 +166,7 @@ class TestChunkDTensor:
     @pytest.mark.law("group")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", [None, S(1)], ids=held_id)
+    @pytest.mark.thorough(but=["plain"])
     def test_a_mesh_of_some_ranks(self, judged: Any, mesh: Any, rank: int, held: Any) -> None:
         """A root mesh without global rank 0 serves its members alone."""
         for shape in (2, 1), (1, 2):
@@ -177,6 +180,7 @@ class TestChunkDTensor:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
     @WHOLE_AND_ROWS
+    @pytest.mark.thorough(but=["S0"])
     def test_a_mesh_in_another_rank_order(self, judged: Any, mesh: Any, held: Any) -> None:
         """A rank holds the chunk of its place in the mesh, whatever its number in the group."""
         root, full = mesh(2, 2, ranks=[3, 1, 2, 0]), numbers(8, 4)
@@ -187,6 +191,7 @@ class TestChunkDTensor:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
     @WHOLE_AND_ROWS
+    @pytest.mark.thorough(but=["S0"])
     def test_every_dtype(self, judged: Any, mesh: Any, held: Any) -> None:
         """Every dtype is chunked bit for bit, those that the backend cannot move, too."""
         root = mesh(2, 2)
@@ -199,6 +204,7 @@ class TestChunkDTensor:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
     @WHOLE_AND_ROWS
+    @pytest.mark.thorough(but=["S0"])
     def test_every_memory_layout(self, judged: Any, mesh: Any, held: Any) -> None:
         """Transposed, sliced, expanded and offset tensors are chunked as their values say."""
         root = mesh(2, 2)
@@ -227,6 +233,7 @@ class TestChunkDTensor:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
     @WHOLE_AND_ROWS
+    @pytest.mark.thorough(but=["R"])
     def test_nothing_is_sent(self, judged: Any, mesh: Any, held: Any) -> None:
         """No collective runs, since the rank holds all that its chunk is cut from."""
         for shape in (2, 2), (4, 1), (1, 2, 2), (2, 2, 1):
@@ -266,6 +273,7 @@ class TestChunkDTensor:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
     @PLAIN_AND_COLUMNS
+    @pytest.mark.thorough(but=["S1"])
     def test_the_result_is_a_copy(self, judged: Any, mesh: Any, held: Any) -> None:
         """The chunk is memory of its own, so training on does not change it."""
         for shape in (2, 2), (1, 4), (4, 1):
@@ -281,6 +289,7 @@ class TestChunkDTensor:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
     @PLAIN_AND_COLUMNS
+    @pytest.mark.thorough(but=["S1"])
     def test_the_input_stays_as_it_was(self, judged: Any, mesh: Any, held: Any) -> None:
         """The tensor is not changed, nor by writes to the result; a second call gives the same."""
         root, full = mesh(2, 2), numbers(8, 4)
@@ -318,6 +327,7 @@ class TestChunkDTensor:
     @pytest.mark.needs("functional gathers")
     @pytest.mark.parametrize("held", HELD, ids=held_id)
     @WHOLE_AND_ROWS
+    @pytest.mark.thorough(but=["R"])
     def test_consumers_read_the_placements(self, judged: Any, mesh: Any, held: Any) -> None:
         """A checkpoint's planner and a redistribution take the chunks for what they are."""
         root = mesh(2, 2)
@@ -342,6 +352,7 @@ class TestChunkDTensor:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
     @PLAIN_AND_COLUMNS
+    @pytest.mark.thorough(but=["plain"])
     def test_no_graph_is_kept(self, judged: Any, mesh: Any, held: Any) -> None:
         """The chunk of a trained weight, or of one inside a graph, is part of no graph."""
         root = mesh(2, 2)

@@ -73,6 +73,7 @@ class TestChunkDTensorOfSeveralDims:
     @pytest.mark.law("values")
     @pytest.mark.world(6)
     @pytest.mark.parametrize("shape", [(3, 2), (2, 3)], ids=str)
+    @pytest.mark.thorough(but=["(3, 2)"])
     def test_rows_that_nobody_can_share_alike(self, judged: Any, mesh: Any, shape: Any) -> None:
         """Of any number of rows over three ranks by two the chunks must make up the whole."""
         root = mesh(*shape)

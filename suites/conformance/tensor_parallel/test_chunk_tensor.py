@@ -97,7 +97,7 @@ class TestChunkTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("view", VIEWS.values(), ids=list(VIEWS))
-    @pytest.mark.thorough(but=["transposed", "offset", "expanded"])
+    @pytest.mark.thorough(but=["transposed"])
     def test_every_memory_layout(self, judged: Any, view: Any) -> None:
         """Transposed, sliced, expanded and offset tensors are chunked as their values say."""
         for size in [(4, 6), (5, 3), (4, 2, 3)]:
@@ -108,7 +108,7 @@ class TestChunkTensor:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", [R, S(0), S(1)], ids=held_id)
     @pytest.mark.parametrize("sizes", [EVEN, UNEVEN], ids=["even", "uneven"])
-    @pytest.mark.thorough(but=["even-R", "even-S1", "uneven-S0"])
+    @pytest.mark.thorough(but=["even-R"])
     def test_the_rows_of_a_dtensor(self, judged: Any, mesh: Any, held: Any, sizes: Any) -> None:
         """Of a DTensor over TP's mesh the rows of its local tensor are cut over FSDP's group."""
         root = mesh(2, 2)
@@ -126,7 +126,7 @@ class TestChunkTensor:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("dim", [0, 1])
     @pytest.mark.parametrize("sizes", [EVEN, UNEVEN], ids=["even", "uneven"])
-    @pytest.mark.thorough(but=["even-0", "uneven-0", "uneven-1"])
+    @pytest.mark.thorough(but=["uneven-1"])
     def test_the_shards_of_a_dtensor(
         self, judged: Any, mesh: Any, world: Any, dim: int, sizes: Any
     ) -> None:
@@ -180,6 +180,7 @@ class TestChunkTensor:
         ],
         ids=str,
     )
+    @pytest.mark.thorough(but=["[2, 3, 1]"])
     def test_the_group_is_fsdps(self, judged: Any, rank: int, ranks: Any) -> None:
         """Chunks go to the group's ranks in its own order; placements are global ranks."""
         pg = group(*ranks)
@@ -228,7 +229,7 @@ class TestChunkTensor:
     @pytest.mark.law("cost")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", [None, R, S(0), S(1)], ids=held_id)
-    @pytest.mark.thorough(but=["plain", "S1"])
+    @pytest.mark.thorough(but=["plain"])
     def test_nothing_is_sent(self, judged: Any, mesh: Any, held: Any) -> None:
         """No collective runs: sizes and groups say all that the metadata hold."""
         root = mesh(2, 2)
@@ -241,7 +242,7 @@ class TestChunkTensor:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", [None, R, S(0), S(1)], ids=held_id)
     @pytest.mark.parametrize("shape", [(2, 2), (1, 4)], ids=["cut", "whole"])
-    @pytest.mark.thorough(but=["cut-R", "cut-S0", "whole-plain", "whole-S1"])
+    @pytest.mark.thorough(but=["whole-plain"])
     def test_the_result_is_a_copy(self, judged: Any, mesh: Any, held: Any, shape: Any) -> None:
         """The chunk is memory of its own; the input is not changed; a second call is the same."""
         root = mesh(*shape)

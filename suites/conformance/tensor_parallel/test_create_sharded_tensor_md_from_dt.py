@@ -51,7 +51,7 @@ class TestCreateShardMdFromDt:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 4)
     @pytest.mark.parametrize("sizes", SIZES.values(), ids=list(SIZES))
-    @pytest.mark.thorough(but=["w1-uneven", "w2-even", "w2-empty", "w4-uneven"])
+    @pytest.mark.thorough(but=["w2-even"])
     def test_this_ranks_shard(self, judged: Any, mesh: Any, world: Any, sizes: Any) -> None:
         """The metadata holds the box, the rank and the device of this rank's shard."""
         line = mesh(world.size)
@@ -111,7 +111,7 @@ class TestCreateShardedTensorMdFromDt:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 4)
     @pytest.mark.parametrize("sizes", SIZES.values(), ids=list(SIZES))
-    @pytest.mark.thorough(but=["w1-uneven", "w2-even", "w2-empty", "w4-uneven"])
+    @pytest.mark.thorough(but=["w2-even"])
     def test_it_covers_the_tensor(self, judged: Any, mesh: Any, world: Any, sizes: Any) -> None:
         """The shards tile the tensor, even, uneven and empty ones."""
         line = mesh(world.size)
@@ -128,7 +128,7 @@ class TestCreateShardedTensorMdFromDt:
     @pytest.mark.law("values")
     @pytest.mark.world(2, 4)
     @pytest.mark.parametrize("sizes", SIZES.values(), ids=list(SIZES))
-    @pytest.mark.thorough(but=["w2-even", "w2-empty", "w4-uneven"])
+    @pytest.mark.thorough(but=["w2-even"])
     def test_each_shard_is_where_it_says(
         self, judged: Any, mesh: Any, world: Any, sizes: Any
     ) -> None:
@@ -151,7 +151,7 @@ class TestCreateShardedTensorMdFromDt:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(2, 4)
     @pytest.mark.parametrize("placements", ONE_D, ids=placement_id)
-    @pytest.mark.thorough(but=["w2-R", "w2-S0", "w4-S1"])
+    @pytest.mark.thorough(but=["w2-S0"])
     def test_all_ranks_say_the_same(
         self, judged: Any, mesh: Any, world: Any, placements: Any
     ) -> None:
@@ -180,6 +180,7 @@ class TestCreateShardedTensorMdFromDt:
     @pytest.mark.law("group")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("size", [(8, 3), (5, 3)], ids=["even", "uneven"])
+    @pytest.mark.thorough(but=["even"])
     def test_a_sharded_tensor_can_be_made_of_it(
         self, judged: Any, mesh: Any, rank: int, size: Any
     ) -> None:

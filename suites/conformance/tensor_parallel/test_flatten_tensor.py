@@ -43,7 +43,7 @@ class TestFlattenTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 4)
     @pytest.mark.parametrize("placements", ONE_D, ids=placement_id)
-    @pytest.mark.thorough(but=["w1-R", "w2-S0", "w2-S1", "w4-R"])
+    @pytest.mark.thorough(but=["w2-S1"])
     def test_the_local_tensor_and_the_spec(
         self, judged: Any, mesh: Any, world: Any, placements: Any
     ) -> None:
@@ -135,6 +135,7 @@ class TestFlattenTensor:
     @pytest.mark.law("values")
     @pytest.mark.world(1)
     @EACH_DTYPE
+    @pytest.mark.thorough(but=["float32"])
     def test_every_dtype(self, judged: Any, mesh: Any, dtype: torch.dtype) -> None:
         """Every dtype passes bit for bit: integer and bool weights, too."""
         for shape in [(4,), (), (0, 3)]:
@@ -162,7 +163,7 @@ class TestFlattenTensor:
     @pytest.mark.law("structure")
     @pytest.mark.world(1, 2)
     @pytest.mark.parametrize("trains", [True, False], ids=["trained", "frozen"])
-    @pytest.mark.thorough(but=["w1-frozen", "w2-trained"])
+    @pytest.mark.thorough(but=["w2-trained"])
     def test_requires_grad_is_the_parameters(
         self, judged: Any, mesh: Any, world: Any, trains: bool
     ) -> None:

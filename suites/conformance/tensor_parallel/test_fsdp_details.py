@@ -140,6 +140,7 @@ class TestNothingLeft:
     @pytest.mark.law("structure")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("size", [(4, 4), (2, 4)], ids=str)
+    @pytest.mark.thorough(but=["(2, 4)"])
     def test_an_empty_shard_is_there(self, judged: Any, mesh: Any, size: Any) -> None:
         """In what TP has sharded each rank of FSDP has a shard, if an empty one: planners look."""
         root, full = mesh(4, 1), numbers(*size)

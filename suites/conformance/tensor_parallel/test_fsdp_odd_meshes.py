@@ -35,9 +35,7 @@ class TestChunkDTensorOddMeshes:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", HELD, ids=held_id)
     @pytest.mark.parametrize("shape", [(2, 2, 1), (2, 1, 2), (1, 2, 2)], ids=str)
-    @pytest.mark.thorough(
-        but=["(2, 2, 1)-S0", "(2, 1, 2)-plain", "(2, 1, 2)-S1", "(1, 2, 2)-R", "(1, 2, 2)-S0"]
-    )
+    @pytest.mark.thorough(but=["(2, 2, 1)-S0"])
     def test_a_flattened_mesh(
         self, judged: Any, mesh: Any, held: Any, shape: tuple[int, ...]
     ) -> None:
@@ -75,7 +73,7 @@ class TestChunkDTensorOddMeshes:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("names", [None, ("x",), ("dp",)], ids=str)
     @pytest.mark.parametrize("shape", [(2, 2), (1, 4)], ids=str)
-    @pytest.mark.thorough(but=["(2, 2)-None", "(2, 2)-('dp',)", "(1, 4)-('x',)"])
+    @pytest.mark.thorough(but=["(1, 4)-('x',)", "(2, 2)-None"])
     def test_a_tp_mesh_that_was_built_on_its_own(
         self, judged: Any, mesh: Any, rank: int, names: Any, shape: tuple[int, int]
     ) -> None:
@@ -172,6 +170,7 @@ class TestAllGatherDTensorOddMeshes:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", [R, S(0), S(1)], ids=held_id)
+    @pytest.mark.thorough(but=["S0"])
     def test_stripes_of_any_number(self, judged: Any, mesh: Any, held: Any) -> None:
         """Stripes of any number and size must be gathered, or refused where others hold them."""
         root = mesh(2, 2)

@@ -97,7 +97,7 @@ class TestUnflattenTensor:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("held", [R, S(0), S(1)], ids=held_id)
     @pytest.mark.parametrize("trains", [True, False], ids=["trained", "frozen"])
-    @pytest.mark.thorough(but=["trained-S0", "frozen-R", "frozen-S1"])
+    @pytest.mark.thorough(but=["frozen-S1", "trained-S0"])
     def test_the_dtensor_around_all_of_them(
         self, judged: Any, mesh: Any, held: Any, trains: bool
     ) -> None:

@@ -62,6 +62,7 @@ class Double(nn.Module):
 class TestPreDpModuleTransformAdapting:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(1, 2)
+    @pytest.mark.thorough(but=["w2"])
     def test_the_parameters_themselves(self, judged: Any, mesh: Any, world: Any) -> None:
         """state_dict(keep_vars=True) must hold the module's own Parameters, gradients and all."""
         line, oracle = mesh(world.size), net()

@@ -124,13 +124,7 @@ class TestPreDpModuleTransformCompiled:
     )
     @pytest.mark.parametrize("when", ["before", "after"])
     @pytest.mark.parametrize("way", WAYS)
-    @pytest.mark.thorough(
-        but=[
-            "whole-before-eager",
-            "blocks, wrapped-before-eager",
-            "blocks-after-eager",
-        ]
-    )
+    @pytest.mark.thorough(but=["blocks-after-eager"])
     def test_one_graph(self, judged: Any, mesh: Any, way: str, when: str, backend: str) -> None:
         """Compiled with fullgraph=True, the first step must give the unsharded output and grads."""
         counter = CompileCounterWithBackend(backend)
@@ -143,7 +137,7 @@ class TestPreDpModuleTransformCompiled:
     @pytest.mark.world(1)
     @pytest.mark.parametrize("when", ["before", "after"])
     @pytest.mark.parametrize("way", WAYS)
-    @pytest.mark.thorough(but=["whole, wrapped-after", "blocks-after"])
+    @pytest.mark.thorough(but=["whole, wrapped-after"])
     def test_many_steps(self, judged: Any, mesh: Any, way: str, when: str) -> None:
         """Later steps must be exact without a new graph; evaluation may add one for each."""
         counter = CompileCounterWithBackend("eager")

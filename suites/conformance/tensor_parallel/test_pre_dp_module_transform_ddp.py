@@ -61,6 +61,7 @@ class TestPreDpModuleTransformUnderDdp:
         [(8, {}), (3, {"gradient_as_bucket_view": True})],
         ids=["even", "uneven, gradients as views"],
     )
+    @pytest.mark.thorough(but=["uneven, gradients as views"])
     def test_steps(self, judged: Any, mesh: Any, hidden: int, options: Any) -> None:
         """Three steps are those of the unsharded model on the batches of all replicas."""
         grid = mesh(2, 2)

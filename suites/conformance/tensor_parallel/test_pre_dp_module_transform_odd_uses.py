@@ -51,6 +51,7 @@ class TestPreDpModuleTransformOddUses:
 
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2)
+    @pytest.mark.thorough(but=["w2"])
     def test_weights_that_change_between_evaluations(
         self, judged: Any, mesh: Any, world: Any
     ) -> None:

@@ -45,7 +45,7 @@ class TestReconstructDtensor:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2, 3, 4)
     @pytest.mark.parametrize("placements", ONE_D, ids=placement_id)
-    @pytest.mark.thorough(but=["w1-S1", "w2-R", "w2-S0", "w3-S1", "w4-S0"])
+    @pytest.mark.thorough(but=["w2-R"])
     def test_back_to_dtensors(
         self, judged: Any, localize: Any, mesh: Any, world: Any, placements: Any
     ) -> None:
@@ -65,7 +65,7 @@ class TestReconstructDtensor:
 
     @pytest.mark.law("structure")
     @pytest.mark.world(1, 2, 3)
-    @pytest.mark.thorough(but=["w1", "w3"])
+    @pytest.mark.thorough(but=["w1"])
     def test_the_inverse(self, judged: Any, localize: Any, mesh: Any, world: Any) -> None:
         """Localized again, the module holds the same Parameter in its place, without traffic."""
         line = mesh(world.size)
@@ -112,6 +112,7 @@ class TestReconstructDtensor:
     @pytest.mark.law("values")
     @pytest.mark.world(1)
     @EACH_DTYPE
+    @pytest.mark.thorough(but=["float8_e4m3fn"])
     def test_every_dtype(self, judged: Any, localize: Any, mesh: Any, dtype: torch.dtype) -> None:
         """A parameter of any dtype, integers and bool too, comes back bit for bit."""
         for shape in [(4,), (), (0, 3)]:
@@ -204,7 +205,7 @@ class TestReconstructDtensor:
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(1, 2, 3, 4)
-    @pytest.mark.thorough(but=["w2", "w3"])
+    @pytest.mark.thorough(but=["w3"])
     def test_gradients_reach_the_local_parameters(
         self, judged: Any, localize: Any, mesh: Any, world: Any
     ) -> None:
@@ -226,6 +227,7 @@ class TestReconstructDtensor:
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(2, 4)
+    @pytest.mark.thorough(but=["w4"])
     def test_a_reduced_gradient_arrives_finished(
         self, judged: Any, localize: Any, mesh: Any, world: Any
     ) -> None:
@@ -258,6 +260,7 @@ class TestReconstructDtensor:
     @pytest.mark.law("autograd")
     @pytest.mark.world(1)
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    @pytest.mark.thorough(but=["inference_mode"])
     def test_outside_autograd(self, judged: Any, localize: Any, mesh: Any, mode: Any) -> None:
         """A first round where no graph is recorded leaves none, and the next trains."""
         module = bag(w=weight(numbers(4), mesh(1), [S(0)]))
@@ -322,6 +325,7 @@ class TestReconstructDtensor:
 
     @pytest.mark.law("all-or-nothing")
     @pytest.mark.world(1, 2)
+    @pytest.mark.thorough(but=["w2"])
     def test_a_wrong_shape_changes_nothing(
         self, judged: Any, localize: Any, mesh: Any, world: Any
     ) -> None:

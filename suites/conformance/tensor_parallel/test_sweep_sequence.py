@@ -156,6 +156,7 @@ class TestThreads:
     @pytest.mark.law("isolation")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad], ids=["no grad", "grad"])
+    @pytest.mark.thorough(but=["no grad"])
     def test_a_forward_in_another_thread(self, judged: Any, mesh: Any, mode: Any) -> None:
         """While one thread evaluates another must train, and save: each finds DTensors, exact."""
         line, full = mesh(2), numbers(4, 2)

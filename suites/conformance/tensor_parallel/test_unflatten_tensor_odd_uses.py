@@ -17,6 +17,7 @@ from conformance.kit.layouts import R, S, dtensor, in_another_order, part
 class TestUnflattenTensorOddUses:
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2)
+    @pytest.mark.thorough(but=["w1"])
     def test_dtypes_that_are_not_the_specs(self, judged: Any, mesh: Any, world: Any) -> None:
         """A local tensor that was cast must be a DTensor of its dtype, whatever was cast before."""
         line, full = mesh(world.size), numbers(4, 2)
@@ -75,6 +76,7 @@ class TestUnflattenTensorOddUses:
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(1, 2)
+    @pytest.mark.thorough(but=["w1"])
     def test_second_gradients(self, judged: Any, mesh: Any, world: Any) -> None:
         """A penalty on a gradient must reach the local tensor through it."""
         line, full = mesh(world.size), numbers(4, 2)

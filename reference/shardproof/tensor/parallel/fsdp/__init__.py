@@ -131,13 +131,9 @@ class DTensorExtensions(FSDPExtensions):
 
     def _on_compute_stream(self) -> AbstractContextManager[Any]:
         enter = getattr(self.device_handle, "stream", None)
-        current = getattr(self.device_handle, "current_stream", None)
-        stream = self.compute_stream
-        if stream is None and current is not None:
-            stream = current()
-        if enter is None or stream is None:
+        if enter is None or self.compute_stream is None:
             return nullcontext()
-        found: AbstractContextManager[Any] = enter(stream)
+        found: AbstractContextManager[Any] = enter(self.compute_stream)
         return found
 
     def chunk_tensor(
