@@ -129,7 +129,8 @@ class _Server:
         os.environ.clear()
         os.environ.update(env)
         sys.argv = ["harness", *arguments]
-        sys.path[0] = cwd
+        paths = env.get("PYTHONPATH", "").split(os.pathsep)
+        sys.path[:1] = [cwd, *(path for path in paths if path and path not in sys.path)]
         raise _Become
 
     def poll(self, pid: int) -> int | None:

@@ -47,8 +47,8 @@ class Session:
     """A running session of the harness on a small suite.
 
     `fresh`: in an interpreter of its own, with all that it imports, as a user starts it; else in a
-    fork of one that has imported torch. One check at a time, but for SHARDPROOF_FAULTS_JOBS or
-    --jobs among the arguments.
+    fork of one that has imported torch, without what only some checks need (`warm`: with it). One
+    check at a time, but for SHARDPROOF_FAULTS_JOBS or --jobs among the arguments.
     """
 
     launcher: ClassVar[Launcher]
@@ -59,6 +59,7 @@ class Session:
         *arguments: str,
         env: dict[str, str] | None = None,
         fresh: bool = False,
+        warm: bool = False,
     ) -> None:
         self.folder = folder
         name = uuid.uuid4().hex[:8]
@@ -77,7 +78,8 @@ class Session:
                 *("--jobs", os.environ.get("SHARDPROOF_FAULTS_JOBS", "1")),
                 *arguments,
                 # Imports that take seconds, and are no part of what most sessions are to show.
-                *([] if fresh else ["--no-warm-up", "-p", "no:hypothesispytest"]),
+                *([] if fresh else ["-p", "no:hypothesispytest"]),
+                *([] if fresh or warm else ["--no-warm-up"]),
             ],
             cwd=folder,
             output=self._output,

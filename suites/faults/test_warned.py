@@ -17,7 +17,6 @@ FORKS = f"{SUITES}:{Path(__file__).parent / 'forks'}"
 CHECKS = (
     "state_dict_utils/test_flatten_state_dict.py::TestFlattenStateDict",
     "tensor_parallel/test_get_box.py::TestGetBoxFor",
-    "tensor_parallel/test_get_submodule_n_params.py",
     "test_warnings.py",
 )
 
@@ -30,7 +29,7 @@ def loud(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         *("--subject", "loud", "--order", "random:3"),
         *(str(SUITES / "conformance" / name) for name in CHECKS),
         env={"PYTHONPATH": FORKS},
-        fresh=True,
+        warm=True,
     ).finish(timeout=600)  # many checks, under load
 
 
@@ -87,9 +86,7 @@ def test_every_way_to_warn_is_heard(suite: Suite) -> None:
         "    with pytest.raises(TypeError):\n"
         "        subject.function(f'tensor.parallel.fsdp.{name}')()\n"
     )
-    outcome = Session(
-        suite(source), "--subject", "loud", env={"PYTHONPATH": FORKS}, fresh=True
-    ).finish()
+    outcome = Session(suite(source), "--subject", "loud", env={"PYTHONPATH": FORKS}).finish()
     heard = {w for check in outcome.results["checks"] for w in check["warnings"]}
     assert set(outcome.verdicts().values()) == {"pass"}, outcome.output
     for way in WAYS:
@@ -129,7 +126,7 @@ def test_the_subject_compiles(): SUBJECT(READ)
 @pytest.mark.thorough
 def test_a_checks_own_warnings_are_errors_still(suite: Suite) -> None:
     outcome = Session(
-        suite(OURS), "--subject", "loud", env={"PYTHONPATH": FORKS}, fresh=True
+        suite(OURS), "--subject", "loud", env={"PYTHONPATH": FORKS}, warm=True
     ).finish()
     for name in ("a_check_warns", "what_it_hands_to_the_subject_warns"):
         assert outcome.check(f"test_{name}")["verdict"] == "fail"
@@ -159,7 +156,7 @@ def test_warnings_of_the_reference_are_errors(suite: Suite) -> None:
     # The same code in a copy elsewhere is anybody's.
     (folder / "shardproof").symlink_to(SUITES.parent / "reference" / "shardproof")
     path = f"{folder}:{SUITES}"
-    copied = Session(folder, "--subject", "shardproof", env={"PYTHONPATH": path}, fresh=True)
+    copied = Session(folder, "--subject", "shardproof", env={"PYTHONPATH": path})
     assert copied.finish().exit == 0
 
 

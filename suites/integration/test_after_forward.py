@@ -126,6 +126,7 @@ class TestAfterForward:
     @pytest.mark.law("structure")
     @pytest.mark.world(8)
     @pytest.mark.parametrize("recipe", over("hsdp"))
+    @pytest.mark.thorough
     def test_what_the_module_holds_on_three_dimensions(self, device: Any, recipe: Recipe) -> None:
         """With replicas, too, all parameters must stay in place, and nothing pile up."""
         assert_nothing_changes(recipe, device)

@@ -149,7 +149,7 @@ class TestModelOntoAnotherMesh:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", AT_ONCE)
-    @pytest.mark.thorough(but=["fsdp1"])
+    @pytest.mark.thorough
     def test_uneven_shards(self, device: Any, shared: Path, recipe: str) -> None:
         """Shards of different size, and empty ones, travel between 2x2, 4x1 and 1x4."""
         first = shared / "first"

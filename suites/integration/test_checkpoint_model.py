@@ -145,7 +145,7 @@ class TestSetModelStateDict:
     @pytest.mark.world(8)
     @pytest.mark.parametrize("recipe", HYBRID)
     @GATHERS
-    @pytest.mark.thorough(but=["hsdp"])
+    @pytest.mark.thorough
     def test_each_option_hybrid(self, device: Any, recipe: str) -> None:
         """With replicas each combination must put the values into the parameters, too."""
         load(recipe, device)

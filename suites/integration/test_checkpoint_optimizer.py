@@ -120,7 +120,7 @@ class TestGetOptimizerStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4, collective=8, limit=25)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
-    @pytest.mark.thorough(but=["fsdp1"])
+    @pytest.mark.thorough
     def test_full_on_the_cpu(self, device: Any, recipe: str) -> None:
         """With cpu_offload besides, rank 0 gets it in CPU memory and the others {}."""
         get(recipe, device, FULL_ON_CPU)
@@ -128,7 +128,7 @@ class TestGetOptimizerStateDict:
     @pytest.mark.law("structure")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(["fsdp1", "fully_shard"], "fsdp1"))
-    @pytest.mark.thorough(but=["fsdp1"])
+    @pytest.mark.thorough
     def test_a_frozen_parameter(self, device: Any, recipe: str) -> None:
         """A frozen parameter has no state, and its place in its parameter group."""
         get(recipe, device, [*SHARDED[:1], *FULL[:1]], frozen=True)
@@ -163,7 +163,7 @@ class TestSetOptimizerStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(["fsdp1", "fully_shard"], "fsdp1"))
-    @pytest.mark.thorough(but=["fsdp1"])
+    @pytest.mark.thorough
     def test_full_and_flat(self, device: Any, recipe: str) -> None:
         """A full, flat state must land with flatten_optimizer_state_dict, which made it."""
         load(recipe, device, FULL)

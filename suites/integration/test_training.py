@@ -56,7 +56,7 @@ class TestParity:
         "recipe", over("ddp", "replicate", "fsdp1", "fsdp1-flat", "fully_shard")
     )
     @GATHERS
-    @pytest.mark.thorough(but=["ddp"])
+    @pytest.mark.thorough
     def test_transformer(self, device: Any, recipe: Recipe) -> None:
         """A transformer with a frozen block, tied where the recipe allows, trains like the whole.
 

@@ -168,6 +168,7 @@ class TestDdp:
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)
+    @pytest.mark.thorough
     def test_an_average_from_before_wrapping(self, device: Any) -> None:
         """A copy from before wrapping follows through state dicts, and computes the average."""
         copies: list[nn.Module] = []

@@ -133,7 +133,7 @@ class TestWrapping:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", ways(WRONG))
-    @pytest.mark.thorough(but=["ddp", "replicate-transformed"])
+    @pytest.mark.thorough(but=["replicate-transformed"])
     def test_a_group_that_would_mix_shards(self, device: Any, world: Any, recipe: Recipe) -> None:
         """Data parallelism over ranks of other shards must be refused by name, on every rank."""
         trainee = recipe.make(MLP, device, early=True)
