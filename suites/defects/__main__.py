@@ -25,7 +25,10 @@ def main() -> int:
     parser.add_argument("--words", action="store_true", help="print severities and roads")
     parser.add_argument("--write", action="store_true", help="write docs/defects.md")
     options = parser.parse_args()
-    defects = catalogue.read()
+    try:
+        defects = catalogue.read()
+    except catalogue.BadDefectError as error:
+        parser.error(str(error))
     what_was_seen = seen.kept()
     if unknown := [i for i in options.ids if i not in defects]:
         parser.error(f"{unknown[0]}: there is no such defect; ci/defects lists them")

@@ -97,7 +97,10 @@ def main() -> int:
         parser.error("--check runs with and without install: leave --install and --callers out")
     if options.write and not options.check:
         parser.error("--write is for --check")
-    known, found = catalogue.read(), files()
+    try:
+        known, found = catalogue.read(), files()
+    except catalogue.BadDefectError as error:
+        parser.error(str(error))
     if not options.ids and not options.all:
         parser.error("name a defect, as SP-001, or --all")
     wanted = list(found) if options.all else options.ids

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from defects import catalogue, seen
+from defects import __main__ as command
+from defects import catalogue, reproduce, seen
 from defects.listing import chosen, in_full
 from defects.page import PAGE, page
 from defects.reproduce import reproduced
@@ -66,6 +68,22 @@ def test_a_wrong_file_names_the_file_and_the_field(
     with pytest.raises(catalogue.BadDefectError, match=r"SP-001\.toml: ") as told:
         one(text)
     assert message in str(told.value)
+
+
+@pytest.mark.parametrize("main", [command.main, reproduce.main])
+def test_a_command_names_the_wrong_file_in_a_line(
+    main: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "SP-001.toml").write_text("title = 'a wrong one'\n")
+    monkeypatch.setattr(catalogue, "read", partial(catalogue.read, tmp_path))
+    monkeypatch.setattr("sys.argv", ["a command", "SP-001"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "SP-001.toml: id: missing" in capsys.readouterr().err
 
 
 def test_ids_have_no_gap() -> None:
