@@ -2,8 +2,9 @@
 
 Exit 0: each fault was caught by a check of the functions that it breaks; 1: one survived; 2: wrong
 usage; 3: a fault could not be planted, or the judging itself broke. A fault that shows only on an
-accelerator is named as not judged where there is none. What `ci/mutation` has measured of the
-checks saves those that do not run the lines that a patch changes.
+accelerator is named as not judged where there is none. First comes the check that is known to catch
+a fault (`suites/mutants/caught.json`); what `ci/mutation` has measured of the others saves those
+that do not run the lines that a patch changes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from mutants.statements import numbers_at
 Fault = Mutant | Patch
 _WORST = {"caught": 0, "unjudged": 0, "survived": 1, "undecided": 1, "broken": 3}
 _TOLD = {"caught", "survived"}
+CAUGHT = Path(__file__).parent / "caught.json"
+"""By fault the check that caught it when `--write` was last given. It says where to begin, no
+more: each fault is planted and judged each time."""
 
 
 class Report:
@@ -62,6 +66,12 @@ class Report:
         elif result.state == "survived" and result.unrun:
             print(f"    {len(result.unrun)} checks could not run here: {result.unrun[0]}")
 
+    def keep(self) -> None:
+        """Remember which check caught each, beside what is known of faults that were not judged."""
+        found = {r["name"]: r["said"] for r in self.rows if r["state"] == "caught"}
+        text = json.dumps(caught_before() | found, indent=1, sort_keys=True, ensure_ascii=False)
+        CAUGHT.write_text(text + "\n")
+
     def sum_up(self) -> None:
         """How many of each dimension were caught."""
         counted = collections.Counter((r.get("dimension", 0), r["state"]) for r in self.rows)
@@ -72,6 +82,20 @@ class Report:
             others = ", ".join(f"{n} {s}" for s, n in of_it.items() if s not in _TOLD)
             print(f"{name:<34}{caught:>4} of {caught + survived:<4} caught {others}".rstrip())
         print(f"results: {self._path}")
+
+
+def caught_before() -> dict[str, str]:
+    """Fault -> the check that caught it."""
+    found: dict[str, str] = json.loads(CAUGHT.read_text()) if CAUGHT.exists() else {}
+    return found
+
+
+def known_first(fault: Fault, checks: list[str], judge: Judge, known: str | None) -> list[str]:
+    """The check that caught the fault before, and after it the others."""
+    fits = known in judge.items if isinstance(fault, Patch) else known in checks
+    if known is None or not fits:
+        return checks
+    return [known, *(check for check in checks if check != known)]
 
 
 def that_can_tell(fault: Fault, checks: list[str], judge: Judge, executed: Executed) -> list[str]:
@@ -100,12 +124,14 @@ def judge_all(faults: list[Fault], report: Report, first: int | None) -> None:
         def work(judge: Judge, of_them: list[Fault] = of_them) -> None:
             executed = Executed.read()
             executed.forget_changed(digests_of(judge))
+            before = caught_before()
             judge.passing |= {c for c, ran in executed.checks.items() if ran.verdict == "pass"}
             for fault in of_them:
                 try:
                     checks = fault.choose(judge.items)
                     if not fault.arguments:  # measured on a CPU
                         checks = that_can_tell(fault, checks, judge, executed)
+                    checks = known_first(fault, checks, judge, before.get(fault.name))
                     result = judge.judge(fault.plant, checks[:first])
                     if result.state == "survived" and checks[:first] != checks:
                         result.state = "undecided"
@@ -147,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         help="at most N checks for each, those first that are likely to tell: a fault that passes "
         "them, but not all, is undecided",
     )
+    add("--write", action="store_true", help=f"keep which check caught each, in {CAUGHT.name}")
     add(
         "--json",
         type=Path,
@@ -191,6 +218,8 @@ def main(arguments: list[str] | None = None) -> int:
     report = Report(options.json.absolute(), len(chosen))
     judge_all(chosen, report, options.first)
     report.sum_up()
+    if options.write:
+        report.keep()
     return report.worst
 
 

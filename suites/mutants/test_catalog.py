@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mutants import patches, run
 from mutants.catalog import MUTANTS, Mutant
 from mutants.judge import ROOT, CannotPlantError, copy_reference
 
@@ -32,3 +33,8 @@ def test_a_text_that_is_not_there_is_named(tmp_path: Path) -> None:
     copy_reference(tmp_path)
     with pytest.raises(CannotPlantError, match="lost: its text stands 0 times"):
         lost.plant(tmp_path)
+
+
+def test_what_is_kept_is_of_faults_that_exist() -> None:
+    names = {m.name for m in MUTANTS} | {p.stem for p in patches.FOLDER.glob("*.patch")}
+    assert run.caught_before().keys() <= names

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from mutants import marks
+from mutants import marks, patches, run
+from mutants.catalog import MUTANTS
 from mutants.executed import Executed
 from mutants.judge import ROOT, Judge, Plant
 from mutants.statements import statements
@@ -136,3 +137,15 @@ def test_marks_are_left_in_compiled_code_in_forks_and_in_other_interpreters() ->
         os.waitpid(pid, 0)
         assert marks.taken() == 0b101001
         assert marks.taken() == 0
+
+
+def test_what_caught_a_fault_before_comes_first() -> None:
+    patch = patches.read_all(patches.FOLDER)[0]
+    judge = _Scripted()
+    judge.items = dict.fromkeys(["a", "b", "elsewhere"])  # type: ignore[assignment]
+    assert run.known_first(patch, ["a", "b"], judge, "b") == ["b", "a"]
+    assert run.known_first(patch, ["a", "b"], judge, "elsewhere") == ["elsewhere", "a", "b"]
+    assert run.known_first(patch, ["a", "b"], judge, "gone") == ["a", "b"]
+    # Of a mutant of the catalog the checks of its files alone.
+    assert run.known_first(MUTANTS[0], ["a", "b"], judge, "elsewhere") == ["a", "b"]
+    assert run.known_first(MUTANTS[0], ["a", "b"], judge, None) == ["a", "b"]

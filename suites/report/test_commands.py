@@ -26,7 +26,7 @@ AT_ONCE = [
     (r"ci/reproduce SP-001", ""),
     (r"ci/(compare|reproduce)", "--help"),
     (r"ci/(compare out/A out/B --html changes\.html|report)", "--help"),
-    (r"ci/mutants NAME", "--list"),
+    (r"ci/mutants NAME( --write)?", "--list"),
 ]
 """(pattern, words that are added) of what ends in a moment."""
 
