@@ -8,8 +8,8 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "source_lends_its_values",
         "a list of the full dict is in the local dict of the source, too",
         "_state_dict_utils/broadcast.py",
-        "    local.update(plan.values)\n",
-        "    local.update({key: full.get(key, plan.values[key]) for key in plan.values})\n",
+        "    assign(local, plan.values)\n",
+        "    assign(local, {key: full.get(key, plan.values[key]) for key in plan.values})\n",
         "own_objects",
     ),
     (

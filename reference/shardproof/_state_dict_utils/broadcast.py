@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from shardproof._core.comms.agreement import Failure, exchange, first_failure, raise_failure
+from shardproof._core.containers.container_types import assign
 from shardproof._core.loading.manifest import Manifest, broadcast_manifest, build_manifest
 from shardproof._core.loading.plan import LoadPlan, find_unlike_shapes, make_plan, merge_columns
 from shardproof._core.loading.simulated import load_simulated
@@ -177,10 +178,10 @@ def _load(
         for key, target in found.items()
         if key not in leaders
     }
-    local.update(plan.values)
-    local.update(results)
+    assign(local, plan.values)
+    assign(local, results)
     # What is written in place stays the caller's object, also where another shares its memory.
-    local.update({key: results[at] for key, at in leaders.items() if not found[key].spec.keeps})
+    assign(local, {key: results[at] for key, at in leaders.items() if not found[key].spec.keeps})
     for key in plan.removed:
         del local[key]
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from shardproof._core.containers.container_types import assign
 from shardproof._core.loading.simulated import check_simulated, fill_simulated
 from shardproof._core.loading.target_spec import TargetSpec
 from shardproof._core.loading.targets import Target, TargetFactory, last_of_tied
@@ -88,8 +89,8 @@ def _distribute_state_dict(
         size, dtype, layout = alike = full.size(), full.dtype, full.layout
         found[key] = targets.target(key, held, size, dtype, where, alike, layout), full
     results = _fill_targets(found)
-    local_state_dict.update(values)
-    local_state_dict.update(results)
+    assign(local_state_dict, values)
+    assign(local_state_dict, results)
 
 
 @torch.no_grad()
@@ -133,7 +134,7 @@ def _distribute_tensors(
             continue
         size, dtype, layout = alike = full.size(), full.dtype, full.layout
         found[key] = targets.target(key, held, size, dtype, device, alike, layout), full
-    local_state_dict.update(_fill_targets(found))
+    assign(local_state_dict, _fill_targets(found))
     for key, (held, full) in played.items():
         local_state_dict[key] = fill_simulated(held, full, device, in_place=True)
 

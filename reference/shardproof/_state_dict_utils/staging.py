@@ -179,5 +179,7 @@ def _register(buffer: torch.Tensor) -> None:
             f"registering {buffer.untyped_storage().nbytes()} bytes of shared memory failed with "
             f"status {status}; it may stem from an earlier asynchronous operation"
         )
-    # At exit the runtime may be gone already, and the process gives the memory back anyway.
-    weakref.finalize(buffer, runtime.cudaHostUnregister, address).atexit = False
+    # Of the storage: others than the buffer may lie in it, and tensors that are weakly referenced
+    # cannot be swapped. At exit the runtime may be gone, and the process gives the memory back.
+    unregister = runtime.cudaHostUnregister
+    weakref.finalize(buffer.untyped_storage(), unregister, address).atexit = False

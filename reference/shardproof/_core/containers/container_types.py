@@ -117,25 +117,43 @@ def empty_like_mapping(like: Mapping[Any, Any]) -> Any:
     return fresh
 
 
+_USUAL = frozenset({dict, OrderedDict})
+
+
 def filled_like(like: Mapping[Any, Any], items: Iterable[tuple[Any, Any]]) -> Any:
     """A mapping of the type of ``like``, as :func:`empty_like_mapping`, with other items.
 
     Methods that its class overrides have no say: a Counter's ``update`` counts what it is given.
     """
     fresh = empty_like_mapping(like)
-    kind = type(fresh)
-    if kind is dict or kind is OrderedDict or not isinstance(fresh, dict):
-        fresh.update(items)
+    fill(fresh, items)
+    if type(fresh) in _USUAL or not isinstance(fresh, dict):
         return fresh
-    put: Any = OrderedDict.__setitem__ if isinstance(fresh, OrderedDict) else dict.__setitem__
-    for key, value in items:
-        put(fresh, key, value)
     # Dicts whose items are attributes as well hold each of them twice.
     own = getattr(fresh, "__dict__", {})
     for name in own.keys() & fresh.keys():
         if vars(like)[name] is like[name]:
             own[name] = fresh[name]
     return fresh
+
+
+def fill(fresh: Any, items: Iterable[tuple[Any, Any]]) -> None:
+    """Put items into a mapping of our own, whatever its class makes of an assignment."""
+    if type(fresh) in _USUAL or not isinstance(fresh, dict):
+        fresh.update(items)
+        return
+    put: Any = OrderedDict.__setitem__ if isinstance(fresh, OrderedDict) else dict.__setitem__
+    for key, value in items:
+        put(fresh, key, value)
+
+
+def assign(target: Any, items: Mapping[Any, Any]) -> None:
+    """Put items into a caller's mapping one by one: its class may refuse ``update``."""
+    if type(target) in _USUAL:
+        target.update(items)
+        return
+    for key, value in items.items():
+        target[key] = value
 
 
 def _can_be_saved(factory: Any) -> bool:

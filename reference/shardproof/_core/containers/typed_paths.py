@@ -7,7 +7,12 @@ from collections.abc import Mapping, MutableMapping
 from types import MappingProxyType
 from typing import Any, SupportsIndex
 
-from shardproof._core.containers.container_types import empty_like_mapping, is_branch, sequence_of
+from shardproof._core.containers.container_types import (
+    empty_like_mapping,
+    fill,
+    is_branch,
+    sequence_of,
+)
 
 PATH_ITEM = str | int
 OBJ_PATH = tuple[PATH_ITEM, ...]
@@ -36,7 +41,7 @@ class ContainerType:
             if self is _ORDERED:
                 return OrderedDict(children)
             fresh = empty_like_mapping(self.example)
-            fresh.update(children)
+            fill(fresh, children.items())
             return MappingProxyType(fresh) if self.kind is MappingProxyType else fresh
         # A tuple has a fixed length, a list ends with its last element, as upstream's does.
         items = in_order(children, self.length if issubclass(self.kind, tuple) else 0)

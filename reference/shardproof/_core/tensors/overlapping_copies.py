@@ -85,14 +85,12 @@ class OverlappingCopies:
         offset = tensor.storage_offset() - begin // tensor.element_size()
         made = allocate((0,), tensor.dtype, base.device)
         made.set_(base.untyped_storage(), offset, tensor.size(), tensor.stride())
-        # Memory that was registered with a device is given back with this object.
-        made._shardproof_region = base  # type: ignore[attr-defined]
         return made
 
 
 def _in_class_of(tensor: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
     """What was made, in the class that a copy of ``tensor`` alone would have."""
-    if not is_ordinary(made):
+    if not is_ordinary(made) or not is_ordinary(tensor):
         return made
     # Operations on a Parameter of a class of its own, for example, give plain tensors.
     kind = torch.Tensor if type(tensor) in PLAIN else type(tensor.detach())

@@ -84,6 +84,17 @@ def is_ordinary(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_quantized
 
 
+def has_no_memory(tensor: torch.Tensor) -> bool:
+    """Whether the storage was freed, as FSDP frees it: to read an element ends the process."""
+    return (
+        is_ordinary(tensor)
+        and not tensor.is_meta
+        and not tensor.data_ptr()
+        and tensor.numel() > 0
+        and not tensor.untyped_storage().nbytes()
+    )
+
+
 def is_lazy(tensor: torch.Tensor) -> bool:
     """Whether memory holds the negatives or the conjugates of the values."""
     return tensor.is_conj() or tensor.is_neg()

@@ -20,7 +20,9 @@ Span = tuple[int, int]
 
 def parameter_tie_key(tensor: torch.Tensor) -> Hashable:
     """As :func:`tie_key`, but a Parameter and a detached view of it have different keys."""
-    return tie_key(tensor), type(tensor), requires_grad_of(tensor)
+    kind = type(tensor)
+    parameter = kind is DTensor and getattr(tensor, "_is_param", False)
+    return tie_key(tensor), kind, parameter, requires_grad_of(tensor)
 
 
 def maybe_tied(leaves: list[Any]) -> Iterable[bool]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import weakref
 from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any
@@ -248,10 +247,11 @@ def attach(submodules: Mapping[nn.Module, bool]) -> None:
             hooks.around_state_dict(submodule)
 
 
-class _Ignored(dict[str, "weakref.ref[torch.Tensor] | None"]):
-    """Names of an owner's DTensors that are to stay; one that takes a place is no such DTensor.
+class _Ignored(dict[str, "int | None"]):
+    """Names of an owner's DTensors that are to stay, and which they are; what takes a place is not.
 
-    A copy or a pickle has other tensors: which ones, their names say when they are first asked for.
+    By id: a weak reference would keep `swap_tensors`, and so `Module.double()`, from working on the
+    tensor. A copy or a pickle has other tensors, which their names say when first asked for.
     """
 
     def __reduce__(self) -> tuple[type[_Ignored], tuple[dict[str, None]]]:
@@ -266,11 +266,7 @@ def ignore(module: nn.Module, parameters: Iterable[torch.Tensor]) -> None:
     left_out = {id(parameter) for parameter in parameters}
     for owner in _local_parameters.submodules_of(module):
         held = (*owner._parameters.items(), *owner._buffers.items())
-        ignored = _Ignored(
-            (name, weakref.ref(tensor))
-            for name, tensor in held
-            if tensor is not None and id(tensor) in left_out
-        )
+        ignored = _Ignored((name, id(tensor)) for name, tensor in held if id(tensor) in left_out)
         if ignored:
             owner.__dict__[_IGNORED] = ignored
         else:
@@ -282,11 +278,10 @@ def ignored_in(submodules: Iterable[nn.Module]) -> set[int]:
     found = set()
     for owner in submodules:
         ignored: _Ignored = owner.__dict__.get(_IGNORED, _NONE_IGNORED)
-        for name, reference in ignored.items():
-            if reference is not None:
-                found.add(id(reference()))
-            elif (tensor := _local_parameters.slots_of(owner, name).get(name)) is not None:
-                ignored[name] = weakref.ref(tensor)
+        for name, known in ignored.items():
+            tensor = _local_parameters.slots_of(owner, name).get(name)
+            if tensor is not None and known in (None, id(tensor)):
+                ignored[name] = id(tensor)
                 found.add(id(tensor))
     return found
 
