@@ -9,7 +9,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
-from shardproof._core.tensors.properties import has_no_memory, kind_of
+from shardproof._core.tensors.properties import kind_of
 from shardproof._core.tensors.subclasses import is_custom, memory_of, wait_for_pending
 
 
@@ -29,8 +29,6 @@ def plain_full_tensor(key: Any, value: torch.Tensor) -> torch.Tensor:
         value = memory_of(wait_for_pending(value))
     if value.is_meta:
         raise ValueError(f"{key!r}: the full tensor is on the meta device, expected values")
-    if has_no_memory(value):
-        raise ValueError(f"{key!r}: the storage of the full tensor was freed, expected values")
     return value.detach() if value.requires_grad and not is_custom(type(value)) else value
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from shardproof._core.tensors.properties import is_lazy, is_ordinary, local_parts
+from shardproof._core.tensors.properties import has_no_memory, is_lazy, is_ordinary, local_parts
 from shardproof._core.tensors.subclasses import PLAIN, wait_for_pending
 from shardproof._core.tensors.ties import extent, geometry
-from shardproof._core.tensors.values import allocate
+from shardproof._core.tensors.values import allocate, without_memory_like
 
 # Storages begin where any dtype may.
 _ALIGNED = 16
@@ -40,7 +40,9 @@ class OverlappingCopies:
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The copy of a tensor that is not distributed, detached, a new object of its class."""
         key = geometry(tensor)
-        if key not in self._made:
+        if key not in self._made and has_no_memory(tensor):
+            self._made[key] = without_memory_like(tensor, self._make(tensor.new_empty(0)).device)
+        elif key not in self._made:
             region = self._regions.get(key)
             self._made[key] = self._make(tensor) if region is None else self._within(tensor, region)
             return _in_class_of(tensor, self._made[key])

@@ -11,7 +11,12 @@ import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-from shardproof._core.tensors.properties import LEAF_TYPES, is_ordinary, requires_grad_of
+from shardproof._core.tensors.properties import (
+    LEAF_TYPES,
+    has_no_memory,
+    is_ordinary,
+    requires_grad_of,
+)
 from shardproof._core.tensors.subclasses import PLAIN, inner_tensors
 
 _nbytes = attrgetter("nbytes")
@@ -78,6 +83,8 @@ def _span(leaf: Any) -> Span:
     if kind in PLAIN:
         start = leaf.data_ptr()
         if not start:
+            if has_no_memory(leaf):
+                raise _UnknownMemory  # each is looked at then
             start = leaf.untyped_storage()._cdata
             return start, start
         return start, start + (leaf.nbytes if leaf.is_contiguous() else extent(leaf))

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardproof._core.tensors.prefault import LARGE, prefault
-from shardproof._core.tensors.properties import has_no_memory, is_lazy, is_ordinary, is_row_major
+from shardproof._core.tensors.properties import is_lazy, is_ordinary, is_row_major
 from shardproof._core.tensors.subclasses import (
     PLAIN,
     copy_by_class,
@@ -167,24 +167,19 @@ def fresh_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
             usual
             and plain.layout is torch.strided
             and plain.nbytes >= LARGE
-            and not has_no_memory(plain)
             and device.type == "cpu"
             and (plain.device == device or plain.is_cuda)
         ):
             fresh = torch.empty_like(plain, device=device)
             return prefault(fresh, alone=plain.is_cuda).copy_(plain)
-        if has_no_memory(plain):
-            return _without_memory(plain, device)
         if plain.device != device:
             # Not reached on a CPU: there is no other device.
             return plain.to(device, copy=True)
         return plain.clone()
-    if has_no_memory(tensor):
-        return _without_memory(tensor, device)
     return bits(tensor).to(device, copy=True).view(tensor.dtype)
 
 
-def _without_memory(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def without_memory_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """One of its shape and dtype that has no memory either: who freed it may resize it again."""
     fresh = allocate_like(tensor, device)
     fresh.untyped_storage().resize_(0)
