@@ -87,8 +87,8 @@ def is_ordinary(tensor: torch.Tensor) -> bool:
 def has_no_memory(tensor: torch.Tensor) -> bool:
     """Whether the storage was freed, as FSDP frees it: to read an element ends the process."""
     return (
-        is_ordinary(tensor)
-        and not tensor.is_meta
+        not tensor.is_meta
+        and is_ordinary(tensor)
         and not tensor.data_ptr()
         and tensor.numel() > 0
         and not tensor.untyped_storage().nbytes()

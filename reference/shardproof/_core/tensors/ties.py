@@ -83,7 +83,7 @@ def _span(leaf: Any) -> Span:
     if kind in PLAIN:
         start = leaf.data_ptr()
         if not start:
-            if has_no_memory(leaf):
+            if not leaf.is_meta and has_no_memory(leaf):
                 raise _UnknownMemory  # each is looked at then
             start = leaf.untyped_storage()._cdata
             return start, start
