@@ -133,7 +133,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "_core/comms/collectives.py",
         "    except RuntimeError:\n        return",
         "    except KeyError:\n        return",
-        "simulated_ranks",
+        "ranks_as_threads",
     ),
     (
         "meshes_by_name",

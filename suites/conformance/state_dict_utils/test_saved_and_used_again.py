@@ -82,12 +82,21 @@ def test_memory_that_was_freed(function: Function, subject: Any) -> None:
     """A tensor whose storage was freed must come back with its shape, and the others whole."""
     for dtype, size in [(torch.float32, 4), (torch.complex64, 3), (torch.float32, 1 << 20)]:
         freed = numbers(size, dtype=dtype)
+        value = {"freed": freed, "rest": freed[1:], "fine": numbers(3)}
         freed.untyped_storage().resize_(0)
-        got = _copied(function, subject, {"freed": freed, "fine": numbers(3)})
-        assert got["freed"].shape == (size,), f"{dtype}: {got['freed'].shape}"
-        assert got["freed"].dtype == dtype, f"{got['freed'].dtype}"
+        got = _copied(function, subject, value)
+        assert not freed.untyped_storage().nbytes(), "the caller's memory was allocated again"
+        for key in ("freed", "rest"):
+            assert got[key].shape == value[key].shape, f"{dtype} {key}: {got[key].shape}"
+            assert got[key].dtype == dtype, f"{key}: {got[key].dtype}"
+            held = got[key].untyped_storage().nbytes() > 0
+            # A buffer takes the values once they are there again.
+            assert held is (function.name == "_create_cpu_state_dict"), f"{dtype} {key}: {held=}"
         if function.name != "_create_cpu_state_dict":
             assert_same(got["fine"], numbers(3), "the other")
+        for key in ("freed", "rest"):
+            alone = _copied(function, subject, {key: value[key], "fine": numbers(3)})[key]
+            assert alone.shape == value[key].shape, f"{dtype} {key} alone: {alone.shape}"
 
 
 @pytest.mark.law("structure")

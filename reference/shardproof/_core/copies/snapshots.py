@@ -15,7 +15,7 @@ from shardproof._core.sharding.sharded_tensors import with_shards
 from shardproof._core.tensors.overlapping_copies import OverlappingCopies
 from shardproof._core.tensors.properties import CPU, local_of, requires_grad_of
 from shardproof._core.tensors.ties import parameter_tie_key
-from shardproof._core.tensors.values import as_parameter_like, fresh_copy
+from shardproof._core.tensors.values import as_parameter_like, copy_of_any, fresh_copy
 
 
 def snapshot(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -45,7 +45,8 @@ cpu_copy = partial(fresh_copy, device=CPU)
 def snapshots_of_tied(leaves: Sequence[Any], tied: Sequence[bool]) -> Callable[[Any], torch.Tensor]:
     """What gives the CPU snapshots of tied leaves: the same object for the same tensor."""
     together = OverlappingCopies(
-        (leaf for leaf, ask in zip(leaves, tied, strict=True) if ask), cpu_copy
+        (leaf for leaf, ask in zip(leaves, tied, strict=True) if ask),
+        partial(copy_of_any, device=CPU),
     )
     known: dict[Hashable, torch.Tensor] = {}
 

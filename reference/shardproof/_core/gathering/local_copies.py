@@ -18,7 +18,12 @@ from shardproof._core.tensors.overlapping_copies import OverlappingCopies
 from shardproof._core.tensors.properties import CPU, local_of, requires_grad_of
 from shardproof._core.tensors.subclasses import PLAIN, is_custom, is_table
 from shardproof._core.tensors.ties import geometry, maybe_tied
-from shardproof._core.tensors.values import as_carrier, as_parameter_like, fresh_copy
+from shardproof._core.tensors.values import (
+    as_carrier,
+    as_parameter_like,
+    copy_of_any,
+    fresh_copy,
+)
 
 
 class LocalCopies:
@@ -103,7 +108,7 @@ class LocalCopies:
             return fresh_copy(memory, to)
         if to not in self._overlapping:
             tied = [v for v in self._found.walk.leaves if id(v) in self._shared]
-            self._overlapping[to] = OverlappingCopies(tied, partial(fresh_copy, device=to))
+            self._overlapping[to] = OverlappingCopies(tied, partial(copy_of_any, device=to))
         return self._overlapping[to].of(memory)
 
     @cached_property

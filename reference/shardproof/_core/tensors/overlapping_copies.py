@@ -14,7 +14,7 @@ import torch
 from shardproof._core.tensors.properties import has_no_memory, is_lazy, is_ordinary, local_parts
 from shardproof._core.tensors.subclasses import PLAIN, wait_for_pending
 from shardproof._core.tensors.ties import extent, geometry
-from shardproof._core.tensors.values import allocate, without_memory_like
+from shardproof._core.tensors.values import allocate
 
 # Storages begin where any dtype may.
 _ALIGNED = 16
@@ -40,9 +40,7 @@ class OverlappingCopies:
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The copy of a tensor that is not distributed, detached, a new object of its class."""
         key = geometry(tensor)
-        if key not in self._made and has_no_memory(tensor):
-            self._made[key] = without_memory_like(tensor, self._make(tensor.new_empty(0)).device)
-        elif key not in self._made:
+        if key not in self._made:
             region = self._regions.get(key)
             self._made[key] = self._make(tensor) if region is None else self._within(tensor, region)
             return _in_class_of(tensor, self._made[key])
@@ -54,7 +52,9 @@ class OverlappingCopies:
         for leaf in leaves:
             for part in local_parts(leaf) if isinstance(leaf, torch.Tensor) else ():
                 memory = wait_for_pending(part)
-                if is_ordinary(memory) and memory.numel() and not _is_lazy(memory):
+                # To look at a freed storage as bytes would allocate it again.
+                none = not memory.numel() or has_no_memory(memory)
+                if is_ordinary(memory) and not none and not _is_lazy(memory):
                     start = int(memory.storage_offset()) * memory.element_size()
                     held = by_storage.setdefault(memory.untyped_storage()._cdata, {})
                     held[geometry(memory)] = start, start + extent(memory)

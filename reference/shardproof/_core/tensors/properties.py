@@ -89,7 +89,6 @@ def has_no_memory(tensor: torch.Tensor) -> bool:
     return (
         not tensor.is_meta
         and is_ordinary(tensor)
-        and not tensor.data_ptr()
         and tensor.numel() > 0
         and not tensor.untyped_storage().nbytes()
     )

@@ -63,12 +63,21 @@ def _spans(leaves: list[Any]) -> list[Span] | None:
     try:
         if kinds <= PLAIN and all(map(torch.Tensor.is_contiguous, plain)):
             starts = list(map(torch.Tensor.data_ptr, plain))
-            if 0 not in starts:
+            if min(starts, default=_LOW) >= _LOW or (0 not in starts and _all_have_memory(plain)):
                 return list(zip(starts, map(add, starts, map(_nbytes, plain)), strict=True))
         return list(map(_span, leaves))
     except (RuntimeError, _UnknownMemory):
         # A tensor without storage, or of a kind of its own, which may share another's.
         return None
+
+
+_LOW = 1 << 40
+"""Where storages seldom begin. The address of a tensor in a freed one is its offset."""
+
+
+def _all_have_memory(tensors: list[torch.Tensor]) -> bool:
+    storages = map(torch.Tensor.untyped_storage, tensors)
+    return all(map(torch.UntypedStorage.nbytes, storages))
 
 
 class _UnknownMemory(Exception):  # noqa: N818  (no error: it is answered here)
@@ -82,9 +91,9 @@ def _span(leaf: Any) -> Span:
         kind = type(leaf)
     if kind in PLAIN:
         start = leaf.data_ptr()
+        if start < _LOW and not leaf.is_meta and has_no_memory(leaf):
+            raise _UnknownMemory  # each is looked at then
         if not start:
-            if not leaf.is_meta and has_no_memory(leaf):
-                raise _UnknownMemory  # each is looked at then
             start = leaf.untyped_storage()._cdata
             return start, start
         return start, start + (leaf.nbytes if leaf.is_contiguous() else extent(leaf))

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardproof._core.tensors.prefault import LARGE, prefault
-from shardproof._core.tensors.properties import is_lazy, is_ordinary, is_row_major
+from shardproof._core.tensors.properties import has_no_memory, is_lazy, is_ordinary, is_row_major
 from shardproof._core.tensors.subclasses import (
     PLAIN,
     copy_by_class,
@@ -179,8 +179,10 @@ def fresh_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return bits(tensor).to(device, copy=True).view(tensor.dtype)
 
 
-def without_memory_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """One of its shape and dtype that has no memory either: who freed it may resize it again."""
+def copy_of_any(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """As :func:`fresh_copy`; where the storage was freed, the copy has no memory either."""
+    if not has_no_memory(tensor):
+        return fresh_copy(tensor, device)
     fresh = allocate_like(tensor, device)
     fresh.untyped_storage().resize_(0)
     return fresh
