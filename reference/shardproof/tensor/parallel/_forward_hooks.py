@@ -248,10 +248,12 @@ def attach(submodules: Mapping[nn.Module, bool]) -> None:
 
 
 class _Ignored(dict[str, "int | None"]):
-    """Names of an owner's DTensors that are to stay, and which they are; what takes a place is not.
+    """The names of an owner's DTensors that stay, and the id of each: another one is localized.
 
-    By id: a weak reference would keep `swap_tensors`, and so `Module.double()`, from working on the
-    tensor. A copy or a pickle has other tensors, which their names say when first asked for.
+    A weak reference in place of the id would keep `swap_tensors`, and so `Module.double()`, from
+    working on the tensor. Without one, a DTensor that is made where one that is gone lay, and gets
+    its name, is taken for it. A copy or a pickle of the module has other tensors: their ids are
+    taken when they are first asked for.
     """
 
     def __reduce__(self) -> tuple[type[_Ignored], tuple[dict[str, None]]]:
