@@ -14,6 +14,7 @@ import collections
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,10 @@ class Report:
         elif result.state == "survived" and result.unrun:
             print(f"    {len(result.unrun)} checks could not run here: {result.unrun[0]}")
 
-    def keep(self) -> None:
-        """Remember which check caught each, beside what is known of faults that were not judged."""
+    def keep(self, before: Mapping[str, str]) -> None:
+        """Write which check caught each, beside what is known of faults that were not judged."""
         found = {r["name"]: r["said"] for r in self.rows if r["state"] == "caught"}
-        text = json.dumps(caught_before() | found, indent=1, sort_keys=True, ensure_ascii=False)
+        text = json.dumps({**before, **found}, indent=1, sort_keys=True, ensure_ascii=False)
         CAUGHT.write_text(text + "\n")
 
     def sum_up(self) -> None:
@@ -84,9 +85,14 @@ class Report:
         print(f"results: {self._path}")
 
 
-def caught_before() -> dict[str, str]:
-    """Fault -> the check that caught it."""
-    found: dict[str, str] = json.loads(CAUGHT.read_text()) if CAUGHT.exists() else {}
+def caught_before(path: Path = CAUGHT) -> dict[str, str]:
+    """Fault -> the check that caught it; ValueError where the file says anything else."""
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from None
+    if not isinstance(found, dict) or not all(isinstance(check, str) for check in found.values()):
+        raise ValueError(f"{path}: expected an object, fault -> the check that caught it")
     return found
 
 
@@ -111,7 +117,9 @@ def that_can_tell(fault: Fault, checks: list[str], judge: Judge, executed: Execu
     return [*sorted(running, key=lambda c: c not in named), *unknown]
 
 
-def judge_all(faults: list[Fault], report: Report, first: int | None) -> None:
+def judge_all(
+    faults: list[Fault], report: Report, first: int | None, before: Mapping[str, str]
+) -> None:
     """Judge the faults, those that need the same device from one parent."""
     judged: dict[tuple[str, ...], list[Fault]] = {}
     for fault in faults:
@@ -124,7 +132,6 @@ def judge_all(faults: list[Fault], report: Report, first: int | None) -> None:
         def work(judge: Judge, of_them: list[Fault] = of_them) -> None:
             executed = Executed.read()
             executed.forget_changed(digests_of(judge))
-            before = caught_before()
             judge.passing |= {c for c, ran in executed.checks.items() if ran.verdict == "pass"}
             for fault in of_them:
                 try:
@@ -214,12 +221,16 @@ def main(arguments: list[str] | None = None) -> int:
         for fault in faults:
             print(f"{fault.name:<44} {fault.fault}")
         return 0
+    try:
+        before = caught_before()
+    except ValueError as error:
+        parser.error(str(error))
     chosen = [known[n] for n in options.names] or faults
     report = Report(options.json.absolute(), len(chosen))
-    judge_all(chosen, report, options.first)
+    judge_all(chosen, report, options.first, before)
     report.sum_up()
     if options.write:
-        report.keep()
+        report.keep(before)
     return report.worst
 
 

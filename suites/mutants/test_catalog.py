@@ -38,3 +38,11 @@ def test_a_text_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_what_is_kept_is_of_faults_that_exist() -> None:
     names = {m.name for m in MUTANTS} | {p.stem for p in patches.FOLDER.glob("*.patch")}
     assert run.caught_before().keys() <= names
+
+
+@pytest.mark.parametrize(("text", "told"), [("{", "JSON"), ("[]", "object"), ('{"a": 1}', "object")])
+def test_what_is_kept_is_told_where_it_is_wrong(text: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "caught.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"caught\.json: expected .*{told}"):
+        run.caught_before(path)
