@@ -52,9 +52,7 @@ class OverlappingCopies:
         for leaf in leaves:
             for part in local_parts(leaf) if isinstance(leaf, torch.Tensor) else ():
                 memory = wait_for_pending(part)
-                # To look at a freed storage as bytes would allocate it again.
-                none = not memory.numel() or has_no_memory(memory)
-                if is_ordinary(memory) and not none and not _is_lazy(memory):
+                if is_ordinary(memory) and _has_elements(memory):
                     start = int(memory.storage_offset()) * memory.element_size()
                     held = by_storage.setdefault(memory.untyped_storage()._cdata, {})
                     held[geometry(memory)] = start, start + extent(memory)
@@ -102,5 +100,8 @@ def _in_class_of(tensor: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
         return made.as_subclass(kind)
 
 
-def _is_lazy(memory: torch.Tensor) -> bool:
-    return memory.is_meta or is_lazy(memory)
+def _has_elements(memory: torch.Tensor) -> bool:
+    """Whether its bytes are its values. To look at a freed storage would allocate it again."""
+    if memory.is_meta or is_lazy(memory) or not memory.numel():
+        return False
+    return not has_no_memory(memory)
