@@ -40,7 +40,9 @@ def test_what_is_kept_is_of_faults_that_exist() -> None:
     assert run.caught_before().keys() <= names
 
 
-@pytest.mark.parametrize(("text", "told"), [("{", "JSON"), ("[]", "object"), ('{"a": 1}', "object")])
+@pytest.mark.parametrize(
+    ("text", "told"), [("{", "JSON"), ("[]", "object"), ('{"a": 1}', "object")]
+)
 def test_what_is_kept_is_told_where_it_is_wrong(text: str, told: str, tmp_path: Path) -> None:
     path = tmp_path / "caught.json"
     path.write_text(text)
