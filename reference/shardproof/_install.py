@@ -170,11 +170,16 @@ def _put_back(replaced: list[tuple[object, object]]) -> None:
 
 def _exchange(replacement: dict[int, object]) -> None:
     """Replace objects, by identity, wherever a module outside the reference has a name for them."""
+    if not replacement:
+        return
     for module in list(sys.modules.values()):
         # Only what is there: asking a lazy module for more would import it.
         if not isinstance(module, ModuleType) or _is_ours(module):
             continue
         names = vars(module)
+        # A running torch has a hundred thousand names; all but a few modules have none of these.
+        if replacement.keys().isdisjoint(map(id, list(names.values()))):
+            continue
         for key, value in list(names.items()):
             if id(value) in replacement:
                 names[key] = replacement[id(value)]

@@ -168,6 +168,8 @@ class Run:
         local_ranks.remove_abandoned()
         signal.signal(signal.SIGTERM, processes.terminate)
         if any(map(requirements.is_check, session.items)) and self._settings.start_method == "fork":
+            if not self._config.option.no_warm_up:
+                self._settings.known.warm_up()
             warm.warm_up(everything=not self._config.option.no_warm_up)
             recording.watch()
         if self._settings.torchrun is not None:

@@ -49,6 +49,12 @@ class SubjectInfo:
         path = f"{CALLERS_MODULE}._load_model_state_dict"
         return needs_no_install(self.root) or self.missing(path)
 
+    def warm_up(self) -> None:
+        """Import all its modules, so that ranks find them, where its code may run here."""
+        if is_imported_here(self.root):
+            for name in (*MODULES, CALLERS_MODULE):
+                self._names_here(f"{self.root}.{name}")
+
     def missing(self, path: str) -> str:
         """Why the subject has no such function, or an empty text."""
         module, _, name = path.rpartition(".")
