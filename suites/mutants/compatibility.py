@@ -88,7 +88,7 @@ FAULTS: tuple[tuple[str, ...], ...] = (
         "memory_used_again",
         "the snapshot of a new tensor is that of one that lay in its memory before",
         "_state_dict_utils/iterate.py",
-        "of(result) if shared and result is value else snapshot_by(result, cpu_copy)",
+        "of(result) if shared and result is value else take(result, cpu_copy)",
         "of(result)",
         "compatibility",
         "compatibility_of_copies",

@@ -21,6 +21,7 @@ from shardproof._core.loading.targets import TargetFactory
 from shardproof._core.loading.transport import Transport
 from shardproof._core.sharding.domain import group_domain
 from shardproof._core.sharding.simulated_ranks import simulates_ranks
+from shardproof._core.tensors.inference_mode import outside_inference_mode
 
 
 class _TensorInfo(NamedTuple):
@@ -30,6 +31,7 @@ class _TensorInfo(NamedTuple):
     dtype: torch.dtype
 
 
+@outside_inference_mode
 @torch.no_grad()
 def _broadcast_state_dict(
     full_state_dict: dict[str, Any],
@@ -83,6 +85,7 @@ def _broadcast_state_dict(
     )
 
 
+@outside_inference_mode
 @torch.no_grad()
 def _broadcast_tensors(
     full_state_dict: dict[str, Any],

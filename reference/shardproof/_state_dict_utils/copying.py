@@ -18,10 +18,12 @@ from shardproof._core.copies.copy_into import all_matching, difference, matching
 from shardproof._core.copies.snapshots import cpu_copy, snapshot_by, snapshots_of_tied
 from shardproof._core.sharding.ranks import wants_result_here
 from shardproof._core.tensors import pinned_copy
+from shardproof._core.tensors.inference_mode import outside_inference_mode
 from shardproof._core.tensors.properties import unwrapped
 from shardproof._core.tensors.ties import maybe_tied
 
 
+@outside_inference_mode
 def _offload_state_dict_to_cpu(
     state_dict: dict[str, Any],
     *,

@@ -18,11 +18,13 @@ from shardproof._core.loading.value_checks import check_kinds, plain_full_tensor
 from shardproof._core.sharding.dtensors import with_local
 from shardproof._core.sharding.ranks import same_ranks
 from shardproof._core.sharding.simulated_ranks import simulates_ranks
+from shardproof._core.tensors.inference_mode import outside_inference_mode
 from shardproof._core.tensors.properties import CPU
 from shardproof._core.tensors.subclasses import PLAIN
 from shardproof._core.tensors.values import copies_of_each, fresh_copy
 
 
+@outside_inference_mode
 @torch.no_grad()
 def _distribute_state_dict(
     full_state_dict: dict[str, Any],
@@ -93,6 +95,7 @@ def _distribute_state_dict(
     assign(local_state_dict, results)
 
 
+@outside_inference_mode
 @torch.no_grad()
 def _distribute_tensors(
     local_state_dict: dict[str, Any],

@@ -19,8 +19,10 @@ from shardproof._core.gathering.sharded_leaves import find_sharded_leaves
 from shardproof._core.gathering.simulated import gather_simulated
 from shardproof._core.gathering.whole_tensors import gather_whole_tensors
 from shardproof._core.sharding.simulated_ranks import simulates_ranks
+from shardproof._core.tensors.inference_mode import outside_inference_mode
 
 
+@outside_inference_mode
 @torch.no_grad()
 def _gather_state_dict(
     state_dict: dict[str, Any],
@@ -79,6 +81,7 @@ def _gather_state_dict(
     return copies.rebuild_around(gathered)
 
 
+@outside_inference_mode
 @torch.no_grad()
 def _all_gather_sharded_tensor(
     sharded_tensor: ShardedTensor,

@@ -22,6 +22,7 @@ from shardproof._core.copies.companions import (
 )
 from shardproof._core.copies.snapshots import cpu_copy, snapshot_by, snapshots_of_tied
 from shardproof._core.sharding.ranks import wants_result_here
+from shardproof._core.tensors.inference_mode import outside_inference_mode
 from shardproof._core.tensors.ties import maybe_tied, parameter_tie_key
 
 TensorFunction = Callable[
@@ -107,7 +108,9 @@ def _iterate_state_dict(
     results: list[Any] = []
     called: dict[Hashable, Any] = {}
     tied = list(maybe_tied(walk.leaves))
-    of = snapshots_of_tied(walk.leaves, tied if offload else [False] * len(tied))
+    take, of = snapshot_by, snapshots_of_tied(walk.leaves, tied if offload else [False] * len(tied))
+    if torch.is_inference_mode_enabled():
+        take, of = outside_inference_mode(take), outside_inference_mode(of)
     for value, other, shared in zip(walk.leaves, others, tied, strict=False):
         kind: type = type(value)
         function = function_for(kind)
@@ -126,7 +129,7 @@ def _iterate_state_dict(
         if offload and isinstance(result, torch.Tensor):
             # At once: with all results on their device first there would be two of each. One that
             # is not the leaf may be gone, and its memory another's, before the next is copied.
-            result = of(result) if shared and result is value else snapshot_by(result, cpu_copy)
+            result = of(result) if shared and result is value else take(result, cpu_copy)
         if shared:
             called[key] = result
         results.append(result)

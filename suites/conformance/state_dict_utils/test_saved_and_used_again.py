@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from conformance.kit.compare import assert_same
 from conformance.kit.data import numbers
 from conformance.kit.functions import Function, each
-from conformance.kit.layouts import S, dtensor
+from conformance.kit.layouts import R, S, dtensor
 
 _COPIES = {
     "_offload_state_dict_to_cpu": lambda judged, value: judged(value),
@@ -132,6 +132,72 @@ def test_a_mapping_that_refuses_update(
     judged({"w": numbers(4), "step": 4}, local, device)
     assert_same(local["w"], numbers(4), "w")
     assert local["step"] == 4
+
+
+@pytest.mark.law("isolation")
+@pytest.mark.world(1)
+@each(lambda function: function.name in _COPIES and function.name != "_create_cpu_state_dict")
+def test_what_was_copied_under_inference_mode_trains(
+    function: Function, subject: Any, mesh: Any
+) -> None:
+    """A copy that is taken during an evaluation must be written and trained afterwards."""
+    memory = numbers(4, 3)
+    value = {"whole": memory, "row": memory[1], "sharded": dtensor(numbers(4), mesh(1), [S(0)])}
+    value["parameter"] = nn.Parameter(numbers(2))
+    with torch.inference_mode():
+        got = _copied(function, subject, value)
+    for key, leaf in got.items():
+        held = leaf.to_local() if isinstance(leaf, DTensor) else leaf
+        assert not held.is_inference(), f"{key}: made in inference mode"
+        leaf.detach().add_(1)
+        (leaf.detach().requires_grad_() * 2).sum().backward()
+
+
+@pytest.mark.law("isolation")
+@pytest.mark.world(1)
+@_loads
+def test_what_was_loaded_under_inference_mode_trains(
+    function: Function, subject: Any, mesh: Any, device: torch.device
+) -> None:
+    """What a load under inference mode puts in must train; what was made there must be loaded."""
+    judged = subject.function(f"_state_dict_utils.{function.name}")
+    full = {"plain": numbers(4), "sharded": numbers(4)}
+    plain, sharded = numbers(4, salt=1), dtensor(numbers(4, salt=1), mesh(1), [S(0)])
+    local = {"plain": plain, "sharded": sharded}
+    with torch.inference_mode():
+        judged(full, local, device)
+        made: dict[str, Any] = {"plain": plain + 1, "sharded": sharded + 1}
+        judged({key: value.clone() for key, value in full.items()}, made, device)
+    for key, leaf in local.items():
+        held = leaf.to_local() if isinstance(leaf, DTensor) else leaf
+        if held.is_inference() and key == "sharded" and function.name == "_distribute_state_dict":
+            continue  # torch's own new DTensor is
+        assert not held.is_inference(), f"{key}: made in inference mode"
+        leaf.add_(1)
+        (leaf.detach().requires_grad_() * 2).sum().backward()
+        assert_same(held, numbers(4) + 1, key)
+        again = made[key].to_local() if isinstance(made[key], DTensor) else made[key]
+        assert_same(again, numbers(4), f"{key}, made in inference mode")
+
+
+@pytest.mark.judges("_state_dict_utils._copy_state_dict")
+class TestBuffersAreFilled:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    def test_an_expanded_view_of_another_leaf(self, judged: Any, subject: Any, mesh: Any) -> None:
+        """Buffers for a tensor, and for an expanded view of it, must take the values of both."""
+        create = subject.function("_state_dict_utils._create_cpu_state_dict")
+        plain = numbers(2)
+        sharded: Any = dtensor(numbers(2), mesh(1), [R])
+        value = {"a": plain, "b": plain.expand(3, 2), "c": sharded, "d": sharded.expand(3, 2)}
+        buffers = create(value)
+        for salt in 0, 1:
+            plain.copy_(numbers(2, salt=salt))
+            sharded.to_local().copy_(numbers(2, salt=salt))
+            got = judged(value, buffers)
+            for key, leaf in got.items():
+                held = leaf.to_local() if isinstance(leaf, DTensor) else leaf
+                assert_same(held, numbers(2, salt=salt).expand(held.shape), f"{key}, call {salt}")
 
 
 @pytest.mark.judges("_state_dict_utils._unflatten_state_dict")

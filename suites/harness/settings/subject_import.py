@@ -50,8 +50,11 @@ class SubjectInfo:
         return needs_no_install(self.root) or self.missing(path)
 
     def warm_up(self) -> None:
-        """Import all its modules, so that ranks find them, where its code may run here."""
-        if is_imported_here(self.root):
+        """Import all its modules, so that ranks find them, where its code may run here.
+
+        Torch's come with what every rank needs (`harness.system.warm`), in an order of theirs.
+        """
+        if self.root != INSTALLED_TORCH and is_imported_here(self.root):
             for name in (*MODULES, CALLERS_MODULE):
                 self._names_here(f"{self.root}.{name}")
 

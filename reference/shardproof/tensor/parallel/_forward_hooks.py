@@ -130,45 +130,50 @@ def complete(module: nn.Module) -> None:
                 state.inside = state.inside or 1
 
 
-def _put_dtensors_in(module: nn.Module, submodules: Iterable[nn.Module]) -> bool:
+def _put_dtensors_in(module: nn.Module, submodules: Mapping[nn.Module, bool]) -> bool:
+    if _record_others(submodules):
+        submodules = _local_parameters.submodules_of(module)
+        attach(submodules)
     built: dict[int, DTensor] = {}
     found: list[tuple[_local_parameters.Slots, str, _local_parameters.Localized, Any]] = []
-    moved: list[_local_parameters.Localized] = []
+    arrived = False
     for owner in submodules:
         for name, entry in _local_parameters.records_of(owner).items():
             slots = _local_parameters.slots_of(owner, name)
             held = slots.get(name)
             if held is None or isinstance(held, DTensor):
-                if name not in slots and not entry.moved:
-                    moved.append(entry)
+                arrived = arrived or held is not entry.inside
                 continue
+            if held is not entry.local:
+                entry.follow(held)
             if id(held) not in built:
                 built[id(held)] = _local_parameters.as_dtensor(held, entry, name)
             found.append((slots, name, entry, held))
-    if moved:
-        _follow(module, moved)
-        return _put_dtensors_in(module, _local_parameters.submodules_of(module))
     for slots, name, entry, held in found:
         if entry.local is not held:
             entry.stand_in(held)
         entry.inside = slots[name] = built[id(held)]
-    return bool(found)
+    return bool(found) or arrived
 
 
-def _follow(module: nn.Module, moved: list[_local_parameters.Localized]) -> None:
-    """Record Parameters where they are now, as a parametrization that came later moves them."""
-    sought = {}
-    for entry in moved:
-        entry.moved = True
-        sought[id(entry.local)] = entry
-    submodules = _local_parameters.submodules_of(module)
-    for submodule in submodules:
-        tables: tuple[Any, Any] = submodule._parameters, submodule._buffers
+def _record_others(submodules: Iterable[nn.Module]) -> bool:
+    """Record local Parameters that have another place now, or one more; whether there are any.
+
+    A parametrization that comes later moves them, and who ties weights late gives them a second.
+    """
+    found = False
+    for owner in submodules:
+        records = _local_parameters.records_of(owner)
+        tables: tuple[Any, Any] = owner._parameters, owner._buffers
         for slots in tables:
             for name, held in slots.items():
-                if id(held) in sought and name not in _local_parameters.records_of(submodule):
-                    _local_parameters.record(submodule, name, held, sought[id(held)].spec)
-    attach(_local_parameters.submodules_of(module))
+                if name in records or not hasattr(held, "_st_info"):
+                    continue
+                assert held is not None
+                if (spec := _local_parameters.mark_of(held)) is not None:
+                    _local_parameters.record(owner, name, held, spec)
+                    found = True
+    return found
 
 
 def leave(module: nn.Module) -> None:
@@ -180,13 +185,14 @@ def leave(module: nn.Module) -> None:
             state.inside -= 1
         if state is None or not state.inside:
             submodules.append(submodule)
-    localize(module, submodules)
+    localize(module, submodules, after_forward=True)
 
 
-def localize(module: nn.Module, submodules: Iterable[nn.Module]) -> bool:
+def localize(module: nn.Module, submodules: Iterable[nn.Module], *, after_forward: bool) -> bool:
     """Put local Parameters into the places of DTensors in some parts of a module.
 
     The first time for a DTensor this makes the Parameter, and hooks the module; whether it did.
+    A forward that computed with DTensors before they were met has their gradients still to come.
     """
     left_out = ignored_in(submodules)
     made: dict[int, tuple[Any, Any]] = {}
@@ -205,6 +211,8 @@ def localize(module: nn.Module, submodules: Iterable[nn.Module]) -> bool:
                 elif id(held) not in left_out:
                     if id(held) not in made:
                         made[id(held)] = _local_parameters.local_tensor_for(held)
+                        if after_forward:
+                            _local_parameters.hand_gradients_on(held, *made[id(held)])
                     found.append((owner, name, held))
     for slots, name, entry in inside:
         slots[name], entry.inside = entry.local, None

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.utils.hooks import RemovableHandle
 
@@ -54,8 +54,6 @@ class Localized:
         """The local shape that the spec gives to this rank, once it was asked."""
         self.inside: torch.Tensor | None = None
         """The DTensor that has the place now, during a forward."""
-        self.moved = False
-        """Whether the tensor was found gone from this place, and looked for in others."""
         self.stand_in(local)
 
     def stand_in(self, local: torch.Tensor) -> None:
@@ -67,9 +65,24 @@ class Localized:
         self.local = local
         local._st_info = self.spec  # type: ignore[attr-defined]
 
+    def follow(self, held: torch.Tensor) -> None:
+        """Take over the spec of a tensor that was recorded in another place, and has this one now.
+
+        One without a mark, as a conversion makes, is taken for the same part as what it replaces.
+        """
+        spec = mark_of(held)
+        if spec is not None and spec is not self.spec:
+            self.local, self.spec, self.fits = held, spec, None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Localized:
         # A spec holds a mesh, and a mesh its process groups: these are not the module's to copy.
         return Localized(copy.deepcopy(self.local, memo), self.spec)
+
+
+def mark_of(held: torch.Tensor) -> DTensorSpec | None:
+    """What a tensor that stands in for a DTensor is a part of."""
+    mark = getattr(held, "_st_info", None)
+    return mark if isinstance(mark, DTensorSpec) else None
 
 
 Slots = dict[str, torch.Tensor | None]
@@ -132,6 +145,23 @@ def local_tensor_for(whole: DTensor) -> tuple[torch.Tensor, DTensorSpec]:
     if grad is not None and isinstance(grad, DTensor) and grad.placements == spec.placements:
         local.grad = wait_for_pending(grad._local_tensor)
     return local, spec
+
+
+def hand_gradients_on(whole: DTensor, local: torch.Tensor, spec: DTensorSpec) -> None:
+    """Give a local Parameter the gradients that are still to reach the DTensor it replaces."""
+    if not (whole.requires_grad and whole.is_leaf):
+        return
+    placements = tuple(Replicate() if p.is_partial() else p for p in spec.placements)
+
+    def hand_on(grad: DTensor) -> None:
+        with torch.no_grad():
+            if grad.placements != placements:
+                grad = grad.redistribute(placements=placements)
+            part = wait_for_pending(grad.to_local())
+            # The DTensor keeps what it is given, and autograd adds to that in place.
+            local.grad = part.clone() if local.grad is None else local.grad + part
+
+    whole.register_hook(hand_on)
 
 
 def as_dtensor(value: torch.Tensor, entry: Localized, key: str) -> DTensor:
@@ -288,8 +318,11 @@ def state_dict_hook(
     for name, entry in records_of(module).items():
         key = prefix + name
         value = state_dict.get(key)
-        if keep_vars and value is slots_of(module, name).get(name):
+        held = slots_of(module, name).get(name)
+        if keep_vars and value is held:
             continue
+        if held is not None and held is not entry.local:
+            entry.follow(held)
         if isinstance(value, torch.Tensor) and not isinstance(value, DTensor):
             state_dict[key] = as_dtensor(value, entry, key)
 
@@ -316,6 +349,8 @@ def load_state_dict_hook(
         held = slots_of(module, name).get(name)
         if not isinstance(value, torch.Tensor) or held is None or isinstance(held, DTensor):
             continue
+        if held is not entry.local:
+            entry.follow(held)
         if value.shape == (1,) and not entry.spec.shape:
             value = value[0]  # as Module takes it for a scalar
         if tuple(value.shape) == tuple(entry.spec.shape):

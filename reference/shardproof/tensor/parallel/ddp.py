@@ -179,7 +179,7 @@ def _localize_dtensor(
     late = ignored_params is not None and _has_begun(module)
     if late:
         _refuse_own(module)
-    if _forward_hooks.localize(module, submodules) and late:
+    if _forward_hooks.localize(module, submodules, after_forward=bool(_)) and late:
         _forward_hooks.wait_for(module)
 
 

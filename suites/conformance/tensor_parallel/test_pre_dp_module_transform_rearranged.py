@@ -1,0 +1,105 @@
+"""A transformed module whose parameters change places, get a second one, or arrive later."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from conformance.kit.compare import assert_same
+from conformance.kit.data import numbers
+from conformance.kit.layouts import S, part
+from conformance.kit.tensor_parallel import bag, weight
+
+
+class Seen(nn.Module):
+    """Notes the placements that each of its parameters has in a forward; gives their local sum."""
+
+    def __init__(self, *names: str, **weights: nn.Parameter) -> None:
+        super().__init__()
+        self.names = [*names, *weights]
+        self.placements: dict[str, Any] = {}
+        for name, param in weights.items():
+            setattr(self, name, param)
+
+    def forward(self) -> torch.Tensor:
+        held = {name: getattr(self, name) for name in self.names}
+        self.placements = {name: getattr(p, "placements", None) for name, p in held.items()}
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in held.values()]
+        return torch.stack([p.sum() for p in local]).sum()
+
+
+@pytest.mark.judges("tensor.parallel.ddp._pre_dp_module_transform")
+class TestPreDpModuleTransformRearranged:
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    def test_parameters_that_change_places(self, judged: Any, mesh: Any) -> None:
+        """Two local parameters that are exchanged must stay parts of their own tensors."""
+        line, full = mesh(2), numbers(4, 4)
+        module: Any = Seen(a=weight(full, line, [S(0)]), b=weight(full + 1, line, [S(1)]))
+        judged(module)
+        module.a, module.b = module.b, module.a
+        module()
+        assert module.placements == {"a": (S(1),), "b": (S(0),)}, f"{module.placements}"
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    def test_state_dicts_of_parameters_that_change_places(self, judged: Any, mesh: Any) -> None:
+        """What is saved and loaded of exchanged parameters must be parts of their own tensors."""
+        line, full = mesh(2), numbers(4, 4)
+        module: Any = Seen(a=weight(full, line, [S(0)]), b=weight(full + 1, line, [S(1)]))
+        judged(module)
+        for a, b in ((S(1), S(0)), (S(0), S(1))):
+            module.a, module.b = module.b, module.a
+            saved = module.state_dict()
+            assert (saved["a"].placements, saved["b"].placements) == ((a,), (b,)), f"{saved}"
+            module()
+            module.load_state_dict({"a": full * 2, "b": full * 3})
+            assert_same(module.a.detach(), part(full * 2, line, [a]), f"a, loaded as {a}")
+            assert_same(module.b.detach(), part(full * 3, line, [b]), f"b, loaded as {b}")
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("where", ["itself", "another module"])
+    def test_a_tie_that_is_made_later(self, judged: Any, mesh: Any, where: str) -> None:
+        """A second place that a local parameter is given must hold its DTensor in a forward."""
+        line, full = mesh(2), numbers(4, 4)
+        module: Any = bag(child=Seen(a=weight(full, line, [S(0)])), other=Seen("b"))
+        module.forward = lambda: torch.stack([child() for child in module.children()]).sum()
+        owner = module.other
+        if where == "itself":
+            owner = module.child
+            del module.other
+        judged(module)
+        owner.b = module.child.a
+        owner.names = list(dict.fromkeys((*owner.names, "b")))
+        for again in False, True:
+            module()
+            assert owner.placements["b"] == (S(0),), f"again={again}: {owner.placements}"
+            assert owner.b is module.child.a, f"again={again}: the tie is gone after the forward"
+
+    @pytest.mark.law("gradients")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("what", ["parameter", "module"])
+    def test_a_dtensor_that_arrives_later(self, judged: Any, mesh: Any, what: str) -> None:
+        """A DTensor that is put in after the transform must be trained from the first step on."""
+        line, full = mesh(2), numbers(4, 4)
+        module: Any = bag(old=Seen(a=weight(full, line, [S(0)])))
+        module.forward = lambda: torch.stack([child() for child in module.children()]).sum()
+        judged(module)
+        new: Any = weight(full, line, [S(1)])
+        if what == "parameter":
+            module.old.a = new
+        else:
+            module.new = Seen(a=new)
+        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        for step in range(1, 4):
+            module().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            child = module.old if what == "parameter" else module.new
+            assert_same(child.a.detach(), part(full - step, line, [S(1)]), f"after step {step}")
+            assert_same(new.to_local().detach(), part(full - step, line, [S(1)]), f"new, {step}")
