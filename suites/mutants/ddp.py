@@ -7,8 +7,8 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "update_moves_to_the_end",
         "replaced parameters move to the end of the order",
         "tensor/parallel/ddp.py",
-        "        owner._parameters[name] = tensor",
-        "        owner._parameters.pop(name)\n        owner._parameters[name] = tensor",
+        "        table[name] = tensor",
+        "        table.pop(name)\n        table[name] = tensor",
         "update_module_param",
     ),
     (

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from shardproof._core.containers.container_types import is_container
 from shardproof._core.containers.leaf_values import check_leaf_types, copy_leaf_value
 from shardproof._core.containers.walk import CompanionMismatch, Walk
-from shardproof._core.copies.companions import copy_into_companions
+from shardproof._core.copies.companions import companion_mismatch, copy_into_companions
 from shardproof._core.copies.copy_into import all_matching, difference, matching
 from shardproof._core.copies.snapshots import cpu_copy, snapshot_by, snapshots_of_tied
 from shardproof._core.sharding.ranks import wants_result_here
@@ -135,7 +134,9 @@ def _check_state_dict_similarity(
 def _differ(value: Any, other: Any) -> bool:
     if matching(other, value):
         return False
-    return is_container(other) or difference(value, other) is not None or _other_class(value, other)
+    if companion_mismatch(value, other):
+        return True
+    return difference(value, other) is not None or _other_class(value, other)
 
 
 def _other_class(value: Any, other: Any) -> bool:

@@ -25,6 +25,9 @@ from shardproof._core.sharding.ranks import wants_result_here
 from shardproof._core.tensors.inference_mode import outside_inference_mode
 from shardproof._core.tensors.ties import maybe_tied, parameter_tie_key
 
+_ITSELF = object()
+"""Stands for the result of a function that gives a leaf as it is."""
+
 TensorFunction = Callable[
     [Any, "dist.ProcessGroup | None", "torch.device | None", Any],
     Any,
@@ -123,7 +126,9 @@ def _iterate_state_dict(
             # Parameter.
             key = parameter_tie_key(value), None if other is None else id(other)
             if key in called:
-                results.append(called[key])
+                # What a function returns as it is, as the identity does, is each leaf itself.
+                known = called[key]
+                results.append(value if known is _ITSELF else known)
                 continue
         result = function(value, pg, device, other)
         if offload and isinstance(result, torch.Tensor):
@@ -131,7 +136,7 @@ def _iterate_state_dict(
             # is not the leaf may be gone, and its memory another's, before the next is copied.
             result = of(result) if shared and result is value else take(result, cpu_copy)
         if shared:
-            called[key] = result
+            called[key] = _ITSELF if result is value else result
         results.append(result)
     if not here:
         return walk.nothing()

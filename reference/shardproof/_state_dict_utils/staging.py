@@ -21,7 +21,7 @@ from shardproof._core.containers.walk import Walk
 from shardproof._core.sharding.dtensors import with_local
 from shardproof._core.sharding.sharded_tensors import with_shards
 from shardproof._core.tensors.overlapping_copies import OverlappingCopies
-from shardproof._core.tensors.properties import CPU, is_ordinary, local_of, unwritable
+from shardproof._core.tensors.properties import CPU, is_ordinary, local_of
 from shardproof._core.tensors.subclasses import (
     PLAIN,
     buffer_by_class,
@@ -72,17 +72,16 @@ def _create_cpu_state_dict(
     fill = partial(_buffer_like, pin_memory=pin_memory, share_memory=share_memory)
     walk = Walk(state_dict)
     tied = list(maybe_tied(walk.leaves))
-    # An expanded tensor shares no buffer: one over the same few elements could not be written.
-    shared = (leaf for leaf, ask in zip(walk.leaves, tied, strict=True) if ask)
-    written = (leaf for leaf in shared if isinstance(leaf, torch.Tensor) and not unwritable(leaf))
-    together = OverlappingCopies(written, fill)
+    together = OverlappingCopies(
+        (leaf for leaf, ask in zip(walk.leaves, tied, strict=True) if ask), fill
+    )
     made: dict[Hashable, torch.Tensor] = {}
     results: list[Any] = []
     try:
-        for value, ask in zip(walk.leaves, tied, strict=True):
+        for value, shared in zip(walk.leaves, tied, strict=True):
             if not isinstance(value, torch.Tensor):
                 results.append(copy_leaf_value(value))
-            elif not ask:
+            elif not shared:
                 results.append(_allocate_leaf(value, fill))
             else:
                 key = tie_key(value), None if type(value) in PLAIN else type(value)

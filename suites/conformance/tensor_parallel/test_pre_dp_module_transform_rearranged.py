@@ -81,7 +81,7 @@ class TestPreDpModuleTransformRearranged:
             assert owner.placements["b"] == (S(0),), f"again={again}: {owner.placements}"
             assert owner.b is module.child.a, f"again={again}: the tie is gone after the forward"
 
-    @pytest.mark.law("gradients")
+    @pytest.mark.law("values")
     @pytest.mark.world(2)
     @pytest.mark.parametrize("what", ["parameter", "module"])
     def test_a_dtensor_that_arrives_later(self, judged: Any, mesh: Any, what: str) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from conformance.kit.cases import each
-from conformance.kit.compare import assert_type
+from conformance.kit.compare import assert_same, assert_type
 from conformance.kit.data import numbers
 from conformance.kit.layouts import S, dtensor, part
 from conformance.kit.refusals import MISSING, refused
@@ -208,6 +208,16 @@ class TestUpdateModuleParam:
         assert module.b is trained
         assert module.c is counts
         assert [p.requires_grad for p in module.parameters()] == [False, True, False]
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    def test_a_buffer_and_an_attribute(self, judged: Any) -> None:
+        """A buffer, and a tensor that is an attribute, must be replaced as a parameter is."""
+        module: Any = nn.BatchNorm1d(2)
+        module.scale = numbers(2)
+        judged([(module, "running_mean", numbers(2, salt=1)), (module, "scale", numbers(3))])
+        assert_same(module.running_mean, numbers(2, salt=1), "the buffer")
+        assert_same(module.scale, numbers(3), "the attribute")
 
     @pytest.mark.law("all-or-nothing")
     @pytest.mark.world(1)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import enum
 import pickle
-from collections import OrderedDict, UserDict, defaultdict
+from collections import ChainMap, OrderedDict, UserDict, defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from operator import is_
 from typing import Any
 
 import torch
@@ -102,11 +104,12 @@ def empty_like_mapping(like: Mapping[Any, Any]) -> Any:
         return {}
     if kind is OrderedDict and not vars(like):
         return OrderedDict()
-    if isinstance(like, UserDict):
-        fresh: Any = UserDict.__new__(kind)
-        fresh.__dict__.update({k: _own(v) for k, v in vars(like).items() if k != "data"})
-        fresh.__dict__["data"] = {}
-        return fresh
+    for base, name, empty in (UserDict, "data", {}), (ChainMap, "maps", [{}]):
+        if isinstance(like, base):
+            fresh: Any = base.__new__(kind)
+            fresh.__dict__.update({k: _own(v) for k, v in vars(like).items() if k != name})
+            fresh.__dict__[name] = empty
+            return fresh
     if not isinstance(like, dict):
         return {}
     fresh = kind.__new__(kind)
@@ -127,14 +130,24 @@ def filled_like(like: Mapping[Any, Any], items: Iterable[tuple[Any, Any]]) -> An
     """
     fresh = empty_like_mapping(like)
     fill(fresh, items)
-    if type(fresh) in _USUAL or not isinstance(fresh, dict):
-        return fresh
-    # Dicts whose items are attributes as well hold each of them twice.
-    own = getattr(fresh, "__dict__", {})
-    for name in own.keys() & fresh.keys():
-        if vars(like)[name] is like[name]:
-            own[name] = fresh[name]
+    for name in mirrored(like):
+        mirror(fresh, name)
     return fresh
+
+
+def mirrored(like: Any) -> list[str]:
+    """The keys of a dict whose items are its attributes as well: it holds each of them twice."""
+    if type(like) in _USUAL or not isinstance(like, dict):
+        return []
+    own = getattr(like, "__dict__", {})
+    return [name for name in own.keys() & like.keys() if own[name] is like[name]]
+
+
+def mirror(fresh: Any, name: str) -> None:
+    """Let an attribute be the item of that name; where there is no such item, there is none."""
+    vars(fresh).pop(name, None)
+    if name in fresh:
+        vars(fresh)[name] = fresh[name]
 
 
 def fill(fresh: Any, items: Iterable[tuple[Any, Any]]) -> None:
@@ -172,15 +185,17 @@ def sequence_of(kind: type[Any], items: list[Any]) -> Any:
         return tuple(items)
     if issubclass(kind, list):
         fresh = kind.__new__(kind)
-        fresh.extend(items)
+        list.extend(fresh, items)  # a class may make something else of what it is given
         return fresh
     if hasattr(kind, "_make"):
         return kind._make(items)
-    try:
-        return kind(items)
-    except TypeError:
-        # A tuple type with a constructor of its own, or torch.Size of something else than ints.
-        return tuple(items)
+    with suppress(Exception):  # whatever a constructor of its own makes of the items
+        made = kind(items)
+        if kind is torch.Size or (len(made) == len(items) and all(map(is_, made, items))):
+            return made
+    with suppress(TypeError):  # torch.Size is not to be made of something else than ints
+        return tuple.__new__(kind, items)
+    return tuple(items)
 
 
 def _own(value: Any) -> Any:

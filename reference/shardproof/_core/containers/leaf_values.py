@@ -40,4 +40,9 @@ def copy_leaf_value(value: Any) -> Any:
     """A leaf that is no tensor, safe from later changes of the original."""
     if type(value) in LEAF_TYPES or isinstance(value, _SHARED):
         return value
-    return copy.deepcopy(value)
+    try:
+        return copy.deepcopy(value)
+    except (TypeError, ValueError):
+        if isinstance(value, io.BytesIO):
+            return value  # closed, or with what cannot be copied: upstream's result is itself
+        raise

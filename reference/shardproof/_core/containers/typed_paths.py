@@ -11,6 +11,8 @@ from shardproof._core.containers.container_types import (
     empty_like_mapping,
     fill,
     is_branch,
+    mirror,
+    mirrored,
     sequence_of,
 )
 
@@ -24,7 +26,7 @@ CONTAINER_TYPE = MutableMapping[PATH_ITEM, Any]
 class ContainerType:
     """What a container of the original was: its type, its attributes, how many items it had."""
 
-    __slots__ = ("example", "kind", "length")
+    __slots__ = ("example", "kind", "length", "mirrored")
 
     def __init__(self, original: Any) -> None:
         self.kind = type(original)
@@ -32,6 +34,9 @@ class ContainerType:
         mapping = isinstance(original, Mapping)
         # A mapping is remembered as an empty one of its type, attributes and all.
         self.example = empty_like_mapping(original) if mapping else None
+        self.mirrored = mirrored(original)
+        for name in self.mirrored:
+            mirror(self.example, name)
 
     def build(self, children: dict[Any, Any]) -> Any:
         """A container of this type around ``children``, keyed as the original was."""
@@ -42,6 +47,8 @@ class ContainerType:
                 return OrderedDict(children)
             fresh = empty_like_mapping(self.example)
             fill(fresh, children.items())
+            for name in self.mirrored:
+                mirror(fresh, name)
             return MappingProxyType(fresh) if self.kind is MappingProxyType else fresh
         # A tuple has a fixed length, a list ends with its last element, as upstream's does.
         items = in_order(children, self.length if issubclass(self.kind, tuple) else 0)

@@ -16,6 +16,7 @@ from shardproof._core.containers.container_types import (
     Path,
     are_leaf_names,
     filled_like,
+    is_branch,
     is_container,
     leaf_name,
     named_path,
@@ -212,7 +213,7 @@ def _others(value: Any, companion: Any, named: bool, path: Path) -> Any:
                 f"{missing} and has {extra} more"
             )
         return map(companion.__getitem__, value)
-    if isinstance(companion, Mapping) or not is_container(companion):
+    if isinstance(companion, Mapping) or not is_branch(companion):
         raise CompanionMismatch(
             f"{path_name(path)}: expected a {type(value).__name__}, the companion has "
             f"{kind_of(companion)}"

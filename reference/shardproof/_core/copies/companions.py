@@ -68,4 +68,6 @@ def companion_mismatch(value: Any, other: Any) -> str | None:
     fits = not isinstance(value, torch.Tensor) or isinstance(other, (torch.Tensor, type(None)))
     if fits and (type(other) in LEAF_TYPES or not is_container(other)):
         return None
+    if isinstance(value, torch.Size) and isinstance(other, tuple) and len(value) == len(other):
+        return None
     return f"expected a {kind_of(value)}, the companion has {kind_of(other)}"

@@ -12,7 +12,14 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from shardproof._core.sharding.ranks import same_ranks
 from shardproof._core.tensors.pinned_copy import copy_across_devices
-from shardproof._core.tensors.properties import dtype_of, kind_of, local_parts, shape_of, unwritable
+from shardproof._core.tensors.properties import (
+    dtype_of,
+    expanded_dims,
+    kind_of,
+    local_parts,
+    shape_of,
+    unwritable,
+)
 from shardproof._core.tensors.subclasses import PLAIN, is_custom, wait_for_pending
 from shardproof._core.tensors.values import MOVABLE, put
 
@@ -53,7 +60,7 @@ class LeafCopies:
         # An odd one among them leaves the others as fast as they are.
         if self.add_all([taker], [source]):
             return None
-        if reason := difference(source, taker) or unwritable(taker):
+        if reason := difference(source, taker) or _unwritable_from(taker, source):
             return f"{reason} in the companion"
         if without_data(source) != without_data(taker):
             bare = "the companion" if without_data(taker) else "the state dict"
@@ -212,7 +219,18 @@ def difference(ours: Any, theirs: Any) -> str | None:
 def copy_leaf(target: Any, source: Any, non_blocking: bool = False) -> None:
     """Write a tensor leaf into another that :func:`difference` found equal to it."""
     for ours, theirs in zip(local_parts(target), local_parts(source), strict=True):
-        put(wait_for_pending(ours), wait_for_pending(theirs), non_blocking)
+        held, values = wait_for_pending(ours), wait_for_pending(theirs)
+        for dim in expanded_dims(held):
+            held, values = held.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
+        put(held, values, non_blocking)
+
+
+def _unwritable_from(target: Any, source: Any) -> str | None:
+    """Why the target cannot take values; one that is expanded can from one expanded alike."""
+    parts = zip(local_parts(target), local_parts(source), strict=True)
+    if all({*expanded_dims(ours)} <= {*expanded_dims(theirs)} for ours, theirs in parts):
+        return None
+    return unwritable(target)
 
 
 def _shard_boxes(tensor: ShardedTensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -7,7 +7,6 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardproof._core.containers.leaf_values import copy_leaf_value
@@ -15,9 +14,9 @@ from shardproof._core.gathering.mesh_gather import carrier_view, result_device, 
 from shardproof._core.gathering.sharded_leaves import FoundLeaves, ShardedLeaf
 from shardproof._core.tensors import pinned_copy
 from shardproof._core.tensors.overlapping_copies import OverlappingCopies
-from shardproof._core.tensors.properties import CPU, local_of, requires_grad_of
+from shardproof._core.tensors.properties import CPU, local_of
 from shardproof._core.tensors.subclasses import PLAIN, is_custom, is_table
-from shardproof._core.tensors.ties import geometry, maybe_tied
+from shardproof._core.tensors.ties import maybe_tied, parameter_tie_key
 from shardproof._core.tensors.values import (
     as_carrier,
     as_parameter_like,
@@ -88,8 +87,7 @@ class LocalCopies:
             elif not isinstance(value, torch.Tensor):
                 results.append(copy_leaf_value(value))
             elif id(value) in shared or (type(value) not in PLAIN and is_custom(type(value))):
-                grad, parameter = requires_grad_of(value), isinstance(value, nn.Parameter)
-                key = geometry(value), type(value), grad, parameter
+                key = parameter_tie_key(value)
                 if key not in finished:
                     fresh = self._copy(value, id(value))
                     finished[key] = value if fresh is value else as_parameter_like(fresh, value)

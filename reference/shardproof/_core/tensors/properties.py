@@ -143,12 +143,16 @@ def is_row_major(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 def unwritable(tensor: torch.Tensor) -> str | None:
     """Why ``tensor`` cannot take values: two of its elements share memory. None where it can."""
-    for part in local_parts(tensor):
-        if is_ordinary(part) and not part.is_contiguous():
-            sizes = zip(part.size(), part.stride(), strict=True)
-            if any(n > 1 and step == 0 for n, step in sizes):
-                return "expected memory of its own for each element, got an expanded tensor"
+    if any(map(expanded_dims, local_parts(tensor))):
+        return "expected memory of its own for each element, got an expanded tensor"
     return None
+
+
+def expanded_dims(part: torch.Tensor) -> list[int]:
+    """The dimensions of plain memory along which all elements are the same one."""
+    if not is_ordinary(part) or part.is_contiguous():
+        return []
+    return [dim for dim, n in enumerate(part.size()) if n > 1 and part.stride(dim) == 0]
 
 
 LEAF_TYPES = frozenset(

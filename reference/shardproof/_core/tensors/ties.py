@@ -17,17 +17,21 @@ from shardproof._core.tensors.properties import (
     is_ordinary,
     requires_grad_of,
 )
-from shardproof._core.tensors.subclasses import PLAIN, inner_tensors
+from shardproof._core.tensors.subclasses import PLAIN, inner_tensors, is_custom
 
 _nbytes = attrgetter("nbytes")
 Span = tuple[int, int]
 
 
 def parameter_tie_key(tensor: torch.Tensor) -> Hashable:
-    """As :func:`tie_key`, but a Parameter and a detached view of it have different keys."""
+    """As :func:`tie_key`, but a Parameter and a detached view of it have different keys.
+
+    So have two objects of which one bears attributes, as an nn.Buffer does.
+    """
     kind = type(tensor)
-    parameter = kind is DTensor and getattr(tensor, "_is_param", False)
-    return tie_key(tensor), kind, parameter, requires_grad_of(tensor)
+    parameter = kind not in PLAIN and getattr(tensor, "_is_param", False)
+    bears = (kind is DTensor or not is_custom(kind)) and vars(tensor).keys() - {"_is_param"}
+    return tie_key(tensor), kind, parameter, requires_grad_of(tensor), id(tensor) if bears else None
 
 
 def maybe_tied(leaves: list[Any]) -> Iterable[bool]:

@@ -6,8 +6,9 @@ payloads included, also where torch has no kernels for it.
 
 from __future__ import annotations
 
+import copyreg
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any, cast
 
@@ -203,15 +204,26 @@ def as_parameter_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     elif like.requires_grad:
         tensor.requires_grad_()
     # What libraries write on tensors, and nn.Buffer does. Upstream's result is the tensor itself;
-    # on another device it has lost them, and they may not be fit to be saved. A class of its own
-    # keeps its parts there.
-    if (
-        (kind in PLAIN or kind is DTensor)
-        and (attributes := vars(like))
-        and tensor.device == like.device
-    ):
-        vars(tensor).update(attributes)
+    # on another device it has lost them, and they may not be fit to be saved.
+    if kind in PLAIN or kind is DTensor:
+        if (attributes := vars(like)) and tensor.device == like.device:
+            vars(tensor).update(attributes)
+    elif not is_custom(kind) and tensor.device == like.device:
+        return _in_class_of(like, tensor)
     return tensor
+
+
+def _in_class_of(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in the class of another, with what that keeps besides its elements."""
+    kind = type(like)
+    with torch._C.DisableTorchFunctionSubclass():
+        made = torch.Tensor._make_subclass(kind, tensor, like.requires_grad)
+    vars(made).update(vars(like))
+    slots: Iterable[str] = cast(Any, copyreg)._slotnames(kind)
+    for name in slots:
+        if hasattr(like, name):
+            setattr(made, name, getattr(like, name))
+    return made
 
 
 _device = attrgetter("device")

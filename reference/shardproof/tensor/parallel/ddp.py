@@ -65,20 +65,25 @@ def _update_module_param(param_list: list[tuple[nn.Module, str, nn.Parameter]]) 
 
     Args:
         param_list: (owner, name there, the tensor that replaces the parameter). A tensor that is
-            no ``nn.Parameter``, such as a DTensor on its way through a forward, is allowed.
+            no ``nn.Parameter``, such as a DTensor on its way through a forward, is allowed. A
+            buffer, and a tensor that is an attribute, is replaced as a parameter is.
 
     The order of ``named_parameters()`` and the registration stay. Where the replaced parameter
     has further names in the owners of the list, it is replaced there, too: ties stay.
 
     Raises:
-        AttributeError: an owner has no parameter of that name; nothing is changed then.
+        AttributeError: an owner has no tensor of that name; nothing is changed then.
         TypeError: what is to be set is no tensor; nothing is changed then.
 
     Local: any rank may call it alone.
 
     """
-    for owner, name, tensor in param_list:
-        if name not in owner._parameters:
+    tables: list[dict[str, Any]] = [
+        owner._parameters if name in owner._parameters else _other_table(owner, name)
+        for owner, name, _ in param_list
+    ]
+    for table, (owner, name, tensor) in zip(tables, param_list, strict=True):
+        if name not in table:
             raise AttributeError(
                 f"{type(owner).__name__} has no parameter {name!r}; it has "
                 f"{_listed(owner._parameters)}"
@@ -90,8 +95,8 @@ def _update_module_param(param_list: list[tuple[nn.Module, str, nn.Parameter]]) 
             )
     replaced = {
         id(old): tensor
-        for owner, name, tensor in param_list
-        if (old := owner._parameters[name]) is not None
+        for table, (_, name, tensor) in zip(tables, param_list, strict=True)
+        if (old := table[name]) is not None
     }
     named = {(id(owner), name) for owner, name, _ in param_list}
     ties = [
@@ -100,8 +105,18 @@ def _update_module_param(param_list: list[tuple[nn.Module, str, nn.Parameter]]) 
         for name, old in owner._parameters.items()
         if id(old) in replaced and (id(owner), name) not in named
     ]
-    for owner, name, tensor in (*param_list, *ties):
+    for table, (_, name, tensor) in zip(tables, param_list, strict=True):
+        table[name] = tensor
+    for owner, name, tensor in ties:
         owner._parameters[name] = tensor
+
+
+def _other_table(owner: nn.Module, name: str) -> dict[str, Any]:
+    """What holds a tensor that is no parameter: the buffers, or the attributes."""
+    if isinstance(owner.__dict__.get(name), torch.Tensor):
+        return owner.__dict__
+    buffers: dict[str, Any] = owner._buffers
+    return buffers
 
 
 @_disable_dynamo(recursive=True)
