@@ -193,9 +193,7 @@ def sequence_of(kind: type[Any], items: list[Any]) -> Any:
         made = kind(items)
         if kind is torch.Size or (len(made) == len(items) and all(map(is_, made, items))):
             return made
-    with suppress(TypeError):  # torch.Size is not to be made of something else than ints
-        return tuple.__new__(kind, items)
-    return tuple(items)
+    return tuple(items)  # as upstream's is
 
 
 def _own(value: Any) -> Any:
