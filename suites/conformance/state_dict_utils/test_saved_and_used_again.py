@@ -167,7 +167,8 @@ def test_what_was_loaded_under_inference_mode_trains(
     with torch.inference_mode():
         judged(full, local, device)
         made: dict[str, Any] = {"plain": plain + 1, "sharded": sharded + 1}
-        judged({key: value.clone() for key, value in full.items()}, made, device)
+        again = {key: value.clone() for key, value in full.items()}
+        judged(again, local_state_dict=made, device=device)
     for key, leaf in local.items():
         held = leaf.to_local() if isinstance(leaf, DTensor) else leaf
         if held.is_inference() and key == "sharded" and function.name == "_distribute_state_dict":
@@ -176,8 +177,8 @@ def test_what_was_loaded_under_inference_mode_trains(
         leaf.add_(1)
         (leaf.detach().requires_grad_() * 2).sum().backward()
         assert_same(held, numbers(4) + 1, key)
-        again = made[key].to_local() if isinstance(made[key], DTensor) else made[key]
-        assert_same(again, numbers(4), f"{key}, made in inference mode")
+        held = made[key].to_local() if isinstance(made[key], DTensor) else made[key]
+        assert_same(held, numbers(4), f"{key}, made in inference mode")
 
 
 @pytest.mark.judges("_state_dict_utils._copy_state_dict")

@@ -21,13 +21,15 @@ T = TypeVar("T")
 def outside_inference_mode(function: Callable[P, T]) -> Callable[P, T]:
     """The function, out of inference mode and without autograd where it is called under it.
 
-    Where an argument, or a value of one that is a dict, is made under it, nothing is left: only
+    Where an argument, or a value of one that is a dict, was made under it, nothing is left: only
     there such a tensor can be written.
     """
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not torch.is_inference_mode_enabled() or any(map(_holds_inference, args)):
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        if any(map(_holds_inference, (*args, *kwargs.values()))):
             return function(*args, **kwargs)
         with torch.inference_mode(mode=False), torch.no_grad():
             return function(*args, **kwargs)
