@@ -7,8 +7,8 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "update_moves_to_the_end",
         "replaced parameters move to the end of the order",
         "tensor/parallel/ddp.py",
-        "        table[name] = tensor",
-        "        table.pop(name)\n        table[name] = tensor",
+        "            table[name] = tensor",
+        "            table.pop(name)\n            table[name] = tensor",
         "update_module_param",
     ),
     (
@@ -47,17 +47,17 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "new_parameters_each_forward",
         "the optimizer holds Parameters that the module has dropped",
         "tensor/parallel/_forward_hooks.py",
-        "slots[name], entry.inside = entry.local, None",
-        "slots[name], entry.inside = type(entry.local)(entry.local.detach()), None",
+        "            slots[name] = entry.local\n",
+        "            slots[name] = type(entry.local)(entry.local.detach())\n",
         "pre_dp_module_transform",
     ),
     (
         "reconstruct_half_way",
         "after an error some parameters are DTensors",
         "tensor/parallel/_forward_hooks.py",
-        "            found.append((slots, name, entry, held))\n",
+        "            found.append((owner, slots, name, entry, held))\n",
         (
-            "            found.append((slots, name, entry, held))\n"
+            "            found.append((owner, slots, name, entry, held))\n"
             "            slots[name] = built[id(held)]\n"
         ),
         "reconstruct_dtensor",

@@ -32,6 +32,40 @@ class Seen(nn.Module):
         return torch.stack([p.sum() for p in local]).sum()
 
 
+class Remembering(nn.Module):
+    """Keeps what is assigned to it in a list as well, as an LSTM does, and computes with that."""
+
+    def __init__(self, **weights: nn.Parameter) -> None:
+        super().__init__()
+        self.names = [*weights]
+        self.flat: list[Any] = [None for _ in weights]
+        for name, param in weights.items():
+            setattr(self, name, param)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("names", ()):
+            self.flat[self.names.index(name)] = value
+        super().__setattr__(name, value)
+
+    def forward(self) -> torch.Tensor:
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in self.flat]
+        return torch.stack([(p * p).sum() for p in local]).sum()
+
+
+@pytest.mark.judges("tensor.parallel.ddp._update_module_param")
+class TestUpdateModulesThatRemember:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    def test_what_is_kept_elsewhere(self, judged: Any) -> None:
+        """A class that keeps its parameters in a list as well, as an LSTM, must be told."""
+        lstm: Any = nn.LSTM(2, 2)
+        new = nn.Parameter(numbers(8, 2, dtype=torch.float32))
+        judged([(lstm, "weight_ih_l0", new)])
+        assert lstm._flat_weights[0] is new, "the list has the old parameter"
+        assert lstm.weight_ih_l0 is new
+        assert len([*lstm.parameters()]) == 4
+
+
 @pytest.mark.judges("tensor.parallel.ddp._pre_dp_module_transform")
 class TestPreDpModuleTransformRearranged:
     @pytest.mark.law("values")
@@ -103,3 +137,23 @@ class TestPreDpModuleTransformRearranged:
             child = module.old if what == "parameter" else module.new
             assert_same(child.a.detach(), part(full - step, line, [S(1)]), f"after step {step}")
             assert_same(new.to_local().detach(), part(full - step, line, [S(1)]), f"new, {step}")
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(2)
+    def test_a_class_that_remembers_its_parameters(self, judged: Any, mesh: Any) -> None:
+        """A module that computes with what was assigned to it must be trained, in its order."""
+        line, full = mesh(2), numbers(4, 4) + 1
+        module: Any = Remembering(
+            b=weight(full, line, [S(0)]), c=nn.Parameter(full.clone()), a=weight(full, line, [S(1)])
+        )
+        judged(module)
+        for step in range(1, 3):
+            optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+            module().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            # p - 2 p
+            assert_same(module.b.detach(), part(full * (-1) ** step, line, [S(0)]), f"b, {step}")
+            assert_same(module.a.detach(), part(full * (-1) ** step, line, [S(1)]), f"a, {step}")
+            assert [*dict(module.named_parameters())] == ["b", "c", "a"], f"order, {step}"
+            assert module.flat[0] is module.b, f"the list, {step}"

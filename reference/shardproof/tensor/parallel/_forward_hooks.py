@@ -118,7 +118,8 @@ def _let_train(module: nn.Module) -> None:
             if local.requires_grad and not held.requires_grad:
                 if id(local) not in renewed:
                     renewed[id(local)] = _local_parameters.as_dtensor(local, entry, name)
-                entry.inside = slots[name] = renewed[id(local)]
+                entry.inside = renewed[id(local)]
+                _local_parameters.put_in(owner, slots, name, entry.inside)
 
 
 def complete(module: nn.Module) -> None:
@@ -135,7 +136,7 @@ def _put_dtensors_in(module: nn.Module, submodules: Mapping[nn.Module, bool]) ->
         submodules = _local_parameters.submodules_of(module)
         attach(submodules)
     built: dict[int, DTensor] = {}
-    found: list[tuple[_local_parameters.Slots, str, _local_parameters.Localized, Any]] = []
+    found: list[tuple[nn.Module, Any, str, _local_parameters.Localized, Any]] = []
     arrived = False
     for owner in submodules:
         for name, entry in _local_parameters.records_of(owner).items():
@@ -148,11 +149,15 @@ def _put_dtensors_in(module: nn.Module, submodules: Mapping[nn.Module, bool]) ->
                 entry.follow(held)
             if id(held) not in built:
                 built[id(held)] = _local_parameters.as_dtensor(held, entry, name)
-            found.append((slots, name, entry, held))
-    for slots, name, entry, held in found:
+            found.append((owner, slots, name, entry, held))
+    for owner, slots, name, entry, held in found:
         if entry.local is not held:
             entry.stand_in(held)
-        entry.inside = slots[name] = built[id(held)]
+        entry.inside = whole = built[id(held)]
+        if type(owner).__setattr__ is _local_parameters.SETS_ITS_TABLES:
+            slots[name] = whole
+        else:
+            _local_parameters.put_in(owner, slots, name, whole)
     return bool(found) or arrived
 
 
@@ -197,7 +202,7 @@ def localize(module: nn.Module, submodules: Iterable[nn.Module], *, after_forwar
     left_out = ignored_in(submodules)
     made: dict[int, tuple[Any, Any]] = {}
     found: list[tuple[nn.Module, str, DTensor]] = []
-    inside: list[tuple[_local_parameters.Slots, str, _local_parameters.Localized]] = []
+    inside: list[tuple[nn.Module, Any, str, _local_parameters.Localized]] = []
     for owner in submodules:
         records = _local_parameters.records_of(owner)
         tables: tuple[Any, Any] = owner._parameters, owner._buffers
@@ -207,15 +212,19 @@ def localize(module: nn.Module, submodules: Iterable[nn.Module], *, after_forwar
                     continue
                 entry = records.get(name)
                 if entry is not None and entry.inside is held:
-                    inside.append((slots, name, entry))
+                    inside.append((owner, slots, name, entry))
                 elif id(held) not in left_out:
                     if id(held) not in made:
                         made[id(held)] = _local_parameters.local_tensor_for(held)
                         if after_forward:
                             _local_parameters.hand_gradients_on(held, *made[id(held)])
                     found.append((owner, name, held))
-    for slots, name, entry in inside:
-        slots[name], entry.inside = entry.local, None
+    for owner, slots, name, entry in inside:
+        entry.inside = None
+        if type(owner).__setattr__ is _local_parameters.SETS_ITS_TABLES:
+            slots[name] = entry.local
+        else:
+            _local_parameters.put_in(owner, slots, name, entry.local)
     for owner, name, held in found:
         _local_parameters.record(owner, name, *made[id(held)])
     # Parts of it may have been localized, and hooked, on their own before.

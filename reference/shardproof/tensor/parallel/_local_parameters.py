@@ -94,6 +94,28 @@ def slots_of(owner: nn.Module, name: str) -> Slots:
     return tables[0] if name in tables[0] else tables[1]
 
 
+SETS_ITS_TABLES = nn.Module.__setattr__
+"""What a class has that keeps its tensors in its tables alone: these may be written at once."""
+
+
+def put_in(owner: nn.Module, slots: dict[str, Any], name: str, tensor: torch.Tensor) -> None:
+    """Give a tensor the place of another one in a table of this very module.
+
+    A class that overrides ``__setattr__`` may keep its tensors elsewhere as well, as an LSTM does:
+    it is told as if somebody assigned the tensor. The order of the table stays.
+    """
+    if type(owner).__setattr__ is SETS_ITS_TABLES:
+        slots[name] = tensor
+        return
+    ordered = {**slots, name: tensor}
+    del slots[name]
+    setattr(owner, name, tensor)
+    if slots is not owner.__dict__:
+        owner.__dict__.pop(name, None)
+        slots.clear()
+        slots.update(ordered)
+
+
 def records_of(owner: nn.Module) -> dict[str, Localized]:
     """What is recorded on this very module, by parameter name; not on its children."""
     found: dict[str, Localized] = owner.__dict__.get(_RECORDS, _NONE)
@@ -122,7 +144,9 @@ def _holds(module: nn.Module, found: dict[nn.Module, bool]) -> bool:
 def record(owner: nn.Module, name: str, local: torch.Tensor, spec: DTensorSpec) -> None:
     """Put a local tensor into the place of a DTensor, and remember the spec."""
     owner.__dict__.setdefault(_RECORDS, {})[name] = Localized(local, spec)
-    slots_of(owner, name)[name] = local
+    slots = slots_of(owner, name)
+    if slots.get(name) is not local:
+        put_in(owner, slots, name, local)
 
 
 def local_tensor_for(whole: DTensor) -> tuple[torch.Tensor, DTensorSpec]:

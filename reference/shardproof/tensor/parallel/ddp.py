@@ -105,10 +105,13 @@ def _update_module_param(param_list: list[tuple[nn.Module, str, nn.Parameter]]) 
         for name, old in owner._parameters.items()
         if id(old) in replaced and (id(owner), name) not in named
     ]
-    for table, (_, name, tensor) in zip(tables, param_list, strict=True):
-        table[name] = tensor
+    for table, (owner, name, tensor) in zip(tables, param_list, strict=True):
+        if type(owner).__setattr__ is _local_parameters.SETS_ITS_TABLES:
+            table[name] = tensor
+        else:
+            _local_parameters.put_in(owner, table, name, tensor)
     for owner, name, tensor in ties:
-        owner._parameters[name] = tensor
+        _local_parameters.put_in(owner, owner._parameters, name, tensor)
 
 
 def _other_table(owner: nn.Module, name: str) -> dict[str, Any]:
