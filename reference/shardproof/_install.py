@@ -14,7 +14,8 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
-from types import FunctionType, ModuleType
+from operator import is_
+from types import CodeType, FunctionType, ModuleType
 
 TORCH_FROM, TORCH_BELOW = (2, 11), (2, 16)
 
@@ -40,6 +41,10 @@ _replaced: list[tuple[object, object]] = []
 """(upstream's, ours), while installed. Holding both keeps their identities from being reused."""
 _replaced_callers: list[tuple[object, object]] = []
 """The same of torch's callers of the set, while these are replaced, too."""
+_kept: dict[FunctionType, CodeType] = {}
+"""Upstream's functions that call upstream's still, and the code that they had."""
+_THEIRS = "_shardproof_upstreams_"
+"""What the names begin with under which they find these."""
 _replaced_methods: list[tuple[type, str, object]] = []
 """(class, name, upstream's) of the methods that are replaced with them."""
 
@@ -79,7 +84,10 @@ def install(*, callers: bool = False) -> None:
             around = [pair for name in _CALLERS for pair in _pairs(name)]
             _replace_methods()
         _replaced[:], _replaced_callers[:] = pairs, around
-        _exchange({id(theirs): ours for theirs, ours in (*pairs, *around)})
+        replacement = {id(theirs): ours for theirs, ours in (*pairs, *around)}
+        for theirs, _ in pairs:
+            _keep_as_it_is(theirs, replacement)
+        _exchange(replacement)
 
 
 def uninstall() -> None:
@@ -90,6 +98,11 @@ def uninstall() -> None:
     with _lock:
         _put_back(_replaced)
         _uninstall_callers()
+        while _kept:
+            function, code = _kept.popitem()
+            function.__code__ = code
+            for name in [name for name in function.__globals__ if name.startswith(_THEIRS)]:
+                del function.__globals__[name]
 
 
 @contextlib.contextmanager
@@ -163,6 +176,38 @@ def _pairs(name: str) -> list[tuple[object, object]]:
     ]
 
 
+def _keep_as_it_is(theirs: object, replacement: dict[int, object]) -> None:
+    """Let a function of upstream's go on calling upstream's: a model may hold it as a hook.
+
+    Models that were wrapped before keep what they have, whole: half of each does not train.
+    """
+    if isinstance(theirs, type):
+        for member in vars(theirs).values():
+            if isinstance(member, FunctionType):
+                _keep_as_it_is(member, replacement)
+        return
+    if not isinstance(theirs, FunctionType) or theirs in _kept:
+        return
+    names = theirs.__globals__
+    renamed = {n: _THEIRS + n for n, value in names.items() if id(value) in replacement}
+    code = _with_names(theirs.__code__, renamed)
+    if code is not theirs.__code__:
+        names.update({alias: names[name] for name, alias in renamed.items()})
+        _kept[theirs] = theirs.__code__
+        theirs.__code__ = code
+
+
+def _with_names(code: CodeType, renamed: dict[str, str]) -> CodeType:
+    """The same code with other names for some globals, in the functions inside it as well."""
+    names = tuple(renamed.get(name, name) for name in code.co_names)
+    consts = tuple(
+        _with_names(const, renamed) if isinstance(const, CodeType) else const
+        for const in code.co_consts
+    )
+    same = names == code.co_names and all(map(is_, consts, code.co_consts))
+    return code if same else code.replace(co_names=names, co_consts=consts)
+
+
 def _put_back(replaced: list[tuple[object, object]]) -> None:
     _exchange({id(ours): theirs for theirs, ours in replaced})
     replaced.clear()
@@ -181,7 +226,7 @@ def _exchange(replacement: dict[int, object]) -> None:
         if replacement.keys().isdisjoint(map(id, list(names.values()))):
             continue
         for key, value in list(names.items()):
-            if id(value) in replacement:
+            if id(value) in replacement and not key.startswith(_THEIRS):
                 names[key] = replacement[id(value)]
 
 

@@ -11,6 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
 
 from harness.settings.subjects import Subject
 
@@ -43,6 +51,28 @@ def names_of_torch() -> dict[tuple[str, str], int]:
 def owner(module: str, name: str) -> str:
     """The package that the object behind a name comes from."""
     return str(getattr(sys.modules[module], name).__module__)
+
+
+def tensor_parallel(grid: DeviceMesh) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A small model under tensor parallelism and DDP, always the same, and its optimizer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)).to(grid.device_type)
+    parallelize_module(model, grid["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    wrapped = DistributedDataParallel(model, device_mesh=grid["dp"])
+    return wrapped, torch.optim.SGD(wrapped.parameters(), lr=0.1)
+
+
+def losses(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+    """What three steps give."""
+    found = []
+    for _ in range(3):
+        device = next(iter(optimizer.param_groups[0]["params"])).device
+        loss = model(torch.ones(2, 4, device=device)).pow(2).sum()
+        found.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
 
 
 @pytest.mark.judges("install")
@@ -85,6 +115,21 @@ class TestInstall:
         subject.function("uninstall")()
         after = names_of_torch()
         assert {key: after[key] for key in before} == before
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(2)
+    def test_a_model_that_was_wrapped_before(
+        self, judged: Any, subject: Subject, device: torch.device
+    ) -> None:
+        """A model that DDP wrapped before the install must go on training as it did."""
+        subject.function("uninstall")()
+        grid = init_device_mesh(device.type, (1, 2), mesh_dim_names=("dp", "tp"))
+        expected, wrapped = losses(*tensor_parallel(grid)), tensor_parallel(grid)
+        judged()
+        assert losses(*wrapped) == expected
+        subject.function("uninstall")()
+        left = [name for _, name in names_of_torch() if name.startswith("_shardproof")]
+        assert not left, f"uninstall leaves {left}"
 
     @pytest.mark.law("isolation")
     @pytest.mark.world(1)
