@@ -65,6 +65,22 @@ class TestUpdateModulesThatRemember:
         assert lstm.weight_ih_l0 is new
         assert len([*lstm.parameters()]) == 4
 
+    @pytest.mark.law("all-or-nothing")
+    @pytest.mark.world(1)
+    def test_a_class_that_refuses(self, judged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where the class refuses the new parameter, the module must keep the old one."""
+        module: Any = Remembering(b=nn.Parameter(numbers(2)), a=nn.Parameter(numbers(2)))
+        held = [(name, id(param)) for name, param in module.named_parameters()]
+
+        def refuse(*_: Any) -> None:
+            raise ValueError("not this one")
+
+        monkeypatch.setattr(Remembering, "__setattr__", refuse)
+        with pytest.raises(ValueError, match="not this one"):
+            judged([(module, "b", nn.Parameter(numbers(2, salt=1)))])
+        now = [(name, id(param)) for name, param in module.named_parameters()]
+        assert now == held, f"the module has changed: it has {[name for name, _ in now]}"
+
 
 @pytest.mark.judges("tensor.parallel.ddp._pre_dp_module_transform")
 class TestPreDpModuleTransformRearranged:
@@ -157,3 +173,16 @@ class TestPreDpModuleTransformRearranged:
             assert_same(module.a.detach(), part(full * (-1) ** step, line, [S(1)]), f"a, {step}")
             assert [*dict(module.named_parameters())] == ["b", "c", "a"], f"order, {step}"
             assert module.flat[0] is module.b, f"the list, {step}"
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(2)
+    def test_a_dtensor_that_is_lent_to_each_forward(self, judged: Any, mesh: Any) -> None:
+        """A DTensor that functional_call puts in each time must get its gradient, and no more."""
+        line, full = mesh(2), numbers(4, 4)
+        module = Seen(a=weight(full, line, [S(0)]))
+        judged(module)
+        lent: Any = weight(full + 1, line, [S(0)])
+        for call in range(1, 5):
+            torch.func.functional_call(module, {"a": lent}, ()).backward()
+            assert_same(lent.grad.to_local(), torch.full((2, 4), call).to(full.dtype), "gradient")
+            assert len(lent._backward_hooks or ()) <= 1, f"hooks pile up: {lent._backward_hooks}"

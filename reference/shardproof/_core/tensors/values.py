@@ -209,11 +209,11 @@ def as_parameter_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         if (attributes := vars(like)) and tensor.device == like.device:
             vars(tensor).update(attributes)
     elif not is_custom(kind) and tensor.device == like.device:
-        return _in_class_of(like, tensor)
+        return _with_class_of(like, tensor)
     return tensor
 
 
-def _in_class_of(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+def _with_class_of(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` in the class of another, with what that keeps besides its elements."""
     kind = type(like)
     with torch._C.DisableTorchFunctionSubclass():

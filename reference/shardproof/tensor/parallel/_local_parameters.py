@@ -107,10 +107,15 @@ def put_in(owner: nn.Module, slots: dict[str, Any], name: str, tensor: torch.Ten
     if type(owner).__setattr__ is SETS_ITS_TABLES:
         slots[name] = tensor
         return
-    ordered = {**slots, name: tensor}
+    if slots is owner.__dict__:
+        setattr(owner, name, tensor)
+        return
+    ordered = {**slots}
     del slots[name]
-    setattr(owner, name, tensor)
-    if slots is not owner.__dict__:
+    try:
+        setattr(owner, name, tensor)
+        ordered[name] = tensor
+    finally:
         owner.__dict__.pop(name, None)
         slots.clear()
         slots.update(ordered)
@@ -173,19 +178,24 @@ def local_tensor_for(whole: DTensor) -> tuple[torch.Tensor, DTensorSpec]:
 
 def hand_gradients_on(whole: DTensor, local: torch.Tensor, spec: DTensorSpec) -> None:
     """Give a local Parameter the gradients that are still to reach the DTensor it replaces."""
-    if not (whole.requires_grad and whole.is_leaf):
+    if not (whole.requires_grad and whole.is_leaf and torch.is_grad_enabled()):
         return
     placements = tuple(Replicate() if p.is_partial() else p for p in spec.placements)
+    # A caller may lend the same DTensor to each forward: what stood in for it once is not kept.
+    reference = weakref.ref(local)
 
     def hand_on(grad: DTensor) -> None:
+        if (stand_in := reference()) is None:
+            handle.remove()
+            return
         with torch.no_grad():
             if grad.placements != placements:
                 grad = grad.redistribute(placements=placements)
             part = wait_for_pending(grad.to_local())
             # The DTensor keeps what it is given, and autograd adds to that in place.
-            local.grad = part.clone() if local.grad is None else local.grad + part
+            stand_in.grad = part.clone() if stand_in.grad is None else stand_in.grad + part
 
-    whole.register_hook(hand_on)
+    handle = whole.register_hook(hand_on)
 
 
 def as_dtensor(value: torch.Tensor, entry: Localized, key: str) -> DTensor:
