@@ -24,6 +24,8 @@ from integration.kit.checkpoints import (
     assert_full,
     assert_got,
     assert_loaded,
+    assert_sharded,
+    dress,
     dress_and_spoil,
     given,
     said,
@@ -140,6 +142,28 @@ class TestSetModelStateDict:
             set_model_state_dict(wrapped, given(whole(MLP), options), options=options)
             found = get_model_state_dict(wrapped, options=FULL)
             assert_full(found, whole(MLP), device, said(options))
+
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("original", [True, False], ids=["original", "flat"])
+    @pytest.mark.thorough(but=["original"])
+    def test_fsdp1_in_one_stage(self, device: Any, original: bool) -> None:
+        """FSDP1 in a stage of a pipeline, without tensor parallelism, saves shards and loads."""
+        root = init_device_mesh(device.type, (1, 2), mesh_dim_names=("pp", "dp"))
+        models = []
+        for spoilt in (False, True):
+            module = MLP.build().to(device)
+            (dress_and_spoil if spoilt else dress)(module)
+            models.append(
+                FullyShardedDataParallel(
+                    module, device_mesh=root["dp"], device_id=device, use_orig_params=original
+                )
+            )
+        saved, fresh = models
+        sharded = get_model_state_dict(saved)
+        assert_sharded(sharded, whole(MLP), device, "saved")
+        set_model_state_dict(fresh, sharded)
+        assert_full(get_model_state_dict(fresh, options=FULL), whole(MLP), device, "loaded")
 
     @pytest.mark.law("values")
     @pytest.mark.world(8)

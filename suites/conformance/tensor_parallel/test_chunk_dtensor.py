@@ -321,6 +321,12 @@ class TestChunkDTensor:
         got = torch.compile(code, backend="aot_eager", fullgraph=one)(given(full, root, held))
         assert_same(local(got), part(full * 2, root, got.placements))
         assert_same(read_whole(got), full * 2, "whole")
+        if held is None:
+            # FSDP over the last dimension of the root mesh, which no one gathers again.
+            root = mesh(1, 4, names=("pp", "dp"))
+            line, rank = root["dp"], root["dp"].get_local_rank()
+            got = torch.compile(code, backend="aot_eager", fullgraph=one)(full.clone())
+            assert_same(local(got), full * 2, f"without tensor parallelism: {got.placements}")
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)

@@ -26,6 +26,8 @@ BOTH_SIDES: dict[str, list[Any]] = {
     "stripes of stripes": [SS(0, 2), S(0)],
 }
 
+GATHER = "tensor.parallel.fsdp._all_gather_dtensor"
+
 
 def assert_true(
     judged: Any, root: Any, fsdp: Any, dims: tuple[str, ...], held: list[Any], what: str
@@ -113,3 +115,42 @@ class TestChunkDTensorOfWrappers:
             assert type(local) is TwoTensor, f"{size}: a {type(local).__name__}"
             assert_same(local.a, mine, f"{size}: first")
             assert_same(local.b, mine + 1, f"{size}: second")
+
+
+@pytest.mark.judges("tensor.parallel.fsdp._chunk_dtensor")
+class TestChunkDTensorWithoutTensorParallelism:
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("shape", [(1, 2), (1, 2, 1), (1, 1, 2)], ids=str)
+    @pytest.mark.thorough(but=["(1, 2)", "(1, 1, 2)"])
+    def test_a_mesh_without_tp(self, judged: Any, subject: Any, mesh: Any, shape: Any) -> None:
+        """Where FSDP has the last dimension of the root mesh, too, the chunks lead back."""
+        root = mesh(*shape, names=("pp", "rep", "dp") if len(shape) == 3 else ("pp", "dp"))
+        fsdp = root["rep", "dp"] if len(shape) == 3 else root["dp"]
+        gather = subject.function(GATHER)
+        for size in (8, 4), (3, 5), (1,):
+            full = numbers(*size)
+            got = judged(full.clone(), fsdp.get_local_rank(-1), fsdp)
+            told = f"{size}: {got.placements}"
+            assert got.device_mesh == root, f"{told}: on {got.device_mesh}"
+            assert_same(got._local_tensor, part(full, root, got.placements), f"{told}, here")
+            assert_same(gather(got, root), full, f"{told}, gathered")
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(4)
+    def test_stages_of_their_own(self, judged: Any, subject: Any, mesh: Any) -> None:
+        """Of two stages of a pipeline, each under FSDP, each must get its own values back."""
+        root = mesh(2, 2, names=("pp", "dp"))
+        stage = root.get_local_rank("pp")
+        full = numbers(8, 4) + 100 * stage
+        got = judged(full.clone(), root["dp"].get_local_rank(), root["dp"])
+        whole = subject.function(GATHER)(got, root)
+        assert_same(whole, full, f"stage {stage}: {got.placements}")
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(4)
+    def test_fsdp_inside_of_tp(self, judged: Any, mesh: Any) -> None:
+        """FSDP inside of a weight's tensor parallelism must be refused: none could gather it."""
+        root = mesh(2, 2, names=("tp", "dp"))
+        leaf = dtensor(numbers(8, 4), root["tp"], [S(1)])
+        refused(lambda: judged(leaf, root["dp"].get_local_rank(), root["dp"]), "innermost")

@@ -40,8 +40,8 @@ def _chunk_dtensor(
             parallelism. It is not changed.
         rank: this rank in FSDP's group; the mesh tells it as well, and is what counts.
         device_mesh: FSDP's mesh, sliced from the root mesh: 1-D, or 2-D for hybrid sharding,
-            which shards over the last dimension. It is outside of tensor parallelism, the last
-            dimension of the root mesh.
+            which shards over the last dimension. Tensor parallelism, where there is one, has the
+            last dimension of the root mesh.
 
     Returns:
         A DTensor over the root mesh, without ``requires_grad``, whose local tensor is a copy of
@@ -52,13 +52,15 @@ def _chunk_dtensor(
         says ``Shard(0)`` there, and moves rows between ranks until that is true: ``is_shard()``
         tells the two apart, a reader of the tensor or of its checkpoint does not. Sizes so uneven
         that this placement would name elements that the rank does not hold are cut along another
-        dimension, and left whole where there is none; so is a scalar.
+        dimension, and left whole where there is none; so is a scalar, and a tensor that FSDP shards
+        over the last dimension of the root mesh, which ``_all_gather_dtensor`` would not gather.
 
     Raises:
         RuntimeError: there is no root mesh, or it has one dimension.
         TypeError: ``tensor`` is a ShardedTensor.
-        ValueError: the meshes do not belong together, FSDP's mesh is not outside of tensor
-            parallelism, or the local tensor is not what the placement gives to this rank.
+        ValueError: the meshes do not belong together, FSDP's mesh is not outside of the tensor
+            parallelism of ``tensor``, or the local tensor is not what the placement gives to this
+            rank.
 
     Local: no collective runs, but all ranks of the root mesh need the result. In compiled code it
     is traced, as a redistribution from the TP-local tensors. pytorch#118639.
@@ -66,11 +68,16 @@ def _chunk_dtensor(
     """
     root = root_mesh(device_mesh)
     if torch.compiler.is_compiling():
-        return _chunk_in_a_graph(tensor, root)
+        return _chunk_in_a_graph(tensor, root, device_mesh)
     if isinstance(tensor, ShardedTensor):
         raise TypeError("expected a tensor or a DTensor to chunk, got a ShardedTensor")
     dims = fsdp_dims(root, device_mesh)
     held = _placements_on(root, tensor, dims) if isinstance(tensor, DTensor) else {}
+    if held and not dims:
+        raise ValueError(
+            f"{mesh_name(device_mesh)} takes the innermost dimension of {mesh_name(root)}, expected "
+            f"FSDP outside of the tensor parallelism of a tensor with {tuple(tensor.placements)}"
+        )
     local = alias(unwrap_pending(tensor._local_tensor if isinstance(tensor, DTensor) else tensor))
     mesh_shape = tuple(int(size) for size in root.shape)
     placements, tensor_dim, over = chunk_placements(tuple(tensor.shape), mesh_shape, held, dims)
@@ -84,7 +91,7 @@ def _chunk_dtensor(
     return build_dtensor(copied, DTensorSpec(root, placements, tensor_meta=meta))
 
 
-def _chunk_in_a_graph(tensor: torch.Tensor, root: DeviceMesh) -> DTensor:
+def _chunk_in_a_graph(tensor: torch.Tensor, root: DeviceMesh, mesh: DeviceMesh) -> DTensor:
     """The same in operations that the compiler knows; what TP cuts by rows, too, moves."""
     held = tensor.placements[-1] if isinstance(tensor, DTensor) else Replicate()
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -92,6 +99,8 @@ def _chunk_in_a_graph(tensor: torch.Tensor, root: DeviceMesh) -> DTensor:
     whole: Any = DTensor.from_local(
         local.detach().clone(), root, [*outer, Replicate(), held], run_check=False
     )
+    if (root.mesh_dim_names or "0")[-1:] == (mesh.mesh_dim_names or "1")[-1:]:
+        return whole
     chunk: DTensor = whole.redistribute(placements=[*outer, Shard(0), held])
     return chunk
 

@@ -105,17 +105,11 @@ def _root_dims(root: DeviceMesh, mesh: DeviceMesh, here: tuple[int, ...]) -> lis
 def fsdp_dims(root: DeviceMesh, mesh: DeviceMesh) -> tuple[int, ...]:
     """The dimensions of ``root`` that FSDP shards over: the last one of its mesh.
 
-    Raises:
-        ValueError: they are not outside tensor parallelism, the last dimension of ``root``.
-
+    None where it takes the last dimension of ``root``, as of ``("pp", "dp")``: what gathers the
+    chunks leaves that one as it is, since it is tensor parallelism's where there is one.
     """
     dims = root_dims(root, mesh)
-    if any(root.ndim - 1 in part for part in dims):
-        raise ValueError(
-            f"{mesh_name(mesh)} takes the innermost dimension of {mesh_name(root)}, expected "
-            "FSDP outside of tensor parallelism"
-        )
-    return dims[-1]
+    return () if any(root.ndim - 1 in part for part in dims) else dims[-1]
 
 
 def chunk_placements(
