@@ -7,8 +7,8 @@ FAULTS: tuple[tuple[str, str, str, str, str, str], ...] = (
         "chunk_over_replicas",
         "with hybrid sharding the chunks are cut over the replicas",
         "tensor/parallel/fsdp/root_mesh.py",
-        "    return dims[-1]\n",
-        "    return dims[0]\n",
+        " else dims[-1]\n",
+        " else dims[0]\n",
         "chunk_dtensor",
     ),
     (
