@@ -95,6 +95,7 @@ def test_why_there_is_no_certificate(
     assert certified.in_words(found).startswith("no certificate" if refused else "certificate")
 
 
+@pytest.mark.thorough
 def test_a_must_that_does_not_hold_ends_with_1(tmp_path: Path) -> None:
     one = "import pytest\n@pytest.mark.world(1)\ndef test_it(): assert 1 == 2\n"
     # An entry that would excuse it, and a variant that a usual run leaves out.

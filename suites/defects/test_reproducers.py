@@ -78,6 +78,7 @@ def shown(*arguments: str, wanted: Iterable[str] = ()) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("side", ["plain", "installed"])
+@pytest.mark.thorough
 def test_every_defect_shows_where_the_catalogue_says(side: str) -> None:
     """With torch as it is; and of those that install() mends none after it."""
     import torch
@@ -86,13 +87,14 @@ def test_every_defect_shows_where_the_catalogue_says(side: str) -> None:
     assert shown(*["--install"] * (side == "installed")) == said
 
 
+@pytest.mark.thorough
 def test_install_with_callers_mends_what_the_catalogue_says() -> None:
     mended = [i for i in FILES if "install(callers=True)" in DEFECTS[i].mended_by]
     assert shown("--callers", wanted=mended) == dict.fromkeys(mended, "does not show")
 
 
 @pytest.mark.parametrize("install", [False, True])
-@pytest.mark.thorough(but=["True"])
+@pytest.mark.thorough
 def test_torchrun_runs_it(install: bool) -> None:
     path = FILES["SP-051"]
     with ByTorchrun(install) as runs:

@@ -66,6 +66,7 @@ class TestTensorParallelTraining:
         assert_close(got, [expected(batch(9)).detach()], "the trained model's output")
 
     @pytest.mark.world(4, collective=20, limit=60)
+    @pytest.mark.thorough
     def test_fsdp1(self, note: Digests, mesh: Any) -> None:
         """FSDP1 x TP trains as the whole model does."""
         grid = mesh(2, 2)
@@ -104,12 +105,7 @@ def said(options: StateDictOptions) -> str:
 class TestDistributedStateDict:
     @pytest.mark.world(4, collective=20, limit=60)
     @pytest.mark.parametrize("options", MODES, ids=said)
-    @pytest.mark.thorough(
-        but=[
-            "cpu_offload-keep_submodule_prefixes-flatten_optimizer_state_dict",
-            "full_state_dict-keep_submodule_prefixes-broadcast_from_rank0",
-        ]
-    )
+    @pytest.mark.thorough
     def test_a_round_trip(
         self, note: Digests, mesh: Any, rank: int, options: StateDictOptions
     ) -> None:
@@ -140,7 +136,7 @@ class TestDistributedStateDict:
     @pytest.mark.world(4, collective=20, limit=60)
     @pytest.mark.parametrize("keep", [True, False], ids=["kept", "dropped"])
     @pytest.mark.parametrize("full", [True, False], ids=["full", "sharded"])
-    @pytest.mark.thorough(but=["sharded-kept"])
+    @pytest.mark.thorough
     def test_submodules(self, note: Digests, mesh: Any, keep: bool, full: bool) -> None:
         """The state of one submodule, with and without its prefix."""
         model = sharded(mlp(), mesh(2, 2))
@@ -158,7 +154,7 @@ class TestDistributedStateDict:
 class TestAsync:
     @pytest.mark.world(4, collective=20, limit=60)
     @pytest.mark.parametrize("threaded", [False, True], ids=["at once", "in a thread"])
-    @pytest.mark.thorough(but=["in a thread"])
+    @pytest.mark.thorough
     def test_default_stager(self, note: Digests, mesh: Any, threaded: bool) -> None:
         """DefaultStager gives the state of the moment, twice from one stager, while it changes."""
         grid = mesh(2, 2)
@@ -183,6 +179,7 @@ class TestAsync:
         stager.close()
 
     @pytest.mark.world(4, collective=20, limit=60)
+    @pytest.mark.thorough
     def test_async_save(self, note: Digests, mesh: Any, shared: Path) -> None:
         """What async_save began to write is what is loaded, whatever training did meanwhile."""
         grid = mesh(2, 2)

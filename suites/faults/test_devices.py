@@ -52,6 +52,7 @@ def test_where_there_is_one(rank): pass
 """
 
 
+@pytest.mark.thorough
 def test_a_driver_that_starts_threads_keeps_no_rank_from_starting(suite: Suite) -> None:
     folder = suite(SUITE)
     (folder / "driver.py").write_text(DRIVER)

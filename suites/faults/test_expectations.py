@@ -78,6 +78,7 @@ def test_another_failure_than_the_expected_is_not_expected(judge: Judge) -> None
     assert outcome.exit == 1
 
 
+@pytest.mark.thorough
 def test_conditions_choose_the_runs_that_an_entry_is_for(judge: Judge) -> None:
     build = devices.built()
     here = (
@@ -112,10 +113,12 @@ def test_a_wrong_entry_stops_the_run_before_it_starts(
     assert not (outcome.run_dir / "results.json").exists()
 
 
+@pytest.mark.thorough
 def test_narrowing_a_run_makes_no_entry_unmatched(judge: Judge) -> None:
     assert judge(KNOWN, "-k", "passes").exit == 0
 
 
+@pytest.mark.thorough
 def test_updated_expectations_wait_for_their_reasons(judge: Judge) -> None:
     outcome = judge("", "--update-expectations")
     assert outcome.exit == 1
@@ -146,6 +149,7 @@ def test_dies(rank): os._exit(3)
 """
 
 
+@pytest.mark.thorough
 def test_one_cause_is_one_entry(suite: Callable[..., Path]) -> None:
     folder = suite(CAUSES)
     outcome = Session(folder, "--update-expectations").finish()

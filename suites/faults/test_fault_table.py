@@ -154,6 +154,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("cell", IN_PARENTS, ids=lambda cell: cell.name)
+@pytest.mark.thorough
 def test_a_fault_of_the_parent(
     cell: Cell, in_parents: Outcomes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,6 +137,7 @@ def test_a_killed_run_leaves_no_judge_and_no_rank(suite: Suite) -> None:
     assert [check["verdict"] for check in read(outcome.run_dir)["checks"]] == ["pass"]
 
 
+@pytest.mark.thorough
 def test_a_judge_that_dies_is_replaced_and_its_check_is_an_error(suite: Suite) -> None:
     folder = suite(
         "import os, pytest, signal, time\n"
@@ -159,6 +160,7 @@ def test_a_judge_that_dies_is_replaced_and_its_check_is_an_error(suite: Suite) -
     assert outcome.survivors == []
 
 
+@pytest.mark.thorough
 def test_what_needs_the_machine_for_itself_has_it(suite: Suite) -> None:
     folder = suite(
         "import os, pytest, time\n"
@@ -187,6 +189,7 @@ def test_what_needs_the_machine_for_itself_has_it(suite: Suite) -> None:
                 assert end < its_begin or its_end < begin, (kind, other)
 
 
+@pytest.mark.thorough
 def test_a_timeout_counts_when_nothing_runs_beside_the_check(suite: Suite) -> None:
     folder = suite(
         "import os, pathlib, pytest, time\n"
@@ -206,6 +209,7 @@ def test_a_timeout_counts_when_nothing_runs_beside_the_check(suite: Suite) -> No
     assert outcome.exit == 1
 
 
+@pytest.mark.thorough
 def test_a_run_stops_at_the_first_failure_and_begins_with_it_again(suite: Suite) -> None:
     folder = suite(
         "import pytest, time\n"
@@ -224,6 +228,7 @@ def test_a_run_stops_at_the_first_failure_and_begins_with_it_again(suite: Suite)
     assert first.survivors == again.survivors == []
 
 
+@pytest.mark.thorough
 def test_an_error_of_a_fixture_is_told_as_with_one_at_a_time(suite: Suite) -> None:
     folder = suite(
         "import pytest\n"

@@ -89,7 +89,7 @@ def drawn(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
-@pytest.mark.thorough(but=["2"])
+@pytest.mark.thorough
 def test_a_terminal_shows_counts_the_time_left_and_what_runs(suite: Suite, jobs: str) -> None:
     code, text = Terminal(suite(CHECKS), "--jobs", jobs).finish()
     assert code == 1
@@ -107,6 +107,7 @@ def test_a_terminal_shows_counts_the_time_left_and_what_runs(suite: Suite, jobs:
     assert "\x1b[?25h" in end, "the cursor is shown again"
 
 
+@pytest.mark.thorough
 def test_a_subject_that_fails_in_many_checks_leaves_room_for_the_counts(suite: Suite) -> None:
     source = "import pytest\n@pytest.mark.parametrize('n', range(30))\ndef test_it(n): assert 0\n"
     code, text = Terminal(suite(source)).finish()
@@ -116,6 +117,7 @@ def test_a_subject_that_fails_in_many_checks_leaves_room_for_the_counts(suite: S
     assert lines.count("Further failures are told at the end.") == 1
 
 
+@pytest.mark.thorough
 def test_ctrl_c_leaves_a_terminal_as_it_was(suite: Suite) -> None:
     terminal = Terminal(suite(CHECKS), "--jobs", "1", slow=60)
     deadline = time.monotonic() + 60
@@ -130,6 +132,7 @@ def test_ctrl_c_leaves_a_terminal_as_it_was(suite: Suite) -> None:
     assert "selected checks did not run" in _ESCAPE.sub("", end)
 
 
+@pytest.mark.thorough
 def test_without_colour_the_lines_are_there_and_plain(suite: Suite) -> None:
     code, text = Terminal(suite(CHECKS), "-k", "good", NO_COLOR="1").finish()
     assert code == 0

@@ -91,6 +91,7 @@ def test_an_interruption_that_a_test_swallows_is_one_still(suite: Suite) -> None
     assert "KeyboardInterrupt: signal 15" in outcome.output
 
 
+@pytest.mark.thorough
 def test_two_sessions_at_once_do_not_meet(suite: Suite) -> None:
     folder = suite(MIXED)
     one, two = Session(folder), Session(folder)
@@ -120,6 +121,7 @@ def test_order_and_start_method_change_no_verdict(suite: Suite) -> None:
     assert normal.exit == reverse.exit == shuffled.exit == spawned.exit == 1
 
 
+@pytest.mark.thorough
 def test_a_run_is_narrowed_as_pytest_users_expect(suite: Suite) -> None:
     folder = suite(MIXED)
     named = Session(folder, "-k", "sum or fails", "-x", "--order", "reverse").finish()
@@ -146,6 +148,7 @@ def test_the_command_of_a_check_repeats_it(suite: Suite) -> None:
     assert (outcome.run_dir / "junit.xml").exists()
 
 
+@pytest.mark.thorough
 def test_a_session_over_its_limit_is_not_green(suite: Suite) -> None:
     folder = suite(
         "import pytest, time\n"
@@ -229,6 +232,7 @@ def test_warning_filters_are_those_of_the_check(suite: Suite, world: str) -> Non
     assert list(outcome.verdicts().values()) == ["pass", "pass", "pass"], outcome.output
 
 
+@pytest.mark.thorough
 def test_the_world_that_starts_ahead_suffers_nothing_from_the_one_that_runs(suite: Suite) -> None:
     folder = suite(
         "import os, pytest, signal, time\n"

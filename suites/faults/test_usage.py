@@ -50,6 +50,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(a) for a, _ in WRONG])
+@pytest.mark.thorough(
+    but=["--subject no.such.fork", "--backend smoke", "--callers", "--seed x", "no_such_file.py"]
+)
 def test_a_wrong_argument_is_named_at_once(
     suite: Suite, arguments: list[str], message: str
 ) -> None:
@@ -99,6 +102,7 @@ def test_a_plain_test_without_what_it_needs_is_one_precondition(suite: Suite) ->
     assert outcome.exit == 0
 
 
+@pytest.mark.thorough
 def test_a_package_that_is_not_installed_is_a_precondition(suite: Suite) -> None:
     source = "import pytest\n@pytest.mark.needs('package {}')\ndef test_it(): pass\n"
     missing = Session(suite(source.format("no-such-package"))).finish()
@@ -180,6 +184,7 @@ def test_a_should_gives_its_reason(suite: Suite, mark: str) -> None:
     assert outcome.exit in {2, 3}
 
 
+@pytest.mark.thorough
 def test_thorough_checks_run_when_they_are_asked_for(suite: Suite) -> None:
     more = "@pytest.mark.thorough\n@pytest.mark.world(1)\ndef test_more(rank): pass\n"
     folder = suite(ONE + more)
@@ -197,6 +202,7 @@ def test_thorough_checks_run_when_they_are_asked_for(suite: Suite) -> None:
     assert "left out" not in asked.output
 
 
+@pytest.mark.thorough
 def test_usual_variants_of_a_thorough_check_run_each_time(suite: Suite) -> None:
     text = (
         "import pytest\n"

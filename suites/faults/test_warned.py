@@ -37,12 +37,14 @@ def of_warnings(identity: str) -> bool:
     return "::TestWarnings::" in identity
 
 
+@pytest.mark.thorough
 def test_no_other_check_fails(loud: Outcome) -> None:
     others = {i: v for i, v in loud.verdicts().items() if not of_warnings(i)}
     assert len(others) > 20
     assert set(others.values()) == {"pass"}, [i for i, v in others.items() if v != "pass"]
 
 
+@pytest.mark.thorough
 def test_its_own_check_fails_and_says_of_what(loud: Outcome) -> None:
     own = {i.partition("[")[2]: v for i, v in loud.verdicts().items() if of_warnings(i)}
     for name in ("_state_dict_utils._flatten_state_dict", "tensor.parallel.fsdp._get_box_for"):
@@ -57,6 +59,7 @@ def test_its_own_check_fails_and_says_of_what(loud: Outcome) -> None:
     assert "the subject warned in " in loud.output
 
 
+@pytest.mark.thorough
 def test_an_import_is_judged_by_itself(loud: Outcome) -> None:
     check = loud.check("test_the_import_warns_of_nothing")
     assert check["verdict"] == "fail"
@@ -150,6 +153,7 @@ def test_it(): warn()
 """
 
 
+@pytest.mark.thorough
 def test_warnings_of_the_reference_are_errors(suite: Suite) -> None:
     folder = suite(PLANTED)
     assert Session(folder, "--subject", "shardproof").finish().exit == 1

@@ -125,7 +125,7 @@ class TestOptimizer:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("name", ["sgd", "adamw"])
-    @pytest.mark.thorough(but=["adamw"])
+    @pytest.mark.thorough
     def test_onto_another_mesh(self, device: Any, shared: Path, name: str) -> None:
         """The state of TP x DDP on 2x2, in files, is right on 1x4, 4x1, and under fully_shard."""
         old = RECIPES["ddp"].make(MLP, device)
@@ -159,7 +159,7 @@ class TestOptimizer:
     @pytest.mark.law("symmetry")
     @pytest.mark.world(4, collective=8, limit=25)
     @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-    @pytest.mark.thorough(but=["nested"])
+    @pytest.mark.thorough
     def test_missing_on_rank_0(self, device: Any, world: Any, flat: bool) -> None:
         """A broadcast state that lacks a parameter's is refused on every rank, by name."""
         mine = RECIPES["fully_shard"].make(MLP, device)
@@ -213,6 +213,7 @@ class TestModel:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", ["fully_shard"])
+    @pytest.mark.thorough
     def test_without_the_frozen_ones(self, device: Any, recipe: str) -> None:
         """What a save with ignore_frozen_params gave, a strict load with it takes, in each way."""
         for way in (FULL, BROADCAST):
@@ -245,6 +246,7 @@ class TestModel:
 
     @pytest.mark.law("symmetry")
     @pytest.mark.world(4, collective=8, limit=25)
+    @pytest.mark.thorough
     def test_a_rank_without(self, device: Any, world: Any) -> None:
         """FSDP1 gathers in a full load: a rank without a state dict is named on every rank."""
         mine = trainee("fsdp1", MLP, device)

@@ -160,7 +160,7 @@ class TestAsyncSave:
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
     @ALONE
-    @pytest.mark.thorough(but=["fully_shard"])
+    @pytest.mark.thorough
     def test_a_cached_staging(self, device: Any, world: Any, shared: Path, recipe: str) -> None:
         """A stager that caches stages each save in the same memory, which is not the model's."""
         group = dist.new_group()

@@ -132,7 +132,7 @@ class TestModelOntoAnotherMesh:
     @pytest.mark.world(4)
     @GATHERS
     @pytest.mark.parametrize(("source", "target"), ROADS, ids=str)
-    @pytest.mark.thorough(but=["fsdp1-ddp"])
+    @pytest.mark.thorough
     def test_another_recipe(self, device: Any, shared: Path, source: str, target: str) -> None:
         """What one recipe saved another can load, tied and frozen parameters included."""
         old = trainee(source, TRANSFORMER, device)
@@ -207,7 +207,7 @@ class TestModelOntoNoMesh:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", ["fsdp1", "fully_shard"])
-    @pytest.mark.thorough(but=["fsdp1"])
+    @pytest.mark.thorough
     def test_what_was_never_sharded(
         self, device: Any, world: Any, shared: Path, recipe: str
     ) -> None:
@@ -237,7 +237,7 @@ class TestOptimizerOntoAnotherMesh:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize(("source", "target", "shape"), OPTIMIZER_ROADS, ids=str)
-    @pytest.mark.thorough(but=["fully_shard-fsdp1-(4, 1)"])
+    @pytest.mark.thorough
     def test_as_many_ranks(
         self, device: Any, shared: Path, source: str, target: str, shape: tuple[int, int]
     ) -> None:

@@ -49,7 +49,7 @@ class TestTorchAndSubject:
     @GATHERS
     @pytest.mark.parametrize(("target", "shape"), TARGETS, ids=str)
     @pytest.mark.parametrize("writes", ["torch", "subject"])
-    @pytest.mark.thorough(but=["subject-fully_shard-(1, 4)"])
+    @pytest.mark.thorough
     def test_one_writes_and_the_other_reads(
         self,
         device: Any,

@@ -87,7 +87,7 @@ class TestGetModelStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "replicate"))
-    @pytest.mark.thorough(but=["fully_shard"])
+    @pytest.mark.thorough
     def test_full_on_the_cpu(self, device: Any, recipe: str) -> None:
         """With full_state_dict and cpu_offload rank 0 gets the whole state, the others {}."""
         get(recipe, device, full_on_cpu=True)

@@ -112,7 +112,7 @@ class TestGetOptimizerStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
-    @pytest.mark.thorough(but=["fully_shard"])
+    @pytest.mark.thorough
     def test_full(self, device: Any, recipe: str) -> None:
         """With full_state_dict every rank gets the unsharded optimizer's state."""
         get(recipe, device, FULL)
@@ -147,7 +147,7 @@ class TestSetOptimizerStateDict:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(FLAT, "fsdp1"))
-    @pytest.mark.thorough(but=["fully_shard"])
+    @pytest.mark.thorough
     def test_sharded(self, device: Any, recipe: str) -> None:
         """A sharded state, nested or flat, lands in a new optimizer, which then trains alike."""
         load(recipe, device, SHARDED)
@@ -171,7 +171,7 @@ class TestSetOptimizerStateDict:
     @pytest.mark.law("structure")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(["fsdp1", "fully_shard"], "fsdp1"))
-    @pytest.mark.thorough(but=["fully_shard"])
+    @pytest.mark.thorough
     def test_a_frozen_parameter(self, device: Any, recipe: str) -> None:
         """The state of a model with a frozen parameter lands, too, strict or not."""
         load(recipe, device, [*SHARDED[:1], *FULL_SETS], frozen=True)

@@ -123,7 +123,7 @@ class TestWhatDoesNotFit:
     @pytest.mark.world(4, collective=8, limit=25)
     @pytest.mark.parametrize("recipe", ["ddp", "fully_shard"])
     @pytest.mark.parametrize("way", ["full", "broadcast"])
-    @pytest.mark.thorough(but=["broadcast-fully_shard"])
+    @pytest.mark.thorough
     def test_another_shape_changes_nothing(
         self, device: Any, world: Any, recipe: str, way: str
     ) -> None:
@@ -154,7 +154,7 @@ class TestWhatDoesNotFit:
     @pytest.mark.law("structure")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", gathering(["ddp", "replicate", "fully_shard"]))
-    @pytest.mark.thorough(but=["fully_shard"])
+    @pytest.mark.thorough
     def test_lenient(self, device: Any, world: Any, recipe: str) -> None:
         """Without strict what is missing keeps its value, what is too much is left out."""
         for way, options in WAYS.items():
@@ -178,7 +178,7 @@ class TestModelsOnMeta:
     # torch's own set_model_state_dict asks for it where all is on meta, and warns of that.
     @pytest.mark.filterwarnings("ignore:`_get_pg_default_device` will be deprecated")
     @pytest.mark.filterwarnings("ignore:Multiple backends are registered")
-    @pytest.mark.thorough(but=["fully_shard-to_empty"])
+    @pytest.mark.thorough
     def test_they_materialise(self, device: Any, world: Any, prepared: bool, wrapped: bool) -> None:
         """A bf16 model on meta takes a float64 state dict: dtype, ties and frozenness stay."""
         # Where all is on meta torch asks the group for a device; Gloo's is the CPU.

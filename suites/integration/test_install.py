@@ -150,6 +150,7 @@ class TestInstall:
 
     @pytest.mark.law("isolation")
     @pytest.mark.world(1, limit=120)
+    @pytest.mark.thorough
     def test_in_a_fresh_interpreter(self, judged: Any, subject: Subject) -> None:
         """Whatever part of upstream was imported first, or tried to, install works after it."""
         started = {first: fresh(first, subject.root) for first in UPSTREAM}

@@ -42,7 +42,7 @@ class TestParity:
     @pytest.mark.parametrize(
         "recipe", over("ddp", "replicate", "fsdp1", "fsdp1-flat", "fully_shard")
     )
-    @pytest.mark.thorough(but=["fully_shard"])
+    @pytest.mark.thorough(but=["ddp"])
     def test_mlp(self, device: Any, recipe: Recipe) -> None:
         """An MLP of whole numbers trains to the bit like the whole one with SGD, however it is fed.
 

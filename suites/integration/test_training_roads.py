@@ -37,7 +37,7 @@ class TestAccumulation:
     @pytest.mark.parametrize(
         "recipe", over("ddp", "replicate", "fsdp1", "fsdp1-flat", "fully_shard")
     )
-    @pytest.mark.thorough(but=["fully_shard"])
+    @pytest.mark.thorough
     def test_without_synchronisation(self, device: Any, recipe: Recipe) -> None:
         """Backwards that do not synchronise, then one that does, give the mean of all replicas."""
         pair = Pair(recipe.make(MLP, device))
@@ -51,6 +51,7 @@ class TestClipping:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @GATHERS
+    @pytest.mark.thorough
     def test_the_norm_of_dtensors(self, device: Any) -> None:
         """Under fully_shard torch's own clip_grad_norm_ takes the norm over all shards."""
         pair, most = Pair(FULLY_SHARD.make(TRANSFORMER, device)), 2**-4
@@ -107,7 +108,7 @@ class TestRoads:
     @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("recipe", over("ddp", "replicate", "fsdp1", "fully_shard"))
-    @pytest.mark.thorough(but=["fsdp1"])
+    @pytest.mark.thorough
     def test_another_dtype(self, device: Any, recipe: Recipe) -> None:
         """A model that is moved to another dtype before it is wrapped trains in that dtype."""
         trainee = recipe.make(SINGLE, device, change=to_single)
@@ -187,6 +188,7 @@ class TestDdp:
 
     @pytest.mark.law("isolation")
     @pytest.mark.world(4)
+    @pytest.mark.thorough
     def test_an_average_from_after_wrapping(self, device: Any) -> None:
         """A copy of the wrapped module, before or after its first step, computes the average."""
 

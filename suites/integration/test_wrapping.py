@@ -169,6 +169,7 @@ class TestWrapping:
     @pytest.mark.exercises("training.ddp")
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4)
+    @pytest.mark.thorough
     def test_shards_that_ddp_ignores(self, device: Any) -> None:
         """Over all ranks, DDP that is told to ignore the shards must be let alone."""
 
@@ -187,6 +188,7 @@ class TestWrapping:
     @pytest.mark.law("compatibility")
     @pytest.mark.world(4, limit=100)  # four ranks compile
     @pytest.mark.parametrize("recipe", over("ddp", "replicate"))
+    @pytest.mark.thorough
     def test_compiled_blocks(self, device: Any, recipe: Recipe) -> None:
         """Blocks compiled with fullgraph=True before they are wrapped must train."""
 

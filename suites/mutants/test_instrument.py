@@ -46,6 +46,7 @@ def test_what_computes_the_same_is_not_told(
     assert _told(source, **values) == told
 
 
+@pytest.mark.thorough
 def test_the_whole_reference_can_be_marked(tmp_path: Path) -> None:
     for file in sources():
         (tmp_path / SUBJECT / file).parent.mkdir(parents=True, exist_ok=True)

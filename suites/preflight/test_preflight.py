@@ -259,6 +259,7 @@ def test_this_machine_is_fit(tmp_path: Path) -> None:
     assert "2 ranks, gloo on cpu moved exact data" in done.stdout
 
 
+@pytest.mark.thorough
 def test_a_world_that_cannot_start_is_not_fit(tmp_path: Path) -> None:
     done = preflight(
         "--out", str(tmp_path), "--world-size", "2", GLOO_SOCKET_IFNAME="no-such-interface"

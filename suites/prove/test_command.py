@@ -129,6 +129,7 @@ def test_whole(folder: Path) -> None:
     assert "<script" not in page
 
 
+@pytest.mark.thorough
 def test_not_whole(folder: Path) -> None:
     """A drifted replica ends with 1, and is named with rank and element."""
     codes, printed, said = run(folder, "my_train:drifted", "--roads", "dcp", "--quiet", ranks=2)

@@ -46,6 +46,7 @@ def test_four_ranks(rank: int, loss: Any) -> None:
 
 @pytest.mark.world(8, collective=60, limit=120)
 @pytest.mark.parametrize("loss", _losses(8))
+@pytest.mark.thorough
 def test_eight_ranks(rank: int, loss: Any) -> None:
     """A planted loss is named, on every rank alike."""
     _named(loss, rank)

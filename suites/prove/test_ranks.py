@@ -20,6 +20,7 @@ def _hooked(job: jobs.Job, hook: Any) -> jobs.Job:
 
 
 @pytest.mark.world(2, collective=30, limit=60)
+@pytest.mark.thorough
 def test_a_rank_that_raises(rank: int) -> None:
     """An error of one rank is named with the rank, other roads go on, and nothing has changed."""
 
@@ -41,6 +42,7 @@ def test_a_rank_that_raises(rank: int) -> None:
 
 
 @pytest.mark.world(2, collective=30, limit=60)
+@pytest.mark.thorough
 def test_a_rank_that_waits_for_another(rank: int) -> None:
     """A collective that only one rank enters is unsafe, and the job's own groups still work."""
 
@@ -157,6 +159,7 @@ def test_snapshot_on_disk(rank: int) -> None:
 
 
 @pytest.mark.world(2, collective=30, limit=60)
+@pytest.mark.thorough
 def test_no_room_for_a_road(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A road that does not fit beside the snapshot is not run; asked for, it is refused."""
     from shardproof._prove import room

@@ -31,7 +31,7 @@ def prove(job: jobs.Job, **options: Any) -> Any:
 
 @pytest.mark.world(2, collective=60, limit=120)
 @pytest.mark.parametrize("make", _named(jobs.TWO))
-@pytest.mark.thorough(but=["DDP, tied weights", "many dtypes", "fully_shard, uneven", "TP"])
+@pytest.mark.thorough(but=["DDP, tied weights", "many dtypes", "TP"])
 def test_two_ranks(make: Any) -> None:
     """A right job is whole on all roads under torch as it is, and is left as it was."""
     proof = prove(make())
@@ -42,7 +42,7 @@ def test_two_ranks(make: Any) -> None:
 
 @pytest.mark.world(4, collective=60, limit=120)
 @pytest.mark.parametrize("make", _named(jobs.FOUR))
-@pytest.mark.thorough(but=["fully_shard x TP"])
+@pytest.mark.thorough
 def test_four_ranks(make: Any) -> None:
     """A right job is whole on all roads under torch as it is, and is left as it was."""
     proof = prove(make())
@@ -57,7 +57,7 @@ def test_one_rank() -> None:
 
 @pytest.mark.world(2, collective=60, limit=120)
 @pytest.mark.parametrize("make", _named(jobs.FLAT))
-@pytest.mark.thorough(but=["FSDP1"])
+@pytest.mark.thorough
 def test_fsdp1(make: Any) -> None:
     """FSDP1's own roads are whole, and what torch breaks on a CPU is said to be unsafe or lossy."""
     proof = prove(make())
@@ -67,6 +67,7 @@ def test_fsdp1(make: Any) -> None:
 
 
 @pytest.mark.world(4, collective=60, limit=120)
+@pytest.mark.thorough
 def test_fsdp1_with_replicas() -> None:
     """So are those of FSDP1 with replicas."""
     proof = prove(jobs.hsdp1(), roads=["sharded", "dcp", "dcp-mesh", "full"])
@@ -86,6 +87,7 @@ def test_pipeline() -> None:
 
 
 @pytest.mark.world(2, collective=60, limit=120)
+@pytest.mark.thorough
 def test_unusual_optimizers() -> None:
     """Nested and factored state, two optimizers and an extra state are whole on every road."""
     proof = prove(unusual.one_with_nested_state())
@@ -93,6 +95,7 @@ def test_unusual_optimizers() -> None:
 
 
 @pytest.mark.world(2, collective=60, limit=120)
+@pytest.mark.thorough
 def test_values_that_do_not_compare() -> None:
     """What a parameter group holds may be an array, a NaN or an object: unchanged is no loss."""
     proof = prove(unusual.with_values_in_groups(), roads=["sharded", "flat"])

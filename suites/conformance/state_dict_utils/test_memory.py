@@ -46,7 +46,7 @@ class TestGather:
     @pytest.mark.should(MEMORY)
     @pytest.mark.world(4)
     @pytest.mark.parametrize("dims", [(0, 0), (0, 1)], ids=str)
-    @pytest.mark.thorough(but=["(0, 1)"])
+    @pytest.mark.thorough
     def test_over_an_unsorted_mesh(
         self, judged: Any, mesh: Any, grows: Any, dims: tuple[int, int]
     ) -> None:

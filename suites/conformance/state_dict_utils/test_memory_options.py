@@ -80,7 +80,7 @@ def _also(value: Any) -> Any:
     return pytest.param(value, marks=pytest.mark.thorough)
 
 
-_EACH_RUN = {"pending", "tied"}
+_EACH_RUN = {"tied"}
 KINDS = [
     pytest.param(
         make,

@@ -214,6 +214,7 @@ class TestBroadcastState(_State):
 
     @pytest.mark.law("isolation")
     @pytest.mark.world(2)
+    @pytest.mark.thorough
     def test_a_large_source_is_used_again_at_once(
         self, judged: Any, rank: int, device: torch.device
     ) -> None:

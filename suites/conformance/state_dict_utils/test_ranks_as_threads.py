@@ -95,6 +95,7 @@ class TestDistributeThreads:
 class TestBroadcastThreads:
     @pytest.mark.law("values")
     @pytest.mark.world(1, limit=120)
+    @pytest.mark.thorough
     def test_ranks_as_threads(self, subject: Any) -> None:
         """Ranks that are threads of one process must get what the first of them has."""
         call = (

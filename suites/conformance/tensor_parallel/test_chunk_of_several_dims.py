@@ -63,6 +63,7 @@ class TestChunkDTensorOfSeveralDims:
     @pytest.mark.law("values")
     @pytest.mark.should("torch knows a root mesh of two dimensions alone")
     @pytest.mark.world(8)
+    @pytest.mark.thorough
     def test_cut_on_both_sides_of_fsdp(self, judged: Any, mesh: Any) -> None:
         """Of a weight cut on both sides of FSDP, or inside a flattened one, as much holds."""
         root = mesh(2, 2, 2, names=("ep", "dp", "tp"))

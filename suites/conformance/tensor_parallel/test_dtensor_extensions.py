@@ -367,6 +367,7 @@ class TestImport:
     @pytest.mark.law("isolation")
     @pytest.mark.should("another order of imports helps, and the failure is loud")
     @pytest.mark.world(1, limit=60)
+    @pytest.mark.thorough
     def test_the_module_can_be_imported_first(self, judged: Any, subject: Any) -> None:
         """A fresh interpreter can import the module before all else of torch.distributed."""
         name = f"{subject.root}.tensor.parallel.fsdp"
