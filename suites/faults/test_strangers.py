@@ -86,6 +86,20 @@ def test_an_import_that_fails_on_a_rank_alone_is_told(suite: Suite) -> None:
     assert outcome.exit == 3
 
 
+def test_torchs_modules_are_imported_in_an_order_that_works(suite: Suite) -> None:
+    """One of them imports another that imports it: no run may begin with the wrong one."""
+    folder = suite(
+        "import pytest\n"
+        "def test_of_no_world(): pass\n"
+        "@pytest.mark.judges('tensor.parallel.fsdp._get_box')\n"
+        "@pytest.mark.world(1)\n"
+        "def test_it(judged): pass\n"
+    )
+    outcome = Session(folder, "--subject", "torch.distributed").finish()
+    assert set(outcome.verdicts().values()) == {"pass"}, outcome.output
+    assert outcome.exit == 0
+
+
 def test_ranks_of_one_machine_listen_on_loopback_alone(suite: Suite) -> None:
     folder = suite(
         "import os, pathlib, pytest\n"

@@ -71,6 +71,8 @@ class SubjectInfo:
         # Not before it is asked for: --install-at before comes ahead of all that these import.
         noted = subject_warnings.IssuedWarnings()
         with subject_warnings.collecting(self.root, noted):
+            if self.root == INSTALLED_TORCH:
+                _import_in_torchs_order()
             module = _module(whole)
         self.warnings.update(noted.texts)
         return None if module is None else vars(module)
@@ -113,7 +115,7 @@ def _import(root: str, names: bool = False) -> SubjectInfo:
                 importlib.import_module(root.partition(".")[0]), "__version__", "unknown"
             )
             if names:
-                importlib.import_module("torch.distributed.fsdp")  # else torch's go in a circle
+                _import_in_torchs_order()
                 modules = {"": top} | {
                     n: _module(f"{root}.{n}") for n in (*MODULES, CALLERS_MODULE)
                 }
@@ -122,6 +124,11 @@ def _import(root: str, names: bool = False) -> SubjectInfo:
         return SubjectInfo(root, error=f"{type(error).__name__}: {error}")
     file = str(getattr(top, "__file__", None) or "namespace")
     return SubjectInfo(root, file, str(version), noted.texts, "", found if names else None)
+
+
+def _import_in_torchs_order() -> None:
+    """Before `tensor.parallel.fsdp`, which imports this and is imported by it, in a circle."""
+    importlib.import_module("torch.distributed.fsdp")
 
 
 def _module(whole: str) -> ModuleType | None:
