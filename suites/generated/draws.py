@@ -61,11 +61,6 @@ def dims_of(mesh: Mesh) -> tuple[int, ...]:
     return mesh[0] if mesh[2] is None else (mesh[0][mesh[2]],)
 
 
-def ranks_of(mesh: Mesh) -> set[int]:
-    """The ranks of a mesh."""
-    return set(mesh[1])
-
-
 def placements(draw: st.DrawFn, mesh: Mesh, dims: int, *, pending: bool = False) -> tuple[str, ...]:
     """Placements of a tensor of so many dimensions."""
     shape = dims_of(mesh)

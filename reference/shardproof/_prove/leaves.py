@@ -163,8 +163,3 @@ def _box(shape: Any, offsets: Any, sizes: Any) -> Part:
 
 def _join(outer: str, inner: str) -> str:
     return f"{outer}.{inner}" if inner else outer
-
-
-def this_rank() -> int:
-    """The rank in the default group; 0 without one."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

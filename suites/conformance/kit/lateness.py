@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 from typing import Any
 
 from conformance.kit.collectives import Collectives
@@ -30,18 +29,3 @@ class Late(Collectives):
         if func.name().startswith(("c10d::", "_c10d_functional::")):
             time.sleep(self._seconds)
         return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-class InTime:
-    """The same where a rank is not late."""
-
-    def __enter__(self) -> None:
-        """Do nothing."""
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Do nothing."""

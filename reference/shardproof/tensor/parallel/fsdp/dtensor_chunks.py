@@ -75,8 +75,8 @@ def _chunk_dtensor(
     held = _placements_on(root, tensor, dims) if isinstance(tensor, DTensor) else {}
     if held and not dims:
         raise ValueError(
-            f"{mesh_name(device_mesh)} takes the innermost dimension of {mesh_name(root)}, expected "
-            f"FSDP outside of the tensor parallelism of a tensor with {tuple(tensor.placements)}"
+            f"{mesh_name(device_mesh)} takes the innermost dimension of {mesh_name(root)}, "
+            f"expected FSDP outside of what cuts a tensor with {tuple(tensor.placements)}"
         )
     local = alias(unwrap_pending(tensor._local_tensor if isinstance(tensor, DTensor) else tensor))
     mesh_shape = tuple(int(size) for size in root.shape)
