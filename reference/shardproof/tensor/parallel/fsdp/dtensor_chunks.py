@@ -73,11 +73,6 @@ def _chunk_dtensor(
         raise TypeError("expected a tensor or a DTensor to chunk, got a ShardedTensor")
     dims = fsdp_dims(root, device_mesh)
     held = _placements_on(root, tensor, dims) if isinstance(tensor, DTensor) else {}
-    if held and not dims:
-        raise ValueError(
-            f"{mesh_name(device_mesh)} takes the innermost dimension of {mesh_name(root)}, "
-            f"expected FSDP outside of what cuts a tensor with {tuple(tensor.placements)}"
-        )
     local = alias(unwrap_pending(tensor._local_tensor if isinstance(tensor, DTensor) else tensor))
     mesh_shape = tuple(int(size) for size in root.shape)
     placements, tensor_dim, over = chunk_placements(tuple(tensor.shape), mesh_shape, held, dims)
@@ -123,6 +118,12 @@ def _placements_on(root: DeviceMesh, tensor: DTensor, dims: Sequence[int]) -> di
                 f"dimension of {mesh_name(root)} that is not FSDP's"
             )
         held[part[0]] = placement
+    if held and not dims:
+        raise ValueError(
+            f"the tensor has {tuple(tensor.placements)} on {mesh_name(tensor.device_mesh)}, and "
+            f"FSDP takes the innermost dimension of {mesh_name(root)}; expected FSDP outside of "
+            "tensor parallelism"
+        )
     return held
 
 
