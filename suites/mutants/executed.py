@@ -108,18 +108,22 @@ class Executed:
         digests: dict[str, str],
         say: Callable[[int, int], None],
     ) -> None:
+        left = set(missing)
         for done, word in enumerate(judge.run(plant_marks, missing, to_the_end=True)):
             if reason := word.get("broken") or word.get("import") or word.get("silent"):
                 raise RuntimeError(f"the checks could not be measured: {reason}")
             if "on_import" in word:
                 self.on_import = word["on_import"]["executed"]
             if "check" in word:
+                left.discard(word["check"])
                 self.checks[word["check"]] = Ran(
                     digests[word["check"]], word["seconds"], word["verdict"], word["executed"]
                 )
             if done % _SAVE_EVERY == 0:
                 self.write()
                 say(done, len(missing))
+        if left:
+            raise RuntimeError(f"the session ended before {len(left)} checks were measured")
 
     def checks_of(self, numbers: Iterable[int], mark: int | None = None) -> list[str]:
         """The checks that execute one of the statements, those first that are likely to tell.

@@ -140,7 +140,8 @@ class Judge:
         silent = False
         while checks:
             said = list(self.run(plant, checks))
-            result.ran += sum("check" in word for word in said)
+            judged = sum("check" in word for word in said)
+            result.ran += judged
             result.unrun += [w["message"] for w in said if w.get("verdict") == "precondition"]
             last = said[-1] if said else {"broken": "the session said nothing"}
             if "broken" in last:
@@ -152,7 +153,10 @@ class Judge:
                 # Judged by no check, but none could pass.
                 result.state, result.said, result.message = "caught", "import", reason
                 return result
-            if last["verdict"] not in BAD:
+            if last.get("verdict") not in BAD:
+                if judged < len(checks):
+                    told = f"the session ended after {judged} of {len(checks)} checks"
+                    return Result("broken", told, ran=result.ran)
                 return result
             if self._is_sure(plant, last["check"], last["verdict"]):
                 result.state, result.said = "caught", last["check"]
@@ -288,6 +292,7 @@ def from_a_warm_parent(work: Callable[[Judge], None], *arguments: str) -> int:
                     *("-p", "no:cacheprovider"),
                     *("--subject", SUBJECT, "--run-dir", f"{folder}/run"),
                     *("--thorough", "--collective-limit", "4", "--check-limit", "15"),
+                    *("--session-limit", "1e9"),  # a night; each session has its own clocks
                     *scope.current().options,
                     *arguments,
                     scope.current().suite,

@@ -32,6 +32,8 @@ class _Scripted(Judge):
         for check in checks:
             said = self._verdicts[check]
             verdict = said.pop(0) if len(said) > 1 else said[0]
+            if verdict == "end":
+                return
             if verdict in {"broken", "silent", "import"}:
                 yield {verdict: "why"}
                 return
@@ -57,6 +59,8 @@ class _Scripted(Judge):
         ({"a": ["silent", "pass"], "b": ["pass"]}, "survived", ""),
         ({"a": ["silent"], "b": ["pass"]}, "caught", "import"),
         ({"a": ["broken"], "b": ["pass"]}, "broken", "why"),
+        ({"a": ["pass"], "b": ["end"]}, "broken", "the session ended after 1 of 2 checks"),
+        ({"a": ["end"], "b": ["pass"]}, "broken", "the session said nothing"),
     ],
 )
 def test_a_failure_counts_where_the_reference_passes_and_a_timeout_where_it_repeats(
