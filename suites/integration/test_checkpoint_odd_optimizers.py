@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -97,3 +98,111 @@ class TestFsdp1InFsdp1:
             if param.numel():
                 saved, loaded = (o.state[param]["momentum_buffer"] for o in optimizers)
                 assert_same(local(loaded), local(saved), f"moment of {name}")
+
+
+class Momentum(Optimizer):
+    """Asks for the state of each parameter before it looks whether there is a gradient."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.5})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for param in self.param_groups[0]["params"]:
+            state = self.state[param]
+            if param.grad is not None:
+                state["moment"] = state.get("moment", 0) + param.grad
+
+
+class Window(Optimizer):
+    """Keeps the last gradients in a list, in which nothing is at first."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.5})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for param in self.param_groups[0]["params"]:
+            window = self.state[param].setdefault("window", [])
+            self.state[param]["sum"] = param.grad.clone()
+            if param.grad.any():  # a step without gradients makes the state, no more
+                window.append(param.grad.clone())
+
+
+def _adamw_without(params: Any) -> Optimizer:
+    return torch.optim.AdamW([{"params": list(params), "frozen": []}])
+
+
+def _adamw_with(params: Any) -> Optimizer:
+    return torch.optim.AdamW([{"params": list(params), "frozen": ["it"]}])
+
+
+NOT_YET: dict[str, tuple[Callable[[Any], Optimizer], Callable[[Any], Optimizer], bool]] = {
+    "no state": (Momentum, Momentum, True),
+    "a list": (Window, Window, False),
+    "a group's entry": (_adamw_without, _adamw_with, False),
+}
+"""Name -> the optimizer that is saved, the one that loads it, whether half the model is unused."""
+
+
+@pytest.mark.exercises("checkpoint.optimizer")
+class TestWhatIsEmptyOnOneSide:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(2, collective=8, limit=25)
+    @pytest.mark.parametrize(
+        ("way", "name"),
+        [
+            ("each", "no state"),
+            ("each", "a list"),
+            ("each", "a group's entry"),
+            ("broadcast", "no state"),
+            ("broadcast", "a group's entry"),
+        ],
+    )
+    @pytest.mark.parametrize("wrap", ["ddp", "bare"])
+    @pytest.mark.thorough(
+        but=["ddp-broadcast-no state", "ddp-each-a list", "ddp-broadcast-a group's entry"]
+    )
+    def test_it_goes_on_where_it_stopped(self, device: Any, wrap: str, way: str, name: str) -> None:
+        """What the checkpoint or the new optimizer has nothing in yet loads, and trains on."""
+        first, second, unused = NOT_YET[name]
+        models: list[nn.Module] = []
+        optimizers: list[Optimizer] = []
+        for make in (first, second):
+            module = nn.ModuleDict({"used": layer(device), "unused": layer(device)})
+            model: nn.Module = _Half(module, unused)
+            if wrap == "ddp":
+                model = DistributedDataParallel(model, find_unused_parameters=unused)
+            models.append(model)
+            optimizers.append(make(model.parameters()))
+        _train(models[0], optimizers[0], device)
+        models[1].load_state_dict(models[0].state_dict())
+        state = get_optimizer_state_dict(models[0], optimizers[0], options=FULL)
+        options = FULL if way == "each" else BROADCAST
+        set_optimizer_state_dict(models[1], optimizers[1], given(state, options), options=options)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            _train(model, optimizer, device)
+        for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            kept, loaded = optimizers[0].state[one], optimizers[1].state[other]
+            for key in kept:
+                assert_same(torch.stack(_listed(loaded[key])), torch.stack(_listed(kept[key])), key)
+
+
+class _Half(nn.Module):
+    def __init__(self, parts: nn.ModuleDict, unused: bool) -> None:
+        super().__init__()
+        self.parts, self.unused = parts, unused
+
+    def forward(self, rows: torch.Tensor) -> Any:
+        out = self.parts["used"](rows)
+        return out if self.unused else self.parts["unused"](out)
+
+
+def _train(model: nn.Module, optimizer: Optimizer, device: Any) -> None:
+    optimizer.zero_grad()
+    model(torch.ones(2, 4, device=device)).sum().backward()
+    optimizer.step()
+
+
+def _listed(value: Any) -> list[torch.Tensor]:
+    return value if isinstance(value, list) else [torch.as_tensor(value)]

@@ -27,6 +27,7 @@ from shardproof._core.containers.typed_paths import (
     TypedMapping,
     TypedPath,
     container_of,
+    is_empty_container,
     renew_if_empty,
 )
 from shardproof._core.tensors.properties import LEAF_TYPES
@@ -98,7 +99,9 @@ def _unflatten_state_dict(state_dict: STATE_DICT_TYPE, mapping: FLATTEN_MAPPING)
     Args:
         state_dict: flat dict; it may hold a part of the keys of ``mapping``. Not changed.
         mapping: flat key -> path. Paths from several flattenings and plain tuples of str and int
-            may be mixed; a plain tuple yields dicts and lists, as upstream's does.
+            may be mixed; a plain tuple yields dicts and lists, as upstream's does. An empty
+            container gives way to entries that lie in it, as where a checkpoint and a new optimizer
+            are merged of which one has no state for a parameter yet.
 
     Returns:
         The nested dict over the same leaves: types and keys are the original's. Keys stand in the
@@ -106,7 +109,7 @@ def _unflatten_state_dict(state_dict: STATE_DICT_TYPE, mapping: FLATTEN_MAPPING)
 
     Raises:
         KeyError: a key of ``state_dict`` that ``mapping`` lacks.
-        ValueError: one path leads through the leaf of another.
+        ValueError: one path leads through the leaf of another, which is no empty container.
 
     No collective runs.
 
@@ -132,6 +135,8 @@ def _unflatten_state_dict(state_dict: STATE_DICT_TYPE, mapping: FLATTEN_MAPPING)
             value = nest.leaf(value)
         if held.setdefault(key, value) is not value:
             if nest.is_container(held[key]):
+                if is_empty_container(value):
+                    continue
                 raise ValueError(f"{path_name(path)!r} is both a leaf and a container")
             held[key] = value
     return cast(STATE_DICT_TYPE, nest.build())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -278,6 +279,44 @@ def _at(value: Any, path: tuple[Any, ...]) -> Any:
     for key in path:
         value = value[key]
     return value
+
+
+EMPTY_AND_FULL: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "dict": ({}, lambda leaf: {"m": leaf}),
+    "list": ([], lambda leaf: [leaf, leaf]),
+    "deep": ({}, lambda leaf: {"m": {"n": [leaf]}}),
+    "ordered": (OrderedDict(), lambda leaf: OrderedDict(m=leaf)),
+    "tuple": ((), lambda leaf: (leaf,)),
+}
+"""Name -> what is empty in one state dict, and what the other has in its place."""
+
+
+@pytest.mark.judges("_state_dict_utils._unflatten_state_dict")
+class TestTwoFlatDictsInOne:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    @pytest.mark.parametrize("name", EMPTY_AND_FULL)
+    def test_what_is_empty_gives_way(self, judged: Any, subject: Any, name: str) -> None:
+        """Of two state dicts in one, what is empty in one must have what the other holds.
+
+        Who loads an optimizer's state merges the new optimizer's and the checkpoint's: one of them
+        may have no state yet for a parameter, or a list in which nothing is.
+        """
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        leaf = numbers(3)
+        empty, full = EMPTY_AND_FULL[name]
+        both = {"x": {"kept": leaf, "p": empty}}, {"x": {"p": full(leaf)}}
+        for order in (both, both[::-1]):
+            flat: dict[str, Any] = {}
+            mapping: dict[str, Any] = {}
+            for state in order:
+                more, paths = flatten(state)
+                flat |= {key: value for key, value in more.items() if key not in flat}
+                mapping |= {key: path for key, path in paths.items() if key not in mapping}
+            got = judged(flat, mapping)
+            assert_same_structure(got["x"]["p"], full(leaf), f"{list(flat)}")
+            assert got["x"]["kept"] is leaf, f"{list(flat)}"
+        assert not empty, "the call changed the input"
 
 
 @pytest.mark.judges("_state_dict_utils._unflatten_state_dict")

@@ -13,6 +13,7 @@ from shardproof._core.containers.typed_paths import (
     Branch,
     ContainerType,
     TypedPath,
+    is_empty_container,
     renew_if_empty,
 )
 
@@ -46,7 +47,7 @@ class NestBuilder:
         for key, item in pairwise(path):
             child = held.get(key)
             if type(child) is not dict or not self.is_container(child):
-                if key in held:
+                if key in held and not is_empty_container(child):
                     raise ValueError(f"{path_name(path)!r} leads through the leaf {key!r}")
                 child = held[key] = {}
                 if not isinstance(item, str):
@@ -76,7 +77,7 @@ class NestBuilder:
             parent = self._known[branch.parent]
             held = parent.get(key)
             if type(held) is not dict or not self.is_container(held):
-                if key in parent:
+                if key in parent and not is_empty_container(held):
                     raise ValueError(f"{path_name(path)!r} leads through the leaf {key!r}")
                 held = parent[key] = self._known[branch] = {}
                 if container is not ANY_DICT:

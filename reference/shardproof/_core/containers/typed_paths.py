@@ -90,7 +90,12 @@ def container_of(value: Any) -> ContainerType:
 
 def renew_if_empty(value: Any) -> Any:
     """``value``, or a new one of its type where it is an empty container."""
-    return ContainerType(value).build({}) if is_branch(value) and len(value) == 0 else value
+    return ContainerType(value).build({}) if is_empty_container(value) else value
+
+
+def is_empty_container(value: Any) -> bool:
+    """Whether a leaf stands for a container in which nothing is, and so gives way to entries."""
+    return is_branch(value) and len(value) == 0
 
 
 def _plain_containers(items: OBJ_PATH) -> tuple[ContainerType, ...]:
