@@ -324,16 +324,6 @@ class _LoadHooks(UserDict[int, Any]):
         self._module = weakref.ref(module)
 
 
-def _is_local(value: torch.Tensor, held: torch.Tensor, spec: DTensorSpec) -> bool:
-    """Whether a plain tensor has the shape of the local one, on this rank as on all others."""
-    if isinstance(value, DTensor) or value.shape != held.shape:
-        return False
-    parts = 1
-    for size, placement in zip(spec.mesh.shape, spec.placements, strict=True):
-        parts *= 1 if placement.is_replicate() else size
-    return held.numel() * parts == spec.shape.numel()
-
-
 def state_dict_pre_hook(module: nn.Module, _prefix: str, keep_vars: bool) -> None:
     """Take note of what the hook after it is not told."""
     module.__dict__[_KEEP_VARS] = keep_vars
@@ -390,8 +380,8 @@ def load_state_dict_hook(
         if tuple(value.shape) == tuple(entry.spec.shape):
             state_dict[key] = local_part(value, entry.spec)
             continue
-        if _is_local(value, held, entry.spec):
-            continue
+        if not isinstance(value, DTensor) and value.shape == held.shape:
+            continue  # this rank's part
         error_msgs.append(
             f"size mismatch for {key}: copying a param with shape {tuple(value.shape)} from "
             f"checkpoint, the shape in current model is {tuple(entry.spec.shape)}, of which this "

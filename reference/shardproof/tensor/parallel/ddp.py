@@ -167,8 +167,8 @@ def _localize_dtensor(
     lists that a caller made of the DTensors are not found.
 
     From then on the module's ``state_dict()`` holds DTensors, and ``load_state_dict()`` takes
-    DTensors, full tensors and, where all ranks hold parts of one shape, local ones; hooks of others
-    see whole tensors. ``state_dict(keep_vars=True)`` holds the local Parameters themselves. The
+    DTensors, full tensors and plain ones that are each rank's own part; hooks of others see whole
+    tensors. ``state_dict(keep_vars=True)`` holds the local Parameters themselves. The
     module reconstructs and localizes itself around each of its forwards and those of its
     submodules, so that one that is called alone, or again by activation checkpointing, computes
     with DTensors, too; also when a forward raises, and compiled with ``fullgraph=True``. A
