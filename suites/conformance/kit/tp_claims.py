@@ -245,8 +245,9 @@ def _chunk_dtensor(seat: Seat) -> Refusals:
             yield ask(f"{name} for {placement}", lie, column, SHAPE)
     yield ask("no mesh", full, None, MESH)
     yield ask("a root of one dimension", full, seat.line(), MESH)
-    yield ask("TP's mesh", full, tp, MESH)
-    yield ask("the whole root", full, root, MESH)
+    for placement in (S(0), S(1)):
+        yield ask(f"TP's mesh for {placement}", laid(full, tp, [placement]), tp, MESH)
+        yield ask(f"the whole root for {placement}", laid(full, tp, [placement]), root, MESH)
     yield ask("on FSDP's dimension", laid(full, column, [S(0)]), column, MESH)
     other = seat.mesh(2, 2, ranks=[0, 2, 1, 3], names=("dp", "tp"))
     yield ask("of another root", laid(full, other["tp"], [S(0)]), column, MESH)
