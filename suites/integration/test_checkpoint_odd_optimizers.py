@@ -40,11 +40,15 @@ def layer(device: Any, value: float = 1.0) -> nn.Module:
     return nn.Sequential(linear)
 
 
-class RowSums(Optimizer):
-    """Keeps for each weight a moment of another shape, as factored optimizers do."""
+class Own(Optimizer):
+    """An optimizer that a user wrote; what it keeps is in its `step`."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {"lr": 0.5})
+
+
+class RowSums(Own):
+    """Keeps for each weight a moment of another shape, as factored optimizers do."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -100,11 +104,8 @@ class TestFsdp1InFsdp1:
                 assert_same(local(loaded), local(saved), f"moment of {name}")
 
 
-class Momentum(Optimizer):
+class Momentum(Own):
     """Asks for the state of each parameter before it looks whether there is a gradient."""
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {"lr": 0.5})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -114,11 +115,8 @@ class Momentum(Optimizer):
                 state["moment"] = state.get("moment", 0) + param.grad
 
 
-class Window(Optimizer):
+class Window(Own):
     """Keeps the last gradients in a list, in which nothing is at first."""
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {"lr": 0.5})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
