@@ -217,17 +217,26 @@ def _exchange(replacement: dict[int, object]) -> None:
     """Replace objects, by identity, wherever a module outside the reference has a name for them."""
     if not replacement:
         return
-    for module in list(sys.modules.values()):
-        # Only what is there: asking a lazy module for more would import it.
-        if not isinstance(module, ModuleType) or _is_ours(module):
-            continue
-        names = vars(module)
+    for names in _namespaces():
         # A running torch has a hundred thousand names; all but a few modules have none of these.
         if replacement.keys().isdisjoint(map(id, list(names.values()))):
             continue
         for key, value in list(names.items()):
             if id(value) in replacement and not key.startswith(_THEIRS):
                 names[key] = replacement[id(value)]
+
+
+def _namespaces() -> Iterator[dict[str, object]]:
+    for module in list(sys.modules.values()):
+        # Only what is there: asking a lazy module for more would import it.
+        if isinstance(module, ModuleType) and not _is_ours(module):
+            yield vars(module)
+    # A spawned process runs its script's functions in a namespace of their own, of which this
+    # module is a copy: _fixup_main_from_path in multiprocessing/spawn.py.
+    copied = vars(sys.modules.get("__mp_main__", object)).values()
+    spaces = [thing.__globals__ for thing in list(copied) if isinstance(thing, FunctionType)]
+    own = [names for names in spaces if names.get("__name__") == "__mp_main__"]
+    yield from {id(names): names for names in own}.values()
 
 
 def _is_ours(module: ModuleType) -> bool:

@@ -7,6 +7,7 @@ import importlib.util
 import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +37,21 @@ BOUND_ELSEWHERE = (
     ("torch.distributed.fsdp._init_utils", "DTensorExtensions"),
     ("torch.distributed.tensor.parallel.ddp", "_flatten_tensor"),
 )
+_SPAWNS = """
+import importlib
+import torch
+from torch.distributed._state_dict_utils import _gather_state_dict
+
+def rank(index):
+    subject = importlib.import_module("{root}")
+    subject.install()
+    print(_gather_state_dict.__module__)
+    subject.uninstall()
+    print(_gather_state_dict.__module__)
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(rank)
+"""
 
 
 def names_of_torch() -> dict[tuple[str, str], int]:
@@ -157,6 +173,21 @@ class TestInstall:
         for first, process in started.items():
             _, said = process.communicate(timeout=100)
             assert process.returncode == 0, f"{first} first: {said}"
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1, limit=60)
+    def test_names_of_a_spawned_script(
+        self, judged: Any, subject: Subject, tmp_path: Path
+    ) -> None:
+        """What a script bound before its ranks install is replaced in them, then torch's again."""
+        script = tmp_path / "train.py"
+        script.write_text(_SPAWNS.format(root=subject.root))
+        command = [sys.executable, str(script)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+        assert done.returncode == 0, done.stderr
+        *before, found, after = done.stdout.split()
+        assert found.startswith(subject.root), found
+        assert after.startswith("torch."), after
 
 
 def fresh(first: str, root: str) -> subprocess.Popen[str]:

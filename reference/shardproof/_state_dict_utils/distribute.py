@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from shardproof._core.containers.container_types import assign
+from shardproof._core.containers.leaf_values import copy_or_value
 from shardproof._core.loading.simulated import check_simulated, fill_simulated
 from shardproof._core.loading.target_spec import TargetSpec
 from shardproof._core.loading.targets import Target, TargetFactory, last_of_tied
@@ -46,8 +46,8 @@ def _distribute_state_dict(
     refuses. Where a target is on meta, so that the module is given what lands, floating-point
     tensors take the target's dtype. A 0-dim tensor for a plain target comes out on the CPU. None
     stays None where a tensor with dimensions is offered. A DTensor that is placed as its target
-    is copied. Values that are no tensors are copied. Tied targets stay tied: the last key of the
-    full state dict wins. No key is added.
+    is copied. Values that are no tensors are copied, where their class can be. Tied targets stay
+    tied: the last key of the full state dict wins. No key is added.
 
     Raises, on this rank and before anything changes:
         TypeError: the full state dict has a ShardedTensor, or a DTensor for one that is placed
@@ -71,7 +71,7 @@ def _distribute_state_dict(
         held = local_state_dict[key]
         if not isinstance(value, torch.Tensor):
             check_kinds(key, held, type(value).__name__, 0)
-            values[key] = copy.deepcopy(value)
+            values[key] = copy_or_value(value)
             continue
         if isinstance(value, DTensor):
             values[key] = _copy_of_placed(key, value, held, device)

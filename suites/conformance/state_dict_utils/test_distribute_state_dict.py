@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -159,6 +161,15 @@ class TestDistributeStateDict:
         assert_same(local["step"], full["step"], "step")
         rest = [k for k in full if k != "step"]
         assert {k: local[k] for k in rest} == {k: full[k] for k in rest}
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    def test_values_that_have_no_copy_land(self, judged: Any, device: torch.device) -> None:
+        """A value of a class that cannot be copied, as extra states hold them, lands as it is."""
+        full = {"lock": threading.Lock(), "view": MappingProxyType({"rate": 0.1}), "n": 3}
+        local: dict[str, Any] = dict.fromkeys(full)
+        judged(full, local, device)
+        assert local == full
 
     @pytest.mark.law("structure")
     @pytest.mark.world(2)

@@ -46,3 +46,11 @@ def copy_leaf_value(value: Any) -> Any:
         if isinstance(value, io.BytesIO):
             return value  # closed, or with what cannot be copied: upstream's result is itself
         raise
+
+
+def copy_or_value(value: Any) -> Any:
+    """A copy, or the value itself where its class has none: a lock, a view of a mapping."""
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # noqa: BLE001 - a class raises what it likes
+        return value

@@ -7,13 +7,13 @@ and nothing that arithmetic on this rank's coordinate could say: DTensor's own o
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from shardproof._core.containers.leaf_values import copy_or_value
 from shardproof._core.copies.snapshots import snapshot
 
 
@@ -62,7 +62,7 @@ def load_simulated(
     for key in wanted:
         held, value = local[key], full[key]
         if not isinstance(value, torch.Tensor):
-            filled[key] = copy.deepcopy(value)
+            filled[key] = copy_or_value(value)
         elif isinstance(held, DTensor):
             filled[key] = fill_simulated(held, value, device, in_place=not cpu_offload)
         elif held is not None or not value.dim():
