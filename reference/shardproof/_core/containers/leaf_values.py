@@ -52,5 +52,5 @@ def copy_or_value(value: Any) -> Any:
     """A copy, or the value itself where its class has none: a lock, a view of a mapping."""
     try:
         return copy.deepcopy(value)
-    except Exception:  # noqa: BLE001 - a class raises what it likes
+    except Exception:  # A class raises what it likes.
         return value
