@@ -176,9 +176,7 @@ class TestInstall:
 
     @pytest.mark.law("compatibility")
     @pytest.mark.world(1, limit=60)
-    def test_names_of_a_spawned_script(
-        self, judged: Any, subject: Subject, tmp_path: Path
-    ) -> None:
+    def test_names_of_a_spawned_script(self, judged: Any, subject: Subject, tmp_path: Path) -> None:
         """What a script bound before its ranks install is replaced in them, then torch's again."""
         script = tmp_path / "train.py"
         script.write_text(_SPAWNS.format(root=subject.root))
