@@ -273,6 +273,7 @@ class TestCallers:
         judged()
         set_alone = members_of_torch()
         judged(callers=True)
+        judged(callers=True)
         both = members_of_torch()
         more = {key for key, value in both.items() if set_alone.get(key) != value}
         assert ("torch.distributed.checkpoint.state_dict", "_load_model_state_dict") in more

@@ -20,7 +20,7 @@ from shardproof._core.sharding.ranks import same_ranks
 from shardproof._core.sharding.simulated_ranks import simulates_ranks
 from shardproof._core.tensors.inference_mode import outside_inference_mode
 from shardproof._core.tensors.properties import CPU
-from shardproof._core.tensors.subclasses import PLAIN
+from shardproof._core.tensors.subclasses import PLAIN, has_own_function
 from shardproof._core.tensors.values import copies_of_each, fresh_copy
 
 
@@ -65,6 +65,7 @@ def _distribute_state_dict(
     targets.classify(local_state_dict)
     simulated = simulates_ranks()
     found: dict[str, tuple[Target, torch.Tensor]] = {}
+    of_classes: dict[int, torch.Tensor] = {}  # their classes copy them, as they do in torch
     for key, value in full_state_dict.items():
         if key not in local_state_dict:
             continue
@@ -86,8 +87,13 @@ def _distribute_state_dict(
         if held is None and full.dim():
             continue
         meta = isinstance(held, torch.Tensor) and held.is_meta
-        scalar = not full.dim() and not meta and not isinstance(held, DTensor)
-        where = CPU if scalar else device
+        plain = not meta and not isinstance(held, DTensor)
+        where = CPU if plain and not full.dim() else device
+        if plain and has_own_function(type(value)):
+            if id(value) not in of_classes:
+                of_classes[id(value)] = value.detach().to(where, copy=True)
+            values[key] = of_classes[id(value)]
+            continue
         size, dtype, layout = alike = full.size(), full.dtype, full.layout
         found[key] = targets.target(key, held, size, dtype, where, alike, layout), full
     results = _fill_targets(found)

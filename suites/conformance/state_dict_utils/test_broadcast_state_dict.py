@@ -202,24 +202,30 @@ class TestBroadcastStateDictStructure:
     ) -> None:
         """Keys that the full dict lacks go with `strict`, and stay as they are without it."""
         line = mesh(world.size)
-        full: dict[str, Any] = {"w": numbers(5, 3, device=device), "n": 3}
+        full: dict[str, Any] = {
+            "w": numbers(5, 3, device=device),
+            "n": 3,
+            "bias": numbers(3, device=device),
+        }
         mine: dict[str, Any] = {
             "own.tensor": numbers(2, device=device),
             "w": target(full["w"], line, [S(0)]),
             "own.rows": target(full["w"], line, [S(0)]),
             "own.number": 7,
             "n": 0,
+            "bias": None,
         }
         before = {key: fingerprint(value) for key, value in mine.items() if "own" in key}
         judged(_given(world.rank, full), mine, device, strict=strict)
         if strict:
-            assert list(mine) == ["w", "n"], f"keys {list(mine)}, expected w and n"
+            assert list(mine) == ["w", "n", "bias"], f"keys {list(mine)}, expected w, n and bias"
         else:
-            assert list(mine) == ["own.tensor", "w", "own.rows", "own.number", "n"]
+            assert list(mine) == ["own.tensor", "w", "own.rows", "own.number", "n", "bias"]
             for key, print_ in before.items():
                 assert fingerprint(mine[key]) == print_, f"{key} has changed"
         assert_landed(mine["w"], full["w"], line, [S(0)], "w")
         assert mine["n"] == 3
+        assert mine["bias"] is None
 
     @pytest.mark.law("structure")
     @pytest.mark.world(2)

@@ -109,6 +109,33 @@ class TestBroadcastKindsInside:
         )
 
 
+@pytest.mark.judges("_state_dict_utils._distribute_state_dict")
+class TestDistributeKindsInside:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(2)
+    def test_a_class_with_memory_of_the_usual_kind(
+        self, judged: Any, mesh: Any, device: torch.device
+    ) -> None:
+        """A plain target is given a copy of the class, as load hooks look at it; a DTensor none."""
+        line, full = mesh(2), numbers(4, 3)
+        given = full.as_subclass(Noted)
+        value = {
+            "plain": given,
+            "again": given,
+            "rows": given,
+            "step": numbers().as_subclass(Noted),
+        }
+        into: dict[str, Any] = {key: torch.zeros_like(full) for key in ("plain", "again", "step")}
+        into["rows"] = dtensor(torch.zeros(4, 3), line, [S(0)])
+        judged(value, into, device)
+        for key in ("plain", "again", "step"):
+            assert_type(into[key], Noted, key)
+            assert_same(into[key].as_subclass(torch.Tensor), value[key].as_subclass(torch.Tensor))
+        assert into["plain"].data_ptr() == into["again"].data_ptr(), "untied"
+        assert into["step"].device.type == "cpu"
+        assert_same(into["rows"].to_local(), part(full, line, [S(0)]))
+
+
 @pytest.mark.judges("_state_dict_utils._broadcast_tensors")
 class TestBroadcastTensorsOfNoTensor:
     @pytest.mark.law("symmetry")

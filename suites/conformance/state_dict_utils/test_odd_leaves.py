@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -94,9 +96,11 @@ class TestGatherOddLeaves:
     def test_shards_in_another_order(self, judged: Any, mesh: Any) -> None:
         """A dimension that is cut by the last mesh dimension first must come out in its order."""
         full = numbers(8, 3)
-        leaf = in_another_order(full, mesh(2, 2))
+        usual, leaf = dtensor(full, mesh(2, 2), [S(0), S(0)]), in_another_order(full, mesh(2, 2))
         if leaf is not None:
-            assert_same(judged({"w": leaf})["w"], full)
+            got = judged({"usual": usual, "w": leaf, "again": usual})
+            for key, whole in got.items():
+                assert_same(whole, full, key)
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(2)
@@ -237,6 +241,31 @@ class TestGatherOddLeaves:
         assert_raises_everywhere(world, partial(judged, value), "layer.1", kinds=MISSING)
 
 
+def _assert_each_order_lands(
+    square: DeviceMesh, full: torch.Tensor, load: Callable[[Any, Any], Any]
+) -> None:
+    """Targets of the same placements that are cut in another order lie side by side."""
+    leaf, expected = in_another_order(blank(full), square), in_another_order(full, square)
+    if leaf is None or expected is None:
+        return
+    into = {"usual": target(full, square, [S(0), S(0)]), "w": leaf}
+    into["again"] = target(full, square, [S(0), S(0)])
+    load(dict.fromkeys(into, full), into)
+    assert_same(local(into["w"]), local(expected), "w")
+    for key in ("usual", "again"):
+        assert_landed(into[key], full, square, [S(0), S(0)], key)
+
+
+@pytest.mark.judges("_state_dict_utils._distribute_state_dict")
+class TestDistributeOddLeaves:
+    @pytest.mark.law("values")
+    @pytest.mark.world(4)
+    def test_shards_in_another_order(self, judged: Any, mesh: Any, device: torch.device) -> None:
+        """A target that is cut by the last mesh dimension first must take its own rows."""
+        full = numbers(8, 3, device=device)
+        _assert_each_order_lands(mesh(2, 2), full, lambda given, into: judged(given, into, device))
+
+
 @pytest.mark.judges("_state_dict_utils._broadcast_state_dict")
 class TestBroadcastOddLeaves:
     @pytest.mark.law("values")
@@ -246,12 +275,9 @@ class TestBroadcastOddLeaves:
     ) -> None:
         """A target that is cut by the last mesh dimension first must take its own rows."""
         full = numbers(8, 3, device=device)
-        leaf = in_another_order(blank(full), mesh(2, 2))
-        expected = in_another_order(full, mesh(2, 2))
-        if leaf is not None and expected is not None:
-            mine = {"w": leaf}
-            judged({"w": full} if rank == 0 else {}, mine, device)
-            assert_same(local(mine["w"]), local(expected))
+        _assert_each_order_lands(
+            mesh(2, 2), full, lambda given, into: judged(given if rank == 0 else {}, into, device)
+        )
 
     @pytest.mark.law("autograd")
     @pytest.mark.world(2)

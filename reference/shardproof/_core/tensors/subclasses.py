@@ -50,6 +50,11 @@ def is_custom(kind: type) -> bool:
     return has_own_dispatch(kind) or getattr(function, "__func__", function) not in _OUR_FUNCTION
 
 
+def has_own_function(kind: type) -> bool:
+    """Whether a class answers functions of torch itself, around memory like any other."""
+    return kind not in PLAIN and is_custom(kind) and not has_own_dispatch(kind)
+
+
 @lru_cache(maxsize=4096)
 def is_table(kind: type) -> bool:
     """Whether a class of tensors holds the shards of a sharded table.
@@ -73,7 +78,7 @@ def memory_of(tensor: torch.Tensor) -> torch.Tensor:
     Any other tensor comes back itself.
     """
     kind = type(tensor)
-    if kind in PLAIN or not is_custom(kind) or has_own_dispatch(kind):
+    if not has_own_function(kind):
         return tensor
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.detach().as_subclass(torch.Tensor)
