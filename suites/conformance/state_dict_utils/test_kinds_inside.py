@@ -135,6 +135,14 @@ class TestDistributeKindsInside:
         assert into["step"].device.type == "cpu"
         assert_same(into["rows"].to_local(), part(full, line, [S(0)]))
 
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(1)
+    def test_a_class_that_lends_no_memory(self, judged: Any, device: torch.device) -> None:
+        """What lands of a class must have memory of its own."""
+        given, into = numbers(4, 3).as_subclass(Noted), {"w": torch.zeros(4, 3)}
+        judged({"w": given}, into, device)
+        assert into["w"].data_ptr() != given.data_ptr()
+
 
 @pytest.mark.judges("_state_dict_utils._broadcast_tensors")
 class TestBroadcastTensorsOfNoTensor:
