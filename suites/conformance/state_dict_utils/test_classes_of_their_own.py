@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import threading
 from collections import ChainMap, OrderedDict
 from collections.abc import Iterable
@@ -67,6 +68,35 @@ class Mirrored(OrderedDict[str, Any]):
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)
         super().__setattr__(key, value)
+
+
+class Called(dict[str, Any]):
+    """A dict whose class asks for an argument."""
+
+    def __new__(cls, _name: str, **_items: Any) -> Called:
+        return super().__new__(cls)
+
+    def __init__(self, name: str, **items: Any) -> None:
+        super().__init__(**items)
+        self.name = name
+
+
+class Counted(list[Any]):
+    """A list whose class asks for an argument."""
+
+    def __new__(cls, _length: int) -> Counted:
+        return super().__new__(cls)
+
+    def __init__(self, length: int) -> None:
+        super().__init__(numbers(2, salt=index) for index in range(length))
+
+
+class Registry(dict[str, Any]):
+    """A dict that has something beside its items that cannot be copied."""
+
+    def __init__(self, **items: Any) -> None:
+        super().__init__(**items)
+        self.locks = {"items": threading.Lock()}
 
 
 class Locked(io.BytesIO):
@@ -153,8 +183,39 @@ def test_bytes_that_cannot_be_copied(function: Function, subject: Any) -> None:
     assert got["locked"].getvalue() == b"y"
 
 
+def _not_to_be_made() -> dict[str, Any]:
+    return {"o": Called("x", w=numbers(2)), "l": Counted(2), "r": Registry(w=numbers(2))}
+
+
+def _assert_plain(got: Any) -> None:
+    assert [type(got[key]) for key in "olr"] == [dict, list, dict], got
+    assert [len(got[key]) for key in "olr"] == [1, 2, 1], got
+    pickle.dumps(got)
+
+
+@pytest.mark.law("compatibility")
+@pytest.mark.world(1)
+@_each_snapshot
+def test_containers_that_cannot_be_made_again(function: Function, subject: Any) -> None:
+    """One whose class asks for more than its items must come back plain, and can be saved."""
+    got = _taken(function, subject, _not_to_be_made())
+    _assert_plain(got)
+    assert_same(got["o"]["w"], numbers(2))
+    assert_same(got["l"][1], numbers(2, salt=1))
+
+
+@pytest.mark.judges("_state_dict_utils._unflatten_state_dict")
+class TestUnflattenPlain:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    def test_containers_that_cannot_be_made_again(self, judged: Any, subject: Any) -> None:
+        """One whose class asks for more than its items must come back plain, and can be saved."""
+        flatten = subject.function("_state_dict_utils._flatten_state_dict")
+        _assert_plain(judged(*flatten(_not_to_be_made())))
+
+
 @pytest.mark.judges("_state_dict_utils._create_cpu_state_dict")
-class TestBuffersOfAChain:
+class TestBuffers:
     @pytest.mark.law("structure")
     @pytest.mark.world(1)
     def test_a_chain_of_mappings(self, judged: Any) -> None:
@@ -162,6 +223,12 @@ class TestBuffersOfAChain:
         got = judged({"o": ChainMap({"a": 1}, {"b": 2})})["o"]
         assert type(got) is ChainMap, f"a {type(got).__name__}"
         assert dict(got) == {"a": 1, "b": 2}
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    def test_containers_that_cannot_be_made_again(self, judged: Any) -> None:
+        """One whose class asks for more than its items must come back plain, and can be saved."""
+        _assert_plain(judged(_not_to_be_made()))
 
 
 @pytest.mark.judges("_state_dict_utils._copy_state_dict")

@@ -95,15 +95,23 @@ def are_leaf_names(keys: list[Any]) -> bool:
 def empty_like_mapping(like: Mapping[Any, Any]) -> Any:
     """An empty mapping of the type of ``like``, attributes such as ``_metadata`` included.
 
-    A type that cannot be made without knowing its constructor, for example a read-only view,
-    becomes a dict. A factory that cannot be pickled stays behind: upstream gives a dict without
-    one, and what was gathered, staged or flattened is there to be saved.
+    A type that cannot be made without knowing its constructor, for example a read-only view, or
+    whose attributes cannot be copied, becomes a dict, as upstream's do. A factory that cannot be
+    pickled stays behind: upstream gives a dict without one, and what was gathered, staged or
+    flattened is there to be saved.
     """
     kind = type(like)
     if kind is dict:
         return {}
     if kind is OrderedDict and not vars(like):
         return OrderedDict()
+    with suppress(Exception):  # whatever a class's own code raises
+        return _empty_of_class(like)
+    return {}
+
+
+def _empty_of_class(like: Mapping[Any, Any]) -> Any:
+    kind = type(like)
     for base, name, empty in (UserDict, "data", {}), (ChainMap, "maps", [{}]):
         if isinstance(like, base):
             fresh: Any = base.__new__(kind)
@@ -145,6 +153,8 @@ def mirrored(like: Any) -> list[str]:
 
 def mirror(fresh: Any, name: str) -> None:
     """Let an attribute be the item of that name; where there is no such item, there is none."""
+    if type(fresh) is dict:  # the class could not be made
+        return
     vars(fresh).pop(name, None)
     if name in fresh:
         vars(fresh)[name] = fresh[name]
@@ -184,9 +194,11 @@ def sequence_of(kind: type[Any], items: list[Any]) -> Any:
     if kind is tuple:
         return tuple(items)
     if issubclass(kind, list):
-        fresh = kind.__new__(kind)
-        list.extend(fresh, items)  # a class may make something else of what it is given
-        return fresh
+        with suppress(Exception):  # a class that cannot be made without knowing its constructor
+            fresh = kind.__new__(kind)
+            list.extend(fresh, items)  # a class may make something else of what it is given
+            return fresh
+        return items
     if hasattr(kind, "_make"):
         return kind._make(items)
     with suppress(Exception):  # whatever a constructor of its own makes of the items
