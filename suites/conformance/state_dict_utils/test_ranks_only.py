@@ -13,6 +13,7 @@ from conformance.kit.compare import assert_same
 from conformance.kit.data import numbers
 from conformance.kit.groups import UNSORTED, group
 from conformance.kit.layouts import R, S, dtensor
+from conformance.kit.refusals import refused
 
 
 def _value(mesh: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -101,8 +102,20 @@ class TestGatherRanksOnly:
         if rank not in members:
             return
         value, fulls = _value(line)
-        got = judged({kind: value[kind]}, pg=some, ranks_only=wanted)
-        _assert_given(got, {kind: fulls[kind]}, members.index(rank) in wanted, rank)
+        for numbered in wanted, (*wanted, 3):  # the group has no rank 3, though the world has
+            got = judged({kind: value[kind]}, pg=some, ranks_only=numbered)
+            _assert_given(got, {kind: fulls[kind]}, members.index(rank) in wanted, rank)
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(4, collective=8, limit=25)
+    def test_a_rank_of_the_world_that_is_none_of_the_group(
+        self, judged: Any, mesh: Any, rank: int
+    ) -> None:
+        """A number that only the world has must be refused by each rank of the group."""
+        some, line = group(1, 3), mesh(2, ranks=[1, 3])
+        if rank in (1, 3):
+            value, _ = _value(line)
+            refused(lambda: judged(value, pg=some, ranks_only=(3,)), "ranks_only")
 
 
 @pytest.mark.judges("_state_dict_utils._offload_state_dict_to_cpu")
@@ -134,7 +147,7 @@ class TestIterateRanksOnly:
         if rank not in members:
             return
         functions = [lambda tensor, *_: tensor] * 3
-        for wanted in (1,), (1, 7):  # 7 is no rank of the group
+        for wanted in (1,), (1, 3), (1, 7):  # 3 and 7 are no ranks of the group
             got = judged({"w": numbers(3)}, *functions, pg=some, ranks_only=wanted)
             if rank == members[1]:
                 assert_same(got["w"], numbers(3))
