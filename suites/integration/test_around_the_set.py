@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,15 @@ from torch.optim import SGD, Optimizer
 from conformance.kit.agree import assert_raises_everywhere, exchange
 from conformance.kit.compare import assert_same
 from conformance.kit.refusals import MISSING
-from integration.kit.checkpoints import assert_full, assert_loaded, given, spoil, trainee, whole
+from integration.kit.checkpoints import (
+    assert_full,
+    assert_loaded,
+    given,
+    said,
+    spoil,
+    trainee,
+    whole,
+)
 from integration.kit.models import MLP, TIED
 from integration.kit.optimizers import (
     FROZEN,
@@ -194,8 +203,38 @@ class Silent(nn.Module):
         del state_dict[f"{prefix}base.weight"]
 
 
+class Versioned(nn.Module):
+    """A module that is told which version of it a state dict is of."""
+
+    _version = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.told: list[int | None] = []
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, *rest: Any
+    ) -> None:
+        self.told.append(metadata.get("version"))
+        super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
+
+
 @pytest.mark.exercises("checkpoint.unusual_loads")
 class TestModel:
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    def test_versions_of_modules(self, device: Any) -> None:
+        """A module must be told the version that the state dict is of, as its load hooks ask."""
+        for way, strict, version in product((SHARDED, FULL, BROADCAST), (True, False), (3, 2)):
+            model = nn.Sequential(Versioned()).to(device)
+            state: Any = nn.Sequential(Versioned()).state_dict()
+            state._metadata["0"]["version"] = version
+            options = StateDictOptions(**{**vars(way), "strict": strict})
+            set_model_state_dict(model, state, options=options)
+            told = model[0].told
+            assert told == [version], f"{said(options)}: told {told}, expected {version}"
+
     @pytest.mark.law("compatibility")
     @pytest.mark.world(2)
     def test_what_the_model_does_not_save(self, device: Any) -> None:
