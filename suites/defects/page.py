@@ -26,17 +26,17 @@ alone.
 - [By road](#by-road): for each way that people train and save, what is safe on which torch.
 
 A defect stands under the worst of its words. *Checks* are those of a run on torch {torch} with
-`--thorough` that meet it. *Mended by* says whether [`shardproof.install()`](install.md), a later
-torch or nobody mends it.
+`--thorough` that met it when they were last counted: blank where the defect is younger. *Mended by*
+says whether [`shardproof.install()`](install.md), a later torch or nobody mends it.
 
 ## By severity
 """
 _ROADS = """
 ## By road
 
-A cell counts the defects that the road meets on this torch, by their worst word. Under *with the
-reference* are those that remain after `shardproof.install()`. A road is safe where nothing
-corrupts, loses, hangs or crashes; a legal call may still be refused.
+A cell counts the defects that the road meets on this torch, by their worst word. The last two
+columns name those that remain after `shardproof.install()`, and after `install(callers=True)`. A road
+is safe where nothing corrupts, loses, hangs or crashes; a legal call may still be refused.
 """
 
 
@@ -45,7 +45,9 @@ _REPRODUCED = """
 
 Each defect has a script that needs nothing but torch: `ci/reproduce SP-001` prints it. This is what
 they showed, by `ci/reproduce --all --check --write --torch VERSION`: as torch is, and after
-`shardproof.install()`; with callers: after `shardproof.install(callers=True)`.
+`shardproof.install()`; with callers: after `shardproof.install(callers=True)`. SP-045 shows in builds for
+the CPU alone, and 2.11.0 and 2.15.0 were builds for CUDA. *not run*: the defect is younger than the
+last run under this torch.
 
 """
 
@@ -78,12 +80,14 @@ def _table(defects: Iterable[Defect], counts: dict[str, int]) -> list[str]:
 
 def _by_road(defects: dict[str, Defect]) -> list[str]:
     titles = " | ".join(f"torch {version}" for version in VERSIONS)
-    rows = [f"| road | {titles} | with the reference |", "| --- |" + " --- |" * 4]
+    rows = [f"| road | {titles} | installed | with callers |", "| --- |" + " --- |" * 5]
     for road, words in ROADS.items():
         cells = [_cell(chosen(defects.values(), road=road, torch=version)) for version in VERSIONS]
-        left = [d for d in chosen(defects.values(), road=road) if d.mended_by[0] != "install"]
-        left = [d for d in left if d.is_in(VERSIONS[1])]
-        rows.append(f"| `{road}`: {_code(words)} | {' | '.join(cells)} | {_cell(left, True)} |")
+        left = chosen(defects.values(), road=road, torch=VERSIONS[1])
+        for menders in ({"install"}, {"install", "install(callers=True)"}):
+            left = [d for d in left if d.mended_by[0] not in menders]
+            cells.append(_cell(left, True))
+        rows.append(f"| `{road}`: {_code(words)} | {' | '.join(cells)} |")
     return rows
 
 
@@ -114,6 +118,8 @@ def _cell(defects: list[Defect], ids: bool = False) -> str:
 
 def _code(text: str) -> str:
     """Calls and names of the text as code, so that no underscore is taken for emphasis."""
+    words = ((word.rstrip(",;"), word) for word in text.split(" "))
     return " ".join(
-        f"`{w}`" if "_" in w or ("(" in w[1:] and w.endswith(")")) else w for w in text.split(" ")
+        f"`{w}`{word[len(w) :]}" if "_" in w or ("(" in w[1:] and w.endswith(")")) else word
+        for w, word in words
     )

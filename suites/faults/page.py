@@ -18,14 +18,14 @@ _HEAD = """\
 
 Written by `ci/faults` from `suites/faults/table.py`; `suites/faults/test_fault_table.py` plants
 each row in a run of its own suite and holds the harness to it. Each row also asserts that no
-process outlives the run (a port or memory cannot, without one) and no file but the run's own, that
-the next check of the same run passes where the run goes on, and that `results.json` fits its
-schema.
+process outlives the run (and so no port and no memory) and no file but the run's own, that the next
+check of the same run passes where the run goes on, and that `results.json` fits its schema.
 
-"At once" is within the two seconds that other ranks have once one has failed. A rank's row names
-the rank; where it says *any rank*, all of them meet the fault. "Thorough" rows wait for what
-another row waits for in the same way: `--thorough` plants them, and all rows again on rank 0, which
-leads the process group.
+"At once": no limit has to run out; other ranks have two more seconds once one has failed. The rows
+were planted with shorter limits than the usual ones. Verdict "none": the check has no verdict, the
+run ends with 3 or was killed. A rank's row names the rank; where it says *any rank*, all of them meet
+the fault. "Thorough" rows wait for what another row waits for in the same way: `--thorough` plants
+them, and all rows again on rank 0, which leads the process group.
 """
 _WHERE = {
     RANK: "One rank meets the fault",

@@ -11,6 +11,7 @@ from report.matrix import NOT_RUN, Cell, Rows
 _COLUMN = 10
 _NARROW = 5
 _LETTERS = 3
+_NO_LAW = "no law"
 
 Paint = Callable[[str, str], str]
 """Colours a text by the state of a cell, or as a title."""
@@ -31,7 +32,7 @@ def matrix_lines(found: dict[str, Rows], width: int, paint: Paint) -> Iterator[s
 
 def _in_full(found: dict[str, Rows], laws: list[str], longest: int, paint: Paint) -> Iterator[str]:
     for module, rows in found.items():
-        heads = "".join(law.rjust(_column(law)) for law in laws)
+        heads = "".join((law or _NO_LAW).rjust(_column(law)) for law in laws)
         yield paint(module.ljust(longest), "title") + heads
         for function, cells in rows.items():
             yield function.ljust(longest) + "".join(
@@ -47,13 +48,13 @@ def _in_full(found: dict[str, Rows], laws: list[str], longest: int, paint: Paint
 
 
 def _column(law: str) -> int:
-    return max(_COLUMN, len(law) + 1)
+    return max(_COLUMN, len(law or _NO_LAW) + 1)
 
 
 def _shortened(found: dict[str, Rows], laws: list[str], width: int, paint: Paint) -> Iterator[str]:
     """How many checks of each cell fail, below the first letters of its law."""
     room = width - _NARROW * len(laws)
-    heads = "".join(law[:_LETTERS].rjust(_NARROW) for law in laws)
+    heads = "".join((law or "-")[:_LETTERS].rjust(_NARROW) for law in laws)
     for module, rows in found.items():
         if len(module) < room:
             yield paint(module.ljust(room), "title") + heads
@@ -70,7 +71,9 @@ def _shortened(found: dict[str, Rows], laws: list[str], width: int, paint: Paint
                 for cell in [cells.get(law, Cell())]
             )
         yield ""
-    yield from textwrap.wrap(", ".join(f"{law[:_LETTERS]} {law}" for law in laws), width)
+    yield from textwrap.wrap(
+        ", ".join(f"{law[:_LETTERS] or '-'} {law or _NO_LAW}" for law in laws), width
+    )
     signs = "✓ all hold   xN N known failures   ✗N N unexpected   ? some not run   · no check"
     yield from textwrap.wrap(signs, width)
 

@@ -133,7 +133,7 @@ def add_options(parser: pytest.Parser) -> None:
         "--jobs",
         metavar="N",
         help="checks to judge side by side, each in its own world; 1: one at a time (default: "
-        "what the machine carries: a judge a core, and 2 GiB of memory for each)",
+        "three for two cores, and at most one for each 2 GiB of memory)",
     )
     add(
         "--no-warm-up",

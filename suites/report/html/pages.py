@@ -21,7 +21,7 @@ def render(
     """The page of a template, which extends base.html.
 
     Args:
-        template: a file of this folder, or of suites/, as "site/index.html".
+        template: a file of this folder, or of suites/, as "website/index.html".
         scripts: files, named alike, that run in this order after page.js.
         styles: files, named alike, that come after style.css.
         values: what the template shows. Scripts read `data` as JSON from the element of that id.
