@@ -35,8 +35,8 @@ _ROADS = """
 ## By road
 
 A cell counts the defects that the road meets on this torch, by their worst word. The last two
-columns name those that remain after `shardproof.install()`, and after `install(callers=True)`. A road
-is safe where nothing corrupts, loses, hangs or crashes; a legal call may still be refused.
+columns name those that remain after `shardproof.install()`, and after `install(callers=True)`. A
+road is safe where nothing corrupts, loses, hangs or crashes; a legal call may still be refused.
 """
 
 
@@ -45,9 +45,9 @@ _REPRODUCED = """
 
 Each defect has a script that needs nothing but torch: `ci/reproduce SP-001` prints it. This is what
 they showed, by `ci/reproduce --all --check --write --torch VERSION`: as torch is, and after
-`shardproof.install()`; with callers: after `shardproof.install(callers=True)`. SP-045 shows in builds for
-the CPU alone, and 2.11.0 and 2.15.0 were builds for CUDA. *not run*: the defect is younger than the
-last run under this torch.
+`shardproof.install()`; with callers: after `shardproof.install(callers=True)`. SP-045 shows in
+builds for the CPU alone, and 2.11.0 and 2.15.0 were builds for CUDA. *not run*: the defect is
+younger than the last run under this torch.
 
 """
 

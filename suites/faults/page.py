@@ -23,9 +23,9 @@ check of the same run passes where the run goes on, and that `results.json` fits
 
 "At once": no limit has to run out; other ranks have two more seconds once one has failed. The rows
 were planted with shorter limits than the usual ones. Verdict "none": the check has no verdict, the
-run ends with 3 or was killed. A rank's row names the rank; where it says *any rank*, all of them meet
-the fault. "Thorough" rows wait for what another row waits for in the same way: `--thorough` plants
-them, and all rows again on rank 0, which leads the process group.
+run ends with 3 or was killed. A rank's row names the rank; where it says *any rank*, all of them
+meet the fault. "Thorough" rows wait for what another row waits for in the same way: `--thorough`
+plants them, and all rows again on rank 0, which leads the process group.
 """
 _WHERE = {
     RANK: "One rank meets the fault",

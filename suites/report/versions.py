@@ -29,7 +29,7 @@ TORCH = "torch.distributed"
 _HEAD = """\
 # Verdicts by version of torch
 
-Torch {versions}; {backend} on {device}. Written by `ci/verdicts`; [the runs](#the-runs) have their dates.
+Torch {versions}; {backend} on {device}. Written by `ci/verdicts`; [the runs](#the-runs) have dates.
 
 A cell says how many checks hold, of how many. The others fail for a known reason; it stands in
 [torch.distributed.toml](torch.distributed.toml), or in [callers.toml](callers.toml) where torch's

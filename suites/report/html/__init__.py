@@ -10,5 +10,6 @@
 Templates extend `base.html`, which has the head and the switch of themes; `macros.html` has what
 they share, as a command with its copy button. `style.css` has the look of every page, and `page.js`
 what every page does. Templates and scripts of another package are named from suites/, as
-`website/index.html`. `vendor/` has the library for charts, Observable Plot, as its authors publish it.
+`website/index.html`. `vendor/` has the library for charts, Observable Plot, as its authors publish
+it.
 """
