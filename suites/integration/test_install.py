@@ -102,12 +102,15 @@ class TestInstall:
         user = types.ModuleType("a_user_s_module")
         sys.modules[user.__name__] = user
         exec(
-            "from torch.distributed._state_dict_utils import _gather_state_dict as mine", vars(user)
+            "from torch.distributed._state_dict_utils import _gather_state_dict as mine\n"
+            "also_mine = mine",
+            vars(user),
         )
         judged()
         for module, name in BOUND_ELSEWHERE:
             assert owner(module, name).startswith(subject.root), f"{module}.{name}"
-        assert owner(user.__name__, "mine").startswith(subject.root)
+        for name in ("mine", "also_mine"):
+            assert owner(user.__name__, name).startswith(subject.root), name
         for module in UPSTREAM:
             own = [
                 name
@@ -232,9 +235,12 @@ class TestUninstall:
         user = types.ModuleType("a_user_s_module")
         sys.modules[user.__name__] = user
         exec(
-            "from torch.distributed._state_dict_utils import _gather_state_dict as mine", vars(user)
+            "from torch.distributed._state_dict_utils import _gather_state_dict as mine\n"
+            "also_mine = mine",
+            vars(user),
         )
-        assert owner(user.__name__, "mine").startswith(subject.root)
+        for name in ("mine", "also_mine"):
+            assert owner(user.__name__, name).startswith(subject.root), name
         judged()
         assert owner(user.__name__, "mine") == "torch.distributed._state_dict_utils"
 
@@ -279,9 +285,10 @@ class TestCallers:
         assert ("torch.distributed.checkpoint.state_dict", "_load_model_state_dict") in more
         judged()
         assert members_of_torch() == both, "a second install took the callers out"
-        with installed():
-            pass
-        assert members_of_torch() == both, "a block took the callers out"
+        for callers in (False, True):
+            with installed(callers=callers):
+                pass
+            assert members_of_torch() == both, f"a block, {callers=}, took the callers out"
         uninstall()
         assert members_of_torch() == before
         judged()

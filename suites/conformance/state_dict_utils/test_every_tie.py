@@ -39,6 +39,7 @@ def _shards(memory: torch.Tensor, line: Any) -> Any:
 LOCAL: dict[str, Over] = {
     "itself": lambda memory, _: memory,
     "a parameter": lambda memory, _: nn.Parameter(memory),
+    "a frozen parameter": lambda memory, _: nn.Parameter(memory, requires_grad=False),
     "a view": lambda memory, _: memory.view(-1),
     "its transpose": lambda memory, _: memory.t(),
     "a row": lambda memory, _: memory[1],

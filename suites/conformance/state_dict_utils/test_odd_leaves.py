@@ -83,13 +83,16 @@ class TestGatherOddLeaves:
     @pytest.mark.law("structure")
     @pytest.mark.world(2)
     def test_on_meta(self, judged: Any, mesh: Any) -> None:
-        """DTensors without data must come out whole, without data."""
+        """A DTensor on meta must come out on meta, whole in shape, beside alike ones with data."""
+        full = numbers(5, 3)
         for placement in (S(0), S(1), R):
+            alike = dtensor(full, mesh(2), [placement])
             leaf = dtensor(torch.empty(5, 3, device="meta"), mesh(2), [placement])
-            got = judged({"fine": dtensor(numbers(4), mesh(2), [S(0)]), "w": leaf})
-            assert got["w"].is_meta, f"{placement}: on {got['w'].device}"
-            assert tuple(got["w"].shape) == (5, 3), f"{placement}: {tuple(got['w'].shape)}"
-            assert_same(got["fine"], numbers(4))
+            for order in (("w", leaf), ("alike", alike)), (("alike", alike), ("w", leaf)):
+                got = judged(dict(order))
+                assert got["w"].is_meta, f"{placement}: on {got['w'].device}"
+                assert tuple(got["w"].shape) == (5, 3), f"{placement}: {tuple(got['w'].shape)}"
+                assert_same(got["alike"], full, f"{placement}, beside one on meta")
 
     @pytest.mark.law("values")
     @pytest.mark.world(4)
