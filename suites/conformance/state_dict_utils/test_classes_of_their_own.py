@@ -183,6 +183,17 @@ def test_bytes_that_cannot_be_copied(function: Function, subject: Any) -> None:
     assert got["locked"].getvalue() == b"y"
 
 
+@pytest.mark.law("isolation")
+@pytest.mark.world(1)
+@_each_snapshot
+def test_versions_of_modules_are_apart(function: Function, subject: Any) -> None:
+    """The `_metadata` of a result must be its own, versions included."""
+    value: Any = nn.Linear(2, 2).state_dict()
+    before = value._metadata[""]["version"]
+    _taken(function, subject, value)._metadata[""]["version"] = 7
+    assert value._metadata[""]["version"] == before
+
+
 def _not_to_be_made() -> dict[str, Any]:
     return {"o": Called("x", w=numbers(2)), "l": Counted(2), "r": Registry(w=numbers(2))}
 

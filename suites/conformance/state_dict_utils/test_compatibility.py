@@ -21,6 +21,16 @@ from conformance.kit.landing import assert_landed, target
 from conformance.kit.layouts import R, S, dtensor
 
 
+class Printed:
+    """An object that prints its text, as one without a text prints its address."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
 @pytest.mark.judges("_state_dict_utils._gather_state_dict")
 class TestGatherNames:
     @pytest.mark.law("compatibility")
@@ -41,6 +51,17 @@ class TestGatherNames:
         assert_same(got[f"expert.{rank}"], mine, "expert")
         assert_same(got[f"stage.{rank}"], mine, "stage")
         assert_same(got["shared"], shared, "shared")
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(2)
+    def test_keys_whose_text_differs(self, judged: Any, mesh: Any, rank: int) -> None:
+        """Keys that each rank prints otherwise, alone or in a tuple, must lead to their leaves."""
+        one, other = Printed(f"one of {rank}"), Printed(f"other of {rank}")
+        keys = (one, other, (other, "exp_avg"), ("state", (one, 0)))
+        value = {key: dtensor(numbers(6, 4, salt=n), mesh(2), [S(0)]) for n, key in enumerate(keys)}
+        got = judged(value)
+        for n, key in enumerate(keys):
+            assert_same(got[key], numbers(6, 4, salt=n), str(n))
 
     @pytest.mark.law("compatibility")
     @pytest.mark.world(2)

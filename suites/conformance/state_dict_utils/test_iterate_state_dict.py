@@ -13,7 +13,7 @@ from hypothesis import given
 from torch import nn
 
 from conformance.kit.cases import each
-from conformance.kit.compare import assert_unchanged, fingerprint
+from conformance.kit.compare import assert_unchanged, fingerprint, local
 from conformance.kit.containers import (
     CONTAINERS,
     Point,
@@ -194,6 +194,15 @@ class TestIterateStateDict:
         """With cpu_offload no result lies in the memory of the state dict."""
         value = sample(**three_kinds(mesh, world.size))
         got = judged(value, *SAME, cpu_offload=True, type_check=False)
+        assert_apart(got, value)
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(1)
+    def test_offloaded_views_are_apart(self, judged: Any, mesh: Any) -> None:
+        """With cpu_offload a view of a leaf that a function returns is copied, too."""
+        full = numbers(4, 3)
+        value = {"plain": full, "inner": [{"rows": dtensor(full + 1, mesh(1), [S(0)])}]}
+        got = judged(value, *[lambda tensor, *_: local(tensor).detach()] * 3, cpu_offload=True)
         assert_apart(got, value)
 
     @pytest.mark.law("group")

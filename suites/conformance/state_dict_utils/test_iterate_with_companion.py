@@ -34,6 +34,15 @@ DISAGREE = KINDS | PLACEMENTS
 
 @pytest.mark.judges(WALK)
 class TestIterateStateDictWithCompanion:
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(2)
+    def test_the_companion_of_a_rank_without_a_result(self, judged: Any, rank: int) -> None:
+        """The companion of a rank that `ranks_only` leaves out stays as it was."""
+        target = {"w": numbers(3, salt=1)}
+        got = judged({"w": numbers(3)}, *SAME, companion_obj=target, ranks_only=(0,))
+        assert_same_structure(got, {} if rank else {"w": numbers(3)})
+        assert_same(target["w"], numbers(3, salt=rank))
+
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2)
     def test_the_companion_receives_copies(self, judged: Any, mesh: Any, world: Any) -> None:

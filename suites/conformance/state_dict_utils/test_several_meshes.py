@@ -11,7 +11,8 @@ import torch
 
 from conformance.kit.agree import attempt, exchange
 from conformance.kit.compare import assert_same, local
-from conformance.kit.layouts import part
+from conformance.kit.data import numbers
+from conformance.kit.layouts import S, dtensor, part
 from conformance.kit.meshes import MESHES, Several, fulls, leaves, spoilt
 
 FEW = {name: several for name, several in MESHES.items() if several.size <= 5}
@@ -86,6 +87,23 @@ class TestGatherFromSeveralMeshes:
         """An error must reach each rank that would wait for one that raises, by name."""
         for several in FEW.values():
             _assert_hears(judged, mesh, world, several)
+
+    @pytest.mark.law("symmetry")
+    @pytest.mark.world(4, collective=8, limit=30)
+    def test_two_bad_leaves_at_once(self, judged: Any, mesh: Any, world: Any) -> None:
+        """Of two errors on meshes that a third one connects all ranks must raise the same one."""
+        value = {
+            name: dtensor(numbers(6, 4), line, [S(0)])
+            for name, ranks in (("first", [0, 3]), ("second", [1, 2]), ("third", [2, 3]))
+            for line in [mesh(2, ranks=ranks)]
+            if world.rank in ranks
+        }
+        if world.rank in (0, 1):
+            spoilt(value["second" if world.rank else "first"])
+        error = attempt(lambda: judged(value))
+        told = exchange(world, str(error), "what is raised")
+        assert len(set(told)) == 1, f"the ranks raise {told}"
+        assert "first" in told[0] or "second" in told[0], told[0]
 
     @pytest.mark.law("symmetry")
     @_LARGE

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +20,7 @@ from conformance.kit.collectives import Collectives
 from conformance.kit.compare import assert_same, assert_type, fingerprint, local, shares_memory
 from conformance.kit.data import EACH_DTYPE, numbers
 from conformance.kit.layouts import ONE_D, THREE_D, TWO_D, R, S, dtensor, part, placement_id
+from conformance.kit.subclasses import inside
 from conformance.kit.tensor_parallel import bag, baggage, piled_up, weight
 
 SHAPES = [(4, 6), (5, 3), (3, 3), (1, 1), (0, 3), (3, 0), (2, 3, 5)]
@@ -175,6 +177,30 @@ class TestLocalizeDtensor:
             expected, what = part(full, line, placements), placement_id(placements)
             assert_local(module.frozen, expected, f"frozen {what}", trains=False)
             assert_local(module.trained, expected, f"trained {what}")
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    def test_other_parameters_are_ignored_later(self, judged: Any, mesh: Any) -> None:
+        """A later call with `ignored_params` of its own must localize what an earlier one left."""
+        line = mesh(1)
+        one, other = (bag(w=weight(numbers(4), line, [S(0)])) for _ in range(2))
+        module = bag(one=one, other=other)
+        judged(module, ignored_params={one.w})
+        assert isinstance(one.w, DTensor)
+        judged(module, ignored_params={other.w})
+        assert_local(one.w, numbers(4), "left by an earlier call")
+
+    @pytest.mark.law("structure")
+    @pytest.mark.should("nobody is promised what a caller hangs on a parameter")
+    @pytest.mark.world(1)
+    def test_a_gradient_that_is_pending(self, judged: Any, mesh: Any) -> None:
+        """A gradient that nobody has waited for moves to the local parameter, finished."""
+        module = bag(w=weight(numbers(4), mesh(1), [S(0)]))
+        pending: Any = AsyncCollectiveTensor(numbers(4, salt=1))
+        module.w.grad = inside(pending, numbers(4), mesh(1), [S(0)])
+        judged(module)
+        assert_type(module.w.grad, torch.Tensor, "gradient")
+        assert_same(module.w.grad, numbers(4, salt=1))
 
     @pytest.mark.law("structure")
     @pytest.mark.world(1)
