@@ -22,10 +22,10 @@ _LIMIT = 240
 
 AT_ONCE = [
     (r"ci/conformance --(help|laws|pytest-help)", ""),
-    (r"ci/defects( SP-001| --road tp-ddp)?", ""),
+    (r"ci/defects( SP-001| --road tp-ddp| --words)?", ""),
     (r"ci/reproduce SP-001", ""),
     (r"ci/(compare|reproduce)", "--help"),
-    (r"ci/(compare out/A out/B --html changes\.html|report)", "--help"),
+    (r"ci/(compare (out/A out/B --html changes\.html|BEFORE AFTER)|report)", "--help"),
     (r"ci/mutants NAME( --write)?", "--list"),
 ]
 """(pattern, words that are added) of what ends in a moment."""
@@ -72,7 +72,7 @@ ELSEWHERE = [
     (r"ci/on-gpus", "suites/benchmarks/GPU.md"),
     (r"ci/bench --(goals|publish|update-baseline|compare REV --bench Copy)", "suites/benchmarks"),
     (r"ci/defects --write", "suites/defects/test_defects.py"),
-    (r"ci/reproduce --all .*", "ci/test"),
+    (r"ci/reproduce (--all .*|ID --check --write)", "ci/test"),
     (r"ci/fuzz --planted", "suites/generated/test_planted.py"),
     (r"ci/soak", "suites/soak/test_soak.py"),
     (r"ci/faults", "suites/faults/test_fault_table.py"),
