@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from shardproof._core.sharding.simulated_ranks import simulates_ranks
 from shardproof._core.tensors.inference_mode import outside_inference_mode
 from shardproof._core.tensors.properties import CPU
 from shardproof._core.tensors.subclasses import PLAIN, has_own_function
+from shardproof._core.tensors.ties import tie_key
 from shardproof._core.tensors.values import copies_of_each, fresh_copy
 
 
@@ -65,7 +66,7 @@ def _distribute_state_dict(
     targets.classify(local_state_dict)
     simulated = simulates_ranks()
     found: dict[str, tuple[Target, torch.Tensor]] = {}
-    of_classes: dict[int, torch.Tensor] = {}  # their classes copy them, as they do in torch
+    of_classes: dict[Hashable, torch.Tensor] = {}  # their classes copy them, as they do in torch
     for key, value in full_state_dict.items():
         if key not in local_state_dict:
             continue
@@ -90,9 +91,10 @@ def _distribute_state_dict(
         plain = not meta and not isinstance(held, DTensor)
         where = CPU if plain and not full.dim() else device
         if plain and has_own_function(type(value)):
-            if id(value) not in of_classes:
-                of_classes[id(value)] = value.detach().to(where, copy=True)
-            values[key] = of_classes[id(value)]
+            same = tie_key(full), type(value)  # a state dict has a new object for each name
+            if same not in of_classes:
+                of_classes[same] = value.detach().to(where, copy=True)
+            values[key] = of_classes[same]
             continue
         size, dtype, layout = alike = full.size(), full.dtype, full.layout
         found[key] = targets.target(key, held, size, dtype, where, alike, layout), full
