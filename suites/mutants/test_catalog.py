@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,11 @@ def test_names_are_unique() -> None:
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_a_fault_can_be_planted_and_still_compiles(mutant: Mutant, tmp_path: Path) -> None:
-    copy_reference(tmp_path)
-    mutant.plant(tmp_path)
-    planted = tmp_path / "shardproof" / mutant.file
     original = ROOT / "reference" / "shardproof" / mutant.file
+    planted = tmp_path / "shardproof" / mutant.file
+    planted.parent.mkdir(parents=True)
+    shutil.copy(original, planted)
+    mutant.plant(tmp_path)
     assert planted.read_text() != original.read_text()
     compile(planted.read_text(), str(planted), "exec")
     for path in mutant.checks:
