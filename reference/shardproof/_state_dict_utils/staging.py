@@ -60,17 +60,18 @@ def _create_cpu_state_dict(
         one. Tensors without elements are never pinned. Leaves that are no tensors are copied.
 
     Raises:
-        RuntimeError: pinning is asked for and no accelerator can pin (pytorch#189991), or the
-            accelerator cannot register shared memory; raised before anything is allocated. Or a
-            tensor cannot be allocated, pinned or shared, as a sparse one cannot: names it.
+        RuntimeError: pinning is asked for, a tensor has elements, and no accelerator can pin
+            (pytorch#189991), or the accelerator cannot register shared memory; raised before
+            anything is allocated. Or a tensor cannot be allocated, pinned or shared, as a sparse
+            one cannot: names it.
 
     No collective runs.
 
     """
-    if pin_memory:
+    walk = Walk(state_dict)
+    if pin_memory and any(isinstance(v, torch.Tensor) and v.numel() for v in walk.leaves):
         _require_pinning(share_memory)
     fill = partial(_buffer_like, pin_memory=pin_memory, share_memory=share_memory)
-    walk = Walk(state_dict)
     tied = list(maybe_tied(walk.leaves))
     together = OverlappingCopies(
         (leaf for leaf, ask in zip(walk.leaves, tied, strict=True) if ask), fill

@@ -278,3 +278,12 @@ class TestCreateCpuStateDict:
         for path, tensor in tensors(got).items():
             assert tensor.numel() == 0 or tensor.is_pinned(), f"{path} is not pinned"
             assert tensor.numel() == 0 or not share or tensor.is_shared(), f"{path} is not shared"
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1)
+    def test_nothing_to_pin(self, judged: Any) -> None:
+        """A state dict without elements must be staged with pin_memory, too, on any machine."""
+        value = {"step": 3, "groups": [{"lr": 0.1, "none": numbers(0, 3)}]}
+        got = judged(value, pin_memory=True)
+        assert_structure(got, value)
+        assert (got["step"], got["groups"][0]["lr"]) == (3, 0.1)
