@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import threading
@@ -43,6 +44,7 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "deterministic": lambda: _set(torch.use_deterministic_algorithms, True, False),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "one warning is ignored": _ignoring,
+    "no garbage collection": lambda: _set(lambda on: (gc.disable, gc.enable)[on](), False, True),
 }
 """Name -> a context that callers may be in."""
 
@@ -62,6 +64,7 @@ def process() -> dict[str, Any]:
         "warning filters": list(warnings.filters),
         "process groups": len(dist.distributed_c10d._world.pg_map),
         "threads of Python": threading.active_count(),
+        "garbage collection": (gc.isenabled(), gc.get_threshold()),
         "environment": dict(os.environ),
         "folder": os.getcwd(),
     }

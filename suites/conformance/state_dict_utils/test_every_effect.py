@@ -106,10 +106,13 @@ def test_as_it_was_in_another_state(
     place = Place(world, mesh(2), subject, device)
     first, call = (function.each_kind(place, numbers(5, 4), usual=True) for _ in range(2))
     with warnings.catch_warnings(), _another_state():
-        first.run()  # which may open connections
         process = of_the_process()
+        first.run()
+        after = of_the_process()
         got = call.run()
-        changed = differing(process, of_the_process())
+        changed = differing(after, of_the_process())
+    opened = [name for name in differing(process, after) if name not in _OPENED]
+    assert not opened, f"the first call changed {opened}"
     assert not changed, f"the call changed {changed}"
     call.check(got)
 
