@@ -128,7 +128,8 @@ def test_other_values_for_tied_targets(
 def _read_otherwise(memory: torch.Tensor) -> dict[str, torch.Tensor]:
     """Leaves over one memory, by strides and dtype alike, whose bits are read in another way."""
     if memory.is_complex():
-        return {"itself": memory, "conjugated": memory.conj()}
+        parts = {"imaginary": memory.imag, "negated": memory.conj().imag}
+        return {"itself": memory, "conjugated": memory.conj(), **parts}
     return {"itself": memory, "negated": torch._neg_view(memory)}
 
 

@@ -8,6 +8,7 @@ one that nobody has touched those of the original.
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -116,6 +117,9 @@ class TestUnflattenOrder:
         assert list(got) == ["w", "t", "l"], f"keys {list(got)}"
         expected = {"w": value["w"], "t": value["t"], "l": value["l"]}
         assert_same_structure(got, expected)
+        for order in permutations(name for name in flat if name.startswith("t")):
+            again = judged({name: flat[name] for name in order}, mapping)
+            assert_same_structure(again, {"t": value["t"]}, f"from {order}")
 
     @pytest.mark.law("structure")
     @pytest.mark.world(1)

@@ -14,10 +14,23 @@ import torch
 from conformance.kit.compare import assert_same, local
 from conformance.kit.data import VIEWS
 from conformance.kit.landing import assert_landed, blank, target
-from conformance.kit.layouts import ONE_D, TWO_D, R, S, dtensor, part, placement_id
+from conformance.kit.layouts import (
+    ONE_D,
+    TWO_D,
+    R,
+    S,
+    dtensor,
+    part,
+    placement_id,
+    rows,
+    sharded_tensor,
+)
 
 SHAPES = [(1024, 640), (1, 1024, 640), (1023, 641)]
 """Even, with rows inside a dimension of size one, and uneven."""
+
+DEEP = (3, 3000, 1001)
+"""Slices of 11 MiB, of which a bucket takes a piece that ends in the middle of a row."""
 
 EACH_DEPTH = pytest.mark.parametrize("all_placements", [ONE_D, TWO_D], ids=["1-D", "2-D"])
 
@@ -138,6 +151,20 @@ class TestBroadcastLargeTensors:
             assert torch.equal(local(mine["w"]), part(full, mesh(2), placements))
 
     @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("dim", [0, 1])
+    @pytest.mark.thorough(but=["0"])
+    def test_slices_larger_than_a_bucket(
+        self, judged: Any, mesh: Any, rank: int, device: torch.device, dim: int
+    ) -> None:
+        """Where pieces end in the middle of a row each element must land, in uneven parts, too."""
+        full, line = distinct(*DEEP).to(device), mesh(2)
+        mine = {"w": dtensor(torch.zeros_like(full), line, [S(dim)]), "small": blank(full[0, 0])}
+        judged({} if rank else {"w": full, "small": full[0, 0]}, mine, device)
+        assert_same(local(mine["w"]), part(full, line, [S(dim)]))
+        assert_same(mine["small"], full[0, 0])
+
+    @pytest.mark.law("values")
     @pytest.mark.world(4)
     @pytest.mark.parametrize("kinds", ["SS", "SR", "RS", "SP", "PS", "PR"])
     @pytest.mark.thorough(but=["SP"])
@@ -155,3 +182,31 @@ class TestBroadcastLargeTensors:
             assert_same(mine["w"], full, "plain")
         else:
             assert_landed(mine["w"], full, line, placements, placement_id(placements))
+
+
+@pytest.mark.judges("_state_dict_utils._gather_state_dict")
+class TestGatherDeepTensors:
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("takers", [(), (0,), (1,)], ids=str)
+    @pytest.mark.thorough(but=["(0,)"])
+    def test_slices_larger_than_a_bucket(
+        self, judged: Any, mesh: Any, rank: int, takers: tuple[int, ...]
+    ) -> None:
+        """Where pieces end in the middle of a row each element must arrive, whoever takes them."""
+        full = distinct(*DEEP)
+        got = judged({"w": dtensor(full, mesh(2), [S(0)])}, ranks_only=takers)
+        if rank in takers or not takers:
+            assert_same(got["w"], full)
+        else:
+            assert got == {}
+
+
+@pytest.mark.judges("_state_dict_utils._all_gather_sharded_tensor")
+class TestAllGatherDeepShards:
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    def test_slices_larger_than_a_bucket(self, judged: Any) -> None:
+        """Where pieces end in the middle of a row each element must arrive, from uneven shards."""
+        full = distinct(*DEEP)
+        assert_same(judged(sharded_tensor(full, rows(DEEP, (2, 1)))), full)

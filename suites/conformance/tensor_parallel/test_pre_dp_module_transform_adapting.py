@@ -305,3 +305,26 @@ class TestPreDpModuleTransformAdapting:
             optimizer.step()
             state = optimizer.state_dict()["state"]
             assert sorted(state) == list(range(len(held))), f"{name}: state of {sorted(state)}"
+
+    @pytest.mark.law("compatibility")
+    @pytest.mark.world(1, 2)
+    @pytest.mark.parametrize("first", ["plain", "sharded", "of another module"])
+    def test_an_optimizer_of_several_groups(
+        self, judged: Any, mesh: Any, world: Any, first: str
+    ) -> None:
+        """Each of its groups must hold the module's Parameters, whatever the others hold."""
+        line = mesh(world.size)
+        module = bag(w=weight(numbers(4, 2), line, [S(0)]), plain=nn.Parameter(torch.ones(2)))
+        groups = {
+            "plain": [module.plain],
+            "sharded": [module.w],
+            "of another module": [nn.Parameter(torch.ones(3))],
+        }
+        order = [first, *(name for name in groups if name != first)]
+        optimizer = torch.optim.SGD([{"params": groups[name]} for name in order], 0.5)
+        judged(module)
+        found = zip(order, optimizer.param_groups, strict=True)
+        held = {name: group["params"] for name, group in found}
+        assert held["sharded"][0] is module.w, "the optimizer goes on with what was replaced"
+        assert held["plain"][0] is module.plain
+        assert len(held["of another module"]) == 1

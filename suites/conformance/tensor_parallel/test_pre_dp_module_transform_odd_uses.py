@@ -33,8 +33,39 @@ class Counting(nn.Module):
         return self.w.to_local().sum() if isinstance(self.w, DTensor) else self.w.sum()
 
 
+class Shifted(nn.Module):
+    """Adds a sharded buffer to a weight, and leaves it as it is."""
+
+    def __init__(self, w: nn.Parameter, shift: torch.Tensor) -> None:
+        super().__init__()
+        self.w = w
+        self.shift: torch.Tensor
+        self.register_buffer("shift", shift)
+
+    def forward(self) -> torch.Tensor:
+        return local(self.w + self.shift)
+
+
 @pytest.mark.judges("tensor.parallel.ddp._pre_dp_module_transform")
 class TestPreDpModuleTransformOddUses:
+    @pytest.mark.law("values")
+    @pytest.mark.world(1, 2)
+    def test_what_is_assigned_between_forwards(self, judged: Any, mesh: Any, world: Any) -> None:
+        """What takes the place of a buffer between forwards must stay there, and be used."""
+        line = mesh(world.size)
+        module = Shifted(weight(numbers(4, 2), line, [S(0)]), dtensor(numbers(4, 2), line, [S(0)]))
+        judged(module)
+        shift, held = part(numbers(4, 2), line, [S(0)]), local(module.w).detach().clone()
+        for number in range(3):
+            if number:
+                shift = shift + 10 * number
+                module.shift = shift.clone()
+            for time in range(2):
+                what = f"assigned {number} times, forward {time}"
+                assert_same(module().detach(), held + shift, what)
+                assert_same(local(module.shift), shift, what)
+                assert_same(local(module.state_dict()["shift"]), shift, f"{what}: saved")
+
     @pytest.mark.law("values")
     @pytest.mark.world(1, 2)
     def test_a_buffer_that_a_forward_assigns(self, judged: Any, mesh: Any, world: Any) -> None:

@@ -37,6 +37,20 @@ from conformance.kit.tensor_parallel import (
 )
 
 
+class Stubborn(nn.Module):
+    """Has an extra state, which it may refuse to give."""
+
+    refuses = False
+
+    def get_extra_state(self) -> int:
+        if self.refuses:
+            raise RuntimeError("no state today")
+        return 3
+
+    def set_extra_state(self, state: int) -> None:
+        assert state == 3
+
+
 def assert_sharded(state: Any, mesh: Any, oracle: Net, what: str, prefix: str = "") -> None:
     """The keys of the oracle's state dict, in order; DTensors where it is sharded."""
     expected = oracle.state_dict()
@@ -312,6 +326,23 @@ class TestPreDpModuleTransformStateDict:
         judged(other)
         other.load_state_dict(nn.Sequential(target).state_dict())
         assert_holds(other[0], line, net(salt=1), "loaded through wrappers")
+
+    @pytest.mark.law("structure")
+    @pytest.mark.world(2)
+    def test_after_a_state_dict_that_raised(self, judged: Any, mesh: Any) -> None:
+        """A state dict that ended half-way, of either kind, must leave nothing to the next."""
+        module: Any = bag(w=weight(numbers(4, 2), mesh(2), [S(0)]), last=Stubborn())
+        judged(module)
+        for keep_vars in (True, False):
+            module.last.refuses = True
+            with pytest.raises(RuntimeError, match="no state today"):
+                module.state_dict(keep_vars=keep_vars)
+            module.last.refuses = False
+            for _ in range(2):
+                got = module.state_dict()["w"]
+                assert_type(got, DTensor, f"after keep_vars={keep_vars}")
+                assert_same(read_whole(got), numbers(4, 2))
+                assert module.state_dict(keep_vars=True)["w"].requires_grad
 
     @pytest.mark.law("structure")
     @pytest.mark.world(1, 2)
