@@ -35,6 +35,15 @@ def _ignoring() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "grad": torch.enable_grad,
     "no grad": torch.no_grad,
@@ -44,7 +53,7 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "deterministic": lambda: _set(torch.use_deterministic_algorithms, True, False),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "one warning is ignored": _ignoring,
-    "no garbage collection": lambda: _set(lambda on: (gc.disable, gc.enable)[on](), False, True),
+    "no garbage collection": _without_collection,
 }
 """Name -> a context that callers may be in."""
 

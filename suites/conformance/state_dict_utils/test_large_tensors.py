@@ -206,7 +206,7 @@ class TestGatherDeepTensors:
 class TestAllGatherDeepShards:
     @pytest.mark.law("values")
     @pytest.mark.world(2)
-    def test_slices_larger_than_a_bucket(self, judged: Any) -> None:
+    def test_slices_larger_than_a_bucket(self, judged: Any, device: torch.device) -> None:
         """Where pieces end in the middle of a row each element must arrive, from uneven shards."""
-        full = distinct(*DEEP)
+        full = distinct(*DEEP).to(device)
         assert_same(judged(sharded_tensor(full, rows(DEEP, (2, 1)))), full)

@@ -31,7 +31,7 @@ class TestFlattenNamesThatLookAlike:
     @pytest.mark.world(1)
     @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.thorough)])
     def test_each_has_its_own(self, judged: Any, subject: Any, count: int) -> None:
-        """However keys meet with paths that look like them, all must have names, and come back."""
+        """Keys that look like the paths of other leaves must have their own names and lead back."""
         unflatten = subject.function("_state_dict_utils._unflatten_state_dict")
         for paths in combinations(PATHS, count):
             value = _nested(paths)
@@ -44,7 +44,7 @@ class TestFlattenNamesThatLookAlike:
     @pytest.mark.law("structure")
     @pytest.mark.world(1)
     def test_three_that_meet(self, judged: Any, subject: Any) -> None:
-        """A key with a dot, the path that looks like it, and a key that ends with a backslash."""
+        """A dotted key, a path that looks like it and a key with a backslash must stay apart."""
         unflatten = subject.function("_state_dict_utils._unflatten_state_dict")
         for odd in ("a\\", "a\\\\", "a\\.b", "\\a"):
             value: dict[str, Any] = {"a.b": 0, "a": {"b": 1}, odd: {"b": 2}}
