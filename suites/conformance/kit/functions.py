@@ -138,7 +138,10 @@ def _all_gather(place: Place, function: Any, leaves: Leaves, nest: Nest) -> Call
 def _landed(leaves: Leaves, mesh: Any, *, new: bool = False) -> dict[Any, Any]:
     """What the targets are afterwards; `new`: none of them is the one that was there."""
     found = {key: KINDS[kind].landed(full, mesh) for key, (kind, full) in leaves.items()}
-    return {key: leaf.detach() if new else leaf for key, leaf in found.items()}
+    return {
+        key: leaf.detach() if new and isinstance(leaf, torch.nn.Parameter) else leaf
+        for key, leaf in found.items()
+    }
 
 
 def _broadcast(place: Place, function: Any, leaves: Leaves, nest: Nest) -> Call:

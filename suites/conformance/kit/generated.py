@@ -7,13 +7,18 @@ shrinks a failure alone while the others wait for it.
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import hypothesis
+import pytest
 import torch
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 from torch import nn
 from torch.distributed.tensor import Placement
 
@@ -54,9 +59,28 @@ def examples(seed: int, count: int = 30) -> Callable[[Body], Body]:
             derandomize=False,
             suppress_health_check=list(hypothesis.HealthCheck),
         )
-        return hypothesis.seed(seed)(settings(body))
+        test = hypothesis.seed(seed)(settings(body))
+
+        @functools.wraps(body)
+        def run() -> None:
+            with _no_constants_of_modules():
+                test()
+
+        return cast(Body, run)
 
     return decorate
+
+
+@contextmanager
+def _no_constants_of_modules() -> Iterator[None]:
+    """Nothing is drawn from the text of loaded modules, so examples depend on the seed alone.
+
+    Hypothesis reads the constants of each local module that is loaded, and draws one at times. That
+    takes a rank half a second, and a rank that has loaded another module draws other examples.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(providers, "_get_local_constants", Constants)
+        yield
 
 
 def drawn(strategy: st.SearchStrategy[Value], count: int, seed: int) -> list[Value]:
@@ -76,7 +100,8 @@ def drawn(strategy: st.SearchStrategy[Value], count: int, seed: int) -> list[Val
     def collect(value: Value) -> None:
         found.append(value)
 
-    collect()
+    with _no_constants_of_modules():
+        collect()
     return found[:count]
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed import _functional_collectives as funcol
 from torch.distributed.tensor import DTensor, Partial
 
-from conformance.kit.layouts import SS, R, S, dtensor, part, rows, sharded_tensor
+from conformance.kit.layouts import SS, R, S, dtensor, parameter, part, rows, sharded_tensor
 from conformance.kit.subclasses import inside, subclass_with
 
 Make = Callable[[torch.Tensor, Any], Any]
@@ -74,7 +74,7 @@ def spread(full: torch.Tensor) -> torch.Tensor:
 
 
 def _parameter(tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, tensor.is_floating_point() or tensor.is_complex())
+    return parameter(tensor, tensor.is_floating_point() or tensor.is_complex())
 
 
 def _rows(full: torch.Tensor, mesh: Any) -> DTensor:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import (
@@ -126,6 +128,19 @@ def dtensor(
         shape=full.shape,
         stride=full.new_empty(full.shape, device="meta").stride(),
     )
+
+
+def parameter(tensor: torch.Tensor, trains: bool) -> nn.Parameter:
+    """The new tensor as a Parameter. A DTensor becomes one itself.
+
+    nn.Parameter() would call its detach(), which torch plays through with fake tensors for each
+    layout that it has not met: 5 ms, more than most calls that are judged take.
+    """
+    if not isinstance(tensor, DTensor):
+        return nn.Parameter(tensor, trains)
+    found: Any = tensor.requires_grad_(trains)
+    found._is_param = True
+    return cast(nn.Parameter, found)
 
 
 def in_another_order(full: torch.Tensor, mesh: DeviceMesh) -> DTensor | None:

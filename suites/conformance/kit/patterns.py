@@ -1,51 +1,80 @@
-"""Bit patterns that tell: every one that a dtype has, or every exponent with telling fractions."""
+"""Bit patterns that arithmetic, a detour through another dtype or a comparison would not keep.
+
+For each dtype all patterns where these are few (8 bits), else every exponent of both signs, the
+outermost with mantissas of each kind: negative zeros, NaNs with payloads, quiet and signalling,
+infinities, subnormals, extremes, whole numbers beyond 2^53.
+"""
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import torch
 
-_SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_FRACTION = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23, torch.float64: 52}
+CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of an element -> the integers that carry its bits."""
+_LAYOUT = {
+    torch.float16: (5, 10),
+    torch.bfloat16: (8, 7),
+    torch.float32: (8, 23),
+    torch.float64: (11, 52),
+}
+"""Dtype -> bits of the exponent, and of the mantissa."""
+_PART = {
+    torch.complex32: torch.float16,
+    torch.complex64: torch.float32,
+    torch.complex128: torch.float64,
+}
 
 
-def patterns(dtype: torch.dtype) -> torch.Tensor:
-    """A matrix of four columns: -0.0, NaNs with payload, subnormals, extremes are among them.
+def patterns(dtype: torch.dtype, columns: int) -> torch.Tensor:
+    """A new tensor (rows divisible by 8, columns) of them."""
+    return _patterns(dtype, columns).clone()
 
-    Dtypes of one byte come with all of their patterns. Of the wider ones floats have every
-    exponent, with either sign and fractions of no bits, the lowest, the highest, all of them;
-    integers have each bit, and what lies next to it.
-    """
-    if dtype is torch.bool:
-        return torch.tensor([True, False, False, True] * 3).view(-1, 4)
-    if dtype.is_complex:
+
+@functools.cache
+def _patterns(dtype: torch.dtype, columns: int) -> torch.Tensor:
+    if dtype in _PART:
+        real = patterns(_PART[dtype], 1).view(-1)
+        turned = real.view(CARRIERS[real.itemsize]).flip(0).view(real.dtype)
         with warnings.catch_warnings():
             # torch says once in a process that complex32 is experimental.
             warnings.simplefilter("ignore", UserWarning)
             torch.empty(1, dtype=dtype)
-        part = {4: torch.float16, 8: torch.float32, 16: torch.float64}[dtype.itemsize]
-        real = patterns(part).reshape(-1)
-        pairs = torch.stack([real, real.flip(0)], -1).contiguous()
-        return pairs.view(torch.uint8).view(dtype).reshape(-1, 4)
-    width = dtype.itemsize * 8
-    if width == 8:
-        return torch.arange(256, dtype=torch.uint8).view(dtype).view(-1, 4)
-    if dtype in _FRACTION:
-        low = _FRACTION[dtype]
-        fractions = [0, 1, 1 << (low - 1), (1 << low) - 1]
-        found = [
-            sign << (width - 1) | exponent << low | fraction
-            for sign in (0, 1)
-            for exponent in range(1 << (width - 1 - low))
-            for fraction in fractions
-        ]
-    else:
-        found = [((1 << bit) + step) % (1 << width) for bit in range(width) for step in (-1, 0, 1)]
-        found += [0, (1 << width) - 1, (2**24 + 1) % (1 << width), 3]
-    half = 1 << (width - 1)
-    signed = [number - 2 * half if number >= half else number for number in found]
-    return torch.tensor(signed, dtype=_SIGNED[dtype.itemsize]).view(dtype).view(-1, 4)
+        return _rows(torch.stack([real, turned], 1).view(-1).view(dtype), columns)
+    if dtype is torch.bool:
+        return _rows(torch.arange(64) % 3 == 0, columns)
+    if dtype.itemsize == 1:
+        return _rows(torch.arange(256).to(torch.uint8).view(dtype), columns)
+    if dtype not in _LAYOUT:
+        return _rows(_whole_numbers(dtype), columns)
+    exponents, mantissa = _LAYOUT[dtype]
+    edges = (0, 1, 2 ** (mantissa - 1), 2 ** (mantissa - 1) | 3, 2**mantissa - 1, 2**mantissa // 3)
+    last = 2**exponents - 1
+    found = [
+        (exponent << mantissa | edge) - (sign << (exponents + mantissa))
+        for exponent in range(last + 1)
+        for sign in (0, 1)
+        for edge in (edges if exponent in (0, 1, last - 1, last) else edges[exponent % 6 :][:1])
+    ]
+    return _rows(torch.tensor(found, dtype=CARRIERS[dtype.itemsize]).view(dtype), columns)
+
+
+def _whole_numbers(dtype: torch.dtype) -> torch.Tensor:
+    """Integers around each power of two, of both signs, and the extremes."""
+    info = torch.iinfo(dtype)
+    near = {s * (2**n) + d for n in range(64) for d in (-1, 0, 1) for s in (1, -1)}
+    found = sorted(n for n in near | {info.min, info.max} if info.min <= n <= info.max)
+    return torch.tensor(found, dtype=dtype)
+
+
+def _rows(flat: torch.Tensor, columns: int) -> torch.Tensor:
+    bytes_of = flat.reshape(-1).view(torch.uint8).view(flat.numel(), -1)
+    step = 8 * columns
+    wanted = -(-flat.numel() // step) * step
+    filled = torch.cat([bytes_of, bytes_of[: wanted - flat.numel()]])
+    return filled.view(-1).view(flat.dtype).view(-1, columns)
 
 
 def uneven(matrix: torch.Tensor) -> torch.Tensor:

@@ -31,15 +31,14 @@ from conformance.kit.layouts import (
     R,
     S,
     dtensor,
+    parameter,
     part,
     placement_id,
     rows,
     sharded_tensor,
 )
+from conformance.kit.patterns import CARRIERS
 from conformance.kit.subclasses import inside, subclass_with
-
-WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of an element -> the integers that carry its bits; wider ones are cut as they are."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,8 @@ def cut(
     if placements is not None and mesh.get_coordinate() is None:
         return full.new_empty((0,))
     plain = full.detach().resolve_conj().resolve_neg()
-    whole = plain.view(WHOLE[full.dtype.itemsize]) if full.dtype.itemsize in WHOLE else plain
+    carrier = CARRIERS.get(full.dtype.itemsize)  # none of the widest, which are cut as they are
+    whole = plain if carrier is None else plain.view(carrier)
     held = whole if placements is None else part(whole, mesh, placements, mesh.get_coordinate())
     return held.clone(memory_format=torch.contiguous_format).view(full.dtype)
 
@@ -193,7 +193,7 @@ def dtensors(
         leaf: torch.Tensor = laid(full, mesh, placements)
         if role := number % 3:
             trains = role == 2 and trainable(full.dtype)
-            leaf = nn.Parameter(leaf, requires_grad=trains)
+            leaf = parameter(leaf, trains)
             name = f"{'trained' if trains else 'frozen'} Parameter {name}"
         yield Kind(name, leaf, mesh, where)
     if partial:

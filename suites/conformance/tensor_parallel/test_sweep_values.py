@@ -14,10 +14,10 @@ from conformance.kit.compare import assert_same, assert_type
 from conformance.kit.data import DTYPES, numbers
 from conformance.kit.kinds import spread
 from conformance.kit.layouts import SS, R, S
+from conformance.kit.patterns import patterns
 from conformance.kit.tensor_parallel import bag
 from conformance.kit.tp_kinds import Seat, cut, laid, trainable
 from conformance.kit.tp_roads import Function, functions
-from conformance.kit.tp_values import patterns
 
 
 def _moves(function: Function) -> bool:
@@ -26,7 +26,7 @@ def _moves(function: Function) -> bool:
 
 def _arrives(function: Function, judged: Any, seat: Seat) -> None:
     for number, dtype in enumerate(DTYPES):
-        full = patterns(dtype)[: -3 if number % 3 else None]  # uneven shards, too
+        full = patterns(dtype, columns=2)[: -3 if number % 3 else None]  # uneven shards, too
         for name, road in function.roads(full, seat):
             got = road.call(judged)
             try:
@@ -58,7 +58,7 @@ class TestValues:
         """A gradient must reach the local tensor with every bit that it had, plain and finished."""
         assert function.trains is not None
         for dtype in filter(trainable, DTYPES):
-            grads = patterns(dtype)[:-3]
+            grads = patterns(dtype, columns=2)[:-3]
             full = numbers(*grads.shape, dtype=dtype)
             for kind, piece, whole in function.trains(judged, full, seat):
                 assert kind.placements is not None
@@ -104,7 +104,7 @@ class TestLoaded:
         """A checkpoint of any dtype, whole or laid out otherwise, must be loaded bit for bit."""
         line = seat.line()
         for number, dtype in enumerate(DTYPES):
-            full = patterns(dtype)[: -3 if number % 3 else None]
+            full = patterns(dtype, columns=2)[: -3 if number % 3 else None]
             weight = nn.Parameter(laid(full.clone(), line, [S(0)]), requires_grad=False)
             module: Any = bag(w=weight)
             judged(module)
@@ -129,6 +129,6 @@ class TestScattered:
         """Where TP holds several stretches of a tensor each dtype must be gathered bit for bit."""
         root = seat.root()
         for dtype in DTYPES:
-            full = patterns(dtype)[:64]
+            full = patterns(dtype, columns=2)[:64]
             got = judged(laid(full, root, [S(1), SS(0, 2)]), root)
             assert_same(got, cut(full, root, [R, SS(0, 2)]), str(dtype))
