@@ -22,7 +22,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.optim import SGD, Optimizer
 
 from conformance.kit.agree import assert_raises_everywhere, exchange
@@ -317,3 +319,28 @@ class TestClipping:
             torch.testing.assert_close(again, torch.full_like(again, 0.5), rtol=1e-5, atol=0)
             told = exchange(world, [float(norm), float(again)], f"norm {p}")
             assert all(one == told[0] for one in told), f"{p}: {told}"
+
+    @pytest.mark.exercises("training.fsdp1")
+    @pytest.mark.law("values")
+    @pytest.mark.world(4)
+    def test_large_gradients_of_half_precision(self, device: Any, mesh: Any) -> None:
+        """A norm whose square float16 cannot hold must be right, and gradients not become zero."""
+        grid = mesh(2, 2)
+        layer = nn.Linear(4, 8, bias=False, device=device, dtype=torch.float16)
+        model: Any = FullyShardedDataParallel(
+            parallelize_module(nn.Sequential(layer), grid["tp"], {"0": ColwiseParallel()}),
+            device_mesh=grid["dp"],
+            device_id=device,
+            use_orig_params=True,
+        )
+        for scale in (1.0, 400.0):
+            model.zero_grad()
+            output = model(torch.ones(1, 4, device=device, dtype=torch.float16))
+            (output.sum() * scale).backward()
+            exact = torch.tensor(scale * math.sqrt(32), dtype=torch.float16, device=device)
+            norm = model.clip_grad_norm_(float(exact) / 2)
+            torch.testing.assert_close(norm.to(exact.dtype), exact, rtol=1e-2, atol=0)
+            for param in model.parameters():
+                if param.grad is not None and param.grad.numel():
+                    half = torch.full_like(param.grad, scale / 2)
+                    torch.testing.assert_close(param.grad, half, rtol=1e-2, atol=0)

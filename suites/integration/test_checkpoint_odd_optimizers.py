@@ -14,11 +14,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
+from conformance.kit.agree import attempt
 from conformance.kit.compare import assert_same, local
 from integration.kit.checkpoints import given
 from integration.kit.recipes import GATHERS
@@ -102,6 +103,91 @@ class TestFsdp1InFsdp1:
             if param.numel():
                 saved, loaded = (o.state[param]["momentum_buffer"] for o in optimizers)
                 assert_same(local(loaded), local(saved), f"moment of {name}")
+
+
+class Averages(Own):
+    """Keeps two averages, of which one's name begins with the other's and a dot."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for param in self.param_groups[0]["params"]:
+            self.state[param] |= {"mean": param.grad * 2, "mean.slow": param.grad * 3}
+
+
+@pytest.mark.exercises("checkpoint.optimizer")
+class TestNamesOfStates:
+    @pytest.mark.law("structure")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+    def test_a_dot_in_the_name_of_a_state(self, device: Any, flat: bool) -> None:
+        """A state whose name has a dot must come back under that name."""
+        options = StateDictOptions(flatten_optimizer_state_dict=flat)
+        model = layer(device)
+        optimizers = [Averages(model.parameters()) for _ in range(2)]
+        for number, optimizer in enumerate(optimizers):
+            model.zero_grad()
+            model(torch.full((1, 4), 2.0 + number, device=device)).sum().backward()
+            optimizer.step()
+        state = get_optimizer_state_dict(model, optimizers[0], options=options)
+        set_optimizer_state_dict(model, optimizers[1], state, options=options)
+        (saved,), (loaded,) = [list(optimizer.state.values()) for optimizer in optimizers]
+        assert list(loaded) == list(saved), f"states {list(loaded)}, expected {list(saved)}"
+        for name, value in saved.items():
+            assert_same(loaded[name], value, name)
+
+
+class Scaled(nn.Module):
+    """A weight, and a factor without dimensions, both DTensors."""
+
+    def __init__(self, line: Any, device: Any) -> None:
+        super().__init__()
+        for name, full, placement in (
+            ("weight", torch.ones(4, 4, device=device), Shard(0)),
+            ("scale", torch.tensor(2.0, device=device), Replicate()),
+        ):
+            self.register_parameter(name, nn.Parameter(distribute_tensor(full, line, [placement])))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight: Any = self.weight
+        whole: Any = DTensor.from_local(x, weight.device_mesh, [Replicate()], run_check=False)
+        found: torch.Tensor = ((whole @ weight.t()).sum() * self.scale).full_tensor()
+        return found
+
+
+@pytest.mark.exercises("checkpoint.optimizer")
+class TestUnderTpAndDdp:
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    def test_a_parameter_without_dimensions(self, device: Any, mesh: Any) -> None:
+        """The optimizer of a 0-dim parameter must go on after a load of the state that it gave."""
+        model, optimizer = self.trained(device, mesh)
+        before = {k: dict(v) for k, v in optimizer.state.items()}
+        state: Any = get_optimizer_state_dict(model, optimizer)
+        set_optimizer_state_dict(model, optimizer, state)
+        for param, values in optimizer.state.items():
+            for name, value in values.items():
+                assert_same(value, before[param][name], f"{name} of {tuple(param.shape)}")
+        optimizer.step()
+
+    @pytest.mark.law("isolation")
+    @pytest.mark.world(2)
+    def test_nothing_stays_on_the_optimizer(self, device: Any, mesh: Any) -> None:
+        """A load must leave the optimizer's own attributes, also where it is refused."""
+        model, optimizer = self.trained(device, mesh)
+        state: Any = get_optimizer_state_dict(model, optimizer)
+        before = sorted(vars(optimizer))
+        set_optimizer_state_dict(model, optimizer, state)
+        assert sorted(vars(optimizer)) == before, "after a load"
+        attempt(lambda: set_optimizer_state_dict(model, optimizer, {**state, "state": {}}))
+        assert sorted(vars(optimizer)) == before, "after a load of no state"
+
+    def trained(self, device: Any, mesh: Any) -> tuple[nn.Module, Optimizer]:
+        grid = mesh(1, 2)
+        model = DistributedDataParallel(Scaled(grid["tp"], device), device_mesh=grid["dp"])
+        optimizer = torch.optim.Adam(model.parameters(), foreach=False)
+        model(torch.ones(1, 4, device=device)).backward()
+        optimizer.step()
+        return model, optimizer
 
 
 class Momentum(Own):

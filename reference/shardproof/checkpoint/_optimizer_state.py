@@ -50,10 +50,9 @@ def _name(key: str, own: Mapping[Any, Any]) -> Any:
 
     The rest of a key is of dicts within that state.
     """
-    for name in own:
-        if key == str(name) or key.startswith(f"{name}."):
-            return name
-    return key.partition(".")[0]
+    found = [name for name in own if key == str(name) or key.startswith(f"{name}.")]
+    # The longest: one state may be called as another is, and a dot and more.
+    return max(found, key=lambda name: len(str(name)), default=key.partition(".")[0])
 
 
 def refuse_missing(

@@ -10,6 +10,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from conformance.kit.compare import assert_same
 from conformance.kit.data import numbers
 from conformance.kit.layouts import SS, R, S, dtensor, part, read_whole
+from conformance.kit.levels import MEMORY
 from conformance.kit.refusals import refused
 
 # Name -> the root mesh over ep, dp and tp, the dimensions that the weight lies on, and how.
@@ -98,6 +99,26 @@ class TestChunkDTensorOfSeveralDims:
             return
         leaf = dtensor(numbers(8, 4), others, [S(0)])
         refused(lambda: judged(leaf, root["dp"].get_local_rank(), root["dp"]), "rank")
+
+
+@pytest.mark.judges("tensor.parallel.fsdp._chunk_dtensor")
+class TestChunkDTensorMemory:
+    @pytest.mark.law("cost")
+    @pytest.mark.should(MEMORY)
+    @pytest.mark.world(4)
+    def test_no_chunk_keeps_more_alive(self, judged: Any, mesh: Any) -> None:
+        """A chunk's memory must be its own size, or checkpoints of it hold all that it views."""
+        root = mesh(2, 2, 1, names=("ep", "dp", "tp"))
+        flat = root["ep", "dp"]._flatten()
+        for size in (8, 8), (6, 8), (3, 8), (1, 8):
+            full = numbers(*size)
+            for held in None, R, S(0), S(1):
+                leaf = full if held is None else dtensor(full, root["tp"], [held])
+                got = judged(leaf, flat.get_local_rank(), flat)
+                here = got._local_tensor
+                kept, needed = here.untyped_storage().nbytes(), here.numel() * here.itemsize
+                told = f"{size}, {held or 'plain'}: {got.placements}"
+                assert kept == needed, f"{told}: a chunk of {needed} bytes keeps {kept} alive"
 
 
 @pytest.mark.judges("tensor.parallel.fsdp._chunk_dtensor")
