@@ -169,6 +169,21 @@ class TestUnderTpAndDdp:
                 assert_same(value, before[param][name], f"{name} of {tuple(param.shape)}")
         optimizer.step()
 
+    @pytest.mark.law("values")
+    @pytest.mark.world(2)
+    @pytest.mark.parametrize("placement", [Replicate(), Shard(1)], ids=str)
+    def test_moments_that_lie_otherwise(self, device: Any, mesh: Any, placement: Any) -> None:
+        """A rank must take its own rows of a moment, however the checkpoint has laid it out."""
+        model, optimizer = self.trained(device, mesh)
+        state: Any = get_optimizer_state_dict(model, optimizer)
+        (key,) = [name for name in state["state"] if name.endswith("weight")]
+        (rows,) = [param for param in optimizer.state if param.dim()]
+        line, full = mesh(1, 2)["tp"], torch.arange(16.0, device=device).view(4, 4)
+        state["state"][key]["exp_avg"] = distribute_tensor(full, line, [placement])
+        set_optimizer_state_dict(model, optimizer, state)
+        mine = full.chunk(2)[line.get_local_rank()]
+        assert_same(optimizer.state[rows]["exp_avg"], mine, "this rank's rows")
+
     @pytest.mark.law("isolation")
     @pytest.mark.world(2)
     def test_nothing_stays_on_the_optimizer(self, device: Any, mesh: Any) -> None:
