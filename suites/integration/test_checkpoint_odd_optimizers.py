@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -161,8 +162,11 @@ class TestUnderTpAndDdp:
     def test_a_parameter_without_dimensions(self, device: Any, mesh: Any) -> None:
         """The optimizer of a 0-dim parameter must go on after a load of the state that it gave."""
         model, optimizer = self.trained(device, mesh)
-        before = {k: dict(v) for k, v in optimizer.state.items()}
-        state: Any = get_optimizer_state_dict(model, optimizer)
+        state: Any = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+        before = {param: copy.deepcopy(values) for param, values in optimizer.state.items()}
+        for values in optimizer.state.values():
+            for value in values.values():
+                value.zero_()
         set_optimizer_state_dict(model, optimizer, state)
         for param, values in optimizer.state.items():
             for name, value in values.items():
